@@ -1,0 +1,78 @@
+"""The attention layer: all that a model knows of attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safelight.attention.backends import select_backend
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """What a call of attention is given besides query, key and value.
+
+    Attributes:
+        attn_mask: broadcastable to [B, H, S, S]; True (or 0.0) where a key is seen.
+
+    """
+
+    attn_mask: Tensor | None = None
+
+
+NO_MASK = AttentionMetadata()
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention over [B, S, H, D]. It has no parameters; its backend is chosen from outside.
+
+    Args:
+        num_heads: heads of the query.
+        head_size: channels of one head.
+        causal: whether a token sees only those before it.
+        softmax_scale: factor of the scores; 1/sqrt(head_size) if None.
+        num_kv_heads: heads of key and value, a divisor of `num_heads`; `num_heads` if None.
+
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        causal: bool = False,
+        softmax_scale: float | None = None,
+        num_kv_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        assert num_heads % (num_kv_heads or num_heads) == 0, "num_heads is a multiple of num_kv_heads"
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.causal = causal
+        self.softmax_scale = softmax_scale
+        self.requested_backend = "auto"
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata = NO_MASK) -> Tensor:
+        """Return [B, S, H, D]."""
+        mask = metadata.attn_mask
+        backend = select_backend(
+            self.requested_backend, query.device.type, query.dtype, mask is not None, self.head_size
+        )
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        attended = backend(query, key, value, mask, self.causal, self.softmax_scale)
+        return attended.transpose(1, 2)
+
+
+def set_attention_backend(module: nn.Module, name: str, device_type: str, dtype: torch.dtype) -> None:
+    """Set the backend of every attention layer below `module`.
+
+    Raises:
+        InvalidParameterError: if there is no such backend, or it cannot compute this model here.
+
+    """
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            select_backend(name, device_type, dtype, False, layer.head_size)
+            layer.requested_backend = name

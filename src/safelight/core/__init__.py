@@ -1,0 +1,1 @@
+"""The contracts: parameters, requests, stages, pipelines, the registry and the executor."""

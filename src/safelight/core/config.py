@@ -1,0 +1,162 @@
+"""`PipelineConfig`: what is static for a model, and the callbacks by which the shared stages learn its conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from safelight.core.params import SamplingParams
+from safelight.core.request import Latents, Prediction, Req
+from safelight.core.schema import ModelSchema, ModelTaskType
+
+COND, UNCOND = "cond", "uncond"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpec:
+    """How one text encoder takes one request's text.
+
+    Attributes:
+        prompt: the text.
+        negative_prompt: the text of the negative branch.
+        max_length: tokens; longer texts are cut, with a warning.
+        output: which output of the encoder is the embedding.
+
+    """
+
+    prompt: str
+    negative_prompt: str
+    max_length: int
+    output: Literal["last_hidden_state", "pooler_output"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """What is static for a model. Callbacks take the request, return values, and keep nothing.
+
+    Attributes:
+        vae_scale_factor: pixels a latent pixel, along one side.
+        latent_channels: channels of the VAE's latents.
+        vae_scale, vae_shift: latents for the transformer are `(vae - vae_shift) * vae_scale`.
+
+    """
+
+    task: ClassVar[ModelTaskType]
+    precisions: ClassVar[Mapping[str, str]] = {}
+    """Components that have a precision of their own, whatever the rest has."""
+    shared_kwargs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the transformer's arguments that have no batch dimension."""
+
+    vae_scale_factor: int
+    latent_channels: int
+    vae_scale: float
+    vae_shift: float
+
+    @classmethod
+    def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Build from the components' JSON, by their names in `model_index.json`."""
+        raise NotImplementedError
+
+    def model_schema(
+        self, model: str, pipeline_name: str, params_cls: type[SamplingParams], defaults: Mapping[str, Any]
+    ) -> ModelSchema:
+        """Say what the loaded model takes. `defaults` are those that its repository states for itself."""
+        raise NotImplementedError
+
+    def validate(self, batch: Req) -> None:
+        """Check what neither the parameters nor the schema can. Raises `InvalidParameterError`."""
+
+    # Text
+
+    def encode_prompt_spec(self, index: int, batch: Req) -> PromptSpec:
+        """Return how the text encoder number `index` takes this request's text."""
+        raise NotImplementedError
+
+    # Latents
+
+    def prepare_latent_shape(self, batch: Req) -> tuple[int, ...]:
+        """Return the shape of the latents before packing, [1, C, H, W] or [1, C, T, H, W]."""
+        raise NotImplementedError
+
+    def maybe_pack_latents(self, latents: Tensor, batch: Req) -> Latents:
+        """Bring fresh noise into the form that the transformer takes."""
+        return latents
+
+    def post_denoising_loop(self, latents: Latents, batch: Req) -> Tensor:
+        """Bring denoised latents back into `raw_latent_shape`."""
+        assert isinstance(latents, Tensor)
+        return latents
+
+    def get_decode_scale_and_shift(self) -> tuple[float, float]:
+        """Return (scale, shift): the VAE is given `latents / scale + shift`."""
+        return self.vae_scale, self.vae_shift
+
+    def input_image_size(self, batch: Req, index: int) -> tuple[int, int]:
+        """Return the (height, width) in pixels to which the input image number `index` is resized for the VAE."""
+        raise NotImplementedError
+
+    # Schedule
+
+    def prepare_sigmas(self, batch: Req) -> list[float] | None:
+        """Return the noise levels given to the solver; None leaves them to it."""
+        raise NotImplementedError
+
+    def prepare_mu(self, batch: Req, scheduler_config: Mapping[str, Any]) -> float | None:
+        """Return the dynamic shift of the schedule; None where there is none."""
+        return None
+
+    # Denoising
+
+    def prepare_cond(self, batch: Req, device: torch.device, dtype: torch.dtype) -> Any:
+        """Return the family's `cond`, once a request: whatever the transformer is given at every step."""
+        raise NotImplementedError
+
+    def should_use_guidance(self, batch: Req) -> bool:
+        """Say whether this request has a negative branch."""
+        return False
+
+    def guidance_scale(self, batch: Req, t: Tensor) -> float:
+        """Return the scale of classifier-free guidance at this step."""
+        raise NotImplementedError
+
+    def branches(self, batch: Req) -> tuple[str, ...]:
+        """Return the names of the guidance branches, in order."""
+        return (COND, UNCOND) if self.should_use_guidance(batch) else (COND,)
+
+    def select_component(self, batch: Req, t: Tensor) -> str:
+        """Return the name of the transformer that runs this step."""
+        return "transformer"
+
+    def prepare_pos_cond_kwargs(self, batch: Req, latent_model_input: Latents, t: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of the positive branch's call."""
+        raise NotImplementedError
+
+    def prepare_neg_cond_kwargs(self, batch: Req, latent_model_input: Latents, t: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of the negative branch's call."""
+        raise NotImplementedError
+
+    def prepare_branch_kwargs(
+        self, branch: str, batch: Req, latent_model_input: Latents, t: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the arguments of a branch's call."""
+        if branch == COND:
+            return self.prepare_pos_cond_kwargs(batch, latent_model_input, t)
+        return self.prepare_neg_cond_kwargs(batch, latent_model_input, t)
+
+    def call_signature(self, branch: str, batch: Req) -> tuple[Hashable, ...]:
+        """Return what must agree for two calls to be stacked: sizes, never scales that differ by row."""
+        embeds = batch.prompt_embeds if branch == COND else batch.negative_prompt_embeds
+        images = tuple(tuple(latents.shape) for latents in batch.image_latents)
+        return (batch.raw_latent_shape, tuple(tuple(entry.shape[1:]) for entry in embeds), images)
+
+    def combine_guidance(self, batch: Req, predictions: Sequence[Prediction], t: Tensor) -> Prediction:
+        """Join the branches' predictions, in the order of `branches`, into one."""
+        if len(predictions) == 1:
+            return predictions[0]
+        positive, negative = predictions
+        assert isinstance(positive, Tensor) and isinstance(negative, Tensor)
+        return negative + self.guidance_scale(batch, t) * (positive - negative)

@@ -1,0 +1,97 @@
+"""`PipelineExecutor`: the seam between pipelines and everything that runs them."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from safelight.core.pipeline import ComposedPipeline
+from safelight.core.request import ModelCall, Prediction, Req
+
+
+class Execution:
+    """One request under way: its generator, driven a unit at a time.
+
+    A unit is what lies between two yields: the model calls that are pending, and what the pipeline makes of them.
+    Between units every tensor of the request is in the `Req`, so it may be moved, kept waiting, or closed.
+    """
+
+    def __init__(self, pipeline: ComposedPipeline, req: Req) -> None:
+        self.req = req
+        self._pipeline = pipeline
+        self._steps = pipeline.run(req)
+        self._started = False
+
+    def advance(self) -> bool:
+        """Do one unit of work; False when the request is done.
+
+        Raises:
+            Exception: whatever the unit raised; the generator is finished then, and holds nothing any more.
+
+        """
+        begun = time.perf_counter()
+        stage = self.req.stage
+        try:
+            with torch.inference_mode():
+                if self._started:
+                    self._steps.send([self._call(call) for call in self.req.pending])
+                else:
+                    self._started = True
+                    next(self._steps)
+        except StopIteration:
+            return False
+        finally:
+            if self.req.stage != stage or not self.req.pending:
+                self._synchronize()
+            if stage:
+                elapsed = time.perf_counter() - begun
+                self.req.timings[stage] = self.req.timings.get(stage, 0.0) + elapsed
+        return True
+
+    def close(self) -> None:
+        """Stop the request where it stands."""
+        with torch.inference_mode():
+            self._steps.close()
+
+    def __enter__(self) -> Self:
+        """Return itself: leaving the block closes it."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Close."""
+        self.close()
+
+    def _call(self, call: ModelCall) -> Prediction:
+        result: Prediction = self._pipeline.get_module(call.component)(**call.kwargs, **call.shared_kwargs)
+        return result
+
+    def _synchronize(self) -> None:
+        """Wait for the device at the end of a stage, so that its time is charged to it."""
+        if self._pipeline.device.type == "cuda":
+            torch.cuda.synchronize(self._pipeline.device)
+
+
+class PipelineExecutor(ABC):
+    """Drives the generators of one pipeline's requests."""
+
+    def __init__(self, pipeline: ComposedPipeline) -> None:
+        self.pipeline = pipeline
+
+    @abstractmethod
+    def execute(self, req: Req) -> Iterator[Req]:
+        """Drive a request to its end, yielding after each unit. Closing the iterator stops the work."""
+
+
+class SyncExecutor(PipelineExecutor):
+    """Drives one request to its end, in this thread."""
+
+    def execute(self, req: Req) -> Iterator[Req]:
+        """Drive a request to its end, yielding after each unit. Closing the iterator stops the work."""
+        with Execution(self.pipeline, req) as execution:
+            while execution.advance():
+                yield req

@@ -1,0 +1,286 @@
+"""What a user may ask of one generation: one dataclass a model, from which every other list of options is made.
+
+The command line's options, the JSON schema, the checks and the defaults all come from `SamplingParams` and its
+subclasses. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from safelight.errors import InvalidParameterError, UnknownParameterError
+
+if TYPE_CHECKING:
+    from safelight.core.schema import ModelSchema
+
+MAX_SEED = 2**64 - 1
+MAX_PROMPT_LENGTH = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is known of one field: its kind, range, help and place in a form.
+
+    Attributes:
+        kind: one of the names in `KINDS`.
+        help: one line for people.
+        group: `basic` or `advanced`.
+        minimum, maximum: inclusive bounds of a number, or of each entry of a list of numbers.
+        choices: the values that a string may have.
+
+    """
+
+    kind: str
+    help: str
+    group: str = "advanced"
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def takes(self) -> str:
+        """Say in words what values the field takes."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        described = KINDS[self.kind].description
+        if self.minimum is not None and self.maximum is not None:
+            return f"{described} from {self.minimum} to {self.maximum}"
+        return f"{described} of at least {self.minimum}" if self.minimum is not None else described
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return the value in its plain Python type, or raise `InvalidParameterError` that names the field."""
+        plain = KINDS[self.kind].convert(value)
+        if plain is None or not self._in_range(plain):
+            raise InvalidParameterError(name, value, self.takes())
+        return plain
+
+    def _in_range(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        values = value if isinstance(value, tuple) else (value,)
+        numeric = [entry for entry in values if isinstance(entry, int | float)]
+        low = -math.inf if self.minimum is None else self.minimum
+        high = math.inf if self.maximum is None else self.maximum
+        return all(low <= entry <= high for entry in numeric)
+
+
+def _integer(value: Any) -> int | None:
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    converted = tuple(_number(entry) for entry in value)
+    return None if None in converted else converted  # type: ignore[return-value]
+
+
+def _string(value: Any) -> str | None:
+    if not isinstance(value, str) or len(value) > MAX_PROMPT_LENGTH:
+        return None
+    try:
+        value.encode()  # a lone surrogate is no text, and tokenizers fail on it
+    except UnicodeEncodeError:
+        return None
+    return value
+
+
+def _strings(value: Any) -> str | tuple[str, ...] | None:
+    if not isinstance(value, list | tuple):
+        return _string(value)
+    converted = tuple(_string(entry) for entry in value)
+    return None if not converted or None in converted else converted  # type: ignore[return-value]
+
+
+def _boolean(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _images(value: Any) -> tuple[Any, ...] | None:
+    # What an image may be is decided where images are opened: this module knows neither files nor pixels.
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of value: how it is described, written in JSON Schema, and converted (None: it is not of this kind)."""
+
+    description: str
+    json_schema: Mapping[str, Any]
+    convert: Callable[[Any], Any]
+
+
+KINDS: Mapping[str, Kind] = {
+    "string": Kind(f"text of at most {MAX_PROMPT_LENGTH} characters", {"type": "string"}, _string),
+    "strings": Kind(
+        f"text of at most {MAX_PROMPT_LENGTH} characters, or a list of such",
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
+        _strings,
+    ),
+    "integer": Kind("a whole number", {"type": "integer"}, _integer),
+    "number": Kind("a finite number", {"type": "number"}, _number),
+    "numbers": Kind(
+        "a list of finite numbers", {"type": "array", "items": {"type": "number"}, "minItems": 1}, _numbers
+    ),
+    "boolean": Kind("true or false", {"type": "boolean"}, _boolean),
+    "images": Kind("an image, or a list of images", {"type": "array", "items": {"type": "string"}}, _images),
+}
+
+
+def option(kind: str, help: str, **details: Any) -> Any:
+    """Declare a field of `SamplingParams`: unset (None) until the user sets it."""
+    return field(default=None, metadata={"option": Option(kind, help, **details)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What a user may ask of one generation, whatever the model. None means unset.
+
+    A family subclasses it with its own fields, and its own values in `defaults`. Names and defaults are those of the
+    Diffusers pipeline's `__call__`.
+    """
+
+    prompt: str | tuple[str, ...] | None = option("strings", "what to generate", group="basic")
+    negative_prompt: str | tuple[str, ...] | None = option("strings", "what to steer away from", group="basic")
+    image: tuple[Any, ...] | None = option("images", "the input image, or several", group="basic")
+    height: int | None = option("integer", "height in pixels", group="basic", minimum=1, maximum=16384)
+    width: int | None = option("integer", "width in pixels", group="basic", minimum=1, maximum=16384)
+    num_frames: int | None = option("integer", "number of frames of a video", group="basic", minimum=1, maximum=100_000)
+    fps: int | None = option("integer", "frames a second of a video", group="basic", minimum=1, maximum=240)
+    num_inference_steps: int | None = option(
+        "integer", "denoising steps; more is slower and finer", group="basic", minimum=1, maximum=1000
+    )
+    guidance_scale: float | None = option("number", "how closely to follow the prompt", group="basic", minimum=0.0)
+    seed: int | None = option(
+        "integer", "seed of the noise; random if unset, and returned", group="basic", minimum=0, maximum=MAX_SEED
+    )
+    n: int | None = option(
+        "integer", "outputs a prompt, with seeds seed, seed+1, ...", group="basic", minimum=1, maximum=1024
+    )
+    output_type: str | None = option("string", "form of the result", choices=("pil", "np", "pt", "latent"))
+
+    defaults: ClassVar[Mapping[str, Any]] = {"n": 1, "output_type": "pil"}
+    """Values that unset fields take, unless the loaded model has its own."""
+
+    excluded: ClassVar[frozenset[str]] = frozenset()
+    """Common fields that this model has no use for: not offered, and refused by name."""
+
+    fits_size: ClassVar[bool] = False
+    """Whether any height and width may be asked for, because `output_size` fits them to the model."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"num_images_per_prompt": "n", "num_videos_per_prompt": "n"}
+    """Other names under which a field is understood."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "generator": "use seed",
+        "callback_on_step_end": "use stream(), which yields after every step",
+        "callback_on_step_end_tensor_inputs": "use stream(), which yields after every step",
+        "return_dict": "the result is always an object; use its images or outputs",
+        "latents": "use seed, which gives the same noise",
+        "prompt_embeds": "use prompt",
+        "negative_prompt_embeds": "use negative_prompt",
+    }
+    """Arguments of Diffusers that are done otherwise here, and how."""
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """Return the fields that this model takes, in order, by name."""
+        return {f.name: f.metadata["option"] for f in dataclasses.fields(cls) if f.name not in cls.excluded}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """Build from named values.
+
+        Raises:
+            UnknownParameterError: for a name that this model does not have; the nearest is suggested.
+
+        """
+        known = cls.options()
+        values: dict[str, Any] = {}
+        for name, value in fields.items():
+            target = cls.aliases.get(name, name)
+            if target not in known:
+                raise UnknownParameterError(name, known, cls.refused.get(name))
+            if target in values:
+                raise InvalidParameterError(name, value, f"one value, and {target} is given as well")
+            values[target] = value
+        return cls(**values)
+
+    def set_fields(self) -> dict[str, Any]:
+        """Return what is set, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def resolve(self, schema: ModelSchema) -> Self:
+        """Return a copy in which every field is checked, and unset ones have the model's defaults.
+
+        Raises:
+            InvalidParameterError: naming the field, what it got and what it takes.
+
+        """
+        options = self.options()
+        checked = {name: options[name].check(name, value) for name, value in self.set_fields().items()}
+        resolved = dataclasses.replace(self, **{**schema.defaults, **checked})
+        resolved.validate(schema, checked)
+        return resolved
+
+    def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
+        """Check what concerns several fields, or the loaded model. `given` is what the user set himself."""
+        if self.prompt is None:
+            raise InvalidParameterError("prompt", None, "the text to generate from")
+        self._validate_size(schema)
+        count, allowed = len(self.image or ()), schema.num_input_images
+        if "image" in self.options() and not allowed[0] <= count <= allowed[1]:
+            raise InvalidParameterError("image", f"{count} images", f"{allowed[0]} to {allowed[1]} for this model")
+        if isinstance(self.negative_prompt, tuple) and len(self.negative_prompt) != len(self.prompts()):
+            raise InvalidParameterError(
+                "negative_prompt", f"{len(self.negative_prompt)} texts", f"one, or one a prompt ({len(self.prompts())})"
+            )
+        if self.seed is not None and self.n is not None and self.seed + self.n - 1 > MAX_SEED:
+            raise InvalidParameterError("seed", self.seed, f"at most {MAX_SEED - self.n + 1} with n={self.n}")
+
+    def _validate_size(self, schema: ModelSchema) -> None:
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value is not None and value % schema.size_multiple and not self.fits_size:
+                lower = value // schema.size_multiple * schema.size_multiple
+                sizes = [str(size) for size in (lower, lower + schema.size_multiple) if size]
+                takes = f"a multiple of {schema.size_multiple}; nearest: {' and '.join(sizes)}"
+                raise InvalidParameterError(name, value, takes)
+
+    def warnings(self, schema: ModelSchema, given: Mapping[str, Any]) -> list[str]:
+        """Name what was asked for (`given`) and has no effect on this model, or another effect than it seems to."""
+        return []
+
+    def output_size(self, schema: ModelSchema) -> tuple[int, int]:
+        """Return (height, width) in pixels of what will be made. Only for resolved parameters."""
+        assert self.height is not None and self.width is not None
+        return self.height, self.width
+
+    def prompts(self) -> tuple[str, ...]:
+        """Return the prompts, one or several, as a tuple."""
+        assert self.prompt is not None
+        return self.prompt if isinstance(self.prompt, tuple) else (self.prompt,)
+
+    def split(self) -> list[Self]:
+        """Return one copy an output, each with one prompt, one seed and n=1: the outputs of each prompt in turn.
+
+        Every prompt starts at `seed`. Only for resolved parameters with a seed.
+        """
+        assert self.seed is not None and self.n is not None
+        prompts = self.prompts()
+        given = self.negative_prompt
+        negatives = given if isinstance(given, tuple) else (given,) * len(prompts)
+        return [
+            dataclasses.replace(self, prompt=prompt, negative_prompt=negative, seed=self.seed + offset, n=1)
+            for prompt, negative in zip(prompts, negatives, strict=True)
+            for offset in range(self.n)
+        ]

@@ -1,0 +1,107 @@
+"""`ComposedPipeline`: a list of stages over a model's components, run as one coroutine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from safelight.core.config import PipelineConfig
+from safelight.core.request import Req
+from safelight.core.schema import ModelSchema
+from safelight.core.server_args import ServerArgs
+from safelight.core.stage import PipelineStage, Steps
+from safelight.stages.conditioning import ConditioningStage
+from safelight.stages.decoding import DecodingStage
+from safelight.stages.denoising import DenoisingStage
+from safelight.stages.image_vae_encoding import ImageVAEEncodingStage
+from safelight.stages.input_validation import InputValidationStage
+from safelight.stages.latent_preparation import LatentPreparationStage
+from safelight.stages.text_encoding import TextEncodingStage
+from safelight.stages.timestep_preparation import TimestepPreparationStage
+
+
+class ComposedPipeline:
+    """A model's stages, in order, over its components. It holds nothing of any request.
+
+    A family subclasses it, names its components, and adds its stages in `create_pipeline_stages`.
+    """
+
+    pipeline_name: ClassVar[str]
+    """`_class_name` in `model_index.json`."""
+    component_classes: ClassVar[Mapping[str, str]] = {}
+    """The family's own components: class name in `model_index.json` to `module:Class`."""
+    _required_config_modules: ClassVar[tuple[str, ...]] = ()
+    _optional_config_modules: ClassVar[tuple[str, ...]] = ()
+    """Components that may be null in the index, or absent."""
+
+    def __init__(
+        self, modules: Mapping[str, Any], config: PipelineConfig, schema: ModelSchema, server_args: ServerArgs
+    ) -> None:
+        self.config = config
+        self.schema = schema
+        self.server_args = server_args
+        self.device = server_args.torch_device()
+        self.stages: dict[str, PipelineStage] = {}
+        self._modules = dict(modules)
+        self.create_pipeline_stages(server_args)
+
+    @classmethod
+    def component_names(cls) -> tuple[str, ...]:
+        """Return the names of the components that are loaded."""
+        return cls._required_config_modules + cls._optional_config_modules
+
+    @classmethod
+    def is_optional(cls, component: str) -> bool:
+        """Say whether the model runs without this component."""
+        return component in cls._optional_config_modules
+
+    def create_pipeline_stages(self, server_args: ServerArgs) -> None:
+        """Add the stages, in the order in which they run."""
+        raise NotImplementedError
+
+    def add_stage(self, stage: PipelineStage, stage_name: str | None = None) -> None:
+        """Add a stage at the end, by the name under which users see it (its class's name unless given)."""
+        name = stage_name or type(stage).__name__
+        assert name not in self.stages, f"two stages are named {name}"
+        self.stages[name] = stage
+
+    def get_module(self, name: str) -> Any:
+        """Return a component by its name in `model_index.json`."""
+        return self._modules[name]
+
+    def run(self, batch: Req) -> Steps:
+        """Run every stage on a request, with a boundary before each."""
+        for name, stage in self.stages.items():
+            batch.stage = name
+            yield []
+            yield from stage.run(batch, self.server_args)
+
+    def add_standard_t2i_stages(self) -> None:
+        """Text to image: encode the text, lay out the noise, denoise, decode."""
+        self._add_input_stages()
+        self._add_loop_stages()
+        self.add_standard_decoding_stage()
+
+    def add_standard_ti2i_stages(self) -> None:
+        """Text and images to image: as text to image, with the input images' latents."""
+        self._add_input_stages()
+        self.add_stage(ImageVAEEncodingStage(self.get_module("vae"), self.config), "image_vae_encoding")
+        self._add_loop_stages()
+        self.add_standard_decoding_stage()
+
+    def add_standard_decoding_stage(self) -> None:
+        """Latents to pixels."""
+        self.add_stage(DecodingStage(self.get_module("vae"), self.config), "decoding")
+
+    def _add_input_stages(self) -> None:
+        names = [name for name in self.component_names() if name.startswith("text_encoder")]
+        encoders = [self.get_module(name) for name in names]
+        tokenizers = [self.get_module(name.replace("text_encoder", "tokenizer")) for name in names]
+        self.add_stage(InputValidationStage(self.config), "input_validation")
+        self.add_stage(TextEncodingStage(encoders, tokenizers, self.config), "text_encoding")
+
+    def _add_loop_stages(self) -> None:
+        self.add_stage(TimestepPreparationStage(self.get_module("scheduler"), self.config), "timestep_preparation")
+        self.add_stage(LatentPreparationStage(self.config), "latent_preparation")
+        self.add_stage(ConditioningStage(self.config), "conditioning")
+        self.add_stage(DenoisingStage(self.config), "denoising")

@@ -1,0 +1,77 @@
+"""What the API and the command line must know of a loaded model, without torch and without weights."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from safelight.core.params import KINDS, SamplingParams
+
+
+class ModelTaskType(enum.StrEnum):
+    """What goes in and what comes out: T text, I image, V video."""
+
+    T2I = "T2I"
+    I2I = "I2I"
+    TI2I = "TI2I"
+    T2V = "T2V"
+    I2V = "I2V"
+    TI2V = "TI2V"
+
+
+@dataclass(frozen=True)
+class ModelSchema:
+    """What one model takes: from this alone every bad value is refused.
+
+    Attributes:
+        model: the name or path that the model was asked for by.
+        pipeline_name: `_class_name` of its `model_index.json`.
+        task: what goes in and what comes out.
+        params_cls: the family's sampling parameters.
+        defaults: what unset fields take: the family's values, with the loaded model's own over them.
+        size_multiple: heights and widths must be multiples of it, in pixels.
+        num_input_images: the least and the most input images.
+        capabilities: names of what the components allow, as the family's parameters understand them.
+
+    """
+
+    model: str
+    pipeline_name: str
+    task: ModelTaskType
+    params_cls: type[SamplingParams]
+    defaults: Mapping[str, Any]
+    size_multiple: int
+    num_input_images: tuple[int, int] = (0, 0)
+    capabilities: frozenset[str] = field(default_factory=frozenset)
+
+    def json_schema(self) -> dict[str, Any]:
+        """Return a JSON Schema (2020-12) of what may be asked, with defaults, ranges and a group for forms."""
+        properties: dict[str, Any] = {}
+        for name, option in self.params_cls.options().items():
+            entry = {**KINDS[option.kind].json_schema, "description": option.help, "x-group": option.group}
+            bounds = {"minimum": option.minimum, "maximum": option.maximum}
+            bounds = {key: value for key, value in bounds.items() if value is not None}
+            if option.kind == "numbers":
+                entry["items"] = {**entry["items"], **bounds}
+            else:
+                entry.update(bounds)
+            if option.choices:
+                entry["enum"] = list(option.choices)
+            if name in ("height", "width") and not self.params_cls.fits_size:
+                entry["multipleOf"] = self.size_multiple
+            if option.kind == "images":
+                entry["minItems"], entry["maxItems"] = self.num_input_images
+            if name in self.defaults:
+                entry["default"] = self.defaults[name]
+            properties[name] = entry
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": self.pipeline_name,
+            "description": f"Parameters of {self.model} ({self.task})",
+            "type": "object",
+            "properties": properties,
+            "required": ["prompt", "image"] if self.num_input_images[0] else ["prompt"],
+            "additionalProperties": False,
+        }

@@ -1,0 +1,28 @@
+"""`PipelineStage`: one piece of a pipeline's work, or a loop that yields model calls."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from safelight.core.request import ModelCall, Prediction, Req
+from safelight.core.server_args import ServerArgs
+
+Steps = Generator[list[ModelCall], list[Prediction], None]
+"""Yields the calls of a step and is sent their results; an empty list is a boundary, and is sent an empty list."""
+
+
+class PipelineStage:
+    """One piece of work in `forward`, or a loop in an overridden `run`. A stage keeps nothing of a request."""
+
+    def forward(self, batch: Req, server_args: ServerArgs) -> Req:
+        """Do the whole work of the stage on `batch`, in place, and return it."""
+        raise NotImplementedError
+
+    def run(self, batch: Req, server_args: ServerArgs) -> Steps:
+        """Drive the stage; a stage that yields overrides this, and has no `forward`.
+
+        At a yield, the frame holds no tensor that is not in the request too: whoever drives may move it.
+        """
+        returned = self.forward(batch, server_args)
+        assert returned is batch, f"{type(self).__name__}.forward returned another request"
+        yield from ()

@@ -1,0 +1,1 @@
+"""Model families, one folder each. A family is found by being here; nothing else names it."""

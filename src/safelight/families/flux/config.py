@@ -1,0 +1,259 @@
+"""FLUX.1's conventions, as callbacks for the shared stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safelight.core.config import PipelineConfig, PromptSpec
+from safelight.core.params import SamplingParams
+from safelight.core.request import Latents, Prediction, Req
+from safelight.core.schema import ModelSchema, ModelTaskType
+from safelight.families.flux.params import EMBEDDED_GUIDANCE, FluxKontextSamplingParams, FluxSamplingParams
+from safelight.layers.rotary import rotary_table
+
+PATCH_SIZE = 2
+"""Latent pixels along one side of a token."""
+DEFAULT_SAMPLE_SIZE = 128
+"""Latent pixels along one side of a picture, unless asked otherwise."""
+
+_PORTRAITS = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
+KONTEXT_RESOLUTIONS = (*_PORTRAITS, (1024, 1024), *((height, width) for width, height in reversed(_PORTRAITS)))
+"""(width, height) of the pictures that Kontext was trained on."""
+
+
+@dataclass(frozen=True)
+class FluxCond:
+    """What the transformer is given at every step besides latents and time.
+
+    Attributes:
+        freqs_cis: complex64 [S_text + S_image, D/2], rotary table.
+        guidance: [1] float32, or None without embedded guidance.
+        image_tokens: [1, S, C], the input image's packed latents, or None.
+
+    """
+
+    freqs_cis: Tensor
+    guidance: Tensor | None
+    image_tokens: Tensor | None = None
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Return [B, H/2 * W/2, 4C] of latents [B, C, H, W]: each 2x2 patch is a token."""
+    b, c, h, w = latents.shape
+    patches = latents.view(b, c, h // PATCH_SIZE, PATCH_SIZE, w // PATCH_SIZE, PATCH_SIZE)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * PATCH_SIZE**2)
+
+
+def position_ids(height: int, width: int, image: int, device: torch.device) -> Tensor:
+    """Return float32 [height * width, 3]: the image's number, row and column of each token."""
+    rows = torch.arange(height, dtype=torch.float32, device=device).repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float32, device=device).repeat(height)
+    return torch.stack((torch.full_like(rows, image), rows, columns), dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxPipelineConfig(PipelineConfig):
+    """Conventions of `FluxPipeline`.
+
+    Attributes:
+        axes_dims_rope: channels of a head that turn with image number, row and column.
+        guidance_embeds: whether the guidance scale is an input of the transformer.
+        clip_length: tokens of the CLIP encoder.
+
+    """
+
+    task: ClassVar[ModelTaskType] = ModelTaskType.T2I
+    shared_kwargs: ClassVar[frozenset[str]] = frozenset({"freqs_cis"})
+
+    axes_dims_rope: tuple[int, ...]
+    guidance_embeds: bool
+    clip_length: int
+
+    @classmethod
+    def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Build from the components' JSON."""
+        transformer, vae = component_configs["transformer"], component_configs["vae"]
+        return cls(
+            vae_scale_factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
+            latent_channels=transformer.get("in_channels", 64) // PATCH_SIZE**2,
+            vae_scale=vae.get("scaling_factor", 0.18215),
+            vae_shift=vae.get("shift_factor") or 0.0,
+            axes_dims_rope=tuple(transformer.get("axes_dims_rope", (16, 56, 56))),
+            guidance_embeds=transformer.get("guidance_embeds", False),
+            clip_length=component_configs["tokenizer"].get("model_max_length", 77),
+        )
+
+    def model_schema(
+        self, model: str, pipeline_name: str, params_cls: type[SamplingParams], defaults: Mapping[str, Any]
+    ) -> ModelSchema:
+        """Say what the loaded model takes."""
+        side = DEFAULT_SAMPLE_SIZE * self.vae_scale_factor
+        return ModelSchema(
+            model=model,
+            pipeline_name=pipeline_name,
+            task=self.task,
+            params_cls=params_cls,
+            defaults={**params_cls.defaults, "height": side, "width": side, **defaults},
+            size_multiple=self.vae_scale_factor * PATCH_SIZE,
+            num_input_images=(0, 1 if "image" in params_cls.options() else 0),
+            capabilities=frozenset({EMBEDDED_GUIDANCE} if self.guidance_embeds else ()),
+        )
+
+    def encode_prompt_spec(self, index: int, batch: Req) -> PromptSpec:
+        """Return how CLIP (0), which is pooled, and T5 (1) take the text."""
+        params = params_of(batch)
+        prompt, negative = params.prompts()[0], negative_prompt_of(params)
+        if index == 0:
+            return PromptSpec(prompt, negative, self.clip_length, "pooler_output")
+        assert params.max_sequence_length is not None
+        second, negative_second = params.prompt_2 or prompt, params.negative_prompt_2 or negative
+        return PromptSpec(second, negative_second, params.max_sequence_length, "last_hidden_state")
+
+    def output_size(self, batch: Req) -> tuple[int, int]:
+        """Return the (height, width) in pixels that is made."""
+        params = params_of(batch)
+        assert params.height is not None and params.width is not None
+        return params.height, params.width
+
+    def prepare_latent_shape(self, batch: Req) -> tuple[int, ...]:
+        """Return [1, C, H, W] in latent pixels."""
+        height, width = self.output_size(batch)
+        return (1, self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+
+    def maybe_pack_latents(self, latents: Tensor, batch: Req) -> Latents:
+        """Return [1, S, 4C]."""
+        return pack(latents)
+
+    def post_denoising_loop(self, latents: Latents, batch: Req) -> Tensor:
+        """Return [1, C, H, W] of packed latents."""
+        assert isinstance(latents, Tensor)
+        b, c, h, w = batch.raw_latent_shape
+        patches = latents.view(b, h // PATCH_SIZE, w // PATCH_SIZE, c, PATCH_SIZE, PATCH_SIZE)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+    def prepare_sigmas(self, batch: Req) -> list[float] | None:
+        """Return the noise levels asked for, or evenly spaced ones from 1 to 1/steps."""
+        params = params_of(batch)
+        if params.sigmas is not None:
+            return list(params.sigmas)
+        assert params.num_inference_steps is not None
+        spaced: list[float] = np.linspace(1.0, 1 / params.num_inference_steps, params.num_inference_steps).tolist()
+        return spaced
+
+    def prepare_mu(self, batch: Req, scheduler_config: Mapping[str, Any]) -> float | None:
+        """Return the shift for this many image tokens, on the line through the scheduler's two points."""
+        _, _, height, width = self.prepare_latent_shape(batch)
+        num_tokens = height // PATCH_SIZE * (width // PATCH_SIZE)
+        base_length = scheduler_config.get("base_image_seq_len", 256)
+        max_length = scheduler_config.get("max_image_seq_len", 4096)
+        base_shift = scheduler_config.get("base_shift", 0.5)
+        slope = (scheduler_config.get("max_shift", 1.15) - base_shift) / (max_length - base_length)
+        shift: float = num_tokens * slope + (base_shift - slope * base_length)
+        return shift
+
+    def prepare_cond(self, batch: Req, device: torch.device, dtype: torch.dtype) -> FluxCond:
+        """Return rotary table, guidance and input image."""
+        params = params_of(batch)
+        guidance = torch.tensor([params.guidance_scale], device=device) if self.guidance_embeds else None
+        tokens = [pack(latents) for latents in batch.image_latents]
+        image_tokens = torch.cat(tokens, dim=1) if tokens else None
+        return FluxCond(self.get_freqs_cis(batch, device), guidance, image_tokens)
+
+    def get_freqs_cis(self, batch: Req, device: torch.device) -> Tensor:
+        """Return the rotary table of text (all at the origin), picture and input image, in this order."""
+        text_ids = torch.zeros(batch.prompt_embeds[1].shape[1], 3, device=device)
+        grids = [batch.raw_latent_shape, *(latents.shape for latents in batch.image_latents)]
+        image_ids = [
+            position_ids(shape[2] // PATCH_SIZE, shape[3] // PATCH_SIZE, number, device)
+            for number, shape in enumerate(grids)
+        ]
+        return rotary_table(torch.cat((text_ids, *image_ids)), self.axes_dims_rope)
+
+    def should_use_guidance(self, batch: Req) -> bool:
+        """True classifier-free guidance needs a scale above 1 and a negative prompt, as in Diffusers."""
+        params = params_of(batch)
+        assert params.true_cfg_scale is not None
+        return params.true_cfg_scale > 1 and params.negative_prompt is not None
+
+    def guidance_scale(self, batch: Req, t: Tensor) -> float:
+        """Return `true_cfg_scale`."""
+        scale = params_of(batch).true_cfg_scale
+        assert scale is not None
+        return scale
+
+    def prepare_pos_cond_kwargs(self, batch: Req, latent_model_input: Latents, t: Tensor) -> dict[str, Tensor]:
+        """Return the transformer's arguments with the prompt."""
+        return self._transformer_kwargs(batch, batch.prompt_embeds, latent_model_input, t)
+
+    def prepare_neg_cond_kwargs(self, batch: Req, latent_model_input: Latents, t: Tensor) -> dict[str, Tensor]:
+        """Return the transformer's arguments with the negative prompt."""
+        return self._transformer_kwargs(batch, batch.negative_prompt_embeds, latent_model_input, t)
+
+    def _transformer_kwargs(
+        self, batch: Req, embeds: list[Tensor], latent_model_input: Latents, t: Tensor
+    ) -> dict[str, Tensor]:
+        assert isinstance(latent_model_input, Tensor)
+        cond: FluxCond = batch.cond
+        tokens = latent_model_input
+        if cond.image_tokens is not None:
+            tokens = torch.cat((tokens, cond.image_tokens), dim=1)
+        kwargs = {
+            "hidden_states": tokens,
+            "encoder_hidden_states": embeds[1],
+            "pooled_projections": embeds[0],
+            # Rounded to the latents' dtype before the division, as the reference does.
+            "timestep": t.expand(latent_model_input.shape[0]).to(latent_model_input.dtype) / 1000,
+            "freqs_cis": cond.freqs_cis,
+        }
+        return kwargs if cond.guidance is None else {**kwargs, "guidance": cond.guidance}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxKontextPipelineConfig(FluxPipelineConfig):
+    """Conventions of `FluxKontextPipeline`: the input image's tokens follow the picture's."""
+
+    task: ClassVar[ModelTaskType] = ModelTaskType.TI2I
+
+    def output_size(self, batch: Req) -> tuple[int, int]:
+        """Return the (height, width) in pixels, fitted to `max_area`."""
+        params = batch.params
+        assert isinstance(params, FluxKontextSamplingParams)
+        return params.fitted_size(self.vae_scale_factor * PATCH_SIZE)
+
+    def input_image_size(self, batch: Req, index: int) -> tuple[int, int]:
+        """Return the (height, width) for the VAE: the trained size of the nearest aspect, or the image's own."""
+        params = batch.params
+        assert isinstance(params, FluxKontextSamplingParams) and params.image is not None
+        multiple = self.vae_scale_factor * PATCH_SIZE
+        # The reference measures the aspect on sides that are whole multiples already.
+        width, height = (side // multiple * multiple for side in params.image[index].size)
+        if params.auto_resize:
+            aspect = width / height
+            _, width, height = min((abs(aspect - w / h), w, h) for w, h in KONTEXT_RESOLUTIONS)
+        return height // multiple * multiple, width // multiple * multiple
+
+    def combine_guidance(self, batch: Req, predictions: Sequence[Prediction], t: Tensor) -> Prediction:
+        """Join the branches, over the picture's own tokens only."""
+        assert isinstance(batch.latents, Tensor)
+        num_tokens = batch.latents.shape[1]
+        return super().combine_guidance(
+            batch, [tokens[:, :num_tokens] for tokens in predictions if isinstance(tokens, Tensor)], t
+        )
+
+
+def params_of(batch: Req) -> FluxSamplingParams:
+    """Return the request's parameters as this family's."""
+    assert isinstance(batch.params, FluxSamplingParams)
+    return batch.params
+
+
+def negative_prompt_of(params: FluxSamplingParams) -> str:
+    """Return the negative prompt, empty if there is none."""
+    assert not isinstance(params.negative_prompt, tuple)
+    return params.negative_prompt or ""

@@ -1,0 +1,246 @@
+"""The FLUX.1 transformer: blocks with two streams for text and image, then blocks with one.
+
+Reference: `FluxTransformer2DModel` in Diffusers; parameter names and shapes are those of its checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from safelight.attention import Attention
+from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
+from safelight.layers.linear import FeedForward
+from safelight.layers.modulation import ModulatedNorm, Modulation, gated_residual, modulate
+from safelight.layers.rotary import apply_rotary_emb
+
+FLOAT16_MAX = 65504.0
+TIME_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class FluxArchitecture:
+    """The numbers of `transformer/config.json`, with the reference's defaults.
+
+    Attributes:
+        in_channels, out_channels: of a token of latents.
+        num_layers: blocks of two streams.
+        num_single_layers: blocks of one stream.
+        attention_head_dim, num_attention_heads: their product is the width.
+        joint_attention_dim: channels of the T5 embeddings.
+        pooled_projection_dim: channels of the pooled CLIP embedding.
+        guidance_embeds: whether the guidance scale is an input.
+        axes_dims_rope: channels of a head that turn with each position axis; their sum is the head size.
+
+    """
+
+    in_channels: int = 64
+    out_channels: int | None = None
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    patch_size: int = 1
+
+    @property
+    def dim(self) -> int:
+        """Width of the model."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class ConditioningEmbedding(nn.Module):
+    """Timestep, guidance scale and pooled text as one vector, [B, dim]."""
+
+    def __init__(self, architecture: FluxArchitecture) -> None:
+        super().__init__()
+        dim = architecture.dim
+        self.timestep_embedder = EmbeddingMLP(TIME_CHANNELS, dim)
+        if architecture.guidance_embeds:
+            self.guidance_embedder = EmbeddingMLP(TIME_CHANNELS, dim)
+        self.text_embedder = EmbeddingMLP(architecture.pooled_projection_dim, dim)
+
+    def forward(self, timestep: Tensor, guidance: Tensor | None, pooled_projections: Tensor) -> Tensor:
+        """Return [B, dim]; timestep and guidance [B], times 1000 already."""
+        dtype = pooled_projections.dtype
+        embedded: Tensor = self.timestep_embedder(timestep_embedding(timestep, TIME_CHANNELS).to(dtype))
+        if guidance is not None:
+            embedded = embedded + self.guidance_embedder(timestep_embedding(guidance, TIME_CHANNELS).to(dtype))
+        return torch.add(embedded, self.text_embedder(pooled_projections))
+
+
+class SelfAttention(nn.Module):
+    """Attention of the blocks with one stream; its output goes into the block's joint projection."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.attention = Attention(num_heads, head_dim)
+
+    def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
+        """Return [B, S, C]."""
+        return self.attend(*self.project(hidden_states), freqs_cis)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value, each [B, S, H, D]; the first two normed."""
+        query, key, value = (
+            linear(hidden_states).unflatten(-1, (-1, self.head_dim)) for linear in (self.to_q, self.to_k, self.to_v)
+        )
+        return self.norm_q(query), self.norm_k(key), value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, freqs_cis: Tensor) -> Tensor:
+        """Return [B, S, C] of [B, S, H, D]."""
+        attended: Tensor = self.attention(apply_rotary_emb(query, freqs_cis), apply_rotary_emb(key, freqs_cis), value)
+        return attended.flatten(2)
+
+
+class JointAttention(SelfAttention):
+    """Attention over text and image together; each has projections and norms of its own."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__(dim, num_heads, head_dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_added_q = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_added_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.add_q_proj = nn.Linear(dim, dim)
+        self.add_k_proj = nn.Linear(dim, dim)
+        self.add_v_proj = nn.Linear(dim, dim)
+        self.to_add_out = nn.Linear(dim, dim)
+
+    def forward(self, image: Tensor, text: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the updates of image [B, S_image, C] and text [B, S_text, C]."""
+        joined = [torch.cat(pair, dim=1) for pair in zip(self.project_text(text), self.project(image), strict=True)]
+        attended = self.attend(joined[0], joined[1], joined[2], freqs_cis)
+        text_update, image_update = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
+        return self.to_out[0](image_update), self.to_add_out(text_update)
+
+    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value of the text, each [B, S, H, D]; the first two normed."""
+        query, key, value = (
+            linear(text).unflatten(-1, (-1, self.head_dim))
+            for linear in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        )
+        return self.norm_added_q(query), self.norm_added_k(key), value
+
+
+class FluxTransformerBlock(nn.Module):
+    """A block with two streams."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.norm1 = Modulation(dim, 6)
+        self.norm1_context = Modulation(dim, 6)
+        self.attn = JointAttention(dim, num_heads, head_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(dim)
+        self.norm2_context = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ff_context = FeedForward(dim)
+
+    def forward(self, image: Tensor, text: Tensor, temb: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+        """Return image [B, S_image, C] and text [B, S_text, C]."""
+        normed, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(image, temb)
+        text_normed, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = self.norm1_context(text, temb)
+        update, text_update = self.attn(normed, text_normed, freqs_cis)
+        image = gated_residual(image, gate, update)
+        image = gated_residual(image, mlp_gate, self.ff(modulate(self.norm2(image), mlp_scale, mlp_shift)))
+        text = gated_residual(text, text_gate, text_update)
+        text_mlp = self.ff_context(modulate(self.norm2_context(text), text_mlp_scale, text_mlp_shift))
+        return image, clip_float16(gated_residual(text, text_mlp_gate, text_mlp))
+
+
+class FluxSingleTransformerBlock(nn.Module):
+    """A block with one stream; attention and MLP run side by side."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.norm = Modulation(dim, 3)
+        self.proj_mlp = nn.Linear(dim, 4 * dim)
+        self.act_mlp = nn.GELU(approximate="tanh")
+        self.proj_out = nn.Linear(5 * dim, dim)
+        self.attn = SelfAttention(dim, num_heads, head_dim)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor, freqs_cis: Tensor) -> Tensor:
+        """Return [B, S_text + S_image, C]."""
+        normed, gate = self.norm(hidden_states, temb)
+        joined = torch.cat((self.attn(normed, freqs_cis), self.act_mlp(self.proj_mlp(normed))), dim=-1)
+        return clip_float16(gated_residual(hidden_states, gate, self.proj_out(joined)))
+
+
+class FluxTransformer2DModel(nn.Module):
+    """Predicts the velocity, noise minus picture, of packed latents."""
+
+    _repeated_blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+
+    def __init__(self, architecture: FluxArchitecture) -> None:
+        super().__init__()
+        out_channels = architecture.out_channels or architecture.in_channels
+        dim, heads = architecture.dim, (architecture.num_attention_heads, architecture.attention_head_dim)
+        self.time_text_embed = ConditioningEmbedding(architecture)
+        self.context_embedder = nn.Linear(architecture.joint_attention_dim, dim)
+        self.x_embedder = nn.Linear(architecture.in_channels, dim)
+        self.transformer_blocks = nn.ModuleList(
+            FluxTransformerBlock(dim, *heads) for _ in range(architecture.num_layers)
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            FluxSingleTransformerBlock(dim, *heads) for _ in range(architecture.num_single_layers)
+        )
+        self.norm_out = ModulatedNorm(dim)
+        self.proj_out = nn.Linear(dim, architecture.patch_size**2 * out_channels)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build from `transformer/config.json`."""
+        values = dict(config)
+        values["axes_dims_rope"] = tuple(values.get("axes_dims_rope", FluxArchitecture.axes_dims_rope))
+        return cls(FluxArchitecture(**values))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        freqs_cis: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Return the velocity, [B, S_image, out_channels].
+
+        Args:
+            hidden_states: [B, S_image, in_channels], packed latents.
+            encoder_hidden_states: [B, S_text, joint_attention_dim], T5's.
+            pooled_projections: [B, pooled_projection_dim], CLIP's.
+            timestep: [B], noise level in [0, 1].
+            freqs_cis: complex64 [S_text + S_image, D/2].
+            guidance: [B], scale of the embedded guidance.
+
+        """
+        image = self.x_embedder(hidden_states)
+        text = self.context_embedder(encoder_hidden_states)
+        scaled_guidance = None if guidance is None else guidance.to(image.dtype) * 1000
+        temb = self.time_text_embed(timestep.to(image.dtype) * 1000, scaled_guidance, pooled_projections)
+        for block in self.transformer_blocks:
+            image, text = block(image, text, temb, freqs_cis)
+        joined = torch.cat((text, image), dim=1)
+        for block in self.single_transformer_blocks:
+            joined = block(joined, temb, freqs_cis)
+        velocity: Tensor = self.proj_out(self.norm_out(joined[:, text.shape[1] :], temb))
+        return velocity
+
+
+def clip_float16(hidden_states: Tensor) -> Tensor:
+    """Keep float16 activations finite, as the reference does; other dtypes are returned as they are."""
+    if hidden_states.dtype is torch.float16:
+        return hidden_states.clip(-FLOAT16_MAX, FLOAT16_MAX)
+    return hidden_states

@@ -1,0 +1,1 @@
+"""Layers that families share, with the parameter names of the Diffusers checkpoints."""

@@ -1,0 +1,116 @@
+"""Safetensors checkpoints: memory-mapped, strict, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from safelight.errors import CheckpointError
+
+STEMS = ("diffusion_pytorch_model", "model")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_NAMED = 5
+"""Keys that a message names before it counts the rest."""
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the shards of a component's checkpoint, each checked to be a whole safetensors file.
+
+    Raises:
+        CheckpointError: if a shard is missing or damaged, the index names a file elsewhere, or there is only pickle.
+
+    """
+    where = folder.name
+    for stem in STEMS:
+        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if index.is_file():
+            files = [folder / name for name in _shard_names(index)]
+            break
+        if single.is_file():
+            files = [single]
+            break
+    else:
+        if any(path.suffix in PICKLES for path in folder.glob("*")):
+            raise CheckpointError(f"{where}: a pickle checkpoint is refused; convert it to safetensors")
+        raise CheckpointError(f"{where}: no weights there ({' or '.join(f'{stem}.safetensors' for stem in STEMS)})")
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{where}: shard {path.name} is missing")
+        with _opened(path):
+            pass
+    return files
+
+
+def load_weights(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a module that was built on the meta device its weights, in place.
+
+    On the CPU, in the checkpoint's own dtype, parameters are the mapped file itself: nothing is copied, and pages are
+    read when they are first touched.
+
+    Raises:
+        CheckpointError: if a key is missing, unexpected or of another shape; it names them.
+
+    """
+    module.requires_grad_(False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        shards = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder)]
+        for key, path, shard in _keys(shards):
+            _check_key(key, shard, wanted, state, path)
+            tensor = shard.get_tensor(key)
+            state[key] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+    missing = sorted(wanted.keys() - state.keys())
+    if missing:
+        raise CheckpointError(f"{folder.name}: missing {listed(missing)}")
+    module.load_state_dict(state, assign=True)
+
+
+def _keys(shards: list[tuple[Path, Any]]) -> Iterator[tuple[str, Path, Any]]:
+    for path, shard in shards:
+        for key in shard.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            yield key, path, shard
+
+
+def _check_key(key: str, shard: Any, wanted: dict[str, tuple[int, ...]], seen: dict[str, Tensor], path: Path) -> None:
+    where = f"{path.parent.name}/{path.name}"
+    if key not in wanted:
+        raise CheckpointError(f"{where}: unexpected key {key!r}")
+    if key in seen:
+        raise CheckpointError(f"{where}: key {key!r} is in two shards")
+    shape = tuple(shard.get_slice(key).get_shape())
+    if shape != wanted[key]:
+        raise CheckpointError(f"{where}: {key!r} has shape {list(shape)}; the model takes {list(wanted[key])}")
+
+
+def _shard_names(index: Path) -> list[str]:
+    where = f"{index.parent.name}/{index.name}"
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not a safetensors index") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{where}: shard {name!r} is refused; a shard is a safetensors file beside the index")
+    return names
+
+
+def _opened(path: Path) -> Any:
+    """Open a safetensors file, mapped. The library checks header, offsets and length."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.parent.name}/{path.name}: not a whole safetensors file ({error})") from error
+
+
+def listed(names: list[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    rest = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,102 @@
+"""One component: from its class name in `model_index.json`, through tables of ours alone, to a loaded object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from safelight.core.registry import resolve_class
+from safelight.errors import CheckpointError, ModelError, ModelIndexError, nearest
+from safelight.loading.checkpoint import checkpoint_files, listed, load_weights
+from safelight.loading.repository import Repository, read_json
+
+LIBRARY_CLASSES: Mapping[str, str] = {
+    "AutoencoderKL": "diffusers:AutoencoderKL",
+    "CLIPTextModel": "transformers:CLIPTextModel",
+    "CLIPTokenizer": "transformers:CLIPTokenizer",
+    "CLIPTokenizerFast": "transformers:CLIPTokenizer",
+    "FlowMatchEulerDiscreteScheduler": "diffusers:FlowMatchEulerDiscreteScheduler",
+    "T5EncoderModel": "transformers:T5EncoderModel",
+    "T5Tokenizer": "transformers:T5Tokenizer",
+    "T5TokenizerFast": "transformers:T5Tokenizer",
+}
+"""Components that the libraries load: class name in the index to `library:Class`."""
+
+
+def component_target(repository: Repository, component: str, own: Mapping[str, str]) -> str | None:
+    """Return `module:Class` of a component; None where the index has none.
+
+    Args:
+        repository: where it is.
+        component: its name.
+        own: the family's own classes.
+
+    Raises:
+        ModelIndexError: for a class that is in neither table.
+
+    """
+    class_name = repository.component_class_name(component)
+    if class_name is None:
+        return None
+    table = {**LIBRARY_CLASSES, **own}
+    if class_name not in table:
+        raise ModelIndexError(
+            f"model_index.json: {component}: class {class_name!r} is not supported; {nearest(class_name, table)}"
+        )
+    return table[class_name]
+
+
+def load_component(folder: Path, target: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load one component.
+
+    Args:
+        folder: the component's folder.
+        target: `module:Class`, from the tables.
+        dtype: of its weights.
+        device: where they go.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+
+    """
+    library = target.partition(":")[0]
+    cls = resolve_class(target)
+    if library not in ("diffusers", "transformers"):
+        return _load_native(cls, folder, dtype, device)
+    load = _load_library_module if issubclass(cls, nn.Module) else _load_library_object
+    try:
+        return load(cls, folder, dtype, device)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{folder.name}: {cls.__name__} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    config = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
+    try:
+        with torch.device("meta"):
+            module: nn.Module = cls.from_config(config)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelIndexError(f"{folder.name}/config.json: {str(error).splitlines()[0]}") from error
+    load_weights(module, folder, dtype, device)
+    return module.eval()
+
+
+def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    checkpoint_files(folder)
+    module, info = cls.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    for fault in ("missing_keys", "mismatched_keys"):
+        if info[fault]:
+            raise CheckpointError(f"{folder.name}: {fault.replace('_', ' ')}: {listed(sorted(map(str, info[fault])))}")
+    loaded: nn.Module = module.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def _load_library_object(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    return cls.from_pretrained(folder, local_files_only=True)

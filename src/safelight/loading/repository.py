@@ -1,0 +1,144 @@
+"""A model repository in Diffusers layout: `model_index.json`, and one folder a component. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safelight.core.params import SamplingParams
+from safelight.core.registry import PipelineEntry, get_pipeline
+from safelight.errors import ModelIndexError, ModelNotFoundError
+from safelight.loading import hub
+
+SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "shapes"
+INDEX_NAME = "model_index.json"
+CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+DEFAULTS_NAME = "generation_config.json"
+"""Where a repository may state its own default sampling values, as transformers' repositories do."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository on this machine.
+
+    Attributes:
+        name: what it was asked for by.
+        path: its folder.
+        index: `model_index.json`.
+        pipeline: the pipeline that its `_class_name` names.
+
+    """
+
+    name: str
+    path: Path
+    index: Mapping[str, Any]
+    pipeline: PipelineEntry
+
+    def component_class_name(self, component: str) -> str | None:
+        """Return the class name that the index gives a component; None where it is null or absent.
+
+        Raises:
+            ModelIndexError: if the entry is not `[library, class]` of a known library.
+
+        """
+        entry = self.index.get(component)
+        if entry is None or entry == [None, None]:
+            return None
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+            raise ModelIndexError(f"{INDEX_NAME}: {component}: got {entry!r}; it takes [library, class]")
+        library, class_name = entry
+        if library not in ("diffusers", "transformers"):
+            raise ModelIndexError(
+                f"{INDEX_NAME}: {component}: class {class_name!r} of {library!r} is refused; "
+                "only classes of diffusers and transformers are loaded, and never code from a repository"
+            )
+        return str(class_name)
+
+    def component_config(self, component: str) -> dict[str, Any]:
+        """Return a component's JSON configuration.
+
+        Raises:
+            ModelIndexError: if there is none, or it is no JSON object.
+
+        """
+        for name in CONFIG_NAMES:
+            path = self.path / component / name
+            if path.is_file():
+                return read_json(path)
+        raise ModelIndexError(f"{self.name}: component {component} has no {' or '.join(CONFIG_NAMES)}")
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Return the default sampling values that the repository states for itself, checked."""
+        path = self.path / DEFAULTS_NAME
+        if not path.is_file():
+            return {}
+        options = self.pipeline.sampling_param_cls().options()
+        stated = read_json(path)
+        unknown = sorted(stated.keys() - options.keys())
+        if unknown:
+            raise ModelIndexError(
+                f"{self.name}: {DEFAULTS_NAME} has {', '.join(unknown)}, which this pipeline does not"
+            )
+        return {name: options[name].check(f"{DEFAULTS_NAME}: {name}", value) for name, value in stated.items()}
+
+    def params_cls(self) -> type[SamplingParams]:
+        """Return the sampling parameters of this model."""
+        return self.pipeline.sampling_param_cls()
+
+
+def open_repository(
+    model: str | os.PathLike[str] | None = None, revision: str | None = None, *, weights: bool = True
+) -> Repository:
+    """Find a model: the shipped one (None), a folder, or a Hub id, which is downloaded.
+
+    Args:
+        model: a folder, or a Hub id such as `owner/name`, optionally with `@revision`.
+        revision: branch, tag or commit of a Hub id.
+        weights: whether weights are wanted; without, only JSON and tokenizers are downloaded.
+
+    Raises:
+        ModelError: if there is no such model, it may not be read, or its index is not one that can be run.
+
+    """
+    name = str(model) if model is not None else str(SHIPPED_MODEL)
+    path = Path(name).expanduser()
+    if path.exists():
+        return _read(name if model is not None else "the shipped model", path)
+    if not hub.is_repo_id(name):
+        raise ModelNotFoundError(f"model: {name}: no such folder, and not a Hub id (owner/name)")
+    repo_id, _, tagged = name.partition("@")
+    revision = tagged or revision
+    index_path = hub.download_file(repo_id, INDEX_NAME, revision)
+    repository = _read(name, index_path.parent)
+    components = repository.pipeline.pipeline_cls().component_names()
+    return _read(name, hub.download_components(repo_id, revision, components, (DEFAULTS_NAME, INDEX_NAME), weights))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        ModelIndexError: if it cannot be read, or is something else.
+
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelIndexError(f"{path.parent.name}/{path.name}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelIndexError(f"{path.parent.name}/{path.name}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def _read(name: str, path: Path) -> Repository:
+    if not (path / INDEX_NAME).is_file():
+        raise ModelIndexError(f"{name}: no {INDEX_NAME} there; a model is a folder in Diffusers layout")
+    index = read_json(path / INDEX_NAME)
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str):
+        raise ModelIndexError(f"{INDEX_NAME}: _class_name: got {class_name!r}; it takes a pipeline's class name")
+    return Repository(name, path, index, get_pipeline(class_name))

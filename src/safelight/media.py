@@ -1,0 +1,158 @@
+"""Pictures in and out of files. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from safelight.errors import InvalidParameterError, OutputError
+
+READ_FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_INPUT_PIXELS = 100_000_000
+"""Of an input image; a larger one is refused from its header, before anything is decoded."""
+METADATA_KEY = "parameters"
+_USER_COMMENT = b"ASCII\0\0\0"
+
+
+def open_image(source: Any, param: str = "image") -> Image.Image:
+    """Return a picture in RGB, turned as its EXIF says.
+
+    Args:
+        source: a PIL image, or the path of a PNG, JPEG or WebP file.
+        param: the field that an error names.
+
+    Raises:
+        InvalidParameterError: if it cannot be read as such, or is too large.
+
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, param, "a PIL image")
+    if not isinstance(source, str | os.PathLike):
+        raise InvalidParameterError(param, source, "a path, a PIL image, or a list of these")
+    takes = f"a readable {', '.join(READ_FORMATS)} file"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            with Image.open(source, formats=READ_FORMATS) as image:
+                return _to_rgb(image, param, os.fspath(source))
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidParameterError(param, os.fspath(source), f"{takes} ({str(error).splitlines()[0]})") from error
+
+
+def _to_rgb(image: Image.Image, param: str, name: str) -> Image.Image:
+    if image.width * image.height > MAX_INPUT_PIXELS:
+        size = f"{name} of {image.width}x{image.height}"
+        raise InvalidParameterError(param, size, f"at most {MAX_INPUT_PIXELS // 10**6} megapixels")
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def has_alpha(source: Any) -> bool:
+    """Say whether an opened picture has an alpha channel."""
+    return isinstance(source, Image.Image) and "A" in source.getbands()
+
+
+def _png(image: Image.Image, path: Path, metadata: str) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text(METADATA_KEY, metadata)
+    image.save(path, format="PNG", pnginfo=text)
+
+
+def _jpeg(image: Image.Image, path: Path, metadata: str) -> None:
+    image.convert("RGB").save(path, format="JPEG", quality=95, subsampling=0, exif=_exif(metadata))
+
+
+def _webp(image: Image.Image, path: Path, metadata: str) -> None:
+    image.save(path, format="WEBP", lossless=True, method=0, exif=_exif(metadata))
+
+
+def _exif(metadata: str) -> Image.Exif:
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _USER_COMMENT + metadata.encode("ascii")
+    return exif
+
+
+IMAGE_WRITERS: Mapping[str, Callable[[Image.Image, Path, str], None]] = {
+    ".png": _png,
+    ".jpg": _jpeg,
+    ".jpeg": _jpeg,
+    ".webp": _webp,
+}
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse a path that cannot be written as a picture, before any work is done for it.
+
+    Raises:
+        OutputError: naming the path and what it takes.
+
+    """
+    if path.suffix.lower() not in IMAGE_WRITERS:
+        raise OutputError(f"output: got {str(path)!r}; it takes a name that ends in {', '.join(IMAGE_WRITERS)}")
+    if not path.parent.is_dir():
+        raise OutputError(f"output: folder {str(path.parent)!r} does not exist")
+    if path.is_dir():
+        raise OutputError(f"output: {str(path)!r} is a folder")
+    if path.exists() and not overwrite:
+        raise OutputError(f"output: {str(path)!r} exists already; --overwrite (overwrite=True) replaces it")
+
+
+def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Write a picture and how it was made: whole, or not at all.
+
+    Args:
+        image: the picture.
+        path: where to; its ending chooses PNG, JPEG or WebP.
+        metadata: what JSON can hold; in a PNG's text, or the EXIF user comment of JPEG and WebP.
+        overwrite: whether an existing file is replaced.
+
+    Raises:
+        OutputError: if it cannot be written there.
+
+    """
+    check_output(path, overwrite)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        os.close(handle)
+        IMAGE_WRITERS[path.suffix.lower()](image, temporary, json.dumps(metadata))
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return how a picture was made, as `save_image` wrote it.
+
+    Raises:
+        InvalidParameterError: if it is no picture, or carries no parameters of ours.
+
+    """
+    takes = "a picture that Safelight made"
+    try:
+        with Image.open(path, formats=READ_FORMATS) as image:
+            text = image.info.get(METADATA_KEY)
+            if text is None:
+                comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+                text = bytes(comment).removeprefix(_USER_COMMENT).decode("ascii")
+        found = json.loads(text)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise InvalidParameterError("file", str(path), takes) from error
+    if not isinstance(found, dict):
+        raise InvalidParameterError("file", str(path), takes)
+    return found

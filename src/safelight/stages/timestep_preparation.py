@@ -1,0 +1,36 @@
+"""The schedule: timesteps and sigmas, dynamic shift included."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from safelight.core.config import PipelineConfig
+from safelight.core.request import Req
+from safelight.core.server_args import ServerArgs
+from safelight.core.stage import PipelineStage
+
+
+class TimestepPreparationStage(PipelineStage):
+    """Gives the request its own solver, set to its schedule."""
+
+    def __init__(self, scheduler: Any, config: PipelineConfig) -> None:
+        self.scheduler = scheduler
+        self.config = config
+
+    def forward(self, batch: Req, server_args: ServerArgs) -> Req:
+        """Fill `scheduler`, `timesteps`, `sigmas` and `num_inference_steps`."""
+        scheduler = copy.deepcopy(self.scheduler)
+        device = server_args.torch_device()
+        sigmas = self.config.prepare_sigmas(batch)
+        shift = {"mu": self.config.prepare_mu(batch, scheduler.config)}
+        schedule = {"num_inference_steps": batch.params.num_inference_steps} if sigmas is None else {"sigmas": sigmas}
+        scheduler.set_timesteps(device=device, **schedule, **(shift if shift["mu"] is not None else {}))
+        scheduler.set_begin_index(0)
+        batch.scheduler = scheduler
+        batch.timesteps = scheduler.timesteps
+        batch.sigmas = torch.as_tensor(scheduler.sigmas).tolist()
+        batch.num_inference_steps = len(scheduler.timesteps)
+        return batch

@@ -1,0 +1,76 @@
+"""Tiny checkpoints and loaded models, each made once a session."""
+
+from __future__ import annotations
+
+
+import diffusers
+import pytest
+import torch
+
+from safelight import ServerArgs
+from safelight.core.request import Req
+from safelight.loading.loader import load_pipeline
+from tests.recipes import all_recipes
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrise over the registry: a pipeline that is registered has a recipe, or the suite fails."""
+    recipes = all_recipes()
+    if {"recipe", "case"} <= set(metafunc.fixturenames):
+        metafunc.parametrize(
+            ("recipe", "case"),
+            [
+                pytest.param(recipe, case, id=f"{name}: {case.name}", marks=[pytest.mark.slow] if case.slow else [])
+                for name, recipe in recipes.items()
+                for case in recipe.cases
+            ],
+        )
+    elif "recipe" in metafunc.fixturenames:
+        metafunc.parametrize("recipe", recipes.values(), ids=recipes.keys())
+
+
+class Models:
+    """Checkpoints by recipe and variant, and the pipelines loaded from them."""
+
+    def __init__(self, root):
+        self._root = root
+        self._folders = {}
+        self._ours = {}
+        self._references = {}
+
+    def folder(self, recipe, variant="default"):
+        key = (recipe.pipeline_name, variant)
+        if key not in self._folders:
+            folder = self._root / f"{recipe.pipeline_name}-{variant}"
+            recipe.build(folder, variant)
+            self._folders[key] = folder
+        return self._folders[key]
+
+    def ours(self, recipe, variant="default"):
+        folder = self.folder(recipe, variant)
+        if folder not in self._ours:
+            self._ours[folder] = load_pipeline(ServerArgs(str(folder), device="cpu"))
+        return self._ours[folder]
+
+    def reference(self, recipe, variant="default"):
+        folder = self.folder(recipe, variant)
+        if folder not in self._references:
+            pipe = getattr(diffusers, recipe.pipeline_name).from_pretrained(folder)
+            pipe.set_progress_bar_config(disable=True)
+            self._references[folder] = pipe
+        return self._references[folder]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    torch.manual_seed(0)
+    return Models(tmp_path_factory.mktemp("checkpoints"))
+
+
+def requests(pipeline, fields):
+    """Return one `Req` an output of what is asked."""
+    params_cls = pipeline.schema.params_cls
+    params = params_cls.from_fields({"output_type": "np", "seed": 0, **fields}).resolve(pipeline.schema)
+    return [Req(request_id=f"r{index}", params=single) for index, single in enumerate(params.split())]
+
+
