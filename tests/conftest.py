@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 
+from tests.families.report import ParityRow, markdown, table
+
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
 
@@ -33,7 +35,7 @@ def pytest_configure(config):
     config.stash[PARITY_ROWS] = []
 
 
-PARITY_ROWS = pytest.StashKey[list]()
+PARITY_ROWS = pytest.StashKey[list[ParityRow]]()
 
 
 @pytest.fixture
@@ -46,8 +48,6 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[PARITY_ROWS]
     if not rows:
         return
-    from tests.families.report import markdown, table
-
     terminalreporter.section("parity with Diffusers: largest difference")
     terminalreporter.write_line(table(rows))
     if config.getoption("--parity-report"):

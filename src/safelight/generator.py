@@ -6,7 +6,7 @@ import dataclasses
 import os
 import secrets
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -98,17 +98,7 @@ class DiffusionGenerator:
         """
         if self._executor is None:
             raise UsageError("this generator is closed; load the model again")
-        asked = self._params(prompt, fields)
-        alpha = any(media.has_alpha(image) for image in _as_list(asked.image))
-        if asked.image is not None:
-            asked = dataclasses.replace(asked, image=tuple(media.open_image(image) for image in _as_list(asked.image)))
-        params = asked.resolve(self.schema)
-        assert params.n is not None
-        if params.seed is None:
-            params = dataclasses.replace(params, seed=secrets.randbelow(SEED_RANGE - params.n))
-        warnings = params.warnings(self.schema, asked.set_fields())
-        if alpha:
-            warnings.append("image: its alpha channel is not used")
+        params, warnings = prepare(self.schema, self._fields(prompt, fields))
         return self._run(self._executor, params, warnings)
 
     def close(self) -> None:
@@ -123,14 +113,14 @@ class DiffusionGenerator:
         """Close."""
         self.close()
 
-    def _params(self, prompt: str | Sequence[str] | SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
+    def _fields(self, prompt: str | Sequence[str] | SamplingParams | None, fields: dict[str, Any]) -> dict[str, Any]:
         if isinstance(prompt, SamplingParams):
-            fields = {**prompt.set_fields(), **fields}
-        elif prompt is not None and "prompt" in fields:
+            return {**prompt.set_fields(), **fields}
+        if prompt is None:
+            return fields
+        if "prompt" in fields:
             raise InvalidParameterError("prompt", fields["prompt"], "one value, and it is given as first argument too")
-        elif prompt is not None:
-            fields = {"prompt": prompt, **fields}
-        return self.schema.params_cls.from_fields(fields)
+        return {"prompt": prompt, **fields}
 
     def _run(
         self, executor: PipelineExecutor, params: SamplingParams, warnings: list[str]
@@ -147,6 +137,27 @@ class DiffusionGenerator:
                     yield event
             outputs.append(make_output(req.outputs, single, req.timings, req.warnings))
         yield dataclasses.replace(event, result=GenerationResult(outputs, params, self.schema, warnings))
+
+
+def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
+    """Return what was asked for as resolved parameters, images opened and seed drawn, and what to warn of.
+
+    Raises:
+        UsageError: for what the model does not take; the message names the field.
+
+    """
+    asked = schema.params_cls.from_fields(fields)
+    images = _as_list(asked.image)
+    if images:
+        asked = dataclasses.replace(asked, image=tuple(media.open_image(image) for image in images))
+    params = asked.resolve(schema)
+    assert params.n is not None
+    if params.seed is None:
+        params = dataclasses.replace(params, seed=secrets.randbelow(SEED_RANGE - params.n))
+    warnings = params.warnings(schema, asked.set_fields())
+    if any(media.has_alpha(image) for image in images):
+        warnings.append("image: its alpha channel is not used")
+    return params, warnings
 
 
 def _as_list(image: Any) -> list[Any]:

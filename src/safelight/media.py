@@ -86,6 +86,13 @@ IMAGE_WRITERS: Mapping[str, Callable[[Image.Image, Path, str], None]] = {
 }
 
 
+def output_paths(path: Path, count: int) -> list[Path]:
+    """Return a path a picture: the path itself for one, numbered for several."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
+
+
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse a path that cannot be written as a picture, before any work is done for it.
 

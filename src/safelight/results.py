@@ -115,7 +115,7 @@ class GenerationResult:
         if self.params.output_type != "pil":
             raise OutputError(f"output_type: got {self.params.output_type!r}; only pil can be written to files")
         pictures = [(image, output) for output in self.outputs for image in output.images]
-        paths = output_paths(Path(path), len(pictures))
+        paths = media.output_paths(Path(path), len(pictures))
         for target in paths:
             media.check_output(target, overwrite)
         for target, (image, output) in zip(paths, pictures, strict=True):
@@ -155,13 +155,6 @@ class GenerationEvent:
     output_index: int
     num_outputs: int
     result: GenerationResult | None = None
-
-
-def output_paths(path: Path, count: int) -> list[Path]:
-    """Return a path a picture: the path itself for one, numbered for several."""
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
 
 
 def make_output(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import diffusers
 import pytest
 import torch
@@ -72,5 +71,3 @@ def requests(pipeline, fields):
     params_cls = pipeline.schema.params_cls
     params = params_cls.from_fields({"output_type": "np", "seed": 0, **fields}).resolve(pipeline.schema)
     return [Req(request_id=f"r{index}", params=single) for index, single in enumerate(params.split())]
-
-

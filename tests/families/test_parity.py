@@ -128,7 +128,8 @@ def run_reference(pipe, recipe, reqs, case):
 
 def run_ours(pipeline, req):
     """Drive a request to its end; return its initial noise, and its latents after each step."""
-    noise, steps = None, []
+    noise: torch.Tensor | None = None
+    steps: list[torch.Tensor] = []
     with Execution(pipeline, req) as execution:
         while execution.advance():
             if noise is None and req.latents is not None:

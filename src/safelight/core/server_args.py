@@ -1,19 +1,27 @@
-"""What is set once for an engine. Every field has one name as flag, keyword and, later, configuration key."""
+"""What is set once for an engine: each field has one name as flag and keyword. Importing this imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from safelight.errors import InvalidParameterError
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def setting(default: Any, help: str) -> Any:
+    """Declare a field of `ServerArgs`, with the help of its flag."""
+    return field(default=default, metadata={"help": help})
+
+
+def settings_per_component(help: str) -> Any:
+    """Declare a field that maps components' names to values."""
+    return field(default_factory=dict, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,12 @@ class ServerArgs:
 
     """
 
-    model: str | None = None
-    revision: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    component_dtypes: Mapping[str, str] = field(default_factory=dict)
-    attention_backend: str = "auto"
+    model: str | None = setting(None, "A folder, or a Hub id with optional @revision.  [default: the shipped model]")
+    revision: str | None = setting(None, "Branch, tag or commit of a Hub id.")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...  [default: auto]")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16.  [default: auto]")
+    component_dtypes: Mapping[str, str] = settings_per_component("A component's own, as vae=float32; may be repeated.")
+    attention_backend: str = setting("auto", "auto, sdpa, math, flash, efficient or cudnn.  [default: auto]")
 
     def __post_init__(self) -> None:
         """Refuse a dtype that there is not, by the name of its field."""
@@ -53,6 +61,8 @@ class ServerArgs:
             InvalidParameterError: where there is no such device.
 
         """
+        import torch
+
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -72,10 +82,9 @@ class ServerArgs:
             precision: what the model prescribes for it whatever the rest has.
 
         """
-        if component in self.component_dtypes:
-            return DTYPES[self.component_dtypes[component]]
-        if precision is not None:
-            return DTYPES[precision]
-        if self.dtype != "auto":
-            return DTYPES[self.dtype]
-        return torch.float32 if self.torch_device().type == "cpu" else torch.bfloat16
+        import torch
+
+        by_device = "float32" if self.torch_device().type == "cpu" else "bfloat16"
+        common = by_device if self.dtype == "auto" else self.dtype
+        dtype: torch.dtype = vars(torch)[self.component_dtypes.get(component, precision or common)]
+        return dtype

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from safelight.core.registry import resolve_class
 from safelight.errors import CheckpointError, ModelError, ModelIndexError, nearest
@@ -88,14 +90,29 @@ def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.devic
 
 def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     checkpoint_files(folder)
-    module, info = cls.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    # Diffusers asks for another package, loudly, unless it is told to do without its deferred initialisation.
+    details = {"low_cpu_mem_usage": False} if cls.__module__.startswith("diffusers") else {}
+    with _no_progress_bars():
+        module, info = cls.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **details
+        )
     for fault in ("missing_keys", "mismatched_keys"):
         if info[fault]:
             raise CheckpointError(f"{folder.name}: {fault.replace('_', ' ')}: {listed(sorted(map(str, info[fault])))}")
     loaded: nn.Module = module.to(device).eval().requires_grad_(False)
     return loaded
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers' bars, which count tensors; whoever loads a model shows what matters."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _load_library_object(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -1,0 +1,109 @@
+"""`safelight generate`: its options are those of the model that it is asked to run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from safelight import media
+from safelight.cli.options import engine_options, engine_settings, given, sampling_options
+from safelight.errors import InvalidParameterError, OutputError
+from safelight.loading.repository import Repository, open_repository
+
+if TYPE_CHECKING:
+    from safelight.results import GenerationResult
+
+GENERATE_OPTIONS = [
+    click.Argument(["prompt"], required=False),
+    click.Option(["-o", "--output"], type=click.Path(path_type=Path), help="Where to: a .png, .jpg or .webp file."),
+    click.Option(["--overwrite"], is_flag=True, help="Replace files that exist."),
+]
+
+
+class GenerateCommand(click.Command):
+    """A command that has the options of the model named by `--model`, read from its index before parsing."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Add the model's options, then parse."""
+        values: dict[str, str | None] = {"model": None, "revision": None}
+        for index, argument in enumerate(args):
+            name, separator, value = argument.partition("=")
+            if name.removeprefix("--") in values and name.startswith("--"):
+                values[name.removeprefix("--")] = value if separator else next(iter(args[index + 1 :]), None)
+        repository = open_repository(values["model"], values["revision"], weights=False)
+        params_cls = repository.params_cls()
+        defaults = {**params_cls.defaults, **repository.sampling_defaults()}
+        self.params = [*GENERATE_OPTIONS, *sampling_options(params_cls, defaults), *engine_options()]
+        ctx.obj = repository
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=GenerateCommand)
+@click.pass_context
+def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, overwrite: bool, **values: Any) -> None:
+    """Make pictures of PROMPT, with the shipped model or the one named by --model.
+
+    The options are the model's own: add --model before --help to see another's. The files that were made are named
+    on standard output, one a line; everything else goes to standard error.
+    """
+    fields = given(ctx.obj.params_cls(), values)
+    if prompt is None:
+        raise InvalidParameterError("prompt", None, 'the text to generate from: safelight generate "..."')
+    for path in media.output_paths(output, fields.get("n", 1)) if output else []:
+        media.check_output(path, overwrite)
+    console = Console(stderr=True)
+    begun = time.perf_counter()
+    result = _run(console, ctx.obj, engine_settings(values), {"prompt": prompt, **fields})
+    path = output or free_path(Path(f"safelight-{result.seeds[0]}.png"), len(result.images))
+    for made in result.save(path, overwrite):
+        click.echo(made)
+    for warning in result.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    steps = result.params.set_fields().get("num_inference_steps")
+    seeds = ", ".join(map(str, result.seeds))
+    console.print(f"seed {seeds}, {steps} steps, {time.perf_counter() - begun:.1f} s", style="dim", highlight=False)
+
+
+def _run(
+    console: Console, repository: Repository, settings: dict[str, Any], fields: dict[str, Any]
+) -> GenerationResult:
+    """Load the model and make the pictures, with a progress bar where somebody watches."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("loading", total=None)
+        from safelight.generator import DiffusionGenerator, prepare
+        from safelight.loading.loader import describe
+
+        # What is wrong with the request is said before the weights are loaded.
+        prepare(describe(repository)[1], fields)
+        with DiffusionGenerator.from_pretrained(**settings) as generator:
+            result = None
+            for event in generator.stream(**fields):
+                number = f" {event.output_index + 1}/{event.num_outputs}" if event.num_outputs > 1 else ""
+                total = event.num_inference_steps or None
+                progress.update(
+                    task, description=f"{event.stage.replace('_', ' ')}{number}", completed=event.step, total=total
+                )
+                result = event.result
+    assert result is not None
+    return result
+
+
+def free_path(path: Path, count: int) -> Path:
+    """Return the path, or the first of `name-a`, `name-b`, ... whose files do not exist yet."""
+    for suffix in ("", *(f"-{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")):
+        candidate = path.with_name(f"{path.stem}{suffix}{path.suffix}")
+        if not any(target.exists() for target in media.output_paths(candidate, count)):
+            return candidate
+    raise OutputError(f"output: every name from {path} on is taken; name one with -o")

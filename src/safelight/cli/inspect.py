@@ -1,0 +1,91 @@
+"""Commands that look at things: pipelines, schemas, pictures, the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import click
+
+from safelight import media
+from safelight.core.registry import pipelines
+from safelight.version import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
+
+
+@click.command()
+def models() -> None:
+    """List the pipelines that run here, and known models of each."""
+    from safelight.loading.repository import SHIPPED_MODEL, open_repository
+
+    if SHIPPED_MODEL.is_dir():
+        click.echo(
+            f"shipped with Safelight, the default: {SHIPPED_MODEL.name} ({open_repository().index['_class_name']})"
+        )
+    for name, entry in pipelines().items():
+        click.echo(f"{name} ({entry.model_family})")
+        for path in entry.hf_model_paths:
+            click.echo(f"    {path}")
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+def schema(model: str | None, revision: str | None) -> None:
+    """Print what MODEL takes, as JSON Schema; loads no weights. Without MODEL: the shipped one."""
+    from safelight.loading.loader import describe
+    from safelight.loading.repository import open_repository
+
+    _, described = describe(open_repository(model, revision, weights=False))
+    click.echo(json.dumps(described.json_schema(), indent=2))
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def info(file: Path, as_json: bool) -> None:
+    """Print how the picture FILE was made."""
+    found = media.read_metadata(file)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found), default=0)
+    for name, value in found.items():
+        click.echo(f"{name:<{width}}  {value}")
+
+
+@click.command()
+def env() -> None:
+    """Print versions, devices and processor features, for a report."""
+    import torch
+
+    rows = {"safelight": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            rows[package] = version(package)
+        except PackageNotFoundError:
+            rows[package] = "not installed"
+    rows["cpu"] = f"{os.cpu_count()} cores; {' '.join(_cpu_features()) or 'features unknown'}"
+    rows["threads"] = str(torch.get_num_threads())
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        rows[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
+        rows["cuda"] = "none"
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _cpu_features() -> list[str]:
+    """Return the features that matter here, where the system lists them."""
+    listing = Path("/proc/cpuinfo")
+    if not listing.is_file():
+        return []
+    words = set(listing.read_text(encoding="utf-8", errors="replace").split())
+    return [feature for feature in CPU_FEATURES if feature in words]

@@ -1,0 +1,78 @@
+"""`safelight`: the commands, and how errors end. Start-up imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Mapping
+
+import click
+
+from safelight.errors import SafelightError
+from safelight.version import __version__
+
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "generate": ("safelight.cli.generate:generate", "Make pictures from a prompt."),
+    "models": ("safelight.cli.inspect:models", "List the pipelines that run here, and known models of each."),
+    "schema": ("safelight.cli.inspect:schema", "Print what a model takes, as JSON Schema; loads no weights."),
+    "info": ("safelight.cli.inspect:info", "Print how a picture was made."),
+    "env": ("safelight.cli.inspect:env", "Print versions, devices and processor features, for a report."),
+}
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands' names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = vars(importlib.import_module(module))[name]
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="safelight")
+@click.option("-v", "--verbose", is_flag=True, help="Log what is done, and show tracebacks.")
+def cli(verbose: bool) -> None:
+    """Run diffusion models: `safelight generate "a large red circle at the left on a white background"`."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command line; an error is one line on standard error, and an exit code."""
+    arguments = sys.argv[1:] if args is None else args
+    try:
+        code = cli.main(arguments, prog_name="safelight", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        _end(error.format_message(), error.exit_code)
+    except SafelightError as error:
+        _end(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _end("interrupted", INTERRUPTED)
+    except Exception as error:  # the process's boundary: whatever it was, the user gets one line
+        if "-v" in arguments or "--verbose" in arguments:
+            raise
+        _end(f"internal error: {type(error).__name__}: {error} (safelight -v shows where)", 1)
+
+
+def _end(message: str, code: int) -> None:
+    click.echo(f"safelight: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
