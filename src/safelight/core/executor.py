@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import TracebackType
 from typing import Self
 
@@ -36,27 +36,25 @@ class Execution:
         """
         begun = time.perf_counter()
         stage = self.req.stage
+        more = False
         try:
             with torch.inference_mode():
-                if self._started:
-                    self._steps.send([self._call(call) for call in self.req.pending])
-                else:
-                    self._started = True
-                    next(self._steps)
-        except StopIteration:
-            return False
+                more = self._resume()
         finally:
+            if not more:
+                self.close()
             if self.req.stage != stage or not self.req.pending:
                 self._synchronize()
             if stage:
                 elapsed = time.perf_counter() - begun
                 self.req.timings[stage] = self.req.timings.get(stage, 0.0) + elapsed
-        return True
+        return more
 
     def close(self) -> None:
-        """Stop the request where it stands."""
+        """Stop the request where it stands; closing twice does nothing."""
         with torch.inference_mode():
             self._steps.close()
+        self.req.pending = []
 
     def __enter__(self) -> Self:
         """Return itself: leaving the block closes it."""
@@ -65,6 +63,19 @@ class Execution:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Close."""
         self.close()
+
+    def _resume(self) -> bool:
+        """Make the pending calls and run the pipeline to its next yield; False at its end."""
+        results = [self._call(call) for call in self.req.pending]
+        try:
+            if self._started:
+                self._steps.send(results)
+            else:
+                self._started = True
+                next(self._steps)
+        except StopIteration:
+            return False
+        return True
 
     def _call(self, call: ModelCall) -> Prediction:
         result: Prediction = self._pipeline.get_module(call.component)(**call.kwargs, **call.shared_kwargs)
@@ -83,14 +94,14 @@ class PipelineExecutor(ABC):
         self.pipeline = pipeline
 
     @abstractmethod
-    def execute(self, req: Req) -> Iterator[Req]:
+    def execute(self, req: Req) -> Generator[Req, None, None]:
         """Drive a request to its end, yielding after each unit. Closing the iterator stops the work."""
 
 
 class SyncExecutor(PipelineExecutor):
     """Drives one request to its end, in this thread."""
 
-    def execute(self, req: Req) -> Iterator[Req]:
+    def execute(self, req: Req) -> Generator[Req, None, None]:
         """Drive a request to its end, yielding after each unit. Closing the iterator stops the work."""
         with Execution(self.pipeline, req) as execution:
             while execution.advance():

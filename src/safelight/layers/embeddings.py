@@ -12,7 +12,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
     """Return sinusoids, cosines first, float32 [B, dim] (Ho et al., 2020, arXiv:2006.11239).
 
     Args:
-        timesteps: [B], any range; FLUX gives 0 to 1000.
+        timesteps: [B], any range.
         dim: channels, an even number.
         max_period: the longest period, in units of `timesteps`.
 

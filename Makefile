@@ -1,0 +1,48 @@
+# Two commands on a bare machine with python3.11 and make: `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := outputs/demo.png
+PROMPT ?= a large red circle at the left on a white background
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint types parity bench clean
+
+help:  ## say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | sort
+
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "python3 -m venv failed: install python3.11 with its venv module (Debian: python3.11-venv)"; rm -rf $(VENV); exit 1; }
+	@echo "installing into $(VENV) (torch is large; once only)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+demo: $(READY)  ## make a picture with the shipped model, and name it
+	@mkdir -p $(dir $(DEMO))
+	@echo "prompt: $(PROMPT)"
+	@$(BIN)/safelight generate "$(PROMPT)" --seed 7 --overwrite -o $(DEMO)
+
+lint: $(READY)  ## ruff
+	@$(BIN)/ruff check src tests training benchmarks examples
+	@$(BIN)/ruff format --check --quiet src tests training benchmarks examples || \
+		{ echo "not formatted: run $(BIN)/ruff format"; exit 1; }
+
+types: $(READY)  ## mypy --strict
+	@$(BIN)/mypy
+
+test: lint types  ## lint, types and the tests that take minutes
+	@$(BIN)/python -m pytest -q
+
+test-all: lint types  ## as test, with the slow tests
+	@$(BIN)/python -m pytest -q --slow
+
+parity: $(READY)  ## compare with Diffusers, and write docs/parity.md
+	@$(BIN)/python -m pytest -q tests/families/test_parity.py --slow --parity-report docs/parity.md
+
+bench: $(READY)  ## the CPU benchmarks against Diffusers
+	@for script in startup operations overhead loading denoising_step; do $(BIN)/python -m benchmarks.$$script || exit 1; done
+
+clean:  ## remove the environment and what was made
+	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,275 @@
+"""The tree keeps the rules of the design: who names whom, who imports what, and how large things are."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from safelight.core.params import SamplingParams
+from safelight.core.registry import pipelines
+from safelight.core.request import Req
+from safelight.core.server_args import ServerArgs
+
+SOURCE = Path(__file__).parents[1] / "src" / "safelight"
+FAMILIES = SOURCE / "families"
+FILES = sorted(SOURCE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+FAMILY_NAMES = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir() and not path.name.startswith("_"))
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def module_name(path: Path) -> str:
+    dotted = ".".join(("safelight", *path.relative_to(SOURCE).with_suffix("").parts))
+    return dotted.removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules of ours that a file imports, inside functions too, but not for type checking alone."""
+    found = set()
+    for node in walk_runtime(TREES[path]):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]
+            if name:
+                found.add(name)
+    return found - {module_name(path)}
+
+
+def walk_runtime(tree: ast.AST):
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from walk_runtime(child)
+
+
+GRAPH = {name: imports(path) for name, path in MODULES.items()}
+
+
+def test_no_import_cycles():
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"cycle: {' -> '.join((*trail, name))}"
+        if name not in done:
+            for target in GRAPH[name]:
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in GRAPH:
+        visit(name, ())
+
+
+LAYERS = {
+    "errors": set(),
+    "version": set(),
+    "core": {"errors", "core", "stages", "families"},
+    "stages": {"errors", "core", "stages", "layers", "attention"},
+    "layers": {"errors", "layers"},
+    "attention": {"errors", "attention"},
+    "families": {"errors", "core", "stages", "layers", "attention", "families"},
+    "loading": {"errors", "core", "attention", "loading"},
+    "media": {"errors"},
+    "results": {"errors", "core", "media", "version"},
+    "generator": {"errors", "core", "loading", "media", "results"},
+    "cli": {"errors", "version", "core", "loading", "media", "results", "generator", "cli"},
+}
+"""For each part, the parts that it may import."""
+
+
+def part(module: str) -> str:
+    return module.partition(".")[2].partition(".")[0]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "safelight"])
+def test_imports_point_one_way(module):
+    allowed = LAYERS[part(module)]
+    wrong = {target for target in GRAPH[module] if target != "safelight" and part(target) not in allowed}
+    assert not wrong
+
+
+def test_core_stages_import_only_the_contracts():
+    """Stages and core know each other through contracts alone: only the composed pipeline imports stages."""
+    importers = {
+        name for name, targets in GRAPH.items() if any(target.startswith("safelight.stages") for target in targets)
+    }
+    assert {name for name in importers if part(name) == "core"} == {"safelight.core.pipeline"}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_nothing_outside_a_family_names_it(family):
+    pattern = re.compile(re.escape(family), re.IGNORECASE)
+    naming = [path for path in FILES if FAMILIES / family not in path.parents and pattern.search(path.read_text())]
+    assert naming == []
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_families_do_not_import_each_other(family):
+    own = f"safelight.families.{family}"
+    for name, targets in GRAPH.items():
+        if name.startswith(own):
+            assert not [t for t in targets if t.startswith("safelight.families.") and not t.startswith(own)]
+
+
+TORCHLESS = [
+    "safelight",
+    "safelight.errors",
+    "safelight.media",
+    "safelight.core.params",
+    "safelight.core.schema",
+    "safelight.core.registry",
+    "safelight.core.server_args",
+    "safelight.loading.repository",
+    "safelight.loading.hub",
+    "safelight.cli.main",
+    "safelight.cli.generate",
+    "safelight.cli.inspect",
+    "safelight.cli.options",
+    *(f"safelight.families.{family}.params" for family in FAMILY_NAMES),
+]
+
+
+def test_no_torch_where_there_must_be_none():
+    """One process imports all of them, lists the pipelines and their parameters, and has no torch."""
+    script = (
+        f"import sys, importlib; [importlib.import_module(name) for name in {TORCHLESS!r}];"
+        "from safelight.core.registry import pipelines;"
+        "[entry.sampling_param_cls().options() for entry in pipelines().values()];"
+        "heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def code_lines(path: Path) -> int:
+    tree, docs = TREES[path], set()
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module))
+            and ast.get_docstring(node, clean=False) is not None
+        ):
+            docs |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return sum(1 for n, line in lines if line.strip() and not line.lstrip().startswith("#") and n not in docs)
+
+
+BUDGETS = {
+    "core": 900,
+    "stages": 1000,
+    "layers": 900,
+    "attention": 500,
+    "loading": 900,
+    "cli": 600,
+    "generator.py": 300,
+}
+OVER = 1.25
+"""A budget is a habit: what is over is printed, and fails at this factor."""
+
+
+def total(folder: Path) -> int:
+    return sum(code_lines(path) for path in FILES if path == folder or folder in path.parents)
+
+
+def check_budget(name: str, lines: int, budget: int) -> None:
+    if lines > budget:
+        print(f"{name}: {lines} code lines, budget {budget}")
+    assert lines <= OVER * budget
+
+
+@pytest.mark.parametrize(("name", "budget"), BUDGETS.items())
+def test_budgets(name, budget):
+    check_budget(name, total(SOURCE / name), budget)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_family_budgets(family):
+    """900 code lines for one or two pipeline classes, 150 for each further one; a transformer has 500."""
+    classes = [entry for entry in pipelines().values() if entry.model_family == family]
+    own = 1400 if (FAMILIES / family / "vae.py").exists() else 900
+    if any("V" in entry.pipeline_config_cls().task for entry in classes):
+        own = 1600
+    check_budget(family, total(FAMILIES / family), own + 150 * max(0, len(classes) - 2))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(SOURCE)) for path in FILES])
+def test_sizes_of_files_and_functions(path):
+    assert code_lines(path) <= (500 if path.name == "transformer.py" else 400)
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, FUNCTIONS):
+            assert (node.end_lineno or 0) - node.lineno + 1 <= 80, node.name
+            if node.name == "forward" and FAMILIES in path.parents:
+                assert (node.end_lineno or 0) - node.lineno + 1 <= 40, "forward reads as the paper does"
+
+
+def test_no_context_manager_spans_a_yield():
+    """Whoever drives a pipeline's generator may close it anywhere, in any order."""
+    for path, tree in TREES.items():
+        if part(module_name(path)) not in ("core", "stages", "families") or path.name == "executor.py":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.With | ast.AsyncWith):
+                assert not [n for n in ast.walk(node) if isinstance(n, ast.Yield | ast.YieldFrom)], path
+
+
+def test_nothing_runs_code_from_data():
+    """No pickle, no torch.load, no eval, no trust_remote_code."""
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not {"pickle", "cloudpickle", "dill", "marshal", "shelve"} & set(names), path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "torch.load", "yaml.load", "compile"), (path, called)
+                assert not [k for k in node.keywords if k.arg == "trust_remote_code"], path
+
+
+def test_models_know_no_technique():
+    """A transformer's file imports layers and attention, nothing of parallelism, compile, offload or caching."""
+    for family in FAMILY_NAMES:
+        targets = GRAPH[f"safelight.families.{family}.transformer"]
+        assert {part(target) for target in targets if target != "safelight"} <= {"attention", "layers"}
+        assert "compile" not in (FAMILIES / family / "transformer.py").read_text()
+
+
+COMMON_FIELDS = (
+    "prompt negative_prompt image height width num_frames fps num_inference_steps guidance_scale seed n output_type"
+)
+REQ_FIELDS = (
+    "request_id params stage latents timesteps num_inference_steps step_index sigmas prompt_embeds "
+    "negative_prompt_embeds image_latents generator raw_latent_shape scheduler cond pending denoised outputs warnings "
+    "timings host_tensors"
+)
+SERVER_ARGS = "model revision device dtype component_dtypes attention_backend"
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "limit"),
+    [(SamplingParams, COMMON_FIELDS, 20), (Req, REQ_FIELDS, 25), (ServerArgs, SERVER_ARGS, 25)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_frozen_lists(cls, fields, limit):
+    """A new option, or a new field of a request, is argued for in its commit: this list changes with it."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    assert names == fields.split()
+    assert len(names) <= limit
+
+
+def test_no_environment_variables_of_our_own():
+    for path in FILES:
+        assert "os.environ" not in path.read_text() and "getenv" not in path.read_text(), path
