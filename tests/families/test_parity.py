@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from safelight import ServerArgs
 from safelight.core.executor import Execution
 from safelight.core.registry import pipelines
+from safelight.loading.loader import load_pipeline
 from tests.families.conftest import requests
 from tests.families.report import ParityRow
 from tests.recipes import all_recipes
@@ -180,11 +182,26 @@ def run_alone(pipeline, req):
     return req.outputs[0]
 
 
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "transformer"])
+def test_a_component_may_have_its_own_dtype(recipe, models, component, monkeypatch):
+    if recipe.patch is not None:
+        recipe.patch(monkeypatch)
+    folder, fields = models.folder(recipe), {**recipe.cases[1].fields, "n": 1}
+    args = ServerArgs(str(folder), device="cpu", dtype="bfloat16", component_dtypes={component: "float32"})
+    mixed = load_pipeline(args)
+    dtypes = {
+        name: next(mixed.get_module(name).parameters()).dtype
+        for name in mixed.component_names()
+        if isinstance(mixed.get_module(name), torch.nn.Module)
+    }
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {component}
+    (req,), (exact,) = requests(mixed, fields), requests(models.ours(recipe), fields)
+    difference = (run_alone(mixed, req) - run_alone(models.ours(recipe), exact)).abs().mean()
+    assert 0 < float(difference) < 0.05
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_follows_the_reference(recipe, models, dtype, monkeypatch):
-    from safelight import ServerArgs
-    from safelight.loading.loader import load_pipeline
-
     if recipe.patch is not None:
         recipe.patch(monkeypatch)
     case = recipe.cases[0]

@@ -23,12 +23,13 @@ class TextEncodingStage(PipelineStage):
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill `prompt_embeds` and `negative_prompt_embeds`, with a boundary between two encodings."""
+        dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
         for index in range(len(self.text_encoders)):
             spec = self.config.encode_prompt_spec(index, batch)
-            batch.prompt_embeds.append(self._encode(index, spec, spec.prompt, batch))
+            batch.prompt_embeds.append(self._encode(index, spec, spec.prompt, batch).to(dtype))
             if self.config.should_use_guidance(batch):
                 yield []
-                batch.negative_prompt_embeds.append(self._encode(index, spec, spec.negative_prompt, batch))
+                batch.negative_prompt_embeds.append(self._encode(index, spec, spec.negative_prompt, batch).to(dtype))
             if index + 1 < len(self.text_encoders):
                 yield []
 

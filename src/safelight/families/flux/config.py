@@ -161,7 +161,7 @@ class FluxPipelineConfig(PipelineConfig):
         """Return rotary table, guidance and input image."""
         params = params_of(batch)
         guidance = torch.tensor([params.guidance_scale], device=device) if self.guidance_embeds else None
-        tokens = [pack(latents) for latents in batch.image_latents]
+        tokens = [pack(latents.to(dtype)) for latents in batch.image_latents]
         image_tokens = torch.cat(tokens, dim=1) if tokens else None
         return FluxCond(self.get_freqs_cis(batch, device), guidance, image_tokens)
 
