@@ -252,7 +252,7 @@ COMMON_FIELDS = (
 )
 REQ_FIELDS = (
     "request_id params stage latents timesteps num_inference_steps step_index sigmas prompt_embeds "
-    "negative_prompt_embeds image_latents generator raw_latent_shape scheduler cond pending denoised outputs warnings "
+    "negative_prompt_embeds image_latents image_embeds generator raw_latent_shape scheduler cond pending denoised outputs warnings "
     "timings host_tensors"
 )
 SERVER_ARGS = "model revision device dtype component_dtypes attention_backend"

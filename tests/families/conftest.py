@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import diffusers
 import pytest
 import torch
 
@@ -54,9 +53,7 @@ class Models:
     def reference(self, recipe, variant="default"):
         folder = self.folder(recipe, variant)
         if folder not in self._references:
-            pipe = getattr(diffusers, recipe.pipeline_name).from_pretrained(folder)
-            pipe.set_progress_bar_config(disable=True)
-            self._references[folder] = pipe
+            self._references[folder] = recipe.reference(folder)
         return self._references[folder]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
@@ -28,6 +29,12 @@ class Case:
     slow: bool = False
 
 
+def square_default(pipe: Any) -> tuple[int, int]:
+    """Return the default size of a Diffusers pipeline that has `default_sample_size`."""
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    return side, side
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to build a pipeline's tiny checkpoint with Diffusers, and what to ask of it.
@@ -39,7 +46,9 @@ class Recipe:
         to_diffusers: our field names to those of the Diffusers pipeline, where they differ.
         patch: called with pytest's monkeypatch before a case, for constants of the reference.
         not_in_signature: our defaults that Diffusers computes from the model instead of stating.
-        token_inputs: text encoders whose token ids are compared.
+        text_encoders: whose token ids are compared.
+        load_reference: loads the reference from a folder; Diffusers' class of the same name unless given.
+        default_size: the reference's (height, width), given the reference.
     """
 
     pipeline_name: str
@@ -49,6 +58,19 @@ class Recipe:
     patch: Callable[[Any], None] | None = None
     not_in_signature: frozenset[str] = frozenset({"height", "width"})
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    load_reference: Callable[..., Any] | None = None
+    default_size: Callable[[Any], tuple[int | None, int | None]] = square_default
+
+    def reference_class(self) -> Any:
+        """Return the class whose signature states the defaults."""
+        return getattr(diffusers, self.pipeline_name)
+
+    def reference(self, folder: Path, **kwargs: Any) -> Any:
+        """Load the reference."""
+        load = self.load_reference or self.reference_class().from_pretrained
+        pipe = load(folder, **kwargs)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
 
 def shake(module: nn.Module, seed: int, scale: float = 0.2) -> nn.Module:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from safelight.core.params import SamplingParams
@@ -21,10 +22,14 @@ class PromptSpec:
     """How one text encoder takes one request's text.
 
     Attributes:
-        prompt: the text.
-        negative_prompt: the text of the negative branch.
+        prompt: the text, in its template where the model has one.
+        negative_prompt: the text of the negative branch, likewise.
         max_length: tokens; longer texts are cut, with a warning.
         output: which output of the encoder is the embedding.
+        padding: whether texts are padded to `max_length`, or not at all.
+        attention_mask: whether the encoder is told which tokens are padding; their embeddings are zero then.
+        drop_prefix: tokens of the template whose embeddings are dropped.
+        max_embeds: embeddings that are kept after that; None keeps all.
 
     """
 
@@ -32,6 +37,10 @@ class PromptSpec:
     negative_prompt: str
     max_length: int
     output: Literal["last_hidden_state", "pooler_output"]
+    padding: Literal["max_length", "do_not_pad"] = "max_length"
+    attention_mask: bool = False
+    drop_prefix: int = 0
+    max_embeds: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +50,8 @@ class PipelineConfig:
     Attributes:
         vae_scale_factor: pixels a latent pixel, along one side.
         latent_channels: channels of the VAE's latents.
-        vae_scale, vae_shift: latents for the transformer are `(vae - vae_shift) * vae_scale`.
+        vae_scale, vae_shift: latents for the transformer are `(vae - vae_shift) * vae_scale`; a number, or one a
+            channel.
 
     """
 
@@ -50,15 +60,17 @@ class PipelineConfig:
     """Components that have a precision of their own, whatever the rest has."""
     shared_kwargs: ClassVar[frozenset[str]] = frozenset()
     """Names of the transformer's arguments that have no batch dimension."""
+    latent_dtype: ClassVar[torch.dtype | None] = None
+    """Of the latents between steps; None is the transformer's."""
 
     vae_scale_factor: int
     latent_channels: int
-    vae_scale: float
-    vae_shift: float
+    vae_scale: float | tuple[float, ...]
+    vae_shift: float | tuple[float, ...]
 
     @classmethod
     def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Build from the components' JSON, by their names in `model_index.json`."""
+        """Build from the components' JSON, by their names; `model_index` is the index itself."""
         raise NotImplementedError
 
     def model_schema(
@@ -76,6 +88,37 @@ class PipelineConfig:
         """Return how the text encoder number `index` takes this request's text."""
         raise NotImplementedError
 
+    def text_encoder_inputs(
+        self, spec: PromptSpec, text: str, batch: Req, tokenizer: Any, processor: Any
+    ) -> dict[str, Tensor]:
+        """Return the arguments of a text encoder: the token ids [1, S], and what else it is given.
+
+        Args:
+            spec: how the encoder takes text.
+            text: the prompt, or the negative prompt.
+            batch: the request.
+            tokenizer: the encoder's.
+            processor: of the images that go with the text; None where the model has none.
+
+        """
+        tokens = tokenizer(text, padding=spec.padding, max_length=spec.max_length, truncation=True, return_tensors="pt")
+        inputs: dict[str, Tensor] = {"input_ids": tokens.input_ids}
+        return {**inputs, "attention_mask": tokens.attention_mask} if spec.attention_mask else inputs
+
+    # Images
+
+    def num_vae_inputs(self, batch: Req) -> int:
+        """Return how many pictures or clips the VAE encodes for this request."""
+        return len(batch.params.image or ())
+
+    def prepare_vae_input(self, batch: Req, index: int) -> Tensor:
+        """Return what the VAE encodes as number `index`: float32 [1, C, H, W] or [1, C, T, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def images_to_embed(self, batch: Req) -> list[Image.Image]:
+        """Return the pictures that the image encoder embeds."""
+        return []
+
     # Latents
 
     def prepare_latent_shape(self, batch: Req) -> tuple[int, ...]:
@@ -91,13 +134,9 @@ class PipelineConfig:
         assert isinstance(latents, Tensor)
         return latents
 
-    def get_decode_scale_and_shift(self) -> tuple[float, float]:
-        """Return (scale, shift): the VAE is given `latents / scale + shift`."""
-        return self.vae_scale, self.vae_shift
-
-    def input_image_size(self, batch: Req, index: int) -> tuple[int, int]:
-        """Return the (height, width) in pixels to which the input image number `index` is resized for the VAE."""
-        raise NotImplementedError
+    def get_decode_scale_and_shift(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (scale, shift), to broadcast over `like`: the VAE is given `latents / scale + shift`."""
+        return per_channel(self.vae_scale, like), per_channel(self.vae_shift, like)
 
     # Schedule
 
@@ -160,3 +199,9 @@ class PipelineConfig:
         positive, negative = predictions
         assert isinstance(positive, Tensor) and isinstance(negative, Tensor)
         return negative + self.guidance_scale(batch, t) * (positive - negative)
+
+
+def per_channel(values: float | tuple[float, ...], like: Tensor) -> Tensor:
+    """Return a number, or one a channel, so that it broadcasts over `like`, [B, C, ...]."""
+    given = torch.tensor(values, dtype=like.dtype, device=like.device)
+    return given.view(1, -1, *([1] * (like.ndim - 2)))

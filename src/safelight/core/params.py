@@ -178,6 +178,9 @@ class SamplingParams:
     fits_size: ClassVar[bool] = False
     """Whether any height and width may be asked for, because `output_size` fits them to the model."""
 
+    image_mode: ClassVar[str] = "RGB"
+    """What input images are converted to: RGB, or RGBA for a model that uses alpha."""
+
     aliases: ClassVar[Mapping[str, str]] = {"num_images_per_prompt": "n", "num_videos_per_prompt": "n"}
     """Other names under which a field is understood."""
 
@@ -238,6 +241,7 @@ class SamplingParams:
         if self.prompt is None:
             raise InvalidParameterError("prompt", None, "the text to generate from")
         self._validate_size(schema)
+        self._validate_num_frames(schema)
         count, allowed = len(self.image or ()), schema.num_input_images
         if "image" in self.options() and not allowed[0] <= count <= allowed[1]:
             raise InvalidParameterError("image", f"{count} images", f"{allowed[0]} to {allowed[1]} for this model")
@@ -255,6 +259,13 @@ class SamplingParams:
                 sizes = [str(size) for size in (lower, lower + schema.size_multiple) if size]
                 takes = f"a multiple of {schema.size_multiple}; nearest: {' and '.join(sizes)}"
                 raise InvalidParameterError(name, value, takes)
+
+    def _validate_num_frames(self, schema: ModelSchema) -> None:
+        step = schema.frame_step
+        if self.num_frames is not None and (self.num_frames - 1) % step:
+            lower = (self.num_frames - 1) // step * step + 1
+            takes = f"a count of the form {step}k+1; nearest: {lower} and {lower + step}"
+            raise InvalidParameterError("num_frames", self.num_frames, takes)
 
     def warnings(self, schema: ModelSchema, given: Mapping[str, Any]) -> list[str]:
         """Name what was asked for (`given`) and has no effect on this model, or another effect than it seems to."""

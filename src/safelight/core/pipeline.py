@@ -13,6 +13,7 @@ from safelight.core.stage import PipelineStage, Steps
 from safelight.stages.conditioning import ConditioningStage
 from safelight.stages.decoding import DecodingStage
 from safelight.stages.denoising import DenoisingStage
+from safelight.stages.image_encoding import ImageEncodingStage
 from safelight.stages.image_vae_encoding import ImageVAEEncodingStage
 from safelight.stages.input_validation import InputValidationStage
 from safelight.stages.latent_preparation import LatentPreparationStage
@@ -85,9 +86,13 @@ class ComposedPipeline:
     def add_standard_ti2i_stages(self) -> None:
         """Text and images to image: as text to image, with the input images' latents."""
         self._add_input_stages()
-        self.add_stage(ImageVAEEncodingStage(self.get_module("vae"), self.config), "image_vae_encoding")
+        self._add_image_stages()
         self._add_loop_stages()
         self.add_standard_decoding_stage()
+
+    def add_standard_ti2v_stages(self) -> None:
+        """Text and images to video; without images, text to video."""
+        self.add_standard_ti2i_stages()
 
     def add_standard_decoding_stage(self) -> None:
         """Latents to pixels."""
@@ -98,7 +103,14 @@ class ComposedPipeline:
         encoders = [self.get_module(name) for name in names]
         tokenizers = [self.get_module(name.replace("text_encoder", "tokenizer")) for name in names]
         self.add_stage(InputValidationStage(self.config), "input_validation")
-        self.add_stage(TextEncodingStage(encoders, tokenizers, self.config), "text_encoding")
+        processor = self._modules.get("processor")
+        self.add_stage(TextEncodingStage(encoders, tokenizers, processor, self.config), "text_encoding")
+
+    def _add_image_stages(self) -> None:
+        if "image_encoder" in self._modules:
+            encoder, processor = self.get_module("image_encoder"), self.get_module("image_processor")
+            self.add_stage(ImageEncodingStage(encoder, processor, self.config), "image_encoding")
+        self.add_stage(ImageVAEEncodingStage(self.get_module("vae"), self.config), "image_vae_encoding")
 
     def _add_loop_stages(self) -> None:
         self.add_stage(TimestepPreparationStage(self.get_module("scheduler"), self.config), "timestep_preparation")

@@ -53,14 +53,15 @@ class Req:
         sigmas: the solver's noise levels, the final one included.
         prompt_embeds: one entry a text encoder, each [1, S, C] or [1, C].
         negative_prompt_embeds: the same for the negative prompt; empty without one.
-        image_latents: one entry an input image, [1, C, H, W] in latent pixels.
+        image_latents: one entry an encoding, [1, C, H, W] or [1, C, T, H, W] in latent pixels.
+        image_embeds: [N, S, C], the image encoder's; None where the model has none.
         generator: source of the noise; on the CPU, so that a seed gives Diffusers' noise.
         raw_latent_shape: the latents' shape before packing.
         scheduler: this request's own solver, which keeps history.
         cond: the family's own frozen dataclass of what its model is given besides.
         pending: the calls last yielded, until their results are sent.
         denoised: the predicted clean latents, where a preview is asked for.
-        outputs: finished media; an entry a picture: uint8 or float32 [H, W, C], or latents.
+        outputs: finished media: uint8 or float32, a picture [H, W, C] or a video [T, H, W, C]; or latents.
         warnings: what the user should know about this output.
         timings: seconds of each stage so far.
         host_tensors: of the solver's tensors, those that stay on the CPU whatever the device.
@@ -78,6 +79,7 @@ class Req:
     prompt_embeds: list[Tensor] = field(default_factory=list)
     negative_prompt_embeds: list[Tensor] = field(default_factory=list)
     image_latents: list[Tensor] = field(default_factory=list)
+    image_embeds: Tensor | None = None
     generator: torch.Generator | None = None
     raw_latent_shape: tuple[int, ...] = ()
     scheduler: Any = None
@@ -127,6 +129,7 @@ def map_tensors(req: Req, change: Callable[[Tensor], Tensor], keep: frozenset[st
     req.prompt_embeds = _mapped(req.prompt_embeds, once)
     req.negative_prompt_embeds = _mapped(req.negative_prompt_embeds, once)
     req.image_latents = _mapped(req.image_latents, once)
+    req.image_embeds = _mapped(req.image_embeds, once)
     req.cond = _mapped(req.cond, once)
     req.pending = _mapped(req.pending, once)
     req.denoised = _mapped(req.denoised, once)

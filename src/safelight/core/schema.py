@@ -20,6 +20,11 @@ class ModelTaskType(enum.StrEnum):
     I2V = "I2V"
     TI2V = "TI2V"
 
+    @property
+    def makes_video(self) -> bool:
+        """Whether outputs are videos, and not pictures."""
+        return self.endswith("V")
+
 
 @dataclass(frozen=True)
 class ModelSchema:
@@ -33,6 +38,7 @@ class ModelSchema:
         defaults: what unset fields take: the family's values, with the loaded model's own over them.
         size_multiple: heights and widths must be multiples of it, in pixels.
         num_input_images: the least and the most input images.
+        frame_step: frame counts are one more than a multiple of it.
         capabilities: names of what the components allow, as the family's parameters understand them.
 
     """
@@ -44,6 +50,7 @@ class ModelSchema:
     defaults: Mapping[str, Any]
     size_multiple: int
     num_input_images: tuple[int, int] = (0, 0)
+    frame_step: int = 1
     capabilities: frozenset[str] = field(default_factory=frozenset)
 
     def json_schema(self) -> dict[str, Any]:

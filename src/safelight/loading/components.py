@@ -19,13 +19,24 @@ from safelight.loading.repository import Repository, read_json
 
 LIBRARY_CLASSES: Mapping[str, str] = {
     "AutoencoderKL": "diffusers:AutoencoderKL",
+    "AutoencoderKLQwenImage": "diffusers:AutoencoderKLQwenImage",
+    "AutoencoderKLWan": "diffusers:AutoencoderKLWan",
+    "CLIPImageProcessor": "transformers:CLIPImageProcessorPil",
+    "CLIPImageProcessorFast": "transformers:CLIPImageProcessorPil",
+    "CLIPImageProcessorPil": "transformers:CLIPImageProcessorPil",
     "CLIPTextModel": "transformers:CLIPTextModel",
     "CLIPTokenizer": "transformers:CLIPTokenizer",
     "CLIPTokenizerFast": "transformers:CLIPTokenizer",
+    "CLIPVisionModel": "transformers:CLIPVisionModel",
     "FlowMatchEulerDiscreteScheduler": "diffusers:FlowMatchEulerDiscreteScheduler",
+    "Qwen2Tokenizer": "transformers:Qwen2Tokenizer",
+    "Qwen2TokenizerFast": "transformers:Qwen2Tokenizer",
+    "Qwen2VLProcessor": "transformers:Qwen2VLImageProcessorPil",
     "T5EncoderModel": "transformers:T5EncoderModel",
     "T5Tokenizer": "transformers:T5Tokenizer",
     "T5TokenizerFast": "transformers:T5Tokenizer",
+    "UMT5EncoderModel": "transformers:UMT5EncoderModel",
+    "UniPCMultistepScheduler": "diffusers:UniPCMultistepScheduler",
 }
 """Components that the libraries load: class name in the index to `library:Class`."""
 

@@ -57,6 +57,7 @@ def describe(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
     """
     pipeline_cls = repository.pipeline.pipeline_cls()
     configs = {name: repository.component_config(name) for name in _targets(repository, pipeline_cls)}
+    configs["model_index"] = dict(repository.index)
     config = repository.pipeline.pipeline_config_cls().from_model(configs)
     schema = config.model_schema(
         repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.sampling_defaults()

@@ -16,7 +16,13 @@ from safelight.loading import hub
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "shapes"
 INDEX_NAME = "model_index.json"
-CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+CONFIG_NAMES = (
+    "config.json",
+    "scheduler_config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 DEFAULTS_NAME = "generation_config.json"
 """Where a repository may state its own default sampling values, as transformers' repositories do."""
 

@@ -22,7 +22,10 @@ class DecodingStage(PipelineStage):
         self.config = config
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
-        """Fill `outputs`: pixels [H, W, C], uint8 for `pil` and float32 in [0, 1] otherwise; or the latents."""
+        """Fill `outputs`: pictures [H, W, C] or videos [T, H, W, C], uint8 for `pil` and float32 in [0, 1] otherwise.
+
+        For `latent` they are the latents, as the loop left them.
+        """
         assert batch.latents is not None
         parts = batch.latents if isinstance(batch.latents, tuple) else (batch.latents,)
         for part in parts:
@@ -30,10 +33,12 @@ class DecodingStage(PipelineStage):
         if batch.params.output_type == "latent":
             batch.outputs.extend(part[0].cpu() for part in parts)
             return batch
-        scale, shift = self.config.get_decode_scale_and_shift()
-        latents = self.config.post_denoising_loop(batch.latents, batch) / scale + shift
-        pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+        latents = self.config.post_denoising_loop(batch.latents, batch).to(self.vae.device, self.vae.dtype)
+        scale, shift = self.config.get_decode_scale_and_shift(latents)
+        pixels = self.vae.decode(latents / scale + shift, return_dict=False)[0]
         check_finite(pixels, "pixels")
+        if pixels.ndim == 5 and not self.config.task.makes_video:
+            pixels = pixels.squeeze(2)  # a picture from a VAE for videos
         batch.outputs.extend(to_media(picture, batch.params.output_type) for picture in pixels)
         return batch
 
@@ -45,6 +50,6 @@ def check_finite(tensor: Tensor, what: str) -> None:
 
 
 def to_media(pixels: Tensor, output_type: str | None) -> Tensor:
-    """Return decoded pixels [C, H, W] in [-1, 1] as [H, W, C] on the CPU, rounded to uint8 for `pil`."""
-    unit = (pixels * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu()
+    """Return decoded pixels [C, ..., H, W] in [-1, 1] as [..., H, W, C] on the CPU, rounded to uint8 for `pil`."""
+    unit = (pixels * 0.5 + 0.5).clamp(0, 1).movedim(0, -1).float().cpu()
     return (unit * 255).round().to(torch.uint8) if output_type == "pil" else unit

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from safelight.core.config import PipelineConfig
@@ -16,30 +13,24 @@ from safelight.core.stage import PipelineStage, Steps
 
 
 class ImageVAEEncodingStage(PipelineStage):
-    """Encodes each input image with the VAE, at the size that the model wants."""
+    """Encodes the input images with the VAE, prepared as the model wants them."""
 
     def __init__(self, vae: Any, config: PipelineConfig) -> None:
         self.vae = vae
         self.config = config
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
-        """Fill `image_latents`, with a boundary between two images."""
-        for index, image in enumerate(batch.params.image or ()):
+        """Fill `image_latents`, with a boundary between two encodings."""
+        for index in range(self.config.num_vae_inputs(batch)):
             if index:
                 yield []
-            batch.image_latents.append(self._encode(image, *self.config.input_image_size(batch, index)))
+            batch.image_latents.append(self._encode(batch, index))
         yield from ()
 
-    def _encode(self, image: Image.Image, height: int, width: int) -> Tensor:
-        """Return the mode of the posterior, [1, C, H, W], scaled as the transformer takes it."""
-        pixels = image_to_tensor(image.resize((width, height), Image.Resampling.LANCZOS))
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        scale, shift = self.config.get_decode_scale_and_shift()
-        latents: Tensor = (posterior.mode() - shift) * scale
+    def _encode(self, batch: Req, index: int) -> Tensor:
+        """Return the mode of the posterior, [1, C, ...], scaled as the transformer takes it."""
+        pixels = self.config.prepare_vae_input(batch, index)
+        mode = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        scale, shift = self.config.get_decode_scale_and_shift(mode)
+        latents: Tensor = (mode - shift) * scale
         return latents
-
-
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """Return an RGB picture as float32 [1, 3, H, W] in [-1, 1]."""
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)  # H W C
-    return 2.0 * pixels.permute(2, 0, 1)[None] - 1.0

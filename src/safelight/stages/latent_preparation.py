@@ -21,6 +21,7 @@ class LatentPreparationStage(PipelineStage):
         assert batch.params.seed is not None
         batch.generator = torch.Generator("cpu").manual_seed(batch.params.seed)
         batch.raw_latent_shape = self.config.prepare_latent_shape(batch)
-        noise = torch.randn(batch.raw_latent_shape, generator=batch.generator, dtype=batch.prompt_embeds[-1].dtype)
+        dtype = self.config.latent_dtype or batch.prompt_embeds[-1].dtype
+        noise = torch.randn(batch.raw_latent_shape, generator=batch.generator, dtype=dtype)
         batch.latents = self.config.maybe_pack_latents(noise.to(server_args.torch_device()), batch)
         return batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from safelight.core.config import PipelineConfig, PromptSpec
@@ -14,11 +15,22 @@ from safelight.core.stage import PipelineStage, Steps
 
 
 class TextEncodingStage(PipelineStage):
-    """Encodes the prompt with each text encoder, and the negative prompt where the request has that branch."""
+    """Encodes the prompt with each text encoder, and the negative prompt where the request has that branch.
 
-    def __init__(self, text_encoders: Sequence[Any], tokenizers: Sequence[Any], config: PipelineConfig) -> None:
+    Args:
+        text_encoders: the modules, in order.
+        tokenizers: one for each.
+        processor: of images that go with the text into the encoder; None where the model has none.
+        config: the model's conventions.
+
+    """
+
+    def __init__(
+        self, text_encoders: Sequence[Any], tokenizers: Sequence[Any], processor: Any, config: PipelineConfig
+    ) -> None:
         self.text_encoders = text_encoders
         self.tokenizers = tokenizers
+        self.processor = processor
         self.config = config
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
@@ -34,19 +46,22 @@ class TextEncodingStage(PipelineStage):
                 yield []
 
     def _encode(self, index: int, spec: PromptSpec, text: str, batch: Req) -> Tensor:
-        encoder = self.text_encoders[index]
-        ids = self._token_ids(self.tokenizers[index], spec, text, batch)
-        outputs = encoder(ids.to(encoder.device))
-        embeds: Tensor = outputs.pooler_output if spec.output == "pooler_output" else outputs.last_hidden_state
-        return embeds
+        encoder, tokenizer = self.text_encoders[index], self.tokenizers[index]
+        self._warn_if_cut(tokenizer, spec, text, batch)
+        inputs = self.config.text_encoder_inputs(spec, text, batch, tokenizer, self.processor)
+        outputs = encoder(**{name: tensor.to(encoder.device) for name, tensor in inputs.items()})
+        if spec.output == "pooler_output":
+            pooled: Tensor = outputs.pooler_output
+            return pooled
+        embeds: Tensor = outputs.last_hidden_state
+        if spec.attention_mask:
+            embeds = torch.where(inputs["attention_mask"].to(embeds.device, torch.bool)[..., None], embeds, 0)
+        kept = slice(spec.drop_prefix, None if spec.max_embeds is None else spec.drop_prefix + spec.max_embeds)
+        return embeds[:, kept]
 
-    def _token_ids(self, tokenizer: Any, spec: PromptSpec, text: str, batch: Req) -> Tensor:
-        """Return [1, max_length] token ids; a text that is cut is named in the request's warnings."""
-        ids: Tensor = tokenizer(
-            text, padding="max_length", max_length=spec.max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        num_tokens = len(tokenizer(text).input_ids)
-        if num_tokens > spec.max_length:
-            warning = f"prompt: {num_tokens} tokens were cut to the {spec.max_length} that a text encoder takes"
-            batch.warnings.append(warning)
-        return ids
+    def _warn_if_cut(self, tokenizer: Any, spec: PromptSpec, text: str, batch: Req) -> None:
+        """Name a text that is cut in the request's warnings."""
+        num_tokens = len(tokenizer(text).input_ids) - spec.drop_prefix
+        taken = min(spec.max_length - spec.drop_prefix, spec.max_embeds or spec.max_length)
+        if num_tokens > taken:
+            batch.warnings.append(f"prompt: {num_tokens} tokens were cut to the {taken} that a text encoder takes")

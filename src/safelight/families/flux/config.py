@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +14,11 @@ from safelight.core.params import SamplingParams
 from safelight.core.request import Latents, Prediction, Req
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.families.flux.params import EMBEDDED_GUIDANCE, FluxKontextSamplingParams, FluxSamplingParams
+from safelight.layers.packing import PATCH_SIZE, pack_latents, unpack_latents
+from safelight.layers.pixels import image_to_tensor
 from safelight.layers.rotary import rotary_table
+from safelight.stages.schedule import linear_mu, linear_sigmas
 
-PATCH_SIZE = 2
-"""Latent pixels along one side of a token."""
 DEFAULT_SAMPLE_SIZE = 128
 """Latent pixels along one side of a picture, unless asked otherwise."""
 
@@ -41,13 +41,6 @@ class FluxCond:
     freqs_cis: Tensor
     guidance: Tensor | None
     image_tokens: Tensor | None = None
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Return [B, H/2 * W/2, 4C] of latents [B, C, H, W]: each 2x2 patch is a token."""
-    b, c, h, w = latents.shape
-    patches = latents.view(b, c, h // PATCH_SIZE, PATCH_SIZE, w // PATCH_SIZE, PATCH_SIZE)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * PATCH_SIZE**2)
 
 
 def position_ids(height: int, width: int, image: int, device: torch.device) -> Tensor:
@@ -128,14 +121,12 @@ class FluxPipelineConfig(PipelineConfig):
 
     def maybe_pack_latents(self, latents: Tensor, batch: Req) -> Latents:
         """Return [1, S, 4C]."""
-        return pack(latents)
+        return pack_latents(latents)
 
     def post_denoising_loop(self, latents: Latents, batch: Req) -> Tensor:
         """Return [1, C, H, W] of packed latents."""
         assert isinstance(latents, Tensor)
-        b, c, h, w = batch.raw_latent_shape
-        patches = latents.view(b, h // PATCH_SIZE, w // PATCH_SIZE, c, PATCH_SIZE, PATCH_SIZE)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+        return unpack_latents(latents, *batch.raw_latent_shape[2:])
 
     def prepare_sigmas(self, batch: Req) -> list[float] | None:
         """Return the noise levels asked for, or evenly spaced ones from 1 to 1/steps."""
@@ -143,25 +134,18 @@ class FluxPipelineConfig(PipelineConfig):
         if params.sigmas is not None:
             return list(params.sigmas)
         assert params.num_inference_steps is not None
-        spaced: list[float] = np.linspace(1.0, 1 / params.num_inference_steps, params.num_inference_steps).tolist()
-        return spaced
+        return linear_sigmas(params.num_inference_steps)
 
     def prepare_mu(self, batch: Req, scheduler_config: Mapping[str, Any]) -> float | None:
         """Return the shift for this many image tokens, on the line through the scheduler's two points."""
         _, _, height, width = self.prepare_latent_shape(batch)
-        num_tokens = height // PATCH_SIZE * (width // PATCH_SIZE)
-        base_length = scheduler_config.get("base_image_seq_len", 256)
-        max_length = scheduler_config.get("max_image_seq_len", 4096)
-        base_shift = scheduler_config.get("base_shift", 0.5)
-        slope = (scheduler_config.get("max_shift", 1.15) - base_shift) / (max_length - base_length)
-        shift: float = num_tokens * slope + (base_shift - slope * base_length)
-        return shift
+        return linear_mu(height // PATCH_SIZE * (width // PATCH_SIZE), scheduler_config)
 
     def prepare_cond(self, batch: Req, device: torch.device, dtype: torch.dtype) -> FluxCond:
         """Return rotary table, guidance and input image."""
         params = params_of(batch)
         guidance = torch.tensor([params.guidance_scale], device=device) if self.guidance_embeds else None
-        tokens = [pack(latents.to(dtype)) for latents in batch.image_latents]
+        tokens = [pack_latents(latents.to(dtype)) for latents in batch.image_latents]
         image_tokens = torch.cat(tokens, dim=1) if tokens else None
         return FluxCond(self.get_freqs_cis(batch, device), guidance, image_tokens)
 
@@ -226,8 +210,8 @@ class FluxKontextPipelineConfig(FluxPipelineConfig):
         assert isinstance(params, FluxKontextSamplingParams)
         return params.fitted_size(self.vae_scale_factor * PATCH_SIZE)
 
-    def input_image_size(self, batch: Req, index: int) -> tuple[int, int]:
-        """Return the (height, width) for the VAE: the trained size of the nearest aspect, or the image's own."""
+    def prepare_vae_input(self, batch: Req, index: int) -> Tensor:
+        """Return the input image, [1, 3, H, W], at the trained size of the nearest aspect or about its own size."""
         params = batch.params
         assert isinstance(params, FluxKontextSamplingParams) and params.image is not None
         multiple = self.vae_scale_factor * PATCH_SIZE
@@ -236,7 +220,7 @@ class FluxKontextPipelineConfig(FluxPipelineConfig):
         if params.auto_resize:
             aspect = width / height
             _, width, height = min((abs(aspect - w / h), w, h) for w, h in KONTEXT_RESOLUTIONS)
-        return height // multiple * multiple, width // multiple * multiple
+        return image_to_tensor(params.image[index], height // multiple * multiple, width // multiple * multiple)
 
     def combine_guidance(self, batch: Req, predictions: Sequence[Prediction], t: Tensor) -> Prediction:
         """Join the branches, over the picture's own tokens only."""

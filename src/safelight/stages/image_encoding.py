@@ -1,0 +1,30 @@
+"""Input images to embeddings, through an image encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safelight.core.config import PipelineConfig
+from safelight.core.request import Req
+from safelight.core.server_args import ServerArgs
+from safelight.core.stage import PipelineStage
+
+
+class ImageEncodingStage(PipelineStage):
+    """Embeds the input images with an image encoder, where the model has one."""
+
+    def __init__(self, image_encoder: Any, image_processor: Any, config: PipelineConfig) -> None:
+        self.image_encoder = image_encoder
+        self.image_processor = image_processor
+        self.config = config
+
+    def forward(self, batch: Req, server_args: ServerArgs) -> Req:
+        """Fill `image_embeds` with the encoder's last hidden states but one, [N, S, C]."""
+        images = self.config.images_to_embed(batch)
+        if images:
+            pixels = self.image_processor(images=images, return_tensors="pt").pixel_values
+            pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype)
+            dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
+            hidden_states = self.image_encoder(pixels, output_hidden_states=True).hidden_states
+            batch.image_embeds = hidden_states[-2].to(dtype)
+        return batch

@@ -1,0 +1,24 @@
+"""Schedules that flow-matching models share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def linear_sigmas(num_steps: int) -> list[float]:
+    """Return evenly spaced noise levels from 1 to 1/steps."""
+    spaced: list[float] = np.linspace(1.0, 1 / num_steps, num_steps).tolist()
+    return spaced
+
+
+def linear_mu(num_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
+    """Return the dynamic shift for this many image tokens, on the line through the scheduler's two points."""
+    base_length = scheduler_config.get("base_image_seq_len", 256)
+    max_length = scheduler_config.get("max_image_seq_len", 4096)
+    base_shift = scheduler_config.get("base_shift", 0.5)
+    slope = (scheduler_config.get("max_shift", 1.15) - base_shift) / (max_length - base_length)
+    shift: float = num_tokens * slope + (base_shift - slope * base_length)
+    return shift
