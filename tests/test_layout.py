@@ -84,11 +84,13 @@ LAYERS = {
     "layers": {"errors", "layers"},
     "attention": {"errors", "attention"},
     "families": {"errors", "core", "stages", "layers", "attention", "families"},
-    "loading": {"errors", "core", "attention", "loading"},
+    "backends": {"errors", "core", "backends"},
+    "loading": {"errors", "core", "attention", "backends", "loading"},
     "media": {"errors"},
-    "results": {"errors", "core", "media", "version"},
+    "video": {"errors", "media"},
+    "results": {"errors", "core", "media", "video", "version"},
     "generator": {"errors", "core", "loading", "media", "results"},
-    "cli": {"errors", "version", "core", "loading", "media", "results", "generator", "cli"},
+    "cli": {"errors", "version", "core", "loading", "media", "video", "results", "generator", "cli"},
 }
 """For each part, the parts that it may import."""
 
@@ -131,6 +133,7 @@ TORCHLESS = [
     "safelight",
     "safelight.errors",
     "safelight.media",
+    "safelight.video",
     "safelight.core.params",
     "safelight.core.schema",
     "safelight.core.registry",
@@ -255,7 +258,7 @@ REQ_FIELDS = (
     "negative_prompt_embeds image_latents image_embeds generator raw_latent_shape scheduler cond pending denoised outputs warnings "
     "timings host_tensors"
 )
-SERVER_ARGS = "model revision device dtype component_dtypes attention_backend"
+SERVER_ARGS = "model revision device dtype component_dtypes backend attention_backend"
 
 
 @pytest.mark.parametrize(

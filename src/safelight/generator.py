@@ -135,7 +135,7 @@ class DiffusionGenerator:
                 if done != event:
                     event = done
                     yield event
-            outputs.append(make_output(req.outputs, single, req.timings, req.warnings))
+            outputs.append(make_output(req, self.schema.task.makes_video))
         yield dataclasses.replace(event, result=GenerationResult(outputs, params, self.schema, warnings))
 
 
@@ -154,7 +154,7 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
     assert params.n is not None
     if params.seed is None:
         params = dataclasses.replace(params, seed=secrets.randbelow(SEED_RANGE - params.n))
-    warnings = params.warnings(schema, asked.set_fields())
+    warnings = [*schema.notes, *params.warnings(schema, asked.set_fields())]
     if any(media.has_alpha(image) for image in images):
         warnings.append("image: its alpha channel is not used")
     return params, warnings

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
-from safelight.errors import InvalidParameterError, OutputError
+from safelight.errors import InvalidParameterError, OutputError, shown
 
 READ_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_INPUT_PIXELS = 100_000_000
 """Of an input image; a larger one is refused from its header, before anything is decoded."""
 METADATA_KEY = "parameters"
 _USER_COMMENT = b"ASCII\0\0\0"
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no whole picture."""
 
 
 def open_image(source: Any, param: str = "image") -> Image.Image:
@@ -38,24 +41,40 @@ def open_image(source: Any, param: str = "image") -> Image.Image:
         raise InvalidParameterError(param, source, "a path, a PIL image, or a list of these")
     takes = f"a readable {', '.join(READ_FORMATS)} file"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
-            with Image.open(source, formats=READ_FORMATS) as image:
-                return _to_rgb(image, param, os.fspath(source))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidParameterError(param, os.fspath(source), f"{takes} ({str(error).splitlines()[0]})") from error
+        with _opened(source) as image:
+            return _to_rgb(image, param, os.fspath(source))
+    except _UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidParameterError(param, os.fspath(source), f"{takes} ({reason})") from error
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Read a picture's header; its pixels are read when they are first needed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of size, where MAX_INPUT_PIXELS is our limit, and of damaged EXIF
+        with Image.open(path, formats=READ_FORMATS) as image:
+            yield image
 
 
 def _to_rgb(image: Image.Image, param: str, name: str) -> Image.Image:
     if image.width * image.height > MAX_INPUT_PIXELS:
         size = f"{name} of {image.width}x{image.height}"
         raise InvalidParameterError(param, size, f"at most {MAX_INPUT_PIXELS // 10**6} megapixels")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InvalidParameterError(param, f"{name} of mode {image.mode}", "a picture of 8 or 16 bits a channel")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # which Pillow cuts at 255 instead of scaling it
+        upright = upright.point(lambda value: value / 256).convert("L")
+    return upright.convert("RGB")
 
 
 def has_alpha(source: Any) -> bool:
-    """Say whether an opened picture has an alpha channel."""
-    return isinstance(source, Image.Image) and "A" in source.getbands()
+    """Say whether a picture, one that `open_image` takes, has transparency, which is not used."""
+    if isinstance(source, Image.Image):
+        return source.has_transparency_data
+    with _opened(source) as image:
+        return image.has_transparency_data
 
 
 def _png(image: Image.Image, path: Path, metadata: str) -> None:
@@ -65,17 +84,18 @@ def _png(image: Image.Image, path: Path, metadata: str) -> None:
 
 
 def _jpeg(image: Image.Image, path: Path, metadata: str) -> None:
-    image.convert("RGB").save(path, format="JPEG", quality=95, subsampling=0, exif=_exif(metadata))
+    image.convert("RGB").save(path, format="JPEG", quality=95, subsampling=0, exif=exif(metadata))
 
 
 def _webp(image: Image.Image, path: Path, metadata: str) -> None:
-    image.save(path, format="WEBP", lossless=True, method=0, exif=_exif(metadata))
+    image.save(path, format="WEBP", lossless=True, method=0, exif=exif(metadata))
 
 
-def _exif(metadata: str) -> Image.Exif:
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _USER_COMMENT + metadata.encode("ascii")
-    return exif
+def exif(metadata: str) -> Image.Exif:
+    """Return EXIF whose user comment is `metadata`, which is ASCII."""
+    tags = Image.Exif()
+    tags.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _USER_COMMENT + metadata.encode("ascii")
+    return tags
 
 
 IMAGE_WRITERS: Mapping[str, Callable[[Image.Image, Path, str], None]] = {
@@ -102,12 +122,15 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     if path.suffix.lower() not in IMAGE_WRITERS:
         raise OutputError(f"output: got {str(path)!r}; it takes a name that ends in {', '.join(IMAGE_WRITERS)}")
-    if not path.parent.is_dir():
-        raise OutputError(f"output: folder {str(path.parent)!r} does not exist")
-    if path.is_dir():
-        raise OutputError(f"output: {str(path)!r} is a folder")
-    if path.exists() and not overwrite:
-        raise OutputError(f"output: {str(path)!r} exists already; --overwrite (overwrite=True) replaces it")
+    try:
+        if not path.parent.is_dir():
+            raise OutputError(f"output: folder {str(path.parent)!r} does not exist")
+        if path.is_dir():
+            raise OutputError(f"output: {str(path)!r} is a folder")
+        if path.exists() and not overwrite:
+            raise OutputError(f"output: {str(path)!r} exists already; --overwrite (overwrite=True) replaces it")
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"output: {shown(str(path))}: {error.strerror}") from error
 
 
 def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -124,23 +147,14 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], over
 
     """
     check_output(path, overwrite)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary = path.with_name(f".safelight-{secrets.token_hex(8)}")
     try:
-        os.close(handle)
         IMAGE_WRITERS[path.suffix.lower()](image, temporary, json.dumps(metadata))
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: more metadata than the format holds
+        raise OutputError(f"output: {str(path)!r} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -152,13 +166,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     takes = "a picture that Safelight made"
     try:
-        with Image.open(path, formats=READ_FORMATS) as image:
+        with _opened(path) as image:
             text = image.info.get(METADATA_KEY)
             if text is None:
-                comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-                text = bytes(comment).removeprefix(_USER_COMMENT).decode("ascii")
+                comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+                text = comment.removeprefix(_USER_COMMENT).decode("ascii") if isinstance(comment, bytes) else ""
         found = json.loads(text)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (*_UNREADABLE, RecursionError) as error:
         raise InvalidParameterError("file", str(path), takes) from error
     if not isinstance(found, dict):
         raise InvalidParameterError("file", str(path), takes)

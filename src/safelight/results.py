@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,20 +13,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safelight import media
+from safelight import media, video
 from safelight.core.params import SamplingParams
+from safelight.core.request import Req
 from safelight.core.schema import ModelSchema
 from safelight.errors import OutputError
 from safelight.version import __version__
 
 
-def to_form(picture: Tensor, output_type: str | None) -> Any:
-    """Return one output [H, W, C] of a pipeline in the form asked for; latents as they are."""
+def to_form(media: Tensor, output_type: str | None) -> Any:
+    """Return a picture [H, W, C] or video [T, H, W, C] in the form asked for; a video's PIL form is a list of frames.
+
+    Latents are returned as they are.
+    """
     if output_type == "pil":
-        return Image.fromarray(picture.numpy())
+        return [to_form(frame, "pil") for frame in media] if media.ndim == 4 else Image.fromarray(media.numpy())
     if output_type == "np":
-        return picture.numpy()
-    return picture.permute(2, 0, 1) if output_type == "pt" else picture
+        return media.numpy()
+    return media.movedim(-1, -3) if output_type == "pt" else media
 
 
 def in_batch(pictures: list[Any], output_type: str | None) -> Any:
@@ -106,7 +109,7 @@ class GenerationResult:
         return list(dict.fromkeys(every))
 
     def save(self, path: str | Path, overwrite: bool = False) -> list[Path]:
-        """Write every picture, with its parameters in the file; several get `-1`, `-2`, ... before the ending.
+        """Write every picture or video, with its parameters in the file; several get `-1`, `-2`, ... before the ending.
 
         Raises:
             OutputError: if one cannot be written; those before it are.
@@ -114,12 +117,19 @@ class GenerationResult:
         """
         if self.params.output_type != "pil":
             raise OutputError(f"output_type: got {self.params.output_type!r}; only pil can be written to files")
-        pictures = [(image, output) for output in self.outputs for image in output.images]
-        paths = media.output_paths(Path(path), len(pictures))
+        makes_video = self.schema.task.makes_video
+        made = [(entry, output) for output in self.outputs for entry in (*output.images, *output.videos)]
+        paths = media.output_paths(Path(path), len(made))
         for target in paths:
-            media.check_output(target, overwrite)
-        for target, (image, output) in zip(paths, pictures, strict=True):
-            media.save_image(image, target, self.metadata(output), overwrite)
+            (video if makes_video else media).check_output(target, overwrite)
+        for target, (entry, output) in zip(paths, made, strict=True):
+            metadata = self.metadata(output)
+            if makes_video:
+                assert output.params.fps is not None
+                frames = np.stack([np.asarray(frame) for frame in entry])
+                video.save_video(frames, target, output.params.fps, metadata, overwrite)
+            else:
+                media.save_image(entry, target, metadata, overwrite)
         return paths
 
     def metadata(self, output: GenerationOutput) -> dict[str, Any]:
@@ -157,10 +167,10 @@ class GenerationEvent:
     result: GenerationResult | None = None
 
 
-def make_output(
-    pictures: list[Tensor], params: SamplingParams, timings: Mapping[str, float], warnings: list[str]
-) -> GenerationOutput:
-    """Bring one request's finished media into the form asked for."""
+def make_output(req: Req, makes_video: bool) -> GenerationOutput:
+    """Bring a finished request's media into the form asked for."""
+    params = req.params
     assert params.seed is not None
-    images = [to_form(picture, params.output_type) for picture in pictures]
-    return GenerationOutput(images, params.seed, dataclasses.replace(params), dict(timings), warnings)
+    made = [to_form(media, params.output_type) for media in req.outputs]
+    images, videos = ([], made) if makes_video else (made, [])
+    return GenerationOutput(images, params.seed, params, dict(req.timings), list(req.warnings), videos)

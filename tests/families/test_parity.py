@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from tests.families.report import ParityRow
 from tests.recipes import all_recipes
 
 TOLERANCE = 1e-4
+NOT_PASSED = ("seed", "n", "fps")
+"""The reference has a list of generators, a list of prompts, and leaves the frame rate to whoever writes the file."""
 
 
 def test_every_registered_pipeline_has_a_recipe():
@@ -25,13 +28,13 @@ def test_every_registered_pipeline_has_a_recipe():
 
 
 def test_parity(recipe, case, models, monkeypatch, parity_rows):
-    if recipe.patch is not None:
+    if recipe.patch is not None and case.patched:
         recipe.patch(monkeypatch)
     ours, reference = models.ours(recipe, case.variant), models.reference(recipe, case.variant)
     reqs = requests(ours, case.fields)
     expected = run_reference(reference, recipe, reqs, case)
     latent_difference = pixel_difference = 0.0
-    with token_ids([ours.get_module(name) for name in recipe.text_encoders]) as ids:
+    with token_ids([part_of(ours, name) for name in recipe.text_encoders]) as ids:
         for index, req in enumerate(reqs):
             noise, steps = run_ours(ours, req)
             assert torch.equal(noise, expected.noise[index : index + 1]), "the initial noise is another"
@@ -88,15 +91,35 @@ class Expected:
     ids: list[tuple[int, list[int]]]
 
 
+def part_of(pipeline, name):
+    component, _, rest = name.partition(".")
+    module = pipeline.get_module(component)
+    return attrgetter(rest)(module) if rest else module
+
+
 def run_reference(pipe, recipe, reqs, case):
+    """Return what the reference makes of the requests: called once with lists, or once a request."""
+    if not recipe.one_at_a_time:
+        return call_reference(pipe, recipe, reqs, case)
+    each = [call_reference(pipe, recipe, [req], case) for req in reqs]
+    expected = each[0]
+    expected.noise = torch.cat([one.noise for one in each])
+    expected.steps = [torch.cat(latents) for latents in zip(*(one.steps for one in each), strict=True)]
+    expected.pixels = [one.pixels[0] for one in each]
+    expected.ids = [row for one in each for row in one.ids]
+    return expected
+
+
+def call_reference(pipe, recipe, reqs, case):
     expected = Expected()
     expected.steps = []
     params = reqs[0].params
     names = {name: recipe.to_diffusers.get(name, name) for name in params.options()}
-    fields = {names[name]: value for name, value in params.set_fields().items() if name not in ("seed", "n")}
-    fields["prompt"] = [req.params.prompt for req in reqs]
+    fields = {names[name]: value for name, value in params.set_fields().items() if name not in NOT_PASSED}
+    if not recipe.one_at_a_time:
+        fields["prompt"] = [req.params.prompt for req in reqs]
     for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
-        if fields.get(name) is not None:
+        if fields.get(name) is not None and not recipe.one_at_a_time:
             fields[name] = [fields[name]] * len(reqs)
     for name, value in fields.items():
         fields[name] = list(value) if isinstance(value, tuple) else value
@@ -115,7 +138,7 @@ def run_reference(pipe, recipe, reqs, case):
 
     pipe.prepare_latents = recording
     try:
-        with token_ids([getattr(pipe, name) for name in recipe.text_encoders]) as expected.ids:
+        with token_ids([attrgetter(name)(pipe) for name in recipe.text_encoders]) as expected.ids:
             expected.pixels = pipe(
                 **fields,
                 generator=[torch.Generator().manual_seed(req.params.seed) for req in reqs],
@@ -143,13 +166,15 @@ def run_ours(pipeline, req):
 
 @contextmanager
 def token_ids(encoders):
-    """Record (encoder, ids) of every row that passes through the text encoders."""
+    """Record (encoder, ids) of every row that passes through the text encoders, without masked padding."""
     seen: list[tuple[int, list[int]]] = []
 
     def hook(index):
         def record(_module, args, kwargs):
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            seen.extend((index, row.tolist()) for row in ids)
+            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            seen_ids = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+            seen.extend((index, row[kept.bool()].tolist()) for row, kept in zip(ids, seen_ids, strict=True))
 
         return record
 
@@ -166,7 +191,9 @@ def by_prompt(ids):
     return sorted({(index, tuple(row)) for index, row in ids})
 
 
-def test_outputs_can_be_had_again_alone(recipe, models):
+def test_outputs_can_be_had_again_alone(recipe, models, monkeypatch):
+    if recipe.patch is not None:
+        recipe.patch(monkeypatch)
     pipeline = models.ours(recipe)
     fields = {**recipe.cases[0].fields, "seed": 40}
     together = [run_alone(pipeline, req) for req in requests(pipeline, {**fields, "n": 3})]

@@ -21,12 +21,14 @@ class Case:
         fields: sampling parameters.
         variant: which of the recipe's checkpoints it runs on.
         slow: whether it runs in `make test-all` only.
+        patched: whether the recipe's patch holds.
     """
 
     name: str
     fields: Mapping[str, Any]
     variant: str = "default"
     slow: bool = False
+    patched: bool = True
 
 
 def square_default(pipe: Any) -> tuple[int, int]:
@@ -46,9 +48,10 @@ class Recipe:
         to_diffusers: our field names to those of the Diffusers pipeline, where they differ.
         patch: called with pytest's monkeypatch before a case, for constants of the reference.
         not_in_signature: our defaults that Diffusers computes from the model instead of stating.
-        text_encoders: whose token ids are compared.
+        text_encoders: whose token ids are compared; with dots where a part of a component is meant.
         load_reference: loads the reference from a folder; Diffusers' class of the same name unless given.
         default_size: the reference's (height, width), given the reference.
+        one_at_a_time: whether the reference is called once an output, because it takes no list of prompts.
     """
 
     pipeline_name: str
@@ -60,6 +63,7 @@ class Recipe:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     load_reference: Callable[..., Any] | None = None
     default_size: Callable[[Any], tuple[int | None, int | None]] = square_default
+    one_at_a_time: bool = False
 
     def reference_class(self) -> Any:
         """Return the class whose signature states the defaults."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 CORPUS = (
     "a photo of a cat sitting on a red chair by the window",
@@ -48,6 +48,32 @@ def t5_tokenizer(folder: Path) -> T5Tokenizer:
     t5 = T5Tokenizer(vocab=vocabulary, extra_ids=0)
     t5.save_pretrained(folder)
     return t5
+
+
+QWEN_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def qwen2_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    """Train a byte-level BPE tokenizer of Qwen's kind, with the tokens of chats and of images, and save it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    model = _trained(tokenizer, trainer)
+    merges = [tuple(merge) for merge in model["merges"]]
+    qwen = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, additional_special_tokens=list(QWEN_TOKENS[1:]))
+    qwen.save_pretrained(folder)
+    return qwen
 
 
 def _trained(tokenizer: Tokenizer, trainer: Any) -> dict[str, Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from safelight import media
+from safelight import media, video
 from safelight.cli.options import engine_options, engine_settings, given, sampling_options
 from safelight.errors import InvalidParameterError, OutputError
 from safelight.loading.repository import Repository, open_repository
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 
 GENERATE_OPTIONS = [
     click.Argument(["prompt"], required=False),
-    click.Option(["-o", "--output"], type=click.Path(path_type=Path), help="Where to: a .png, .jpg or .webp file."),
+    click.Option(
+        ["-o", "--output"],
+        type=click.Path(path_type=Path),
+        help="Where to: a .png, .jpg or .webp file; for a video .mp4, .webp, or a folder for PNGs.",
+    ),
     click.Option(["--overwrite"], is_flag=True, help="Replace files that exist."),
 ]
 
@@ -30,12 +36,14 @@ class GenerateCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Add the model's options, then parse."""
-        values: dict[str, str | None] = {"model": None, "revision": None}
+        values: dict[str, str | None] = {"model": None, "revision": None, "backend": None}
         for index, argument in enumerate(args):
             name, separator, value = argument.partition("=")
             if name.removeprefix("--") in values and name.startswith("--"):
                 values[name.removeprefix("--")] = value if separator else next(iter(args[index + 1 :]), None)
-        repository = open_repository(values["model"], values["revision"], weights=False)
+        repository = open_repository(
+            values["model"], values["revision"], backend=values["backend"] or "auto", weights=False
+        )
         params_cls = repository.params_cls()
         defaults = {**params_cls.defaults, **repository.sampling_defaults()}
         self.params = [*GENERATE_OPTIONS, *sampling_options(params_cls, defaults), *engine_options()]
@@ -55,18 +63,24 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     if prompt is None:
         raise InvalidParameterError("prompt", None, 'the text to generate from: safelight generate "..."')
     for path in media.output_paths(output, fields.get("n", 1)) if output else []:
-        media.check_output(path, overwrite)
+        _files_of(ctx.obj).check_output(path, overwrite)
     console = Console(stderr=True)
     begun = time.perf_counter()
-    result = _run(console, ctx.obj, engine_settings(values), {"prompt": prompt, **fields})
-    path = output or free_path(Path(f"safelight-{result.seeds[0]}.png"), len(result.images))
+    result = _run(console, ctx.obj, engine_settings(values), {"prompt": prompt, "output_type": "pil", **fields})
+    ending = ".mp4" if result.videos else ".png"
+    path = output or free_path(Path(f"safelight-{result.seeds[0]}{ending}"), len(result.images) or len(result.videos))
     for made in result.save(path, overwrite):
-        click.echo(made)
+        click.echo(os.fsencode(made))
     for warning in result.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     steps = result.params.set_fields().get("num_inference_steps")
     seeds = ", ".join(map(str, result.seeds))
     console.print(f"seed {seeds}, {steps} steps, {time.perf_counter() - begun:.1f} s", style="dim", highlight=False)
+
+
+def _files_of(repository: Repository) -> ModuleType:
+    """Return the module that writes what this model makes; a model that is asked for frames makes videos."""
+    return video if "num_frames" in repository.params_cls().options() else media
 
 
 def _run(
@@ -86,7 +100,7 @@ def _run(
         from safelight.loading.loader import describe
 
         # What is wrong with the request is said before the weights are loaded.
-        prepare(describe(repository)[1], fields)
+        prepare(describe(repository), fields)
         with DiffusionGenerator.from_pretrained(**settings) as generator:
             result = None
             for event in generator.stream(**fields):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from safelight import media
+from safelight import media, video
 from safelight.core.registry import pipelines
 from safelight.version import __version__
 
@@ -41,7 +41,7 @@ def schema(model: str | None, revision: str | None) -> None:
     from safelight.loading.loader import describe
     from safelight.loading.repository import open_repository
 
-    _, described = describe(open_repository(model, revision, weights=False))
+    described = describe(open_repository(model, revision, weights=False))
     click.echo(json.dumps(described.json_schema(), indent=2))
 
 
@@ -49,8 +49,8 @@ def schema(model: str | None, revision: str | None) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def info(file: Path, as_json: bool) -> None:
-    """Print how the picture FILE was made."""
-    found = media.read_metadata(file)
+    """Print how the picture or video FILE was made."""
+    found = (video if file.suffix.lower() == ".mp4" else media).read_metadata(file)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

@@ -13,10 +13,10 @@ from safelight.errors import SafelightError
 from safelight.version import __version__
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "generate": ("safelight.cli.generate:generate", "Make pictures from a prompt."),
+    "generate": ("safelight.cli.generate:generate", "Make pictures or videos from a prompt."),
     "models": ("safelight.cli.inspect:models", "List the pipelines that run here, and known models of each."),
     "schema": ("safelight.cli.inspect:schema", "Print what a model takes, as JSON Schema; loads no weights."),
-    "info": ("safelight.cli.inspect:info", "Print how a picture was made."),
+    "info": ("safelight.cli.inspect:info", "Print how a picture or video was made."),
     "env": ("safelight.cli.inspect:env", "Print versions, devices and processor features, for a report."),
 }
 INTERRUPTED = 130
@@ -55,7 +55,7 @@ def main(args: list[str] | None = None) -> None:
     """Run a command line; an error is one line on standard error, and an exit code."""
     arguments = sys.argv[1:] if args is None else args
     try:
-        code = cli.main(arguments, prog_name="safelight", standalone_mode=False)
+        code = cli.main(arguments or ["--help"], prog_name="safelight", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         _end(error.format_message(), error.exit_code)

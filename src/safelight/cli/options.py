@@ -54,9 +54,15 @@ def _sampling_option(name: str, option: Option, default: Any) -> click.Option:
 
 
 def given(params_cls: type[SamplingParams], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, of all parsed values, the sampling fields that the user set."""
-    fields = {name: values[name] for name in params_cls.options() if name in values}
-    return {name: value for name, value in fields.items() if value is not None and value != ()}
+    """Return, of all parsed values, the sampling fields that the user set, each checked by itself.
+
+    Raises:
+        InvalidParameterError: naming the field, what it got and what it takes.
+
+    """
+    options = params_cls.options()
+    fields = {name: values[name] for name in options if values.get(name) not in (None, ())}
+    return {name: options[name].check(name, value) for name, value in fields.items()}
 
 
 ENGINE_FIELDS = {field.name: field for field in dataclasses.fields(ServerArgs)}
@@ -75,5 +81,5 @@ def engine_options() -> list[click.Parameter]:
 
 def engine_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return, of all parsed values, the engine's settings that the user set."""
-    settings = {name: values[name] for name in ENGINE_FIELDS if values[name]}
+    settings = {name: values[name] for name in ENGINE_FIELDS if values[name] not in (None, ())}
     return {name: dict(value) if isinstance(value, tuple) else value for name, value in settings.items()}

@@ -144,6 +144,10 @@ class PipelineConfig:
         """Return the noise levels given to the solver; None leaves them to it."""
         raise NotImplementedError
 
+    def prepare_timesteps(self, batch: Req) -> list[float] | None:
+        """Return the timesteps given to the solver beside the noise levels; None leaves them to it."""
+        return None
+
     def prepare_mu(self, batch: Req, scheduler_config: Mapping[str, Any]) -> float | None:
         """Return the dynamic shift of the schedule; None where there is none."""
         return None

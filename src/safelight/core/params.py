@@ -85,6 +85,13 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
     return None if None in converted else converted  # type: ignore[return-value]
 
 
+def _integers(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    converted = tuple(_integer(entry) for entry in value)
+    return None if None in converted else converted  # type: ignore[return-value]
+
+
 def _string(value: Any) -> str | None:
     if not isinstance(value, str) or len(value) > MAX_PROMPT_LENGTH:
         return None
@@ -132,7 +139,11 @@ KINDS: Mapping[str, Kind] = {
     "numbers": Kind(
         "a list of finite numbers", {"type": "array", "items": {"type": "number"}, "minItems": 1}, _numbers
     ),
+    "integers": Kind(
+        "a list of whole numbers", {"type": "array", "items": {"type": "integer"}, "minItems": 1}, _integers
+    ),
     "boolean": Kind("true or false", {"type": "boolean"}, _boolean),
+    "image": Kind("an image", {"type": "string"}, lambda value: None if isinstance(value, list | tuple) else value),
     "images": Kind("an image, or a list of images", {"type": "array", "items": {"type": "string"}}, _images),
 }
 

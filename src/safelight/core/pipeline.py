@@ -13,6 +13,7 @@ from safelight.core.stage import PipelineStage, Steps
 from safelight.stages.conditioning import ConditioningStage
 from safelight.stages.decoding import DecodingStage
 from safelight.stages.denoising import DenoisingStage
+from safelight.stages.dmd_denoising import DmdDenoisingStage
 from safelight.stages.image_encoding import ImageEncodingStage
 from safelight.stages.image_vae_encoding import ImageVAEEncodingStage
 from safelight.stages.input_validation import InputValidationStage
@@ -94,6 +95,12 @@ class ComposedPipeline:
         """Text and images to video; without images, text to video."""
         self.add_standard_ti2i_stages()
 
+    def add_standard_dmd_stages(self) -> None:
+        """Text to picture or video, in the few steps that the model was distilled to."""
+        self._add_input_stages()
+        self._add_loop_stages(DmdDenoisingStage(self.config))
+        self.add_standard_decoding_stage()
+
     def add_standard_decoding_stage(self) -> None:
         """Latents to pixels."""
         self.add_stage(DecodingStage(self.get_module("vae"), self.config), "decoding")
@@ -112,8 +119,8 @@ class ComposedPipeline:
             self.add_stage(ImageEncodingStage(encoder, processor, self.config), "image_encoding")
         self.add_stage(ImageVAEEncodingStage(self.get_module("vae"), self.config), "image_vae_encoding")
 
-    def _add_loop_stages(self) -> None:
+    def _add_loop_stages(self, loop: DenoisingStage | None = None) -> None:
         self.add_stage(TimestepPreparationStage(self.get_module("scheduler"), self.config), "timestep_preparation")
         self.add_stage(LatentPreparationStage(self.config), "latent_preparation")
         self.add_stage(ConditioningStage(self.config), "conditioning")
-        self.add_stage(DenoisingStage(self.config), "denoising")
+        self.add_stage(loop or DenoisingStage(self.config), "denoising")

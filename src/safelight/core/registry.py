@@ -29,6 +29,7 @@ class PipelineEntry:
         pipeline_name: `_class_name` in `model_index.json`.
         package: the family's package, whose `pipeline` module has the class in its `EntryClass`.
         hf_model_paths: known repositories, for people; nothing is recognised by them.
+        backend: what loads and runs it.
 
     """
 
@@ -38,6 +39,7 @@ class PipelineEntry:
     hf_model_paths: tuple[str, ...]
     _sampling_param_cls: type[SamplingParams] | str
     _pipeline_config_cls: type[PipelineConfig] | str
+    backend: str = "native"
 
     def sampling_param_cls(self) -> type[SamplingParams]:
         """Return the family's sampling parameters; imports no torch."""

@@ -39,6 +39,7 @@ class ModelSchema:
         size_multiple: heights and widths must be multiples of it, in pixels.
         num_input_images: the least and the most input images.
         frame_step: frame counts are one more than a multiple of it.
+        notes: what every user of this model should know; with each result.
         capabilities: names of what the components allow, as the family's parameters understand them.
 
     """
@@ -51,6 +52,7 @@ class ModelSchema:
     size_multiple: int
     num_input_images: tuple[int, int] = (0, 0)
     frame_step: int = 1
+    notes: tuple[str, ...] = ()
     capabilities: frozenset[str] = field(default_factory=frozenset)
 
     def json_schema(self) -> dict[str, Any]:

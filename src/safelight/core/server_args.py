@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "native", "diffusers")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -34,6 +35,7 @@ class ServerArgs:
         device: `auto` (CUDA where there is one, else the CPU), or a torch device such as `cpu` or `cuda:1`.
         dtype: of every component: `auto` (float32 on the CPU, bfloat16 elsewhere), `float32`, `bfloat16`, `float16`.
         component_dtypes: exceptions, by the component's name.
+        backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
 
     """
@@ -43,6 +45,7 @@ class ServerArgs:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...  [default: auto]")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16.  [default: auto]")
     component_dtypes: Mapping[str, str] = settings_per_component("A component's own, as vae=float32; may be repeated.")
+    backend: str = setting("auto", "auto (a family of ours, or else diffusers), native or diffusers.  [default: auto]")
     attention_backend: str = setting("auto", "auto, sdpa, math, flash, efficient or cudnn.  [default: auto]")
 
     def __post_init__(self) -> None:
@@ -50,6 +53,8 @@ class ServerArgs:
         takes = ", ".join(DTYPES)
         if self.dtype not in ("auto", *DTYPES):
             raise InvalidParameterError("dtype", self.dtype, f"auto, {takes}")
+        if self.backend not in BACKENDS:
+            raise InvalidParameterError("backend", self.backend, ", ".join(BACKENDS))
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)

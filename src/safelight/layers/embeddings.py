@@ -26,15 +26,15 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 
 class EmbeddingMLP(nn.Module):
-    """Two linear layers with SiLU between, [B, in_dim] to [B, dim]."""
+    """Two linear layers with an activation between, SiLU unless given; [..., in_dim] to [..., dim]."""
 
-    def __init__(self, in_dim: int, dim: int) -> None:
+    def __init__(self, in_dim: int, dim: int, activation: nn.Module | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_dim, dim)
-        self.act = nn.SiLU()
+        self.act = activation or nn.SiLU()
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return [B, dim]."""
+        """Return [..., dim]."""
         embedded: Tensor = self.linear_2(self.act(self.linear_1(hidden_states)))
         return embedded

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+FLOAT16_MAX = 65504.0
+
 
 def modulate(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Return `normed * (1 + scale) + shift`; [B, S, C] with [B, 1, C]."""
@@ -14,6 +16,13 @@ def modulate(normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def gated_residual(residual: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """Return `residual + gate * update`; [B, S, C] with gate [B, 1, C]."""
     return torch.addcmul(residual, gate, update)
+
+
+def clip_float16(hidden_states: Tensor) -> Tensor:
+    """Keep float16 activations finite, as the reference does; other dtypes are returned as they are."""
+    if hidden_states.dtype is torch.float16:
+        return hidden_states.clip(-FLOAT16_MAX, FLOAT16_MAX)
+    return hidden_states
 
 
 class Modulation(nn.Module):

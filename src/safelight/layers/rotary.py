@@ -8,21 +8,22 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(ids: Tensor, axes_dims: Sequence[int], theta: float = 10_000.0) -> Tensor:
+def rotary_table(
+    ids: Tensor, axes_dims: Sequence[int], theta: float = 10_000.0, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Return the rotations of each token, complex64 [S, D/2].
-
-    Angles are computed in float64 and rounded once, as the reference does.
 
     Args:
         ids: [S, num_axes], the position of each token along each axis.
         axes_dims: channels of a head that turn with each axis; their sum is the head size D.
         theta: base of the frequencies.
+        dtype: that the angles are computed in, which is the reference's; sines and cosines are rounded to float32.
 
     """
     angles = []
     for axis, dim in enumerate(axes_dims):
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
-        angles.append(torch.outer(ids[:, axis].double(), 1.0 / theta**exponents))
+        exponents = torch.arange(0, dim, 2, dtype=dtype, device=ids.device) / dim
+        angles.append(torch.outer(ids[:, axis].to(dtype), 1.0 / theta**exponents))
     joined = torch.cat(angles, dim=-1)
     return torch.complex(joined.cos().float(), joined.sin().float())
 

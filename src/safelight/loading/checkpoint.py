@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,19 @@ MAX_NAMED = 5
 """Keys that a message names before it counts the rest."""
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path, stems: Sequence[str] = STEMS) -> list[Path]:
     """Return the shards of a component's checkpoint, each checked to be a whole safetensors file.
+
+    Args:
+        folder: the component's.
+        stems: names of a checkpoint, without ending; the first that is there is taken.
 
     Raises:
         CheckpointError: if a shard is missing or damaged, the index names a file elsewhere, or there is only pickle.
 
     """
     where = folder.name
-    for stem in STEMS:
+    for stem in stems:
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.is_file():
             files = [folder / name for name in _shard_names(index)]
@@ -39,7 +43,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     else:
         if any(path.suffix in PICKLES for path in folder.glob("*")):
             raise CheckpointError(f"{where}: a pickle checkpoint is refused; convert it to safetensors")
-        raise CheckpointError(f"{where}: no weights there ({' or '.join(f'{stem}.safetensors' for stem in STEMS)})")
+        raise CheckpointError(f"{where}: no weights there ({' or '.join(f'{stem}.safetensors' for stem in stems)})")
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{where}: shard {path.name} is missing")
@@ -51,6 +55,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def load_weights(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Give a module that was built on the meta device its weights, in place.
 
+    Two tables of its class, named as in Diffusers, may say more: parts of keys in `_keep_in_fp32_modules` are float32
+    whatever the rest is, and keys with a part in `_keys_to_ignore_on_load_unexpected` are left in the file.
+
     On the CPU, in the checkpoint's own dtype, parameters are the mapped file itself: nothing is copied, and pages are
     read when they are first touched.
 
@@ -59,14 +66,20 @@ def load_weights(module: nn.Module, folder: Path, dtype: torch.dtype, device: to
 
     """
     module.requires_grad_(False)
+    tables = vars(type(module))
+    exact = frozenset(tables.get("_keep_in_fp32_modules", ()))
+    unused = frozenset(tables.get("_keys_to_ignore_on_load_unexpected", ()))
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     state: dict[str, Tensor] = {}
     with ExitStack() as stack:
         shards = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder)]
         for key, path, shard in _keys(shards):
+            parts = frozenset(key.split("."))
+            if parts & unused:
+                continue
             _check_key(key, shard, wanted, state, path)
-            tensor = shard.get_tensor(key)
-            state[key] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+            tensor, own = shard.get_tensor(key), torch.float32 if parts & exact else dtype
+            state[key] = tensor.to(device, own) if tensor.is_floating_point() else tensor.to(device)
     missing = sorted(wanted.keys() - state.keys())
     if missing:
         raise CheckpointError(f"{folder.name}: missing {listed(missing)}")

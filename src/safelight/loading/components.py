@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -39,6 +41,29 @@ LIBRARY_CLASSES: Mapping[str, str] = {
     "UniPCMultistepScheduler": "diffusers:UniPCMultistepScheduler",
 }
 """Components that the libraries load: class name in the index to `library:Class`."""
+
+UNUSED_KEYS = frozenset({"lm_head.weight"})
+"""A language model's head, which makes words: a family that wants only its hidden states loads it without."""
+
+LIBRARY_STEMS: Mapping[str, str] = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""Name of the checkpoint, without ending, that each library reads."""
+
+LIBRARY_FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What the libraries raise for a configuration or a file that is not as they expect."""
+
+MAX_REASON = 300
+"""Characters of a library's message that ours repeats."""
 
 
 def component_target(repository: Repository, component: str, own: Mapping[str, str]) -> str | None:
@@ -81,11 +106,14 @@ def load_component(folder: Path, target: str, dtype: torch.dtype, device: torch.
     cls = resolve_class(target)
     if library not in ("diffusers", "transformers"):
         return _load_native(cls, folder, dtype, device)
-    load = _load_library_module if issubclass(cls, nn.Module) else _load_library_object
     try:
-        return load(cls, folder, dtype, device)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder.name}: {cls.__name__} cannot be loaded: {str(error).splitlines()[0]}") from error
+        with _quiet():
+            if issubclass(cls, nn.Module):
+                return _load_library_module(cls, folder, dtype, device, LIBRARY_STEMS[library])
+            return cls.from_pretrained(folder, local_files_only=True)
+    except LIBRARY_FAULTS as error:
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        raise ModelError(f"{folder.name}: {cls.__name__} cannot be loaded: {reason}") from error
 
 
 def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -93,21 +121,31 @@ def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.devic
     try:
         with torch.device("meta"):
             module: nn.Module = cls.from_config(config)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise ModelIndexError(f"{folder.name}/config.json: {str(error).splitlines()[0]}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelIndexError(f"{folder.name}/config.json: {' '.join(str(error).split())[:MAX_REASON]}") from error
     load_weights(module, folder, dtype, device)
     return module.eval()
 
 
-def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    checkpoint_files(folder)
+def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, stem: str) -> nn.Module:
+    checkpoint_files(folder, (stem,))
+    if "transformers_weights" in read_json(folder / "config.json"):
+        raise ModelIndexError(
+            f"{folder.name}/config.json: transformers_weights is refused; weights are {stem}.safetensors"
+        )
     # Diffusers asks for another package, loudly, unless it is told to do without its deferred initialisation.
     details = {"low_cpu_mem_usage": False} if cls.__module__.startswith("diffusers") else {}
-    with _no_progress_bars():
-        module, info = cls.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **details
-        )
-    for fault in ("missing_keys", "mismatched_keys"):
+    module, info = cls.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # they are in `info`, by name, and refused below
+        output_loading_info=True,
+        **details,
+    )
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - UNUSED_KEYS
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[fault]:
             raise CheckpointError(f"{folder.name}: {fault.replace('_', ' ')}: {listed(sorted(map(str, info[fault])))}")
     loaded: nn.Module = module.to(device).eval().requires_grad_(False)
@@ -115,16 +153,19 @@ def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: tor
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Silence transformers' bars, which count tensors; whoever loads a model shows what matters."""
-    enabled = transformers_logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """Silence the libraries' bars and reports: what they would warn of is an error here, or of no matter."""
+    bars, levels = transformers_logging.is_progress_bar_enabled(), [log.get_verbosity() for log in _LOGS]
     transformers_logging.disable_progress_bar()
+    for log in _LOGS:
+        log.set_verbosity_error()
     try:
         yield
     finally:
-        if enabled:
+        for log, level in zip(_LOGS, levels, strict=True):
+            log.set_verbosity(level)
+        if bars:
             transformers_logging.enable_progress_bar()
 
 
-def _load_library_object(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    return cls.from_pretrained(folder, local_files_only=True)
+_LOGS = (diffusers_logging, transformers_logging)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safelight.errors import ModelAccessError, ModelError, ModelIndexError, ModelNotFoundError
 
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
 _WEIGHT_PATTERNS = ("*.safetensors",)
 _VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
@@ -72,12 +72,13 @@ def _in_words(repo_id: str, revision: str | None, download: Callable[[], str]) -
     except errors.RepositoryNotFoundError as error:
         raise ModelNotFoundError(f"{name}: no such repository on the Hub, or a private one without HF_TOKEN") from error
     except errors.LocalEntryNotFoundError as error:
-        raise ModelNotFoundError(f"{name} is not in the cache, and the Hub is offline or out of reach") from error
+        raise ModelNotFoundError(
+            f"{name} is not, or not wholly, in the cache, and the Hub is out of reach or HF_HUB_OFFLINE is set"
+        ) from error
     except errors.EntryNotFoundError as error:
         raise ModelIndexError(
             f"{name}: no model_index.json there; a model is a repository in Diffusers layout"
         ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise ModelNotFoundError(f"{name} is not in the cache, and HF_HUB_OFFLINE is set") from error
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"{name} could not be downloaded: {str(error).splitlines()[0]}") from error
+    except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]  # httpx's, as bundled there
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{name} could not be downloaded: {reason}") from error

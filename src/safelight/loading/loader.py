@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from safelight.attention import set_attention_backend
+from safelight.backends import diffusers
 from safelight.core.config import PipelineConfig
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
@@ -28,15 +30,42 @@ def load_pipeline(server_args: ServerArgs) -> ComposedPipeline:
         InvalidParameterError: if a setting does not fit this machine or this model.
 
     """
+    server_args.torch_device()  # a device that there is not is refused before anything is downloaded
+    repository = open_repository(server_args.model, server_args.revision, backend=server_args.backend)
+    for note in repository.notes:
+        logger.warning("%s", note)
+    return _LOADERS[repository.pipeline.backend](repository, server_args)
+
+
+def describe(repository: Repository) -> ModelSchema:
+    """Return what a model takes, from its JSON alone: no weights are read.
+
+    Raises:
+        ModelIndexError: if a component that the pipeline needs is not there, or is described by wrong values.
+
+    """
+    if repository.pipeline.backend == "native":
+        return _configure(repository)[1]
+    return diffusers.describe(
+        repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.notes
+    )
+
+
+def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
+    for name in repository.component_names():
+        diffusers.check_component(repository.path, name, repository.index[name])
+    return diffusers.load(repository.path, describe(repository), server_args)
+
+
+def _load_native(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
     device = server_args.torch_device()
-    repository = open_repository(server_args.model, server_args.revision)
     pipeline_cls = repository.pipeline.pipeline_cls()
     names = pipeline_cls.component_names()
     for component in server_args.component_dtypes:
         if component not in names:
             raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
     targets = _targets(repository, pipeline_cls)
-    config, schema = describe(repository)
+    config, schema = _configure(repository)
     modules: dict[str, Any] = {}
     for name, target in targets.items():
         begun = time.perf_counter()
@@ -48,17 +77,21 @@ def load_pipeline(server_args: ServerArgs) -> ComposedPipeline:
     return pipeline_cls(modules, config, schema, server_args)
 
 
-def describe(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
+def _configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
     """Return a model's configuration and schema, from its JSON alone: no weights are read.
 
     Raises:
-        ModelIndexError: if a component that the pipeline needs is not there.
+        ModelIndexError: if a component that the pipeline needs is not there, or is described by wrong values.
 
     """
     pipeline_cls = repository.pipeline.pipeline_cls()
     configs = {name: repository.component_config(name) for name in _targets(repository, pipeline_cls)}
     configs["model_index"] = dict(repository.index)
-    config = repository.pipeline.pipeline_config_cls().from_model(configs)
+    try:
+        config = repository.pipeline.pipeline_config_cls().from_model(configs)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelIndexError(f"{repository.name}: a component's configuration has a wrong value: {reason}") from error
     schema = config.model_schema(
         repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.sampling_defaults()
     )
@@ -75,3 +108,9 @@ def _targets(repository: Repository, pipeline_cls: type[ComposedPipeline]) -> di
         elif not pipeline_cls.is_optional(name):
             raise ModelIndexError(f"model_index.json: {name} is missing, and {pipeline_cls.pipeline_name} needs it")
     return targets
+
+
+_LOADERS: Mapping[str, Callable[[Repository, ServerArgs], ComposedPipeline]] = {
+    "native": _load_native,
+    diffusers.FAMILY: _load_diffusers,
+}

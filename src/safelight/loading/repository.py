@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from safelight.core.params import SamplingParams
-from safelight.core.registry import PipelineEntry, get_pipeline
-from safelight.errors import ModelIndexError, ModelNotFoundError
+from safelight.core.registry import PipelineEntry, get_pipeline, pipelines
+from safelight.errors import InvalidParameterError, ModelIndexError, ModelNotFoundError, shown
 from safelight.loading import hub
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "shapes"
@@ -36,6 +36,7 @@ class Repository:
         path: its folder.
         index: `model_index.json`.
         pipeline: the pipeline that its `_class_name` names.
+        notes: what users of it should know.
 
     """
 
@@ -43,6 +44,13 @@ class Repository:
     path: Path
     index: Mapping[str, Any]
     pipeline: PipelineEntry
+    notes: tuple[str, ...] = ()
+
+    def component_names(self) -> tuple[str, ...]:
+        """Return the components that its pipeline loads: those that the class names, or else all in the index."""
+        if self.pipeline.backend == "native":
+            return self.pipeline.pipeline_cls().component_names()
+        return tuple(name for name, entry in self.index.items() if isinstance(entry, list) and entry != [None, None])
 
     def component_class_name(self, component: str) -> str | None:
         """Return the class name that the index gives a component; None where it is null or absent.
@@ -89,7 +97,10 @@ class Repository:
             raise ModelIndexError(
                 f"{self.name}: {DEFAULTS_NAME} has {', '.join(unknown)}, which this pipeline does not"
             )
-        return {name: options[name].check(f"{DEFAULTS_NAME}: {name}", value) for name, value in stated.items()}
+        try:
+            return {name: options[name].check(name, value) for name, value in stated.items()}
+        except InvalidParameterError as error:
+            raise ModelIndexError(f"{self.name}: {DEFAULTS_NAME}: {error}") from error
 
     def params_cls(self) -> type[SamplingParams]:
         """Return the sampling parameters of this model."""
@@ -97,31 +108,50 @@ class Repository:
 
 
 def open_repository(
-    model: str | os.PathLike[str] | None = None, revision: str | None = None, *, weights: bool = True
+    model: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    *,
+    backend: str = "auto",
+    weights: bool = True,
 ) -> Repository:
     """Find a model: the shipped one (None), a folder, or a Hub id, which is downloaded.
 
     Args:
         model: a folder, or a Hub id such as `owner/name`, optionally with `@revision`.
         revision: branch, tag or commit of a Hub id.
+        backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         weights: whether weights are wanted; without, only JSON and tokenizers are downloaded.
 
     Raises:
         ModelError: if there is no such model, it may not be read, or its index is not one that can be run.
+        InvalidParameterError: for a revision of a folder, or one beside that in the name.
 
     """
     name = str(model) if model is not None else str(SHIPPED_MODEL)
-    path = Path(name).expanduser()
-    if path.exists():
-        return _read(name if model is not None else "the shipped model", path)
+    path = _existing(name)
+    if path is not None:
+        if revision is not None:
+            raise InvalidParameterError("revision", revision, "nothing here: a folder has no revisions")
+        return _read(name if model is not None else "the shipped model", path, backend)
     if not hub.is_repo_id(name):
-        raise ModelNotFoundError(f"model: {name}: no such folder, and not a Hub id (owner/name)")
+        raise ModelNotFoundError(f"model: {shown(name)}: no such folder, and not a Hub id (owner/name)")
     repo_id, _, tagged = name.partition("@")
+    if tagged and revision not in (None, tagged):
+        raise InvalidParameterError("revision", revision, f"nothing beside the {tagged!r} in the model's name")
     revision = tagged or revision
     index_path = hub.download_file(repo_id, INDEX_NAME, revision)
-    repository = _read(name, index_path.parent)
-    components = repository.pipeline.pipeline_cls().component_names()
-    return _read(name, hub.download_components(repo_id, revision, components, (DEFAULTS_NAME, INDEX_NAME), weights))
+    components = _read(name, index_path.parent, backend).component_names()
+    folder = hub.download_components(repo_id, revision, components, (DEFAULTS_NAME, INDEX_NAME), weights)
+    return _read(name, folder, backend)
+
+
+def _existing(name: str) -> Path | None:
+    """Return the path that a name stands for, if there is something."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError):  # a name that is too long, or ~ of a user whom there is not
+        return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -140,11 +170,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read(name: str, path: Path) -> Repository:
+def _read(name: str, path: Path, backend: str) -> Repository:
     if not (path / INDEX_NAME).is_file():
         raise ModelIndexError(f"{name}: no {INDEX_NAME} there; a model is a folder in Diffusers layout")
     index = read_json(path / INDEX_NAME)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):
         raise ModelIndexError(f"{INDEX_NAME}: _class_name: got {class_name!r}; it takes a pipeline's class name")
-    return Repository(name, path, index, get_pipeline(class_name))
+    entry = _pipeline_entry(class_name, backend)
+    chosen = backend == "auto" and entry.backend != "native"
+    note = f"{class_name} has no family here: it runs through the {entry.backend} package"
+    return Repository(name, path, index, entry, (note,) if chosen else ())
+
+
+def _pipeline_entry(class_name: str, backend: str) -> PipelineEntry:
+    """Return the pipeline of a class name: ours, or that of the diffusers package, as `backend` wants it."""
+    if backend == "native" or (backend == "auto" and class_name in pipelines()):
+        return get_pipeline(class_name)
+    from safelight.backends import diffusers
+
+    if backend == "auto" and not diffusers.has_pipeline(class_name):
+        return get_pipeline(class_name)  # which names those that there are
+    return diffusers.pipeline_entry(class_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,3 +22,12 @@ def linear_mu(num_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
     slope = (scheduler_config.get("max_shift", 1.15) - base_shift) / (max_length - base_length)
     shift: float = num_tokens * slope + (base_shift - slope * base_length)
     return shift
+
+
+def shifted_sigmas(timesteps: Sequence[float], shift: float, num_train_timesteps: int) -> list[float]:
+    """Return, for each timestep, the nearest noise level of a training schedule with a flow shift."""
+    levels = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32) / num_train_timesteps
+    sigmas = shift * levels / (1 + (shift - 1) * levels)
+    distances = np.abs(sigmas[None] * num_train_timesteps - np.asarray(timesteps, dtype=np.float32)[:, None])
+    nearest: list[float] = sigmas[distances.argmin(axis=1)].tolist()
+    return nearest

@@ -24,10 +24,14 @@ class TimestepPreparationStage(PipelineStage):
         """Fill `scheduler`, `timesteps`, `sigmas` and `num_inference_steps`."""
         scheduler = copy.deepcopy(self.scheduler)
         device = server_args.torch_device()
-        sigmas = self.config.prepare_sigmas(batch)
-        shift = {"mu": self.config.prepare_mu(batch, scheduler.config)}
-        schedule = {"num_inference_steps": batch.params.num_inference_steps} if sigmas is None else {"sigmas": sigmas}
-        scheduler.set_timesteps(device=device, **schedule, **(shift if shift["mu"] is not None else {}))
+        given = {
+            "sigmas": self.config.prepare_sigmas(batch),
+            "timesteps": self.config.prepare_timesteps(batch),
+            "mu": self.config.prepare_mu(batch, scheduler.config),
+        }
+        if given["sigmas"] is None:
+            given["num_inference_steps"] = batch.params.num_inference_steps
+        scheduler.set_timesteps(device=device, **{name: value for name, value in given.items() if value is not None})
         scheduler.set_begin_index(0)
         batch.scheduler = scheduler
         batch.timesteps = scheduler.timesteps

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from safelight.attention import Attention
 from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
 from safelight.layers.linear import FeedForward
-from safelight.layers.modulation import ModulatedNorm, Modulation, gated_residual, modulate
+from safelight.layers.modulation import ModulatedNorm, Modulation, clip_float16, gated_residual, modulate
 from safelight.layers.rotary import apply_rotary_emb
 
-FLOAT16_MAX = 65504.0
 TIME_CHANNELS = 256
 
 
@@ -237,10 +236,3 @@ class FluxTransformer2DModel(nn.Module):
             joined = block(joined, temb, freqs_cis)
         velocity: Tensor = self.proj_out(self.norm_out(joined[:, text.shape[1] :], temb))
         return velocity
-
-
-def clip_float16(hidden_states: Tensor) -> Tensor:
-    """Keep float16 activations finite, as the reference does; other dtypes are returned as they are."""
-    if hidden_states.dtype is torch.float16:
-        return hidden_states.clip(-FLOAT16_MAX, FLOAT16_MAX)
-    return hidden_states

@@ -1,0 +1,1 @@
+"""Pipelines without a family of ours, run by the packages that have them."""

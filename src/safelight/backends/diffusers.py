@@ -1,0 +1,203 @@
+"""Any pipeline of the diffusers package, a step at a time: progress, cancel and interleaving as for our own."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from safelight.backends.signature import params_from_signature, takes_tuple
+from safelight.backends.step_thread import StepThread
+from safelight.core.config import PipelineConfig
+from safelight.core.params import SamplingParams
+from safelight.core.pipeline import ComposedPipeline
+from safelight.core.registry import PipelineEntry
+from safelight.core.request import Req
+from safelight.core.schema import ModelSchema, ModelTaskType
+from safelight.core.server_args import ServerArgs
+from safelight.core.stage import PipelineStage, Steps
+from safelight.errors import ModelError, ModelIndexError, UsageError
+
+FAMILY = "diffusers"
+MAX_INPUT_IMAGES = 16
+CALLBACK = "callback_on_step_end"
+
+
+def has_pipeline(class_name: str) -> bool:
+    """Say whether the package has a public pipeline class of this name."""
+    import diffusers
+
+    found = getattr(diffusers, class_name, None) if class_name in dir(diffusers) else None
+    return isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+
+
+def check_component(folder: Path, name: str, entry: Any) -> None:
+    """Refuse a component of the index that is not the libraries' own.
+
+    Args:
+        folder: the repository.
+        name: the component's.
+        entry: what the index says of it.
+
+    Raises:
+        ModelIndexError: unless it is `[library, class]` of diffusers, its pipelines, or transformers.
+
+    """
+    import diffusers.pipelines
+
+    library = entry[0] if len(entry) == 2 and all(isinstance(part, str) for part in entry) else None
+    known = library in ("diffusers", "transformers") or library in dir(diffusers.pipelines)
+    if not known or (folder / name / f"{library}.py").exists():
+        raise ModelIndexError(
+            f"model_index.json: {name}: {entry!r} is refused; only classes of diffusers and transformers are loaded, "
+            "and never code from a repository"
+        )
+
+
+def pipeline_entry(class_name: str) -> PipelineEntry:
+    """Return a registry entry for a public pipeline class of the diffusers package.
+
+    Raises:
+        ModelIndexError: if it has no such class.
+
+    """
+    params_cls = params_from_signature(_pipeline_class(class_name).__call__, class_name)
+    return PipelineEntry(FAMILY, class_name, __name__, (), params_cls, DiffusersConfig, backend=FAMILY)
+
+
+def describe(model: str, class_name: str, params_cls: type[SamplingParams], notes: tuple[str, ...]) -> ModelSchema:
+    """Return what a pipeline takes, as far as its signature says it."""
+    options = params_cls.options()
+    takes_image, makes_video = "image" in options, "num_frames" in options
+    task = f"{'TI' if takes_image else 'T'}2{'V' if makes_video else 'I'}"
+    return ModelSchema(
+        model=model,
+        pipeline_name=class_name,
+        task=ModelTaskType(task),
+        params_cls=params_cls,
+        defaults=params_cls.defaults,
+        size_multiple=1,
+        num_input_images=(0, MAX_INPUT_IMAGES if takes_image else 0),
+        notes=notes,
+    )
+
+
+def load(path: Path, schema: ModelSchema, server_args: ServerArgs) -> ComposedPipeline:
+    """Load a pipeline with the package's own loader: local files, safetensors, explicit class, no code of others.
+
+    Args:
+        path: the repository, whose index names only classes of diffusers and transformers.
+        schema: what the pipeline takes.
+        server_args: device and dtype.
+
+    Raises:
+        ModelError: if the package cannot load it.
+
+    """
+    cls = _pipeline_class(schema.pipeline_name)
+    dtype = server_args.component_dtype("")
+    try:
+        pipe = cls.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"{schema.pipeline_name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return DiffusersPipeline({"pipeline": pipe.to(server_args.torch_device())}, DiffusersConfig(), schema, server_args)
+
+
+def _pipeline_class(class_name: str) -> Any:
+    """Return a pipeline class by its public name."""
+    import diffusers
+
+    if not has_pipeline(class_name):
+        raise ModelIndexError(f"model_index.json: pipeline class {class_name!r} is none of the diffusers package")
+    return getattr(diffusers, class_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersConfig(PipelineConfig):
+    """Nothing: the conventions are in the package."""
+
+    task: ClassVar[ModelTaskType] = ModelTaskType.T2I
+    vae_scale_factor: int = 1
+    latent_channels: int = 0
+    vae_scale: float | tuple[float, ...] = 1.0
+    vae_shift: float | tuple[float, ...] = 0.0
+
+
+class DiffusersPipeline(ComposedPipeline):
+    """A pipeline of the package as one stage."""
+
+    def create_pipeline_stages(self, server_args: ServerArgs) -> None:
+        """Add the one stage."""
+        self.add_stage(DiffusersStage(self.get_module("pipeline")), "pipeline")
+
+
+EntryClass = [DiffusersPipeline]
+
+
+class DiffusersStage(PipelineStage):
+    """The whole call of a pipeline; each of its steps is a unit.
+
+    What the call holds lies in its own thread, and not in the request: such a request cannot be moved.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.parameters = inspect.signature(pipe.__call__).parameters
+
+    def run(self, batch: Req, server_args: ServerArgs) -> Steps:
+        """Run the call to its end, with a boundary after each step; closing stops it there."""
+        thread = StepThread(lambda pause: self._call(batch, pause))
+        try:
+            while thread.resume():
+                yield []
+        finally:
+            thread.cancel()
+
+    def _call(self, batch: Req, pause: Callable[[], None]) -> None:
+        """Call a copy of the pipeline that shares the modules, and has a solver of its own."""
+        pipe = copy.copy(self.pipe)
+        pipe.scheduler = copy.deepcopy(self.pipe.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+
+        def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            batch.step_index, batch.num_inference_steps = step + 1, running.num_timesteps
+            pause()
+            return tensors
+
+        steps = {CALLBACK: on_step_end} if CALLBACK in self.parameters else {}
+        try:
+            with torch.inference_mode():
+                media = pipe(**self._arguments(batch), **steps, return_dict=False)[0]
+        except ValueError as error:  # how these pipelines refuse a value
+            raise UsageError(f"{type(pipe).__name__}: {error}") from error
+        batch.outputs.extend(to_output(entry, batch.params.output_type) for entry in media)
+
+    def _arguments(self, batch: Req) -> dict[str, Any]:
+        """Return the pipeline's arguments in its own words."""
+        params = batch.params
+        given = {name: value for name, value in params.set_fields().items() if name in self.parameters}
+        for name, value in given.items():
+            if isinstance(value, tuple) and not takes_tuple(self.parameters[name].annotation):
+                single = params.options()[name].kind == "images" and len(value) == 1
+                given[name] = value[0] if single else list(value)
+        assert params.seed is not None
+        generator = torch.Generator("cpu").manual_seed(params.seed)
+        form = "latent" if params.output_type == "latent" else "np"
+        return {**given, "generator": generator, "output_type": form}
+
+
+def to_output(media: Any, output_type: str | None) -> Tensor:
+    """Return one of a pipeline's outputs, float32 [..., H, W, C] in [0, 1], rounded to uint8 for `pil`."""
+    tensor = torch.from_numpy(media) if isinstance(media, np.ndarray) else media.cpu()
+    return (tensor * 255).round().to(torch.uint8) if output_type == "pil" else tensor

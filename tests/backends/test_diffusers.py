@@ -1,0 +1,193 @@
+"""Pipelines of the diffusers package, a step at a time: the same bytes, and the same control, as everywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from safelight import DiffusionGenerator, ServerArgs
+from safelight.backends.step_thread import StepThread
+from safelight.core.executor import Execution
+from safelight.core.registry import pipelines
+from safelight.errors import InvalidParameterError, ModelIndexError, UnknownParameterError, UsageError
+from safelight.loading.loader import load_pipeline
+from tests.backends.conftest import BUILDERS, FIELDS
+from tests.families.conftest import requests
+
+NAMES = list(BUILDERS)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    cache = {}
+
+    def of(name):
+        if name not in cache:
+            cache[name] = load_pipeline(ServerArgs(str(checkpoint(name)), device="cpu"))
+        return cache[name]
+
+    return of
+
+
+def reference(checkpoint, name, **fields):
+    pipe = getattr(diffusers, name).from_pretrained(checkpoint(name))
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(fields.pop("seed", 0))
+    return pipe(**{**FIELDS[name], **fields}, generator=generator, return_dict=False)[0]
+
+
+def alone(pipeline, fields):
+    (req,) = requests(pipeline, fields)
+    with Execution(pipeline, req) as execution:
+        while execution.advance():
+            pass
+    return req.outputs
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "safelight-step"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_bytes_are_those_of_diffusers_alone(checkpoint, name, seed):
+    with DiffusionGenerator.from_pretrained(checkpoint(name), device="cpu") as generator:
+        result = generator.generate("a photo of a cat", seed=seed, output_type="np", **FIELDS[name])
+        pictures = generator.generate("a photo of a cat", seed=seed, output_type="pil", **FIELDS[name])
+    expected = reference(checkpoint, name, prompt="a photo of a cat", seed=seed, output_type="np")
+    ours = result.videos if name == "LTXPipeline" else result.images
+    assert np.array_equal(ours, np.asarray(expected))
+    in_pil = reference(checkpoint, name, prompt="a photo of a cat", seed=seed, output_type="pil")
+    media = pictures.videos if name == "LTXPipeline" else pictures.images
+    frames, wanted = (media[0], in_pil[0]) if name == "LTXPipeline" else (media, in_pil)
+    assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in wanted]
+    assert any("diffusers package" in warning for warning in result.warnings)
+    assert not threads()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_requests_of_one_model_interleave(loaded, name):
+    pipeline = loaded(name)
+    asked = [
+        {"prompt": "a cat", "seed": 1, **FIELDS[name]},
+        {"prompt": "two dogs at dawn", "seed": 2, **FIELDS[name], "num_inference_steps": 3},
+        {"prompt": "a cat", "seed": 1, **FIELDS[name]},
+    ]
+    expected = [alone(pipeline, fields) for fields in asked]
+    executions = [Execution(pipeline, requests(pipeline, fields)[0]) for fields in asked]
+    running = list(executions)
+    while running:
+        running = [execution for execution in running if execution.advance()]
+    for execution, outputs in zip(executions, expected, strict=True):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(execution.req.outputs, outputs, strict=True))
+        assert execution.req.step_index == execution.req.num_inference_steps
+    assert not threads()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_closing_stops_within_a_step(loaded, name):
+    pipeline = loaded(name)
+    pipe = pipeline.get_module("pipeline")
+    forwards = []
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    handle = denoiser.register_forward_pre_hook(lambda *_: forwards.append(1))
+    (req,) = requests(pipeline, {"prompt": "a cat", **FIELDS[name]})
+    execution = Execution(pipeline, req)
+    while req.step_index < 2:
+        assert execution.advance()
+    assert len(forwards) == 2
+    execution.close()
+    handle.remove()
+    assert len(forwards) == 2 and not threads() and not req.outputs
+
+
+def test_the_backend_can_be_asked_for_by_name(tmp_path):
+    from tests.recipes.flux import build
+
+    build(tmp_path, "default")
+    fields = {"height": 32, "width": 32, "num_inference_steps": 3, "seed": 4, "output_type": "np"}
+    with DiffusionGenerator.from_pretrained(tmp_path, device="cpu") as native:
+        ours = native.generate("a cat", **fields)
+    with DiffusionGenerator.from_pretrained(tmp_path, device="cpu", backend="diffusers") as other:
+        theirs = other.generate("a cat", **fields)
+    assert np.abs(ours.images - theirs.images).max() <= 1e-4
+    assert theirs.warnings == [] and ours.warnings == []
+    with pytest.raises(InvalidParameterError, match="backend"):
+        DiffusionGenerator.from_pretrained(tmp_path, backend="nonsense")
+    assert "FluxPipeline" in pipelines()
+
+
+def test_parameters_are_those_of_the_signature(loaded):
+    schema = loaded("StableDiffusion3Pipeline").schema
+    assert schema.defaults["guidance_scale"] == 7.0 and schema.defaults["max_sequence_length"] == 256
+    options = schema.params_cls.options()
+    assert {"prompt_3", "skip_guidance_layers", "clip_skip", "seed", "n"} <= set(options)
+    assert not {"num_frames", "image", "latents", "ip_adapter_image"} & set(options)
+    for name in ("latents", "joint_attention_kwargs", "generator"):
+        with pytest.raises(UnknownParameterError):
+            schema.params_cls.from_fields({"prompt": "x", name: None})
+    assert loaded("LTXPipeline").schema.task == "T2V"
+
+
+def test_a_value_that_the_pipeline_refuses_is_one_clear_error(loaded):
+    pipeline = loaded("StableDiffusion3Pipeline")
+    (req,) = requests(pipeline, {"prompt": "a cat", "height": 33, "width": 48, "num_inference_steps": 2})
+    with pytest.raises(UsageError, match="divisible by"), Execution(pipeline, req) as execution:
+        while execution.advance():
+            pass
+    assert not threads()
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "message"),
+    [
+        ("vae", ["os", "system"], "refused"),
+        ("vae", ["my_code", "AutoencoderKL"], "refused"),
+        ("_class_name", "DiffusionPipelineOfMine", "not supported"),
+        ("_class_name", "AutoencoderKL", "not supported"),
+        ("_class_name", "__doc__", "not supported"),
+    ],
+)
+def test_foreign_code_is_refused(checkpoint, tmp_path, name, entry, message):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("StableDiffusionXLPipeline"), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index[name] = entry
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelIndexError, match=message):
+        DiffusionGenerator.from_pretrained(folder, device="cpu")
+
+
+def test_a_step_thread_runs_only_while_its_owner_waits():
+    log = []
+
+    def work(pause):
+        for step in range(3):
+            log.append(f"work {step}")
+            pause()
+
+    thread = StepThread(work)
+    for step in range(4):
+        more = thread.resume()
+        log.append(f"owner {step}")
+        assert more is (step < 3)
+    assert log == ["work 0", "owner 0", "work 1", "owner 1", "work 2", "owner 2", "owner 3"]
+    thread.cancel()
+
+
+def test_an_error_in_the_thread_is_the_owners():
+    def work(pause):
+        pause()
+        raise KeyError("lost")
+
+    thread = StepThread(work)
+    assert thread.resume()
+    with pytest.raises(KeyError, match="lost"):
+        thread.resume()
+    assert not threads()
