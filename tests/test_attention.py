@@ -83,6 +83,22 @@ def test_the_choice_is_logged_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["attention on cpu, torch.float32, head size 24: sdpa"]
 
 
+def test_a_forward_chooses_nothing_and_compiles_as_one_graph():
+    layer = Attention(2, 8)
+    set_attention_backend(layer, "auto", "cpu", torch.float32)
+    query, key, value = torch.randn(3, 1, 5, 2, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(query, key, value), layer(query, key, value))
+
+
+def test_a_mask_is_refused_by_a_backend_that_takes_none():
+    layer = Attention(2, 8)
+    set_attention_backend(layer, "flash", "cpu", torch.float32)
+    query, key, value = torch.randn(3, 1, 5, 2, 8)
+    with pytest.raises(InvalidParameterError, match="takes a mask"):
+        layer(query, key, value, AttentionMetadata(attn_mask=torch.ones(5, 5, dtype=torch.bool)))
+
+
 def test_a_backend_that_cannot_is_refused_when_it_is_set():
     with pytest.raises(InvalidParameterError, match="attention_backend"):
         set_attention_backend(torch.nn.Sequential(Attention(2, 64)), "cudnn", "cpu", torch.float32)

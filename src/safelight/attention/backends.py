@@ -85,7 +85,7 @@ BACKENDS: Mapping[str, AttentionBackend] = {
 def select_backend(
     requested: str, device_type: str, dtype: torch.dtype, has_mask: bool, head_size: int
 ) -> AttentionBackend:
-    """Return the backend for a kind of call; the choice is logged once.
+    """Return the backend for a kind of call; each choice is logged once.
 
     Args:
         requested: `auto`, or a name in `BACKENDS`.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from safelight.attention.backends import select_backend
+from safelight.attention.backends import BACKENDS, select_backend
+from safelight.errors import InvalidParameterError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +53,27 @@ class Attention(nn.Module):
         self.head_size = head_size
         self.causal = causal
         self.softmax_scale = softmax_scale
-        self.requested_backend = "auto"
+        self.backend = BACKENDS["sdpa"]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata = NO_MASK) -> Tensor:
         """Return [B, S, H, D]."""
         mask = metadata.attn_mask
-        backend = select_backend(
-            self.requested_backend, query.device.type, query.dtype, mask is not None, self.head_size
+        if mask is not None and not self.backend.takes_mask:
+            raise InvalidParameterError("attention_backend", self.backend.name, "one that takes a mask, for this model")
+        attended = self.backend(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, self.causal, self.softmax_scale
         )
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        attended = backend(query, key, value, mask, self.causal, self.softmax_scale)
         return attended.transpose(1, 2)
 
 
 def set_attention_backend(module: nn.Module, name: str, device_type: str, dtype: torch.dtype) -> None:
-    """Set the backend of every attention layer below `module`.
+    """Choose the backend of every attention layer below `module`, once, so that a forward has nothing to choose.
+
+    Args:
+        module: whose layers are set.
+        name: `auto`, or a name in `BACKENDS`.
+        device_type: on which it will run, such as `cuda`.
+        dtype: of query, key and value.
 
     Raises:
         InvalidParameterError: if there is no such backend, or it cannot compute this model here.
@@ -74,5 +81,4 @@ def set_attention_backend(module: nn.Module, name: str, device_type: str, dtype:
     """
     for layer in module.modules():
         if isinstance(layer, Attention):
-            select_backend(name, device_type, dtype, False, layer.head_size)
-            layer.requested_backend = name
+            layer.backend = select_backend(name, device_type, dtype, False, layer.head_size)

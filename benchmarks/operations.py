@@ -1,0 +1,114 @@
+"""Operations that would be kernels, counted in a block of FLUX.1-dev at its real size; nothing is computed.
+
+On the meta device, views not counted; RMSNorm and attention, which are one kernel each on a GPU, count as one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.common import (
+    FLUX_DEV,
+    begin,
+    count_per_block,
+    diffusers_transformer,
+    flux_inputs,
+    our_transformer,
+    print_table,
+)
+
+ONE_KERNEL = frozenset({torch.rms_norm, F.rms_norm, F.scaled_dot_product_attention})
+NO_KERNEL = frozenset({"aten._unsafe_view", "aten.detach", "aten.empty", "aten.lift_fresh"})
+"""Operations that move no data though their schema does not call them views."""
+
+
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations below it by name, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+        self.paused = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Count, and go on."""
+        name = str(func.overloadpacket)
+        if not self.paused and not func.is_view and name not in NO_KERNEL:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class OneKernel(TorchFunctionMode):
+    """Counts a call of a fused function as one operation, whatever the meta device makes of it."""
+
+    def __init__(self, counter: OperationCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Count once, and go on uncounted."""
+        if func not in ONE_KERNEL or self.counter.paused:
+            return func(*args, **(kwargs or {}))
+        self.counter.counts[func.__name__] += 1
+        self.counter.paused = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.counter.paused = False
+
+
+def operations(transformer: Any, arguments: Mapping[str, Any]) -> Counter[str]:
+    """Return the operations of one forward, by name."""
+    counter = OperationCounter()
+    with torch.no_grad(), counter, OneKernel(counter):
+        transformer(**arguments)
+    return counter.counts
+
+
+def num_operations(transformer: Any, arguments: Mapping[str, Any]) -> int:
+    """Return the number of operations of one forward."""
+    return operations(transformer, arguments).total()
+
+
+def main() -> None:
+    """Count both sides."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", action="store_true", help="print the whole forward's operations by name, too")
+    arguments = begin(parser)
+    rows = 16 if arguments.quick else 64
+    inputs = flux_inputs(FLUX_DEV, 512, rows, rows, torch.bfloat16, "meta")
+    reference = diffusers_transformer(FLUX_DEV, torch.bfloat16, "meta")
+    weights: dict[str, Tensor] = reference.state_dict()
+    sides = {
+        "Diffusers": (reference, inputs.diffusers()),
+        "Safelight": (our_transformer(FLUX_DEV, weights), inputs.ours()),
+    }
+    table = []
+    for name, (transformer, call) in sides.items():
+        count = partial(num_operations, transformer, call)
+        double, single, rest = count_per_block(transformer, count)
+        total = count()
+        mean = (total - rest) / (FLUX_DEV.num_layers + FLUX_DEV.num_single_layers)
+        table.append([name, str(double), str(single), f"{mean:.1f}", str(rest), str(total)])
+        if arguments.names:
+            print(name, dict(operations(transformer, call).most_common()), end="\n\n")
+    print(f"FLUX.1-dev, bfloat16, {512 + rows * rows} tokens: operations")
+    print_table(["", "two-stream block", "one-stream block", "mean block", "outside blocks", "forward"], table)
+
+
+if __name__ == "__main__":
+    main()
