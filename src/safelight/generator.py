@@ -72,7 +72,9 @@ class DiffusionGenerator:
         )
         return cls(load_pipeline(args))
 
-    def generate(self, prompt: str | Sequence[str] | SamplingParams | None = None, **fields: Any) -> GenerationResult:
+    def generate(
+        self, prompt: str | Sequence[str] | SamplingParams | None = None, /, **fields: Any
+    ) -> GenerationResult:
         """Make pictures.
 
         Args:
@@ -90,7 +92,7 @@ class DiffusionGenerator:
         return result
 
     def stream(
-        self, prompt: str | Sequence[str] | SamplingParams | None = None, **fields: Any
+        self, prompt: str | Sequence[str] | SamplingParams | None = None, /, **fields: Any
     ) -> Iterator[GenerationEvent]:
         """Make pictures, telling after every step how far it is; the last event has the result.
 
@@ -149,13 +151,17 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
     asked = schema.params_cls.from_fields(fields)
     images = _as_list(asked.image)
     if images:
-        asked = dataclasses.replace(asked, image=tuple(media.open_image(image) for image in images))
-    params = asked.resolve(schema)
+        opened = tuple(media.open_image(image, mode=asked.image_mode) for image in images)
+        asked = dataclasses.replace(asked, image=opened)
+    single = [name for name, option in asked.options().items() if option.kind == "image"]
+    others = {name: value for name, value in asked.set_fields().items() if name in single}
+    others = {name: media.open_image(value, name, asked.image_mode) for name, value in others.items()}
+    params = dataclasses.replace(asked, **others).resolve(schema)
     assert params.n is not None
     if params.seed is None:
         params = dataclasses.replace(params, seed=secrets.randbelow(SEED_RANGE - params.n))
     warnings = [*schema.notes, *params.warnings(schema, asked.set_fields())]
-    if any(media.has_alpha(image) for image in images):
+    if asked.image_mode == "RGB" and any(media.has_alpha(image) for image in images):
         warnings.append("image: its alpha channel is not used")
     return params, warnings
 

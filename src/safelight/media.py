@@ -24,55 +24,55 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no whole picture."""
 
 
-def open_image(source: Any, param: str = "image") -> Image.Image:
-    """Return a picture in RGB, turned as its EXIF says.
+def open_image(source: Any, param: str = "image", mode: str = "RGB") -> Image.Image:
+    """Return a picture, turned as its EXIF says.
 
     Args:
         source: a PIL image, or the path of a PNG, JPEG or WebP file.
         param: the field that an error names.
+        mode: of the result, RGB or RGBA.
 
     Raises:
         InvalidParameterError: if it cannot be read as such, or is too large.
 
     """
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, param, "a PIL image")
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, Image.Image | str | os.PathLike):
         raise InvalidParameterError(param, source, "a path, a PIL image, or a list of these")
-    takes = f"a readable {', '.join(READ_FORMATS)} file"
+    name = "a PIL image" if isinstance(source, Image.Image) else os.fspath(source)
     try:
         with _opened(source) as image:
-            return _to_rgb(image, param, os.fspath(source))
+            return _converted(image, param, name, mode)
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
-        raise InvalidParameterError(param, os.fspath(source), f"{takes} ({reason})") from error
+        raise InvalidParameterError(param, name, f"a readable {', '.join(READ_FORMATS)} file ({reason})") from error
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Read a picture's header; its pixels are read when they are first needed."""
+def _opened(source: Image.Image | str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Read a file's header; its pixels are read when they are first needed. A picture is open already."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of size, where MAX_INPUT_PIXELS is our limit, and of damaged EXIF
-        with Image.open(path, formats=READ_FORMATS) as image:
-            yield image
+        if isinstance(source, Image.Image):
+            yield source
+        else:
+            with Image.open(source, formats=READ_FORMATS) as image:
+                yield image
 
 
-def _to_rgb(image: Image.Image, param: str, name: str) -> Image.Image:
+def _converted(image: Image.Image, param: str, name: str, mode: str) -> Image.Image:
     if image.width * image.height > MAX_INPUT_PIXELS:
-        size = f"{name} of {image.width}x{image.height}"
-        raise InvalidParameterError(param, size, f"at most {MAX_INPUT_PIXELS // 10**6} megapixels")
+        takes = f"at most {MAX_INPUT_PIXELS // 10**6} megapixels, not {image.width}x{image.height}"
+        raise InvalidParameterError(param, name, takes)
     if image.mode in ("I", "F"):
-        raise InvalidParameterError(param, f"{name} of mode {image.mode}", "a picture of 8 or 16 bits a channel")
+        raise InvalidParameterError(param, name, f"8 or 16 bits a channel, not Pillow's mode {image.mode}")
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):  # which Pillow cuts at 255 instead of scaling it
         upright = upright.point(lambda value: value / 256).convert("L")
-    return upright.convert("RGB")
+    return upright.convert(mode)
 
 
 def has_alpha(source: Any) -> bool:
-    """Say whether a picture, one that `open_image` takes, has transparency, which is not used."""
-    if isinstance(source, Image.Image):
-        return source.has_transparency_data
+    """Say whether a picture, one that `open_image` takes, has transparency."""
     with _opened(source) as image:
         return image.has_transparency_data
 

@@ -30,7 +30,7 @@ class Repo:
     gated: bool = False
     cut: frozenset[str] = frozenset()
 
-    def find(self, revision):
+    def find(self, revision: str) -> tuple[str, Path] | None:
         """Return (commit, folder), or None."""
         for name, folder in self.revisions.items():
             commit = hashlib.sha1(str(folder).encode()).hexdigest()

@@ -71,6 +71,15 @@ def with_header(content, change):
     return struct.pack("<Q", len(encoded)) + encoded + content[8 + length :]
 
 
+def with_duplicate(content):
+    """Return a safetensors file's bytes with a second entry of the first key, which is another tensor's."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    first, second = [name for name in header if name != "__metadata__"][:2]
+    encoded = f"{json.dumps(header)[:-1]}, {json.dumps(first)}: {json.dumps(header[second])}}}".encode()
+    return struct.pack("<Q", len(encoded)) + encoded + content[8 + length :]
+
+
 def overlap(header):
     first, second = [name for name in header if name != "__metadata__"][:2]
     header[second]["data_offsets"] = header[first]["data_offsets"]
@@ -91,6 +100,7 @@ DAMAGE = {
     "header length 2**63": lambda content: struct.pack("<Q", 2**63) + content[8:],
     "header no JSON": lambda content: content[:8] + b"x" + content[9:],
     "overlapping offsets": lambda content: with_header(content, overlap),
+    "duplicate key": with_duplicate,
     "pickle": pickled,
 }
 

@@ -204,7 +204,7 @@ def test_offline_with_half_a_cache(hub, monkeypatch):
 
 def no_sleep(monkeypatch):
     """Let the client try again at once, and count its waits."""
-    waits = []
+    waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
     return waits
 
@@ -259,8 +259,8 @@ def test_environment_is_respected(hub, repositories, tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     script, picture = Path(sys.executable).with_name("safelight"), tmp_path / "x.png"
-    command = [script, "generate", "x", "--model", ID, "--height", "16", "--width", "16"]
-    command += ["--num-inference-steps", "1", "-o", picture]
+    command = [str(script), "generate", "x", "--model", ID, "--height", "16", "--width", "16"]
+    command += ["--num-inference-steps", "1", "-o", str(picture)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"{picture}\n"), done.stderr
     assert {request.authorization for request in hub.requests} == {f"Bearer {TOKEN}"}

@@ -95,7 +95,7 @@ def test_a_component_names_a_known_class(damaged, entry, words):
     assert words in message and message.startswith("model_index.json: transformer")
 
 
-CONFIGS = {
+CONFIGS: dict[tuple[str, str], list[dict[str, object]]] = {
     ("transformer", "config.json"): [
         {"surplus": 1},
         {"num_layers": "x"},

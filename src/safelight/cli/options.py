@@ -11,7 +11,6 @@ import click
 from safelight.core.params import Option, SamplingParams
 from safelight.core.server_args import ServerArgs
 
-CLICK_TYPES: Mapping[str, Any] = {"integer": click.INT, "number": click.FLOAT}
 POSITIONAL = "prompt"
 NOT_OFFERED = frozenset({POSITIONAL, "output_type"})
 """The prompt is an argument, and files are always made of pictures."""
@@ -25,12 +24,28 @@ def float_list(text: str) -> tuple[float, ...]:
         raise click.BadParameter(f"{text!r} is not a list of numbers such as 1.0,0.5") from error
 
 
+def integer_list(text: str) -> tuple[int, ...]:
+    """Parse whole numbers that are separated by commas."""
+    try:
+        return tuple(int(entry) for entry in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 4,6") from error
+
+
 def key_value(text: str) -> tuple[str, str]:
     """Parse NAME=VALUE."""
     name, separator, value = text.partition("=")
     if not (name and separator and value):
         raise click.BadParameter(f"{text!r} is not of the form name=value")
     return name, value
+
+
+CLICK_TYPES: Mapping[str, Any] = {
+    "integer": click.INT,
+    "number": click.FLOAT,
+    "integers": integer_list,
+    "numbers": float_list,
+}
 
 
 def sampling_options(params_cls: type[SamplingParams], defaults: Mapping[str, Any]) -> list[click.Parameter]:
@@ -49,8 +64,7 @@ def _sampling_option(name: str, option: Option, default: Any) -> click.Option:
         return click.Option([f"{flag}/--no-{name.replace('_', '-')}", name], default=None, **details)
     if option.choices:
         return click.Option([flag, name], type=click.Choice(option.choices), **details)
-    kind = float_list if option.kind == "numbers" else CLICK_TYPES.get(option.kind, click.STRING)
-    return click.Option([flag, name], type=kind, **details)
+    return click.Option([flag, name], type=CLICK_TYPES.get(option.kind, click.STRING), **details)
 
 
 def given(params_cls: type[SamplingParams], values: Mapping[str, Any]) -> dict[str, Any]:

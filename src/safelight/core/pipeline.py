@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import nn
+
 from safelight.core.config import PipelineConfig
 from safelight.core.request import Req
 from safelight.core.schema import ModelSchema
@@ -32,6 +34,9 @@ class ComposedPipeline:
     """`_class_name` in `model_index.json`."""
     component_classes: ClassVar[Mapping[str, str]] = {}
     """The family's own components: class name in `model_index.json` to `module:Class`."""
+    image_vae_encoding_stage: ClassVar[type[ImageVAEEncodingStage]] = ImageVAEEncodingStage
+    decoding_stage: ClassVar[type[DecodingStage]] = DecodingStage
+    """The stages that run the VAE, which a model with another kind of VAE sets."""
     _required_config_modules: ClassVar[tuple[str, ...]] = ()
     _optional_config_modules: ClassVar[tuple[str, ...]] = ()
     """Components that may be null in the index, or absent."""
@@ -60,6 +65,10 @@ class ComposedPipeline:
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the stages, in the order in which they run."""
         raise NotImplementedError
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the components that are modules, by their names in `model_index.json`."""
+        return {name: module for name, module in self._modules.items() if isinstance(module, nn.Module)}
 
     def add_stage(self, stage: PipelineStage, stage_name: str | None = None) -> None:
         """Add a stage at the end, by the name under which users see it (its class's name unless given)."""
@@ -103,7 +112,7 @@ class ComposedPipeline:
 
     def add_standard_decoding_stage(self) -> None:
         """Latents to pixels."""
-        self.add_stage(DecodingStage(self.get_module("vae"), self.config), "decoding")
+        self.add_stage(self.decoding_stage(self.get_module("vae"), self.config), "decoding")
 
     def _add_input_stages(self) -> None:
         names = [name for name in self.component_names() if name.startswith("text_encoder")]
@@ -117,7 +126,7 @@ class ComposedPipeline:
         if "image_encoder" in self._modules:
             encoder, processor = self.get_module("image_encoder"), self.get_module("image_processor")
             self.add_stage(ImageEncodingStage(encoder, processor, self.config), "image_encoding")
-        self.add_stage(ImageVAEEncodingStage(self.get_module("vae"), self.config), "image_vae_encoding")
+        self.add_stage(self.image_vae_encoding_stage(self.get_module("vae"), self.config), "image_vae_encoding")
 
     def _add_loop_stages(self, loop: DenoisingStage | None = None) -> None:
         self.add_stage(TimestepPreparationStage(self.get_module("scheduler"), self.config), "timestep_preparation")

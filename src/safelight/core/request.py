@@ -64,6 +64,7 @@ class Req:
         outputs: finished media: uint8 or float32, a picture [H, W, C] or a video [T, H, W, C]; or latents.
         warnings: what the user should know about this output.
         timings: seconds of each stage so far.
+        feature_cache: what a causal VAE remembers of the frames before, while it encodes or decodes.
         host_tensors: of the solver's tensors, those that stay on the CPU whatever the device.
 
     """
@@ -89,6 +90,7 @@ class Req:
     outputs: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
+    feature_cache: dict[str, list[Any]] = field(default_factory=dict)
     host_tensors: frozenset[str] | None = None
 
 
@@ -134,6 +136,7 @@ def map_tensors(req: Req, change: Callable[[Tensor], Tensor], keep: frozenset[st
     req.pending = _mapped(req.pending, once)
     req.denoised = _mapped(req.denoised, once)
     req.outputs = _mapped(req.outputs, once)
+    req.feature_cache = _mapped(req.feature_cache, once)
 
 
 _SOLVER_CONFIG = frozenset({"_internal_dict"})

@@ -75,12 +75,13 @@ class ModelSchema:
             if name in self.defaults:
                 entry["default"] = self.defaults[name]
             properties[name] = entry
+        required = ["prompt", "image"] if self.num_input_images[0] else ["prompt"]
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
             "title": self.pipeline_name,
             "description": f"Parameters of {self.model} ({self.task})",
             "type": "object",
             "properties": properties,
-            "required": ["prompt", "image"] if self.num_input_images[0] else ["prompt"],
+            "required": [name for name in required if name not in self.defaults],
             "additionalProperties": False,
         }

@@ -69,7 +69,7 @@ def load_weights(module: nn.Module, folder: Path, dtype: torch.dtype, device: to
     tables = vars(type(module))
     exact = frozenset(tables.get("_keep_in_fp32_modules", ()))
     unused = frozenset(tables.get("_keys_to_ignore_on_load_unexpected", ()))
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     state: dict[str, Tensor] = {}
     with ExitStack() as stack:
         shards = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder)]
@@ -77,10 +77,10 @@ def load_weights(module: nn.Module, folder: Path, dtype: torch.dtype, device: to
             parts = frozenset(key.split("."))
             if parts & unused:
                 continue
-            _check_key(key, shard, wanted, state, path)
+            _check_key(key, shard, expected, state, path)
             tensor, own = shard.get_tensor(key), torch.float32 if parts & exact else dtype
             state[key] = tensor.to(device, own) if tensor.is_floating_point() else tensor.to(device)
-    missing = sorted(wanted.keys() - state.keys())
+    missing = sorted(expected.keys() - state.keys())
     if missing:
         raise CheckpointError(f"{folder.name}: missing {listed(missing)}")
     module.load_state_dict(state, assign=True)
@@ -92,15 +92,15 @@ def _keys(shards: list[tuple[Path, Any]]) -> Iterator[tuple[str, Path, Any]]:
             yield key, path, shard
 
 
-def _check_key(key: str, shard: Any, wanted: dict[str, tuple[int, ...]], seen: dict[str, Tensor], path: Path) -> None:
+def _check_key(key: str, shard: Any, expected: dict[str, tuple[int, ...]], seen: dict[str, Tensor], path: Path) -> None:
     where = f"{path.parent.name}/{path.name}"
-    if key not in wanted:
+    if key not in expected:
         raise CheckpointError(f"{where}: unexpected key {key!r}")
     if key in seen:
         raise CheckpointError(f"{where}: key {key!r} is in two shards")
     shape = tuple(shard.get_slice(key).get_shape())
-    if shape != wanted[key]:
-        raise CheckpointError(f"{where}: {key!r} has shape {list(shape)}; the model takes {list(wanted[key])}")
+    if shape != expected[key]:
+        raise CheckpointError(f"{where}: {key!r} has shape {list(shape)}; the model takes {list(expected[key])}")
 
 
 def _shard_names(index: Path) -> list[str]:

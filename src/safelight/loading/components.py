@@ -22,7 +22,6 @@ from safelight.loading.repository import Repository, read_json
 LIBRARY_CLASSES: Mapping[str, str] = {
     "AutoencoderKL": "diffusers:AutoencoderKL",
     "AutoencoderKLQwenImage": "diffusers:AutoencoderKLQwenImage",
-    "AutoencoderKLWan": "diffusers:AutoencoderKLWan",
     "CLIPImageProcessor": "transformers:CLIPImageProcessorPil",
     "CLIPImageProcessorFast": "transformers:CLIPImageProcessorPil",
     "CLIPImageProcessorPil": "transformers:CLIPImageProcessorPil",
@@ -43,7 +42,7 @@ LIBRARY_CLASSES: Mapping[str, str] = {
 """Components that the libraries load: class name in the index to `library:Class`."""
 
 UNUSED_KEYS = frozenset({"lm_head.weight"})
-"""A language model's head, which makes words: a family that wants only its hidden states loads it without."""
+"""A language model's head, which makes words: a family that needs only its hidden states loads it without."""
 
 LIBRARY_STEMS: Mapping[str, str] = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Name of the checkpoint, without ending, that each library reads."""
@@ -89,6 +88,12 @@ def component_target(repository: Repository, component: str, own: Mapping[str, s
     return table[class_name]
 
 
+def library_of(target: str) -> str | None:
+    """Return which library a class is of; None for our own."""
+    package = target.partition(":")[0]
+    return package if package in LIBRARY_STEMS else None
+
+
 def load_component(folder: Path, target: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Load one component.
 
@@ -102,9 +107,9 @@ def load_component(folder: Path, target: str, dtype: torch.dtype, device: torch.
         ModelError: if it cannot be loaded.
 
     """
-    library = target.partition(":")[0]
+    library = library_of(target)
     cls = resolve_class(target)
-    if library not in ("diffusers", "transformers"):
+    if library is None:
         return _load_native(cls, folder, dtype, device)
     try:
         with _quiet():

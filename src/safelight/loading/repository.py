@@ -120,7 +120,7 @@ def open_repository(
         model: a folder, or a Hub id such as `owner/name`, optionally with `@revision`.
         revision: branch, tag or commit of a Hub id.
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
-        weights: whether weights are wanted; without, only JSON and tokenizers are downloaded.
+        weights: whether weights are needed; without, only JSON and tokenizers are downloaded.
 
     Raises:
         ModelError: if there is no such model, it may not be read, or its index is not one that can be run.
@@ -184,7 +184,7 @@ def _read(name: str, path: Path, backend: str) -> Repository:
 
 
 def _pipeline_entry(class_name: str, backend: str) -> PipelineEntry:
-    """Return the pipeline of a class name: ours, or that of the diffusers package, as `backend` wants it."""
+    """Return the pipeline of a class name: ours, or that of the diffusers package, as `backend` asks."""
     if backend == "native" or (backend == "auto" and class_name in pipelines()):
         return get_pipeline(class_name)
     from safelight.backends import diffusers

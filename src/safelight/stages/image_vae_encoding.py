@@ -13,7 +13,7 @@ from safelight.core.stage import PipelineStage, Steps
 
 
 class ImageVAEEncodingStage(PipelineStage):
-    """Encodes the input images with the VAE, prepared as the model wants them."""
+    """Encodes the input images with the VAE, prepared as the model takes them."""
 
     def __init__(self, vae: Any, config: PipelineConfig) -> None:
         self.vae = vae

@@ -1,0 +1,274 @@
+"""The Qwen-Image transformer: blocks with two streams, for image and text (Wu et al., 2025, arXiv:2508.02324).
+
+Reference: `QwenImageTransformer2DModel` in Diffusers; parameter names and shapes are those of its checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from safelight.attention import Attention, AttentionMetadata
+from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
+from safelight.layers.linear import FeedForward
+from safelight.layers.modulation import ModulatedNorm, clip_float16, gated_residual, modulate
+from safelight.layers.rotary import apply_rotary_emb
+
+TIME_CHANNELS = 256
+TIME_SCALE = 1000.0
+
+
+@dataclass(frozen=True)
+class QwenImageArchitecture:
+    """The numbers of `transformer/config.json`, with the reference's defaults.
+
+    Attributes:
+        patch_size: latent pixels along one side of a token.
+        in_channels: of a token of latents.
+        out_channels: of a latent pixel; those of a token if None.
+        num_layers: blocks.
+        attention_head_dim, num_attention_heads: their product is the width.
+        joint_attention_dim: channels of the text embeddings.
+        axes_dims_rope: channels of a head that turn with each position axis; their sum is the head size.
+        zero_cond_t: whether input images are modulated as at time 0, whatever the time of the picture.
+        use_additional_t_cond: whether the timestep's embedding is joined by one of two learned vectors.
+        use_layer3d_rope: whether the first position axis counts layers; the rotary table is made elsewhere.
+        guidance_embeds: must be false: the reference has no weights for it.
+        pooled_projection_dim: stated by published checkpoints, and used by nothing.
+
+    """
+
+    patch_size: int = 2
+    in_channels: int = 64
+    out_channels: int | None = 16
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    zero_cond_t: bool = False
+    use_additional_t_cond: bool = False
+    use_layer3d_rope: bool = False
+    guidance_embeds: bool = False
+    pooled_projection_dim: int = 768
+
+    @property
+    def dim(self) -> int:
+        """Width of the model."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class TimestepConditioning(nn.Module):
+    """Timesteps as vectors, [B, K] to [B, K, dim]."""
+
+    def __init__(self, dim: int, use_additional_t_cond: bool) -> None:
+        super().__init__()
+        self.timestep_embedder = EmbeddingMLP(TIME_CHANNELS, dim)
+        self.addition_t_embedding = nn.Embedding(2, dim) if use_additional_t_cond else None
+
+    def forward(self, timesteps: Tensor, additional_t_cond: Tensor | None) -> Tensor:
+        """Return [B, K, dim].
+
+        Args:
+            timesteps: [B, K], noise levels in [0, 1], in the model's dtype.
+            additional_t_cond: int64 [B], the learned vector to add.
+
+        """
+        sinusoids = timestep_embedding(timesteps.flatten().float() * TIME_SCALE, TIME_CHANNELS).to(timesteps.dtype)
+        embedded: Tensor = self.timestep_embedder(sinusoids.view(*timesteps.shape, TIME_CHANNELS))
+        if self.addition_t_embedding is None:
+            return embedded
+        assert additional_t_cond is not None
+        return torch.add(embedded, self.addition_t_embedding(additional_t_cond)[:, None])
+
+
+class JointAttention(nn.Module):
+    """Attention over text and image together; each has projections and norms of its own."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.add_q_proj = nn.Linear(dim, dim)
+        self.add_k_proj = nn.Linear(dim, dim)
+        self.add_v_proj = nn.Linear(dim, dim)
+        self.to_add_out = nn.Linear(dim, dim)
+        self.norm_added_q = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_added_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.attention = Attention(num_heads, head_dim)
+
+    def forward(
+        self, image: Tensor, text: Tensor, freqs_cis: Tensor, metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor]:
+        """Return the updates of image [B, S_image, C] and text [B, S_text, C]."""
+        image_query, image_key = self.norm_q(self.heads(self.to_q(image))), self.norm_k(self.heads(self.to_k(image)))
+        text_query = self.norm_added_q(self.heads(self.add_q_proj(text)))
+        text_key = self.norm_added_k(self.heads(self.add_k_proj(text)))
+        query = apply_rotary_emb(torch.cat((text_query, image_query), dim=1), freqs_cis)
+        key = apply_rotary_emb(torch.cat((text_key, image_key), dim=1), freqs_cis)
+        value = self.heads(torch.cat((self.add_v_proj(text), self.to_v(image)), dim=1))
+        attended = self.attention(query, key, value, metadata).flatten(2)
+        text_update, image_update = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
+        return self.to_out[0](image_update), self.to_add_out(text_update)
+
+    def heads(self, projected: Tensor) -> Tensor:
+        """Return [B, S, H, D] of [B, S, C]."""
+        return projected.view(*projected.shape[:2], -1, self.head_dim)
+
+
+class QwenImageTransformerBlock(nn.Module):
+    """A block with two streams, each modulated by the timestep."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.img_norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = JointAttention(dim, num_heads, head_dim)
+        self.img_norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.img_mlp = FeedForward(dim)
+        self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.txt_norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.txt_norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.txt_mlp = FeedForward(dim)
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        part_sizes: Sequence[int],
+        freqs_cis: Tensor,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """Return image [B, S_image, C] and text [B, S_text, C].
+
+        Args:
+            image: [B, S_image, C].
+            text: [B, S_text, C].
+            temb: [B, K, C], one vector a part of the image tokens; the first is the text's too.
+            part_sizes: tokens of each part.
+            freqs_cis: complex64 [S_text + S_image, D/2].
+            metadata: of attention.
+
+        """
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.img_mod(temb).chunk(6, dim=-1)
+        text_modulation = self.txt_mod(temb[:, :1]).chunk(6, dim=-1)
+        text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = text_modulation
+        normed = modulate_parts(self.img_norm1(image), scale, shift, part_sizes)
+        update, text_update = self.attn(
+            normed, modulate(self.txt_norm1(text), text_scale, text_shift), freqs_cis, metadata
+        )
+        image = gate_parts(image, gate, update, part_sizes)
+        image_mlp = self.img_mlp(modulate_parts(self.img_norm2(image), mlp_scale, mlp_shift, part_sizes))
+        image = gate_parts(image, mlp_gate, image_mlp, part_sizes)
+        text = gated_residual(text, text_gate, text_update)
+        text_mlp = self.txt_mlp(modulate(self.txt_norm2(text), text_mlp_scale, text_mlp_shift))
+        return clip_float16(image), clip_float16(gated_residual(text, text_mlp_gate, text_mlp))
+
+
+class QwenImageTransformer2DModel(nn.Module):
+    """Predicts the velocity, noise minus picture, of packed latents."""
+
+    _repeated_blocks: ClassVar[tuple[str, ...]] = ("QwenImageTransformerBlock",)
+
+    def __init__(self, architecture: QwenImageArchitecture) -> None:
+        super().__init__()
+        if architecture.guidance_embeds:
+            raise ValueError("guidance_embeds: true is not supported; Diffusers has no weights for it either")
+        dim, heads = architecture.dim, (architecture.num_attention_heads, architecture.attention_head_dim)
+        self.zero_cond_t = architecture.zero_cond_t
+        self.time_text_embed = TimestepConditioning(dim, architecture.use_additional_t_cond)
+        self.txt_norm = nn.RMSNorm(architecture.joint_attention_dim, eps=1e-6)
+        self.img_in = nn.Linear(architecture.in_channels, dim)
+        self.txt_in = nn.Linear(architecture.joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            QwenImageTransformerBlock(dim, *heads) for _ in range(architecture.num_layers)
+        )
+        self.norm_out = ModulatedNorm(dim)
+        out_channels = architecture.out_channels or architecture.in_channels
+        self.proj_out = nn.Linear(dim, architecture.patch_size**2 * out_channels)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build from `transformer/config.json`."""
+        values = dict(config)
+        values["axes_dims_rope"] = tuple(values.get("axes_dims_rope", QwenImageArchitecture.axes_dims_rope))
+        return cls(QwenImageArchitecture(**values))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        freqs_cis: Tensor,
+        condition_hidden_states: Tensor | None = None,
+        additional_t_cond: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the velocity of the noisy tokens, [B, S, out_channels].
+
+        Args:
+            hidden_states: [B, S, in_channels], packed noisy latents.
+            encoder_hidden_states: [B, S_text, joint_attention_dim].
+            timestep: [B], noise level in [0, 1].
+            freqs_cis: complex64 [S_text + S + S_condition, D/2].
+            condition_hidden_states: [B, S_condition, in_channels], packed latents of the input images.
+            additional_t_cond: int64 [B], where the model has `use_additional_t_cond`.
+            encoder_hidden_states_mask: bool [B, S_text], False for padding; None where there is none.
+
+        """
+        part_sizes, timesteps = self.parts(hidden_states, condition_hidden_states, timestep)
+        tokens = [hidden_states] if condition_hidden_states is None else [hidden_states, condition_hidden_states]
+        image = self.img_in(torch.cat(tokens, dim=1))
+        text = self.txt_in(self.txt_norm(encoder_hidden_states))
+        temb = self.time_text_embed(timesteps, additional_t_cond)
+        metadata = joint_metadata(encoder_hidden_states_mask, image.shape[1])
+        for block in self.transformer_blocks:
+            image, text = block(image, text, temb, part_sizes, freqs_cis, metadata)
+        velocity: Tensor = self.proj_out(self.norm_out(image[:, : hidden_states.shape[1]], temb[:, 0]))
+        return velocity
+
+    def parts(self, noisy: Tensor, condition: Tensor | None, timestep: Tensor) -> tuple[tuple[int, ...], Tensor]:
+        """Return the tokens of each part of the image stream that is modulated alike, and their timesteps [B, K]."""
+        timesteps = timestep.to(noisy.dtype)[:, None]
+        if condition is None:
+            return (noisy.shape[1],), timesteps
+        if not self.zero_cond_t:
+            return (noisy.shape[1] + condition.shape[1],), timesteps
+        return (noisy.shape[1], condition.shape[1]), torch.cat((timesteps, torch.zeros_like(timesteps)), dim=1)
+
+
+def modulate_parts(normed: Tensor, scale: Tensor, shift: Tensor, part_sizes: Sequence[int]) -> Tensor:
+    """Modulate each part of [B, S, C] by its own vectors of [B, K, C]."""
+    if len(part_sizes) == 1:
+        return modulate(normed, scale, shift)
+    parts = zip(
+        torch.split(normed, list(part_sizes), 1), torch.split(scale, 1, 1), torch.split(shift, 1, 1), strict=True
+    )
+    return torch.cat([modulate(*part) for part in parts], dim=1)
+
+
+def gate_parts(residual: Tensor, gate: Tensor, update: Tensor, part_sizes: Sequence[int]) -> Tensor:
+    """Add to each part of [B, S, C] its update, by its own gate of [B, K, C]."""
+    if len(part_sizes) == 1:
+        return gated_residual(residual, gate, update)
+    sizes = list(part_sizes)
+    parts = zip(torch.split(residual, sizes, 1), torch.split(gate, 1, 1), torch.split(update, sizes, 1), strict=True)
+    return torch.cat([gated_residual(*part) for part in parts], dim=1)
+
+
+def joint_metadata(text_mask: Tensor | None, num_image_tokens: int) -> AttentionMetadata:
+    """Return what attention over text and image is told of padding, given the text's mask [B, S_text]."""
+    if text_mask is None:
+        return AttentionMetadata()
+    return AttentionMetadata(functional.pad(text_mask, (0, num_image_tokens), value=True)[:, None, None])

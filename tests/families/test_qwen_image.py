@@ -1,0 +1,179 @@
+"""Qwen-Image, where the suites that all families share do not look: what is refused, and what is warned of."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel as ReferenceTransformer
+from PIL import Image
+
+from safelight.core.server_args import ServerArgs
+from safelight.errors import InvalidParameterError, ModelIndexError, UnknownParameterError, UsageError
+from safelight.families.qwen_image import prompts
+from safelight.families.qwen_image.params import MAX_INPUT_IMAGES, needs_caption
+from safelight.families.qwen_image.transformer import QwenImageTransformer2DModel
+from safelight.generator import DiffusionGenerator, prepare
+from safelight.loading.loader import load_pipeline
+from tests.recipes import all_recipes
+from tests.recipes.base import shake
+from tests.recipes.qwen_image import CAT, patch_areas, picture
+
+T2I, EDIT, EDIT_PLUS, LAYERED = (f"QwenImage{name}Pipeline" for name in ("", "Edit", "EditPlus", "Layered"))
+
+
+@pytest.fixture
+def schema(models):
+    return lambda pipeline_name: models.ours(all_recipes()[pipeline_name]).schema
+
+
+@pytest.mark.parametrize(
+    ("pipeline_name", "fields", "param"),
+    [
+        (T2I, {"prompt": CAT, "height": 100}, "height"),
+        (T2I, {"prompt": CAT, "max_sequence_length": 1025}, "max_sequence_length"),
+        (T2I, {"prompt": CAT, "sigmas": [1.0, 0.5], "num_inference_steps": 3}, "num_inference_steps"),
+        (T2I, {"prompt": CAT, "num_inference_steps": 1}, "num_inference_steps"),
+        (T2I, {"prompt": CAT, "sigmas": [1.0]}, "sigmas"),
+        (T2I, {"prompt": CAT, "image": picture(8, 8)}, "image"),
+        (EDIT, {"prompt": CAT}, "image"),
+        (EDIT, {"prompt": CAT, "image": [picture(8, 8)] * 2}, "image"),
+        (EDIT, {"prompt": CAT, "image": picture(1, 300)}, "image"),
+        (EDIT, {"prompt": CAT, "image": picture(9000, 1)}, "image"),
+        (EDIT, {"prompt": CAT, "image": picture(8, 8), "width": 40}, "width"),
+        (EDIT, {"prompt": f"a {prompts.IMAGE_PAD}", "image": picture(8, 8)}, "prompt"),
+        (EDIT, {"prompt": CAT, "negative_prompt": "<|video_pad|>", "image": picture(8, 8)}, "negative_prompt"),
+        (EDIT_PLUS, {"prompt": CAT}, "image"),
+        (EDIT_PLUS, {"prompt": CAT, "image": [picture(8, 8)] * (MAX_INPUT_IMAGES + 1)}, "image"),
+        (EDIT_PLUS, {"prompt": CAT, "image": [picture(8, 8), picture(1, 700)]}, "image"),
+        (LAYERED, {"prompt": CAT}, "image"),
+        (LAYERED, {"prompt": CAT, "image": picture(8, 8), "resolution": 800}, "resolution"),
+        (LAYERED, {"prompt": CAT, "image": picture(8, 8), "layers": 0}, "layers"),
+        (LAYERED, {"prompt": CAT, "image": picture(8, 8), "height": 64}, "height"),
+    ],
+)
+def test_refused(schema, pipeline_name, fields, param):
+    with pytest.raises(UsageError) as refusal:
+        prepare(schema(pipeline_name), fields)
+    assert vars(refusal.value)["param"] == param
+
+
+@pytest.mark.parametrize("name", ["attention_kwargs", "prompt_embeds_mask", "negative_prompt_embeds_mask", "latents"])
+def test_arguments_that_are_done_otherwise_name_our_way(schema, name):
+    with pytest.raises(UnknownParameterError, match=r"use |attention_backend"):
+        prepare(schema(T2I), {"prompt": CAT, name: 1})
+
+
+@pytest.mark.parametrize(
+    ("pipeline_name", "fields", "warned"),
+    [
+        (T2I, {}, []),
+        (T2I, {"negative_prompt": "dogs"}, []),
+        (T2I, {"guidance_scale": 2.0}, ["guidance_scale"]),
+        (T2I, {"true_cfg_scale": 3.0}, ["true_cfg_scale"]),
+        (T2I, {"true_cfg_scale": 1.0}, []),
+        (T2I, {"true_cfg_scale": 1.0, "negative_prompt": "dogs"}, ["negative_prompt"]),
+        (EDIT, {"max_sequence_length": 100}, ["max_sequence_length"]),
+        (EDIT_PLUS, {"image": [picture(8, 8)] * 4}, ["image"]),
+        (LAYERED, {"max_sequence_length": 100}, []),
+        (LAYERED, {"use_en_prompt": True}, ["use_en_prompt"]),
+        (LAYERED, {"use_en_prompt": True, "prompt": ""}, []),
+        (LAYERED, {"cfg_normalize": True}, ["cfg_normalize"]),
+    ],
+)
+def test_warnings_name_what_has_no_effect(schema, pipeline_name, fields, warned):
+    image = {} if pipeline_name == T2I else {"image": picture(8, 8, "RGBA" if pipeline_name == LAYERED else "RGB")}
+    _, warnings = prepare(schema(pipeline_name), {"prompt": CAT, **image, **fields})
+    assert [warning.partition(" ")[0].rstrip(":") for warning in warnings] == warned
+
+
+def test_the_size_of_an_edit_is_that_of_the_last_image(schema):
+    images = [Image.new("RGB", (500, 500)), Image.new("RGB", (1600, 900))]
+    params, _ = prepare(schema(EDIT_PLUS), {"prompt": CAT, "image": images})
+    assert (params.height, params.width) == (None, None)
+    assert params.output_size(schema(EDIT_PLUS)) == (768, 1376)
+    taller, _ = prepare(schema(EDIT_PLUS), {"prompt": CAT, "image": images, "height": 1024})
+    assert taller.output_size(schema(EDIT_PLUS)) == (1024, 1376)
+
+
+def test_templates_are_the_references(models):
+    reference = models.reference(all_recipes()[LAYERED])
+    assert reference.prompt_template_encode == prompts.GENERATION_TEMPLATE.text
+    assert reference.prompt_template_encode_start_idx == prompts.GENERATION_TEMPLATE.num_prefix_tokens
+    assert reference.image_caption_prompt_en == prompts.CAPTION_PROMPT_EN
+    assert reference.image_caption_prompt_cn == prompts.CAPTION_PROMPT_CN
+    reference = models.reference(all_recipes()[EDIT_PLUS])
+    assert reference.prompt_template_encode == prompts.EDIT_TEMPLATE.text
+    assert reference.prompt_template_encode_start_idx == prompts.EDIT_TEMPLATE.num_prefix_tokens
+
+
+def test_layers_through_the_public_interface(models, monkeypatch, tmp_path):
+    """A picture without transparency, from a file, and no prompt: layers have it, and the caption is returned."""
+    patch_areas(monkeypatch)
+    picture(90, 60).save(tmp_path / "picture.png")
+    generator = DiffusionGenerator(models.ours(all_recipes()[LAYERED]))
+    result = generator.generate(image=tmp_path / "picture.png", layers=3, num_inference_steps=2, seed=1, n=2)
+    assert [image.mode for image in result.images] == ["RGBA"] * 6
+    assert [len(output.images) for output in result.outputs] == [3, 3]
+    captions = {output.params.prompts()[0] for output in result.outputs}
+    assert len(captions) == 1 and not needs_caption(captions.pop())
+    again = generator.generate(result.outputs[1].params)
+    assert [image.tobytes() for image in again.images] == [image.tobytes() for image in result.outputs[1].images]
+    assert result.warnings == []
+    paths = result.save(tmp_path / "layer.png")
+    with Image.open(paths[0]) as saved:
+        assert len(paths) == 6 and saved.mode == "RGBA"
+
+
+def test_a_prompt_is_required_but_for_layers(schema):
+    assert schema(EDIT).json_schema()["required"] == ["prompt", "image"]
+    assert schema(LAYERED).json_schema()["required"] == ["image"]
+
+
+def small_transformer(**config):
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 8, "out_channels": 2}
+    config = {**sizes, "joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6), **config}
+    reference = shake(ReferenceTransformer(**config), 1)
+    ours = QwenImageTransformer2DModel.from_config(config).eval()
+    ours.load_state_dict(reference.state_dict())
+    return ours, reference
+
+
+def test_padding_is_not_seen():
+    """Two texts of unequal length, padded and masked together, give what each gives alone."""
+    ours, reference = small_transformer()
+    tokens, text = torch.randn(2, 12, 8), torch.randn(2, 7, 24)
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    timestep = torch.tensor([0.9, 0.2])
+    image_freqs, text_freqs = reference.pos_embed([(1, 3, 4)], max_txt_seq_len=7, device=torch.device("cpu"))
+    with torch.inference_mode():
+        together = ours(tokens, text, timestep, torch.cat((text_freqs, image_freqs)), encoder_hidden_states_mask=mask)
+        expected = reference(tokens, text, mask, timestep, [[(1, 3, 4)]] * 2, return_dict=False)[0]
+        freqs_cis = torch.cat((text_freqs[:4], image_freqs))
+        alone = ours(tokens[1:], text[1:, :4], timestep[1:], freqs_cis)
+    assert torch.allclose(together, expected, atol=1e-5)
+    assert torch.allclose(together[1:], alone, atol=1e-5)
+
+
+def test_embedded_guidance_is_refused(models, tmp_path):
+    """The reference has the option, and neither weights for it nor a forward that takes it."""
+    reference = ReferenceTransformer(num_layers=1, attention_head_dim=16, num_attention_heads=1, guidance_embeds=True)
+    assert not any("guidance" in name for name in reference.state_dict())
+    recipe = all_recipes()[T2I]
+    recipe.build(tmp_path, "default")
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "guidance_embeds": True}))
+    with pytest.raises(ModelIndexError, match="guidance_embeds"):
+        load_pipeline(ServerArgs(str(tmp_path), device="cpu"))
+
+
+def test_a_name_that_published_configurations_have_is_known():
+    config = {"pooled_projection_dim": 768, "num_layers": 1, "num_attention_heads": 1}
+    assert len(QwenImageTransformer2DModel.from_config(config).transformer_blocks) == 1
+
+
+def test_an_unknown_resolution_is_refused_before_images_are_looked_at(schema):
+    with pytest.raises(InvalidParameterError, match="640 or 1024"):
+        prepare(schema(LAYERED), {"prompt": CAT, "resolution": 641})
