@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import pytest
 import torch
@@ -151,7 +153,7 @@ BUILDERS = {
     "StableDiffusionXLPipeline": stable_diffusion_xl,
     "LTXPipeline": ltx,
 }
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Pipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
     "StableDiffusionXLPipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
     "LTXPipeline": {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 3},
