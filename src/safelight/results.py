@@ -135,8 +135,10 @@ class GenerationResult:
     def metadata(self, output: GenerationOutput) -> dict[str, Any]:
         """Return how an output was made, as JSON can hold it."""
         params = output.params.set_fields()
-        if output.params.image is not None:
-            params["image"] = [f"{image.width}x{image.height}" for image in output.params.image]
+        for name, option in output.params.options().items():
+            if name in params and option.kind in ("image", "images"):
+                images = params[name] if option.kind == "images" else [params[name]]
+                params[name] = [f"{image.width}x{image.height}" for image in images]
         return {
             "software": f"safelight {__version__}",
             "model": self.schema.model,

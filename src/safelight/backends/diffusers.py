@@ -96,17 +96,18 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs) -> ComposedPi
     Args:
         path: the repository, whose index names only classes of diffusers and transformers.
         schema: what the pipeline takes.
-        server_args: device and dtype.
+        server_args: device and dtypes.
 
     Raises:
         ModelError: if the package cannot load it.
 
     """
     cls = _pipeline_class(schema.pipeline_name)
-    dtype = server_args.component_dtype("")
+    own = {name: server_args.component_dtype(name) for name in server_args.component_dtypes}
+    dtypes = {"default": server_args.component_dtype(""), **own}
     try:
         pipe = cls.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            path, dtype=dtypes, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{schema.pipeline_name} cannot be loaded: {str(error).splitlines()[0]}") from error
