@@ -15,7 +15,7 @@ from safelight import DiffusionGenerator, ServerArgs
 from safelight.backends.step_thread import StepThread
 from safelight.core.executor import Execution
 from safelight.core.registry import pipelines
-from safelight.errors import InvalidParameterError, ModelIndexError, UnknownParameterError, UsageError
+from safelight.errors import CheckpointError, InvalidParameterError, ModelIndexError, UnknownParameterError, UsageError
 from safelight.loading.loader import load_pipeline
 from tests.backends.conftest import BUILDERS, FIELDS
 from tests.families.conftest import requests
@@ -149,6 +149,7 @@ def test_a_value_that_the_pipeline_refuses_is_one_clear_error(loaded):
     [
         ("vae", ["os", "system"], "refused"),
         ("vae", ["my_code", "AutoencoderKL"], "refused"),
+        ("../unet", ["diffusers", "UNet2DConditionModel"], "refused"),
         ("_class_name", "DiffusionPipelineOfMine", "not supported"),
         ("_class_name", "AutoencoderKL", "not supported"),
         ("_class_name", "__doc__", "not supported"),
@@ -161,6 +162,19 @@ def test_foreign_code_is_refused(checkpoint, tmp_path, name, entry, message):
     index[name] = entry
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelIndexError, match=message):
+        DiffusionGenerator.from_pretrained(folder, device="cpu")
+
+
+def test_weights_go_through_the_same_gate(checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("StableDiffusionXLPipeline"), folder)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = unet.read_bytes()
+    unet.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        DiffusionGenerator.from_pretrained(folder, device="cpu")
+    unet.rename(unet.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match="pickle checkpoint is refused"):
         DiffusionGenerator.from_pretrained(folder, device="cpu")
 
 

@@ -57,5 +57,5 @@ def test_a_family_in_another_package_is_found_through_its_entry_point(tmp_path):
         "from safelight.core.registry import pipelines; entry = pipelines()['ToyPipeline'];"
         "assert 'torch' not in sys.modules; print(entry.pipeline_cls().__module__, *entry.hf_model_paths)"
     )
-    ran = subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", script], check=True, timeout=240, capture_output=True, text=True)
     assert ran.stdout.split() == ["toy_models.pipeline", "someone/toy"]

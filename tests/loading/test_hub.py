@@ -261,7 +261,7 @@ def test_environment_is_respected(hub, repositories, tmp_path):
     script, picture = Path(sys.executable).with_name("safelight"), tmp_path / "x.png"
     command = [str(script), "generate", "x", "--model", ID, "--height", "16", "--width", "16"]
     command += ["--num-inference-steps", "1", "-o", str(picture)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (0, f"{picture}\n"), done.stderr
     assert {request.authorization for request in hub.requests} == {f"Bearer {TOKEN}"}
     assert hub.files_sent() == needed(repositories["main"], weights=True)

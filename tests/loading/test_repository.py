@@ -214,7 +214,7 @@ def test_nothing_in_a_repository_is_run(damaged, tmp_path):
     assert marker.exists(), "the trap works"
     marker.unlink()
     done = subprocess.run(
-        [sys.executable, "-c", WATCH, damaged], capture_output=True, text=True, timeout=60, cwd=damaged
+        [sys.executable, "-c", WATCH, damaged], capture_output=True, text=True, timeout=240, cwd=damaged
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from safelight.backends.signature import params_from_signature, takes_tuple
@@ -24,7 +23,7 @@ from safelight.core.request import Req
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage, Steps
-from safelight.errors import ModelError, ModelIndexError, UsageError
+from safelight.errors import ModelIndexError, UsageError
 
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
@@ -55,7 +54,7 @@ def check_component(folder: Path, name: str, entry: Any) -> None:
 
     library = entry[0] if len(entry) == 2 and all(isinstance(part, str) for part in entry) else None
     known = library in ("diffusers", "transformers") or library in dir(diffusers.pipelines)
-    if not known or (folder / name / f"{library}.py").exists():
+    if not known or Path(name).name != name or (folder / name / f"{library}.py").exists():
         raise ModelIndexError(
             f"model_index.json: {name}: {entry!r} is refused; only classes of diffusers and transformers are loaded, "
             "and never code from a repository"
@@ -99,18 +98,13 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs) -> ComposedPi
         server_args: device and dtypes.
 
     Raises:
-        ModelError: if the package cannot load it.
+        Exception: whatever the package raises.
 
     """
     cls = _pipeline_class(schema.pipeline_name)
     own = {name: server_args.component_dtype(name) for name in server_args.component_dtypes}
     dtypes = {"default": server_args.component_dtype(""), **own}
-    try:
-        pipe = cls.from_pretrained(
-            path, dtype=dtypes, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{schema.pipeline_name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    pipe = cls.from_pretrained(path, dtype=dtypes, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     return DiffusersPipeline({"pipeline": pipe.to(server_args.torch_device())}, DiffusersConfig(), schema, server_args)
 

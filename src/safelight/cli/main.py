@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import click
 
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, nearest
 from safelight.version import __version__
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "models": ("safelight.cli.inspect:models", "List the pipelines that run here, and known models of each."),
     "schema": ("safelight.cli.inspect:schema", "Print what a model takes, as JSON Schema; loads no weights."),
     "info": ("safelight.cli.inspect:info", "Print how a picture or video was made."),
+    "check-model": ("safelight.cli.check:check_model", "Compare a model with Diffusers, tensor by tensor."),
     "env": ("safelight.cli.inspect:env", "Print versions, devices and processor features, for a report."),
 }
 INTERRUPTED = 130
@@ -36,6 +37,14 @@ class LazyGroup(click.Group):
         module, _, name = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = vars(importlib.import_module(module))[name]
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is meant; for an unknown name, suggest the nearest."""
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"unknown command {args[0]!r}: {nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands, without importing them."""

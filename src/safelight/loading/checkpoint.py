@@ -16,6 +16,7 @@ from safelight.errors import CheckpointError
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 MAX_NAMED = 5
 """Keys that a message names before it counts the rest."""
 

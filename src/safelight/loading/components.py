@@ -111,14 +111,38 @@ def load_component(folder: Path, target: str, dtype: torch.dtype, device: torch.
     cls = resolve_class(target)
     if library is None:
         return _load_native(cls, folder, dtype, device)
+    with in_words(f"{folder.name}: {cls.__name__}"), quiet():
+        if issubclass(cls, nn.Module):
+            return _load_library_module(cls, folder, dtype, device, LIBRARY_STEMS[library])
+        return cls.from_pretrained(folder, local_files_only=True)
+
+
+def check_library_files(folder: Path, stem: str) -> None:
+    """Refuse weights that a library would read from elsewhere, or from anything but whole safetensors files.
+
+    Args:
+        folder: a component's.
+        stem: name of the checkpoint, without ending, that the library reads.
+
+    Raises:
+        ModelError: naming the file.
+
+    """
+    checkpoint_files(folder, (stem,))
+    if "transformers_weights" in read_json(folder / "config.json"):
+        raise ModelIndexError(
+            f"{folder.name}/config.json: transformers_weights is refused; weights are {stem}.safetensors"
+        )
+
+
+@contextmanager
+def in_words(what: str) -> Iterator[None]:
+    """Turn what a library raises while it loads `what` into a `ModelError`."""
     try:
-        with _quiet():
-            if issubclass(cls, nn.Module):
-                return _load_library_module(cls, folder, dtype, device, LIBRARY_STEMS[library])
-            return cls.from_pretrained(folder, local_files_only=True)
+        yield
     except LIBRARY_FAULTS as error:
-        reason = " ".join(str(error).split())[:MAX_REASON]
-        raise ModelError(f"{folder.name}: {cls.__name__} cannot be loaded: {reason}") from error
+        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+        raise ModelError(f"{what} cannot be loaded: {reason}") from error
 
 
 def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -133,11 +157,7 @@ def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.devic
 
 
 def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, stem: str) -> nn.Module:
-    checkpoint_files(folder, (stem,))
-    if "transformers_weights" in read_json(folder / "config.json"):
-        raise ModelIndexError(
-            f"{folder.name}/config.json: transformers_weights is refused; weights are {stem}.safetensors"
-        )
+    check_library_files(folder, stem)
     # Diffusers asks for another package, loudly, unless it is told to do without its deferred initialisation.
     details = {"low_cpu_mem_usage": False} if cls.__module__.startswith("diffusers") else {}
     module, info = cls.from_pretrained(
@@ -158,7 +178,7 @@ def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: tor
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the libraries' bars and reports: what they would warn of is an error here, or of no matter."""
     bars, levels = transformers_logging.is_progress_bar_enabled(), [log.get_verbosity() for log in _LOGS]
     transformers_logging.disable_progress_bar()

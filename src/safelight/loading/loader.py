@@ -16,7 +16,16 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError
-from safelight.loading.components import component_target, library_of, load_component
+from safelight.loading.checkpoint import WEIGHT_SUFFIXES
+from safelight.loading.components import (
+    LIBRARY_STEMS,
+    check_library_files,
+    component_target,
+    in_words,
+    library_of,
+    load_component,
+    quiet,
+)
 from safelight.loading.repository import Repository, open_repository
 
 logger = logging.getLogger(__name__)
@@ -53,8 +62,12 @@ def describe(repository: Repository) -> ModelSchema:
 
 def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
     for name in repository.component_names():
-        diffusers.check_component(repository.path, name, repository.index[name])
-    return diffusers.load(repository.path, describe(repository), server_args)
+        entry, folder = repository.index[name], repository.path / name
+        diffusers.check_component(repository.path, name, entry)
+        if any(path.suffix in WEIGHT_SUFFIXES for path in folder.glob("*")):
+            check_library_files(folder, LIBRARY_STEMS.get(entry[0], LIBRARY_STEMS[diffusers.FAMILY]))
+    with in_words(repository.pipeline.pipeline_name), quiet():
+        return diffusers.load(repository.path, describe(repository), server_args)
 
 
 def _load_native(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:

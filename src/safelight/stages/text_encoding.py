@@ -61,7 +61,7 @@ class TextEncodingStage(PipelineStage):
 
     def _warn_if_cut(self, tokenizer: Any, spec: PromptSpec, text: str, batch: Req) -> None:
         """Name a text that is cut in the request's warnings."""
-        num_tokens = len(tokenizer(text).input_ids) - spec.drop_prefix
+        num_tokens = len(tokenizer(text, verbose=False).input_ids) - spec.drop_prefix
         taken = min(spec.max_length - spec.drop_prefix, spec.max_embeds or spec.max_length)
         if num_tokens > taken:
             batch.warnings.append(f"prompt: {num_tokens} tokens were cut to the {taken} that a text encoder takes")

@@ -1,0 +1,119 @@
+"""The other side of a comparison: the pipeline of the diffusers package, called once, with hooks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from safelight.backends.signature import takes_tuple
+from safelight.checking.record import (
+    Kind,
+    Recorder,
+    recording_calls,
+    recording_encoders,
+    recording_modules,
+    replaced,
+    tensors_of,
+)
+from safelight.core.params import SamplingParams
+from safelight.errors import UsageError
+
+NOT_PASSED = frozenset({"seed", "n", "fps", "output_type"})
+"""Fields that the reference has in other words, or not at all."""
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """What was recorded, and the arguments of the model's calls in the first step."""
+
+    recorder: Recorder
+    calls: Sequence[Mapping[str, Any]]
+
+
+def run_reference(
+    pipe: Any, params: SamplingParams, encoders: Mapping[str, nn.Module], component: str, names: Sequence[str]
+) -> ReferenceRun:
+    """Call the reference, and keep what it makes.
+
+    Args:
+        pipe: the pipeline of the diffusers package.
+        params: as ours was given them.
+        encoders: components that take text or images, by name.
+        component: name of the model that runs the first step.
+        names: of its modules whose outputs are kept.
+
+    Raises:
+        UsageError: if the reference refuses the parameters.
+
+    """
+    recorder, root = Recorder(), getattr(pipe, component)
+    given = reference_arguments(pipe, params)
+    with ExitStack() as always, ExitStack() as first_step:
+        always.enter_context(recording_encoders(recorder, encoders))
+        always.enter_context(replaced(pipe.vae, "encode", lambda encode: recording_encode(recorder, encode)))
+        always.enter_context(replaced(pipe, "prepare_latents", lambda prepare: recording_noise(recorder, prepare)))
+        calls = first_step.enter_context(recording_calls(recorder, root, component))
+        first_step.enter_context(recording_modules(recorder, root, component, names))
+
+        def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 0:
+                first_step.close()
+                recorder.add("timesteps", running.scheduler.timesteps, kind=Kind.EXACT)
+                recorder.add("sigmas", torch.as_tensor(running.scheduler.sigmas), kind=Kind.EXACT)
+            recorder.add(f"latents after step {step + 1}", *tensors_of(tensors["latents"]))
+            return tensors
+
+        always.enter_context(torch.inference_mode())
+        try:
+            media = pipe(**given, callback_on_step_end=on_step_end, output_type="np", return_dict=False)[0]
+        except ValueError as error:  # how these pipelines refuse a value
+            raise UsageError(f"{type(pipe).__name__}: {error}") from error
+    recorder.add("pixels", torch.from_numpy(np.asarray(media[0])))
+    return ReferenceRun(recorder, calls)
+
+
+def reference_arguments(pipe: Any, params: SamplingParams) -> dict[str, Any]:
+    """Return what ours was given, in the words of the reference."""
+    given: dict[str, Any] = {}
+    for theirs, parameter in inspect.signature(pipe.__call__).parameters.items():
+        name = params.aliases.get(theirs, theirs)
+        value = params.set_fields().get(name)
+        if value is None or name in NOT_PASSED:
+            continue
+        if isinstance(value, tuple) and not takes_tuple(parameter.annotation):
+            single = params.options()[name].kind == "images" and len(value) == 1
+            value = value[0] if single else list(value)
+        given[theirs] = value
+    assert params.seed is not None
+    return {**given, "generator": torch.Generator("cpu").manual_seed(params.seed)}
+
+
+def recording_encode(recorder: Recorder, encode: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a VAE's `encode` that keeps pictures, and the mode of their latents."""
+
+    def recorded(pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        encoded = encode(pixels, *args, **kwargs)
+        posterior = encoded[0]  # of a tuple, or of an output
+        recorder.add("image for the VAE", pixels)
+        recorder.add("image latents", posterior if isinstance(posterior, Tensor) else posterior.mode())
+        return encoded
+
+    return recorded
+
+
+def recording_noise(recorder: Recorder, prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a pipeline's `prepare_latents` that keeps the noise."""
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        recorder.add("initial noise", prepared[0] if isinstance(prepared, tuple) else prepared, kind=Kind.EXACT)
+        return prepared
+
+    return recorded

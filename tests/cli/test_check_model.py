@@ -1,0 +1,306 @@
+"""A model is compared with Diffusers, and the first tensor that diverges is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from safelight.checking import compare
+from safelight.checking.record import Kind, Recorded
+from safelight.checking.report import compare_recorded
+from safelight.core.server_args import ServerArgs
+from safelight.errors import InvalidParameterError
+from safelight.loading.loader import load_pipeline
+from safelight.stages.latent_preparation import LatentPreparationStage
+from tests.loading.conftest import edit_json
+from tests.recipes.flux import CAT, MAP, patch_resolutions, photo
+
+FIELDS = {"prompt": CAT, "height": 32, "width": 48, "num_inference_steps": 2, "max_sequence_length": 24, "seed": 3}
+TRUE_CFG = {"negative_prompt": MAP, "true_cfg_scale": 2.0}
+SMALL = ("--height", 32, "--width", 48, "--max-sequence-length", 24)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoints):
+    args = ServerArgs(str(checkpoints.folder()), device="cpu", backend="diffusers")
+    return load_pipeline(args).get_module("pipeline")
+
+
+@pytest.fixture
+def ours(checkpoints):
+    """Loaded for each test, which may break it; loading takes no time."""
+    return load_pipeline(ServerArgs(str(checkpoints.folder()), device="cpu"))
+
+
+def what_diverges(ours, reference, **fields):
+    first = compare(ours, reference, fields).first
+    return first and first.what
+
+
+def test_a_correct_model_agrees_in_all_that_is_compared(ours, reference):
+    report = compare(ours, reference, {**FIELDS, **TRUE_CFG})
+    rows = {row.what: row for row in report.rows}
+    assert report.first is None
+    assert [what for what, row in rows.items() if row.verdict != "ok"] == [
+        "transformer: freqs_cis",
+        "transformer: freqs_cis, call 2",
+    ]
+    expected = [
+        "text_encoder: token ids",
+        "text_encoder_2: hidden states, call 2",
+        "timesteps",
+        "sigmas",
+        "initial noise",
+        "transformer: guidance",
+        "transformer.transformer_blocks.0",
+        "transformer.transformer_blocks.1",
+        "transformer.single_transformer_blocks.1",
+        "transformer: output",
+        "transformer: output, call 2",
+        "latents after step 1",
+        "latents after step 2",
+        "pixels",
+    ]
+    assert [what for what in rows if what in expected] == expected
+    assert rows["transformer.transformer_blocks.0"].shape == "1x96x48 1x24x48"
+    largest = rows["transformer: output"].largest
+    assert largest is not None and 0 < largest < 1e-5
+
+
+def test_the_hooks_are_gone_afterwards(ours, reference):
+    compare(ours, reference, FIELDS)
+    modules = [ours.get_module("transformer"), ours.get_module("text_encoder"), reference.transformer]
+    hooks = [
+        hook
+        for root in (*modules, reference.text_encoder, reference.vae)
+        for module in root.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    assert hooks == []
+    assert {"encode", "prepare_latents"} & {*vars(reference.vae), *vars(reference)} == set()
+
+
+def scale_weight(name):
+    def damage(pipeline, _monkeypatch):
+        with torch.no_grad():
+            pipeline.get_module("transformer").get_submodule(name).weight.mul_(1.01)
+
+    return damage
+
+
+def norm_eps(pipeline, _monkeypatch):
+    pipeline.get_module("transformer").single_transformer_blocks[1].norm.norm.eps = 1e-1
+
+
+def attention_scale(pipeline, _monkeypatch):
+    pipeline.get_module("transformer").transformer_blocks[1].attn.attention.softmax_scale = 1.0
+
+
+def scheduler_shift(pipeline, _monkeypatch):
+    pipeline.get_module("scheduler").register_to_config(max_shift=1.3)
+
+
+def text_length(pipeline, monkeypatch):
+    config = type(pipeline.config)
+    spec = config.encode_prompt_spec
+    monkeypatch.setattr(config, "encode_prompt_spec", lambda self, i, batch: longer(spec(self, i, batch), i))
+
+
+def longer(spec, index):
+    return type(spec)(spec.prompt, spec.negative_prompt, spec.max_length + 3 * index, spec.output)
+
+
+def another_seed(_pipeline, monkeypatch):
+    forward = LatentPreparationStage.forward
+
+    def damaged(self, batch, server_args):
+        forward(self, batch, server_args)
+        batch.latents = batch.latents.roll(1, dims=1)
+        return batch
+
+    monkeypatch.setattr(LatentPreparationStage, "forward", damaged)
+
+
+def pooled_text(pipeline, monkeypatch):
+    """Nothing is wrong with what is encoded, but the model is given something else."""
+    config = type(pipeline.config)
+    kwargs = config.prepare_pos_cond_kwargs
+    monkeypatch.setattr(
+        config,
+        "prepare_pos_cond_kwargs",
+        lambda self, *args: {**kwargs(self, *args), "pooled_projections": torch.zeros(1, 32)},
+    )
+
+
+def guidance(pipeline, monkeypatch):
+    monkeypatch.setattr(type(pipeline.config), "guidance_scale", lambda *args: 3.0)
+
+
+def vae_shift(pipeline, _monkeypatch):
+    object.__setattr__(pipeline.config, "vae_shift", 0.2)
+
+
+def nan(pipeline, _monkeypatch):
+    pipeline.get_module("transformer").single_transformer_blocks[0].proj_out.bias.data[0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "first"),
+    [
+        (text_length, "text_encoder_2: token ids"),
+        (scheduler_shift, "timesteps"),
+        (another_seed, "initial noise"),
+        (pooled_text, "transformer: pooled_projections"),
+        (scale_weight("x_embedder"), "transformer.x_embedder"),
+        (scale_weight("time_text_embed.text_embedder.linear_2"), "transformer.time_text_embed.text_embedder.linear_2"),
+        (scale_weight("transformer_blocks.0.attn.to_v"), "transformer.transformer_blocks.0.attn.to_v"),
+        (scale_weight("transformer_blocks.1.ff.net.2"), "transformer.transformer_blocks.1.ff.net.2"),
+        (norm_eps, "transformer.single_transformer_blocks.1.norm.norm"),
+        (attention_scale, "transformer.transformer_blocks.1.attn.to_out.0"),
+        (scale_weight("proj_out"), "transformer.proj_out"),
+        (guidance, "latents after step 1"),
+        (vae_shift, "pixels"),
+        (nan, "transformer.single_transformer_blocks.0.proj_out"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_first_tensor_that_diverges_is_named(ours, reference, monkeypatch, damage, first):
+    damage(ours, monkeypatch)
+    assert what_diverges(ours, reference, **FIELDS, **TRUE_CFG) == first
+
+
+def test_a_block_without_layers_that_diverge_is_named_itself(ours, reference, monkeypatch):
+    """Here only the last gate of a block is another: every layer inside agrees."""
+    block = ours.get_module("transformer").single_transformer_blocks[0]
+    block.register_forward_hook(lambda _module, _args, output: output * 1.01)
+    assert what_diverges(ours, reference, **FIELDS) == "transformer.single_transformer_blocks.0"
+
+
+def test_the_rows_after_the_first_are_shown_on_demand(ours, reference):
+    scale_weight("transformer_blocks.0.attn.to_v")(ours, None)
+    report = compare(ours, reference, FIELDS)
+    lines = report.table(whole=False).splitlines()
+    assert lines[-2].startswith("transformer.transformer_blocks.0.attn.to_v ") and lines[-2].endswith("DIVERGES")
+    assert lines[-1].endswith("more, made from it; --all shows them")
+    assert len(report.table(whole=True).splitlines()) == len(report.rows) + 1
+    assert "first at transformer.transformer_blocks.0.attn.to_v: largest difference" in report.summary()
+
+
+def test_a_tolerance_is_in_units_of_the_largest_value():
+    ours, theirs = (Recorded((torch.tensor([0.0, value]),), Kind.CLOSE) for value in (100.0, 100.5))
+    assert compare_recorded("x", ours, theirs, 0.01).verdict == "ok"
+    assert compare_recorded("x", ours, theirs, 0.001).verdict == "DIVERGES"
+    exact = Recorded(ours.tensors, Kind.EXACT)
+    assert compare_recorded("x", exact, theirs, 0.01).verdict == "DIVERGES"
+    not_a_number = Recorded((torch.tensor([0.0, torch.nan]),), Kind.CLOSE)
+    assert compare_recorded("x", not_a_number, theirs, 1e9).verdict == "DIVERGES"
+
+
+def test_another_form_is_no_divergence_inside_a_call():
+    """Two streams in another order, joined, or with tokens behind them."""
+    text, image = torch.randn(1, 5, 8), torch.randn(1, 7, 8)
+    joined = torch.cat((text, image), dim=1)
+    forms = [(text, image), (image, text), (joined,)]
+    for ours in forms:
+        for theirs in forms:
+            row = compare_recorded("x", Recorded(ours, Kind.INNER), Recorded(theirs, Kind.INNER), 0.0)
+            assert (row.verdict, row.largest) == ("ok", 0.0)
+    part = compare_recorded("x", Recorded((text,), Kind.OUTPUT), Recorded((joined,), Kind.OUTPUT), 0.0)
+    assert part.verdict == "ok" and part.note == "a part of 1x12x8"
+    whole = compare_recorded("x", Recorded((text,), Kind.CLOSE), Recorded((joined,), Kind.CLOSE), 0.0)
+    assert whole.verdict == "DIVERGES" and "1x12x8" in whole.note
+
+
+def test_branches_of_guidance_may_be_one_batch_in_the_reference():
+    negative, positive = torch.randn(2, 1, 5, 8)
+    both = Recorded((torch.cat((negative, positive)),), Kind.OUTPUT)
+    row = compare_recorded("x", Recorded((positive,), Kind.OUTPUT), both, 0.0)
+    assert (row.verdict, row.largest) == ("ok", 0.0)
+    assert compare_recorded("x", Recorded((positive + 1,), Kind.OUTPUT), both, 0.1).verdict == "DIVERGES"
+    assert compare_recorded("x", Recorded((positive,), Kind.CLOSE), both, 0.0).verdict == "DIVERGES"
+
+
+def test_command_passes_on_a_correct_model(run, checkpoints):
+    ended = run("check-model", checkpoints.folder(), *SMALL, "--steps", 3, "--seed", 5, "--device", "cpu")
+    assert ended.code == 0
+    assert "latents after step 3" in ended.out
+    assert ended.out.splitlines()[-1].startswith("FluxPipeline agrees with Diffusers: ")
+
+
+def test_command_on_a_pipeline_that_takes_images(run, checkpoints, monkeypatch, tmp_path):
+    patch_resolutions(monkeypatch)
+    photo(90, 60).save(tmp_path / "photo.png")
+    given = ("--image", tmp_path / "photo.png", "--max-area", 48 * 48, "--no-auto-resize", "--max-sequence-length", 24)
+    ended = run("check-model", checkpoints.folder("kontext"), *given, "--json")
+    report = json.loads(ended.out)
+    assert (ended.code, report["ok"], report["first_divergence"]) == (0, True, None)
+    rows = {row["what"]: row for row in report["rows"]}
+    assert rows["image for the VAE"]["verdict"] == rows["image latents"]["verdict"] == "ok"
+    assert rows["image latents"]["shape"] == "1x4x30x44"
+    assert rows["transformer: output"]["largest"] < 1e-5
+
+
+def test_command_names_the_first_divergence(run, checkpoints, monkeypatch):
+    monkeypatch.setattr("safelight.families.flux.config.linear_mu", lambda *args: 1.0)
+    ended = run("check-model", checkpoints.folder(), *SMALL)
+    assert ended.code == 1
+    assert "FluxPipeline diverges first at timesteps: largest difference" in ended.out.splitlines()[-1]
+    ended = run("check-model", checkpoints.folder(), *SMALL, "--json")
+    assert ended.code == 1 and json.loads(ended.out)["first_divergence"]["what"] == "timesteps"
+
+
+def test_own_sigmas_say_how_many_steps_there_are(run, checkpoints):
+    ended = run("check-model", checkpoints.folder(), *SMALL, "--sigmas", "1.0,0.7,0.2")
+    assert ended.code == 0 and "latents after step 3" in ended.out
+
+
+def test_half_precision_follows_the_reference(run, checkpoints):
+    assert run("check-model", checkpoints.folder(), *SMALL, "--dtype", "bfloat16").code == 0
+    strict = run("check-model", checkpoints.folder(), *SMALL, "--dtype", "bfloat16", "--tolerance", 0)
+    assert strict.code == 1
+
+
+def test_what_cannot_be_compared_is_refused_by_name(run, checkpoints, tmp_path):
+    damaged = checkpoints.copy(tmp_path / "damaged")
+    edit_json(damaged / "model_index.json", _class_name="NoSuchPipeline")
+    refused = run("check-model", damaged)
+    assert (refused.code, refused.out) == (3, "") and "'NoSuchPipeline' is not supported" in refused.err
+    edit_json(damaged / "model_index.json", _class_name="StableDiffusionPipeline")
+    assert "'StableDiffusionPipeline' is not supported" in run("check-model", damaged).err
+    assert run("check-model", tmp_path / "nothing").code == 3
+    assert run("check-model").code == 2
+    wrong = run("check-model", checkpoints.folder(), "--height", 33)
+    assert wrong.code == 2 and "height: got 33" in wrong.err
+    wrong = run("check-model", checkpoints.folder(), "--tolerance", -1)
+    assert wrong.code == 2
+
+
+def test_a_model_that_diffusers_does_not_have_is_refused_before_it_is_loaded(run, checkpoints, monkeypatch):
+    monkeypatch.setattr("safelight.backends.diffusers.has_pipeline", lambda class_name: False)
+    monkeypatch.setattr("safelight.checking.check.load_pipeline", lambda args: pytest.fail("loaded"))
+    refused = run("check-model", checkpoints.folder(), *SMALL)
+    assert refused.code == 3 and "'FluxPipeline' is none of the diffusers package" in refused.err
+
+
+def test_several_prompts_are_refused(ours, reference):
+    with pytest.raises(InvalidParameterError, match="prompt"):
+        compare(ours, reference, {**FIELDS, "prompt": [CAT, MAP]})
+
+
+def test_help_has_the_models_own_options(run, checkpoints):
+    assert "--max-area" in run("check-model", checkpoints.folder("kontext"), "--help").out
+    general = run("check-model", "--help").out
+    assert "Both models are loaded" in general and "--tolerance" in general and "--max-area" not in general
+
+
+def test_kontext_with_guidance_and_a_picture_it_resizes(checkpoints, monkeypatch):
+    patch_resolutions(monkeypatch)
+    folder = str(checkpoints.folder("kontext"))
+    ours = load_pipeline(ServerArgs(folder, device="cpu"))
+    reference = load_pipeline(ServerArgs(folder, device="cpu", backend="diffusers")).get_module("pipeline")
+    fields = {"prompt": MAP, "image": photo(70, 50), "max_area": 40 * 40, "num_inference_steps": 2, **TRUE_CFG}
+    assert compare(ours, reference, fields).first is None
+    monkeypatch.setattr("safelight.families.flux.config.KONTEXT_RESOLUTIONS", ((64, 64),))
+    assert what_diverges(ours, reference, **fields) == "image for the VAE"
