@@ -1,0 +1,1 @@
+"""How the model that ships with Safelight was trained: one coloured shape on a background."""
