@@ -28,6 +28,8 @@ MAX_DIRT_FRACTION = 0.01
 # Blended pixels, as a multiple of the shape's extent: drawn outlines have 2 to 4, and 8 is what a
 # Gaussian blur of 0.9 pixels makes of them.
 MAX_BLENDED_PER_EXTENT = 8.0
+# A pixel this near to a flat colour is flat to the eye, also where the two colours are similar.
+FLAT_DISTANCE = 20.0
 FINENESS = 4
 MIN_OVERLAP = 0.85
 MIN_OVERLAP_MARGIN = 0.03
@@ -81,7 +83,9 @@ def _see(pixels: Pixels) -> Scene:
     top, bottom = int(rows[0]), int(rows[-1]) + 1
     left, right = int(columns[0]), int(columns[-1]) + 1
     extent = max(bottom - top, right - left)
-    num_blended = int(np.sum((coverage > 0.1) & (coverage < 0.9)))
+    contrast = float(np.linalg.norm(flat_colour - flat_background))
+    flat = max(0.1, FLAT_DISTANCE / contrast)
+    num_blended = int(np.sum((coverage > flat) & (coverage < 1 - flat)))
     if num_blended > MAX_BLENDED_PER_EXTENT * extent / FINENESS:
         raise _RejectedError("blurred")
     height, width = mask.shape
