@@ -243,7 +243,7 @@ def test_an_unset_seed_is_drawn_returned_and_reproduces(dev):
 
 def test_drawn_seeds_are_those_of_a_browser(dev, monkeypatch):
     """The largest seed that can be drawn, counted up by n, still fits."""
-    monkeypatch.setattr("safelight.generator.secrets.randbelow", lambda bound: bound - 1)
+    monkeypatch.setattr("safelight.preparation.secrets.randbelow", lambda bound: bound - 1)
     assert dev.generate("x", n=3, **SMALL).seeds[-1] < 2**53
 
 

@@ -89,9 +89,13 @@ LAYERS = {
     "media": {"errors"},
     "video": {"errors", "media"},
     "results": {"errors", "core", "media", "video", "version"},
-    "generator": {"errors", "core", "loading", "media", "results"},
-    "checking": {"errors", "core", "backends", "loading", "generator", "checking"},
-    "cli": {"errors", "version", "core", "loading", "media", "video", "results", "generator", "checking", "cli"},
+    "preparation": {"errors", "core", "media"},
+    "generator": {"errors", "core", "loading", "preparation", "results"},
+    "runtime": {"errors", "version", "core", "loading", "media", "preparation", "runtime"},
+    "serving": {"errors", "version", "core", "loading", "media", "video", "preparation", "runtime", "serving"},
+    "checking": {"errors", "core", "backends", "loading", "generator", "preparation", "checking"},
+    "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
+    | {"generator", "checking", "serving", "cli"},
 }
 """For each part, the parts that it may import."""
 
@@ -135,6 +139,8 @@ TORCHLESS = [
     "safelight.errors",
     "safelight.media",
     "safelight.video",
+    "safelight.preparation",
+    "safelight.runtime.client",
     "safelight.core.params",
     "safelight.core.schema",
     "safelight.core.registry",

@@ -1,25 +1,48 @@
 """Every error that Safelight raises on purpose, as one tree.
 
 A user's mistake names the field, what it got and what it takes. `exit_code` is what the command line ends with:
-2 for usage, 3 for a model that cannot be loaded, 1 for a generation that failed.
+2 for usage, 3 for a model that cannot be loaded, 4 for a port or socket, 5 for the state directory, 1 for a generation
+that failed. `status` and `code` are what a server answers with.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar, Self
 
 
 class SafelightError(Exception):
-    """Base of every error that Safelight raises on purpose."""
+    """Base of every error that Safelight raises on purpose.
 
-    exit_code = 1
+    Attributes:
+        exit_code: what the command line ends with.
+        status: of the HTTP answer.
+        code: its name in an answer of the server.
+        param: the parameter that it is about, if it is about one.
+
+    """
+
+    exit_code: ClassVar[int] = 1
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    param: str | None = None
+
+    @classmethod
+    def rebuilt(cls, message: str, param: str | None = None) -> Self:
+        """Return an error of this class with a message that another process wrote."""
+        error = cls.__new__(cls)
+        Exception.__init__(error, message)
+        error.param = param
+        return error
 
 
 class UsageError(SafelightError):
     """What was asked for cannot be done as it was asked."""
 
     exit_code = 2
+    status = 400
+    code = "invalid_request"
 
 
 class InvalidParameterError(UsageError):
@@ -29,6 +52,8 @@ class InvalidParameterError(UsageError):
         param: the parameter's name.
 
     """
+
+    code = "invalid_value"
 
     def __init__(self, param: str, got: object, takes: str) -> None:
         self.param = param
@@ -42,6 +67,8 @@ class UnknownParameterError(UsageError):
         param: the name that was given.
 
     """
+
+    code = "unknown_parameter"
 
     def __init__(self, param: str, known: Iterable[str], instead: str | None = None) -> None:
         self.param = param
@@ -66,6 +93,9 @@ class ModelError(SafelightError):
 class ModelNotFoundError(ModelError):
     """No model repository under that name or path."""
 
+    status = 404
+    code = "model_not_found"
+
 
 class ModelAccessError(ModelError):
     """The repository is gated or private, and the token does not open it."""
@@ -81,6 +111,91 @@ class CheckpointError(ModelError):
 
 class NonFiniteOutputError(SafelightError):
     """Latents or pixels hold NaN or infinity; no picture is made of them."""
+
+    code = "non_finite_output"
+
+
+class ServingError(SafelightError):
+    """The server cannot do now what it was asked to do."""
+
+    status = 503
+
+
+class NotReadyError(ServingError):
+    """The model is loading, the worker starts again, or the server is about to stop."""
+
+    code = "not_ready"
+
+
+class QueueFullError(ServingError):
+    """As many requests wait as may.
+
+    Attributes:
+        retry_after: seconds after which there may be room.
+
+    """
+
+    status = 429
+    code = "queue_full"
+    retry_after: float = 1.0
+
+
+class WorkerLostError(ServingError):
+    """The worker died, or was killed because it hung, while it worked on this request."""
+
+    code = "worker_lost"
+
+
+class OutOfMemoryError(ServingError):
+    """The request needs more memory than there is; a smaller one may pass."""
+
+    code = "out_of_memory"
+
+
+class DeadlineError(ServingError):
+    """The request's time was over before it began."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+class CancelledError(ServingError):
+    """The request was cancelled by whoever sent it."""
+
+    status = 409
+    code = "cancelled"
+
+
+class StorageFullError(ServingError):
+    """There is no room for the request's outputs."""
+
+    status = 507
+    code = "storage_full"
+
+
+class PortError(SafelightError):
+    """A port or socket cannot be listened on."""
+
+    exit_code = 4
+
+
+class StateDirectoryError(SafelightError):
+    """The state directory cannot be used: unwritable, full, of a newer version, or held by another server."""
+
+    exit_code = 5
+
+
+def by_code(code: str) -> type[SafelightError]:
+    """Return the error class with this code; the base for an unknown one."""
+    return _classes(SafelightError).get(code, SafelightError)
+
+
+def _classes(base: type[SafelightError]) -> dict[str, type[SafelightError]]:
+    """Return the first class with each code, from the base downward."""
+    found = {base.code: base}
+    for cls in base.__subclasses__():
+        found = {**_classes(cls), **found}
+    return found
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import secrets
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from safelight import media
 from safelight.core.executor import PipelineExecutor, SyncExecutor
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
@@ -21,10 +19,8 @@ from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.loading.loader import load_pipeline
+from safelight.preparation import prepare
 from safelight.results import GenerationEvent, GenerationOutput, GenerationResult, make_output
-
-SEED_RANGE = 2**53
-"""Drawn seeds stay below it, so that a browser's JSON holds them."""
 
 
 class DiffusionGenerator:
@@ -139,34 +135,3 @@ class DiffusionGenerator:
                     yield event
             outputs.append(make_output(req, self.schema.task.makes_video))
         yield dataclasses.replace(event, result=GenerationResult(outputs, params, self.schema, warnings))
-
-
-def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
-    """Return what was asked for as resolved parameters, images opened and seed drawn, and what to warn of.
-
-    Raises:
-        UsageError: for what the model does not take; the message names the field.
-
-    """
-    asked = schema.params_cls.from_fields(fields)
-    images = _as_list(asked.image)
-    if images:
-        opened = tuple(media.open_image(image, mode=asked.image_mode) for image in images)
-        asked = dataclasses.replace(asked, image=opened)
-    single = [name for name, option in asked.options().items() if option.kind == "image"]
-    others: dict[str, Any] = {name: value for name, value in asked.set_fields().items() if name in single}
-    others = {name: media.open_image(value, name, asked.image_mode) for name, value in others.items()}
-    params = dataclasses.replace(asked, **others).resolve(schema)
-    assert params.n is not None
-    if params.seed is None:
-        params = dataclasses.replace(params, seed=secrets.randbelow(SEED_RANGE - params.n))
-    warnings = [*schema.notes, *params.warnings(schema, asked.set_fields())]
-    if asked.image_mode == "RGB" and any(media.has_alpha(image) for image in images):
-        warnings.append("image: its alpha channel is not used")
-    return params, warnings
-
-
-def _as_list(image: Any) -> list[Any]:
-    if image is None:
-        return []
-    return list(image) if isinstance(image, list | tuple) else [image]

@@ -71,7 +71,7 @@ from PIL import Image
 from safelight import DiffusionGenerator
 from safelight.core.executor import Execution
 from safelight.core.request import Req, map_tensors
-from safelight.generator import prepare
+from safelight.preparation import prepare
 from safelight.loading.loader import load_pipeline
 from safelight.core.server_args import ServerArgs
 

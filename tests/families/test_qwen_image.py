@@ -14,8 +14,9 @@ from safelight.errors import InvalidParameterError, ModelIndexError, UnknownPara
 from safelight.families.qwen_image import prompts
 from safelight.families.qwen_image.params import MAX_INPUT_IMAGES, needs_caption
 from safelight.families.qwen_image.transformer import QwenImageTransformer2DModel
-from safelight.generator import DiffusionGenerator, prepare
+from safelight.generator import DiffusionGenerator
 from safelight.loading.loader import load_pipeline
+from safelight.preparation import prepare
 from tests.recipes import all_recipes
 from tests.recipes.base import shake
 from tests.recipes.qwen_image import CAT, patch_areas, picture

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from safelight import ServerArgs
 from safelight.core.request import map_tensors
 from safelight.errors import InvalidParameterError, ModelIndexError, UnknownParameterError
-from safelight.generator import prepare
 from safelight.layers.causal_vae import CausalDecoder
 from safelight.loading.loader import load_pipeline
+from safelight.preparation import prepare
 from safelight.stages.schedule import shifted_sigmas
 from tests.families.conftest import requests
 from tests.families.test_parity import run_alone

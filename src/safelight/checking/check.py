@@ -18,9 +18,9 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError
-from safelight.generator import prepare
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
+from safelight.preparation import prepare
 
 ENCODERS = ("text_encoder", "image_encoder")
 TOLERANCE, HALF_TOLERANCE = 1e-4, 3e-2

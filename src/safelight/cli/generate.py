@@ -16,6 +16,7 @@ from safelight import media, video
 from safelight.cli.options import engine_options, engine_settings, given, sampling_options
 from safelight.errors import InvalidParameterError, OutputError
 from safelight.loading.repository import Repository, open_repository
+from safelight.preparation import prepare
 
 if TYPE_CHECKING:
     from safelight.results import GenerationResult
@@ -96,7 +97,7 @@ def _run(
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
-        from safelight.generator import DiffusionGenerator, prepare
+        from safelight.generator import DiffusionGenerator
         from safelight.loading.loader import describe
 
         # What is wrong with the request is said before the weights are loaded.
