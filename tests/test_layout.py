@@ -266,7 +266,7 @@ REQ_FIELDS = (
     "negative_prompt_embeds image_latents image_embeds generator raw_latent_shape scheduler cond pending "
     "denoised outputs warnings timings feature_cache host_tensors"
 )
-SERVER_ARGS = "model revision device dtype component_dtypes backend attention_backend"
+SERVER_ARGS = "model revision device dtype component_dtypes backend attention_backend offload"
 
 
 @pytest.mark.parametrize(

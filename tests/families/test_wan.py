@@ -25,6 +25,35 @@ from tests.recipes.flux import photo
 from tests.recipes.wan import DMD, IMAGE_TO_VIDEO, SMALL, WAN, patch_cleaning, vae
 
 
+def test_the_transformer_not_in_use_waits_on_the_host(models, tmp_path):
+    """The bytes are those of both being on the device, and each is brought there once."""
+    folder = models.folder(WAN, "2.2")
+    waiting = load_pipeline(ServerArgs(str(folder), offload="alternates"))
+    fields = {"prompt": "a cat", **SMALL, "num_inference_steps": 4}
+    first, second = (
+        run_alone(pipeline, requests(pipeline, fields)[0]) for pipeline in (models.ours(WAN, "2.2"), waiting)
+    )
+    assert torch.equal(first, second)
+    assert waiting.residency.num_swaps == 2
+    with pytest.raises(InvalidParameterError, match="offload"):
+        load_pipeline(ServerArgs(str(models.folder(WAN)), offload="alternates"))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_text_to_video_may_be_given_its_first_frame(models, tmp_path, seed):
+    """Where frames have timesteps of their own: the same as the pipeline that is held to Diffusers for it."""
+    folder = shutil.copytree(models.folder(IMAGE_TO_VIDEO, "ti2v"), tmp_path / "ti2v")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanPipeline"}))
+    fields = {"prompt": "a cat", **SMALL, "height": 64, "width": 96, "image": (photo(40, 30),), "seed": seed}
+    ours, held = load_pipeline(ServerArgs(str(folder), device="cpu")), models.ours(IMAGE_TO_VIDEO, "ti2v")
+    given, same = (run_alone(pipeline, requests(pipeline, fields)[0]) for pipeline in (ours, held))
+    assert torch.equal(given, same)
+    without = run_alone(ours, requests(ours, {**fields, "image": None})[0])
+    assert not torch.equal(given, without)
+    assert refused(models.ours(WAN).schema, image=[photo(8, 8)])[0] == "image"
+
+
 def refused(schema, **fields):
     """Return the field that a request is refused for, and what is said of it."""
     with pytest.raises(InvalidParameterError) as caught:

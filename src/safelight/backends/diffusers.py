@@ -132,6 +132,8 @@ class DiffusersConfig(PipelineConfig):
 class DiffusersPipeline(ComposedPipeline):
     """A pipeline of the package as one stage."""
 
+    movable: ClassVar[bool] = False
+
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the one stage."""
         self.add_stage(DiffusersStage(self.get_module("pipeline")), "pipeline")

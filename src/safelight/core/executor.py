@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -19,16 +19,24 @@ class Execution:
 
     A unit is what lies between two yields: the model calls that are pending, and what the pipeline makes of them.
     Between units every tensor of the request is in the `Req`, so it may be moved, kept waiting, or closed.
+
+    Attributes:
+        req: the request.
+        started: whether its first unit has begun.
+
     """
 
     def __init__(self, pipeline: ComposedPipeline, req: Req) -> None:
         self.req = req
         self._pipeline = pipeline
         self._steps = pipeline.run(req)
-        self._started = False
+        self.started = False
 
-    def advance(self) -> bool:
+    def advance(self, results: Sequence[Prediction] | None = None) -> bool:
         """Do one unit of work; False when the request is done.
+
+        Args:
+            results: of the pending calls, where the driver has made them; otherwise they are made here.
 
         Raises:
             Exception: whatever the unit raised; the generator is finished then, and holds nothing any more.
@@ -39,7 +47,7 @@ class Execution:
         more = False
         try:
             with torch.inference_mode():
-                more = self._resume()
+                more = self._resume(results)
         finally:
             if not more:
                 self.close()
@@ -64,27 +72,30 @@ class Execution:
         """Close."""
         self.close()
 
-    def _resume(self) -> bool:
+    def _resume(self, results: Sequence[Prediction] | None) -> bool:
         """Make the pending calls and run the pipeline to its next yield; False at its end."""
-        results = [self._call(call) for call in self.req.pending]
+        if results is None:
+            results = [make_call(self._pipeline, call) for call in self.req.pending]
         try:
-            if self._started:
-                self._steps.send(results)
+            if self.started:
+                self._steps.send(list(results))
             else:
-                self._started = True
+                self.started = True
                 next(self._steps)
         except StopIteration:
             return False
         return True
 
-    def _call(self, call: ModelCall) -> Prediction:
-        result: Prediction = self._pipeline.get_module(call.component)(**call.kwargs, **call.shared_kwargs)
-        return result
-
     def _synchronize(self) -> None:
         """Wait for the device at the end of a stage, so that its time is charged to it."""
         if self._pipeline.device.type == "cuda":
             torch.cuda.synchronize(self._pipeline.device)
+
+
+def make_call(pipeline: ComposedPipeline, call: ModelCall) -> Prediction:
+    """Run the component that a call names; the caller is in `inference_mode`."""
+    result: Prediction = pipeline.residency.component(call.component)(**call.kwargs, **call.shared_kwargs)
+    return result
 
 
 class PipelineExecutor(ABC):

@@ -9,6 +9,7 @@ from torch import nn
 
 from safelight.core.config import PipelineConfig
 from safelight.core.request import Req
+from safelight.core.residency import Residency
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage, Steps
@@ -37,6 +38,10 @@ class ComposedPipeline:
     image_vae_encoding_stage: ClassVar[type[ImageVAEEncodingStage]] = ImageVAEEncodingStage
     decoding_stage: ClassVar[type[DecodingStage]] = DecodingStage
     """The stages that run the VAE, which a model with another kind of VAE sets."""
+    alternates: ClassVar[tuple[str, ...]] = ()
+    """Components of which a step needs one: the others can wait on the host."""
+    movable: ClassVar[bool] = True
+    """Whether `move` can take a request of this pipeline to the host and back."""
     _required_config_modules: ClassVar[tuple[str, ...]] = ()
     _optional_config_modules: ClassVar[tuple[str, ...]] = ()
     """Components that may be null in the index, or absent."""
@@ -51,6 +56,7 @@ class ComposedPipeline:
         self.stages: dict[str, PipelineStage] = {}
         self._modules = dict(modules)
         self.create_pipeline_stages(server_args)
+        self.residency = Residency(self._modules, self.swapped_components(server_args), self.device)
 
     @classmethod
     def component_names(cls) -> tuple[str, ...]:
@@ -61,6 +67,11 @@ class ComposedPipeline:
     def is_optional(cls, component: str) -> bool:
         """Say whether the model runs without this component."""
         return component in cls._optional_config_modules
+
+    @classmethod
+    def swapped_components(cls, server_args: ServerArgs) -> tuple[str, ...]:
+        """Return the components that are loaded to the host and brought to the device when a step needs them."""
+        return cls.alternates if server_args.offload == "alternates" else ()
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the stages, in the order in which they run."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+OFFLOADS = ("none", "alternates")
 BACKENDS = ("auto", "native", "diffusers")
 
 
@@ -37,6 +38,7 @@ class ServerArgs:
         component_dtypes: exceptions, by the component's name.
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
+        offload: `none`, or `alternates`: of components of which a step needs one, the others wait on the host.
 
     """
 
@@ -48,6 +50,8 @@ class ServerArgs:
     backend: str = setting("auto", "auto (a family of ours, or else diffusers), native or diffusers.  [default: auto]")
     attention_backend: str = setting("auto", "auto, sdpa, math, flash, efficient or cudnn.  [default: auto]")
 
+    offload: str = setting("none", "none, or alternates: of two transformers the one not in use waits on the host.")
+
     def __post_init__(self) -> None:
         """Refuse a dtype that there is not, by the name of its field."""
         takes = ", ".join(DTYPES)
@@ -55,6 +59,8 @@ class ServerArgs:
             raise InvalidParameterError("dtype", self.dtype, f"auto, {takes}")
         if self.backend not in BACKENDS:
             raise InvalidParameterError("backend", self.backend, ", ".join(BACKENDS))
+        if self.offload not in OFFLOADS:
+            raise InvalidParameterError("offload", self.offload, ", ".join(OFFLOADS))
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)

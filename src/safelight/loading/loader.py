@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from safelight.attention import set_attention_backend
@@ -66,6 +67,8 @@ def _load_diffusers(repository: Repository, server_args: ServerArgs) -> Composed
         diffusers.check_component(repository.path, name, entry)
         if any(path.suffix in WEIGHT_SUFFIXES for path in folder.glob("*")):
             check_library_files(folder, LIBRARY_STEMS.get(entry[0], LIBRARY_STEMS[diffusers.FAMILY]))
+    if server_args.offload != "none":
+        raise InvalidParameterError("offload", server_args.offload, "none for a model run by the diffusers package")
     with in_words(repository.pipeline.pipeline_name), quiet():
         return diffusers.load(repository.path, describe(repository), server_args)
 
@@ -79,12 +82,17 @@ def _load_native(repository: Repository, server_args: ServerArgs) -> ComposedPip
             raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
     targets = _targets(repository, pipeline_cls)
     config, schema = _configure(repository)
+    swapped = pipeline_cls.swapped_components(server_args)
+    if server_args.offload != "none" and not (swapped and targets.keys() >= set(swapped)):
+        raise InvalidParameterError("offload", server_args.offload, "none for this model, which has one transformer")
     modules: dict[str, Any] = {}
     # Our own classes first: they are mapped in no time, and tell whether the settings fit the model.
     for name, target in sorted(targets.items(), key=lambda item: library_of(item[1]) is not None):
         begun = time.perf_counter()
         dtype = server_args.component_dtype(name, config.precisions.get(name))
-        modules[name] = load_component(repository.path / name, target, dtype, device)
+        modules[name] = load_component(
+            repository.path / name, target, dtype, torch.device("cpu") if name in swapped else device
+        )
         if isinstance(modules[name], nn.Module):
             set_attention_backend(modules[name], server_args.attention_backend, device.type, dtype)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)

@@ -126,14 +126,18 @@ class WanPipelineConfig(PipelineConfig):
         return ModelSchema(
             model=model,
             pipeline_name=pipeline_name,
-            task=self.task,
+            task=ModelTaskType.TI2V if self.expand_timesteps else self.task,
             params_cls=params_cls,
             defaults={**params_cls.defaults, **fps, **self.own_defaults(), **defaults},
             size_multiple=self.vae_scale_factor * self.patch_size[1],
-            num_input_images=(1, 1) if self.task is ModelTaskType.TI2V else (0, 0),
+            num_input_images=self.num_input_images(),
             frame_step=self.temporal_scale_factor,
             capabilities=self.capabilities(),
         )
+
+    def num_input_images(self) -> tuple[int, int]:
+        """Return the least and the most images: a model whose frames have timesteps of their own may be given one."""
+        return (0, 1) if self.expand_timesteps else (0, 0)
 
     def own_defaults(self) -> dict[str, Any]:
         """Return defaults that the index states."""
@@ -163,9 +167,20 @@ class WanPipelineConfig(PipelineConfig):
         """Leave the noise levels to the solver."""
         return None
 
+    def prepare_vae_input(self, batch: Req, index: int) -> Tensor:
+        """Return [1, 3, 1, H, W]: an image that is the first frame."""
+        params = params_of(batch)
+        assert params.height is not None and params.width is not None and params.image is not None
+        return image_to_tensor(params.image[0], params.height, params.width)[:, :, None]
+
     def prepare_cond(self, batch: Req, device: torch.device, dtype: torch.dtype) -> WanCond:
-        """Return the rotary table; every token is noisy."""
-        return WanCond(self.get_freqs_cis(batch, device), torch.ones(1, 1, device=device))
+        """Return the rotary table, and the first frame where it is given; every other token is noisy."""
+        freqs_cis = self.get_freqs_cis(batch, device)
+        if not batch.image_latents:
+            return WanCond(freqs_cis, torch.ones(1, 1, device=device))
+        noisy = torch.ones(1, batch.raw_latent_shape[2], device=device)
+        noisy[:, 0] = 0
+        return WanCond(freqs_cis, noisy, batch.image_latents[0])
 
     def get_freqs_cis(self, batch: Req, device: torch.device) -> Tensor:
         """Return the rotary table of the tokens of frames, rows and columns, in this order."""
@@ -214,8 +229,13 @@ class WanPipelineConfig(PipelineConfig):
         return kwargs if cond.image_embeds is None else {**kwargs, "encoder_hidden_states_image": cond.image_embeds}
 
     def with_condition(self, latents: Tensor, cond: WanCond) -> Tensor:
-        """Return the latents as the transformer takes them."""
-        return latents
+        """Return the latents, with the first frame in its place where it is given."""
+        return latents if cond.condition is None else torch.cat((cond.condition, latents[:, :, 1:]), dim=2)
+
+    def post_denoising_loop(self, latents: Latents, batch: Req) -> Tensor:
+        """Put the first frame in its place, where it is given."""
+        assert isinstance(latents, Tensor)
+        return self.with_condition(latents, batch.cond) if self.expand_timesteps else latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +243,10 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig):
     """Conventions of `WanImageToVideoPipeline`: the video begins with a given image, and may end with one."""
 
     task: ClassVar[ModelTaskType] = ModelTaskType.TI2V
+
+    def num_input_images(self) -> tuple[int, int]:
+        """Return the least and the most images; a last one has a field of its own."""
+        return (1, 1)
 
     def capabilities(self) -> frozenset[str]:
         """Return what the components allow, in the words of the parameters."""
@@ -240,22 +264,19 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig):
 
     def prepare_vae_input(self, batch: Req, index: int) -> Tensor:
         """Return [1, 3, T, H, W]: the first image, nothing, and the last; the first alone where it is a frame."""
+        if self.expand_timesteps:
+            return super().prepare_vae_input(batch, index)
         params = params_of(batch)
         assert params.num_frames is not None and params.height is not None and params.width is not None
         first, *last = (image_to_tensor(image, params.height, params.width) for image in self._images(batch))
-        if self.expand_timesteps:
-            return first[:, :, None]
         nothing = torch.zeros_like(first)
         return torch.stack((first, *[nothing] * (params.num_frames - 1 - len(last)), *last), dim=2)
 
     def prepare_cond(self, batch: Req, device: torch.device, dtype: torch.dtype) -> WanCond:
         """Return the rotary table and what is given of the images."""
-        num_frames = batch.raw_latent_shape[2]
-        freqs_cis, (clip,) = self.get_freqs_cis(batch, device), batch.image_latents
         if self.expand_timesteps:
-            noisy = torch.ones(1, num_frames, device=device)
-            noisy[:, 0] = 0
-            return WanCond(freqs_cis, noisy, clip)
+            return super().prepare_cond(batch, device, dtype)
+        freqs_cis, (clip,) = self.get_freqs_cis(batch, device), batch.image_latents
         given = torch.zeros(1, self.temporal_scale_factor, *batch.raw_latent_shape[2:], device=device)
         given[:, :, 0] = 1
         if len(self._images(batch)) > 1:
@@ -266,15 +287,10 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig):
 
     def with_condition(self, latents: Tensor, cond: WanCond) -> Tensor:
         """Return the latents beside the images', or with the image's as first frame."""
-        assert cond.condition is not None
         if self.expand_timesteps:
-            return torch.cat((cond.condition, latents[:, :, 1:]), dim=2)
+            return super().with_condition(latents, cond)
+        assert cond.condition is not None
         return torch.cat((latents, cond.condition), dim=1)
-
-    def post_denoising_loop(self, latents: Latents, batch: Req) -> Tensor:
-        """Put the image's latents in their place, where they are a frame."""
-        assert isinstance(latents, Tensor)
-        return self.with_condition(latents, batch.cond) if self.expand_timesteps else latents
 
     def _images(self, batch: Req) -> tuple[Image.Image, ...]:
         params = batch.params
@@ -285,6 +301,14 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig):
 @dataclass(frozen=True, kw_only=True)
 class WanDMDPipelineConfig(WanPipelineConfig):
     """Conventions of `WanDMDPipeline`: few given timesteps, and no guidance."""
+
+    def num_input_images(self) -> tuple[int, int]:
+        """Return the least and the most images: a model whose frames have timesteps of their own may be given one."""
+        return (0, 1) if self.expand_timesteps else (0, 0)
+
+    def num_input_images(self) -> tuple[int, int]:
+        """Text alone."""
+        return (0, 0)
 
     def own_defaults(self) -> dict[str, Any]:
         """Return the timesteps that the model was distilled to."""

@@ -41,7 +41,6 @@ class WanSamplingParams(SamplingParams):
         "guidance_scale": 5.0,
         "max_sequence_length": 512,
     }
-    excluded: ClassVar[frozenset[str]] = frozenset({"image"})
     refused: ClassVar[Mapping[str, str]] = {
         **SamplingParams.refused,
         "attention_kwargs": "attention is chosen by attention_backend when the model is loaded",
@@ -70,7 +69,6 @@ class WanImageToVideoSamplingParams(WanSamplingParams):
 
     last_image: Image.Image | None = option("image", "the image that the video ends in")  # noqa: RUF009 - None
 
-    excluded: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, str]] = {**WanSamplingParams.refused, "image_embeds": "use image"}
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ class WanPipeline(ComposedPipeline):
     }
     image_vae_encoding_stage: ClassVar[type[ImageVAEEncodingStage]] = CausalVAEEncodingStage
     decoding_stage: ClassVar[type[DecodingStage]] = CausalVAEDecodingStage
+    alternates: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
     _required_config_modules: ClassVar[tuple[str, ...]] = ("scheduler", "text_encoder", "tokenizer", "vae")
     _optional_config_modules: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
