@@ -303,10 +303,6 @@ class WanDMDPipelineConfig(WanPipelineConfig):
     """Conventions of `WanDMDPipeline`: few given timesteps, and no guidance."""
 
     def num_input_images(self) -> tuple[int, int]:
-        """Return the least and the most images: a model whose frames have timesteps of their own may be given one."""
-        return (0, 1) if self.expand_timesteps else (0, 0)
-
-    def num_input_images(self) -> tuple[int, int]:
         """Text alone."""
         return (0, 0)
 
