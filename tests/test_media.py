@@ -135,6 +135,23 @@ def test_more_parameters_than_a_format_holds(tmp_path):
     assert media.read_metadata(tmp_path / "x.png") == long
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG"])
+def test_transparency_is_not_lost(tmp_path, mode, suffix):
+    with pytest.raises(OutputError, match=r"\.png or \.webp"):
+        media.save_image(picture().convert(mode), tmp_path / f"x{suffix}", METADATA)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", media.ALPHA_WRITERS)
+def test_transparency_is_kept(tmp_path, suffix):
+    image = picture().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    media.save_image(image, tmp_path / f"x{suffix}", METADATA)
+    with Image.open(tmp_path / f"x{suffix}") as saved:
+        assert np.array_equal(array(saved), array(image))
+
+
 @pytest.mark.parametrize(("count", "names"), [(0, []), (1, ["a.b.png"]), (3, ["a.b-1.png", "a.b-2.png", "a.b-3.png"])])
 def test_output_paths(tmp_path, count, names):
     assert media.output_paths(tmp_path / "a.b.png", count) == [tmp_path / name for name in names]

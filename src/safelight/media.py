@@ -106,6 +106,10 @@ IMAGE_WRITERS: Mapping[str, Callable[[Image.Image, Path, str], None]] = {
 }
 
 
+ALPHA_WRITERS = (".png", ".webp")
+"""Of formats that keep transparency."""
+
+
 def output_paths(path: Path, count: int) -> list[Path]:
     """Return a path a picture: the path itself for one, numbered for several."""
     if count == 1:
@@ -113,8 +117,13 @@ def output_paths(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, overwrite: bool, alpha: bool = False) -> None:
     """Refuse a path that cannot be written as a picture, before any work is done for it.
+
+    Args:
+        path: where to.
+        overwrite: whether an existing file is replaced.
+        alpha: whether the picture has transparency.
 
     Raises:
         OutputError: naming the path and what it takes.
@@ -122,6 +131,9 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     if path.suffix.lower() not in IMAGE_WRITERS:
         raise OutputError(f"output: got {str(path)!r}; it takes a name that ends in {', '.join(IMAGE_WRITERS)}")
+    if alpha and path.suffix.lower() not in ALPHA_WRITERS:
+        takes = f"a name that ends in {' or '.join(ALPHA_WRITERS)}, which keep the picture's transparency"
+        raise OutputError(f"output: got {str(path)!r}; it takes {takes}")
     try:
         if not path.parent.is_dir():
             raise OutputError(f"output: folder {str(path.parent)!r} does not exist")
@@ -143,10 +155,10 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], over
         overwrite: whether an existing file is replaced.
 
     Raises:
-        OutputError: if it cannot be written there.
+        OutputError: if it cannot be written there, or would lose its transparency.
 
     """
-    check_output(path, overwrite)
+    check_output(path, overwrite, image.has_transparency_data)
     temporary = path.with_name(f".safelight-{secrets.token_hex(8)}")
     try:
         IMAGE_WRITERS[path.suffix.lower()](image, temporary, json.dumps(metadata))

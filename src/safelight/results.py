@@ -120,8 +120,11 @@ class GenerationResult:
         makes_video = self.schema.task.makes_video
         made = [(entry, output) for output in self.outputs for entry in (*output.images, *output.videos)]
         paths = media.output_paths(Path(path), len(made))
-        for target in paths:
-            (video if makes_video else media).check_output(target, overwrite)
+        for target, (entry, _) in zip(paths, made, strict=True):
+            if makes_video:
+                video.check_output(target, overwrite)
+            else:
+                media.check_output(target, overwrite, entry.has_transparency_data)
         for target, (entry, output) in zip(paths, made, strict=True):
             metadata = self.metadata(output)
             if makes_video:

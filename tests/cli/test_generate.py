@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 from safelight.cli.main import main
-from safelight.core.executor import Execution
+from safelight.core import executor
 from safelight.generator import DiffusionGenerator
 from safelight.loading import loader, repository
 from tests.cli.conftest import SMALL
+from tests.recipes import wan
+from tests.recipes.qwen_image import LAYERED, patch_areas, picture
 
 
 def pixels(path):
@@ -284,15 +286,15 @@ def test_a_picture_of_nan_is_not_written(run, checkpoints, tmp_path):
 
 def test_an_interrupt_ends_with_130_and_writes_nothing(generate, tmp_path, monkeypatch):
     """A real signal, in the middle of the third step."""
-    call, calls = Execution._call, []
+    call, calls = executor.make_call, []
 
-    def interrupted(execution, model_call):
+    def interrupted(pipeline, model_call):
         calls.append(model_call)
         if len(calls) == 3:
             signal.raise_signal(signal.SIGINT)
-        return call(execution, model_call)
+        return call(pipeline, model_call)
 
-    monkeypatch.setattr(Execution, "_call", interrupted)
+    monkeypatch.setattr(executor, "make_call", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job does not have
     try:
         ended = generate("x", "--num-inference-steps", 50, "-o", tmp_path / "x.png")
@@ -300,3 +302,50 @@ def test_an_interrupt_ends_with_130_and_writes_nothing(generate, tmp_path, monke
         signal.signal(signal.SIGINT, before)
     assert (ended.code, ended.out, ended.err.strip()) == (130, "", "safelight: interrupted")
     assert len(calls) == 3 and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def layers(run, tmp_path_factory, monkeypatch):
+    """Run `safelight generate` on a tiny model that decomposes a picture, and captions it where there is no prompt."""
+    patch_areas(monkeypatch)
+    folder = tmp_path_factory.getbasetemp() / "layered"
+    if not folder.exists():
+        LAYERED.build(folder, "default")
+        picture(90, 100).save(folder / "in.png")
+    image = ("--image", folder / "in.png")
+    return lambda *args: run("generate", "--model", folder, *image, "--num-inference-steps", 2, *args)
+
+
+@pytest.mark.parametrize("prompt", [(), ("",), (" ",)], ids=["none", "empty", "blank"])
+def test_a_prompt_may_be_missing_where_the_model_writes_it(layers, run, tmp_path, prompt):
+    ended = layers(*prompt, "--layers", 2, "--seed", 3, "-o", tmp_path / "x.webp")
+    assert ended.code == 0, ended.err
+    assert ended.out == f"{tmp_path}/x-1.webp\n{tmp_path}/x-2.webp\n"
+    found = json.loads(run("info", tmp_path / "x-2.webp", "--json").out)
+    assert found["prompt"].strip() and found["seed"] == 3
+    with Image.open(tmp_path / "x-1.webp") as image:
+        assert image.mode == "RGBA"
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(("options", "last"), [([], 4), (["--layers", 3, "--n", 2], 6)])
+def test_every_file_of_several_pictures_is_checked_before_anything_is_loaded(layers, tmp_path, options, last):
+    (tmp_path / f"x-{last}.png").write_text("mine")
+    refused(layers(*options, "-o", tmp_path / "x.png"), 2, f"x-{last}.png", "--overwrite")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_format_without_transparency_is_refused_before_anything_is_loaded(layers, tmp_path):
+    refused(layers("-o", tmp_path / "x.jpg"), 2, "x-1.jpg", ".png or .webp", "transparency")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_that_the_model_counts_itself_are_told(run, tmp_path):
+    """The model's schedule says how many there are; no option does."""
+    wan.DMD.build(tmp_path / "model", "default")
+    small = ("--height", 48, "--width", 80, "--num-frames", 5, "--max-sequence-length", 48)
+    for options, steps in (((), 3), (("--timesteps", "900,500"), 2)):
+        path = tmp_path / f"{steps}.mp4"
+        ended = run("generate", "x", "--model", tmp_path / "model", *small, *options, "-o", path)
+        assert (ended.code, ended.out) == (0, f"{path}\n"), ended.err
+        assert f", {steps} steps, " in ended.err

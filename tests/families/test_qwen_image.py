@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -11,12 +12,13 @@ from PIL import Image
 
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError, UnknownParameterError, UsageError
-from safelight.families.qwen_image import prompts
+from safelight.families.qwen_image import prompts, stages
 from safelight.families.qwen_image.params import MAX_INPUT_IMAGES, needs_caption
 from safelight.families.qwen_image.transformer import QwenImageTransformer2DModel
 from safelight.generator import DiffusionGenerator
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
+from tests.families.conftest import requests
 from tests.recipes import all_recipes
 from tests.recipes.base import shake
 from tests.recipes.qwen_image import CAT, patch_areas, picture
@@ -125,6 +127,54 @@ def test_layers_through_the_public_interface(models, monkeypatch, tmp_path):
     paths = result.save(tmp_path / "layer.png")
     with Image.open(paths[0]) as saved:
         assert len(paths) == 6 and saved.mode == "RGBA"
+
+
+def sharp(encoder):
+    """Return a copy whose attention looks at few tokens, so that their places matter."""
+    copied = copy.deepcopy(encoder)
+    with torch.no_grad():
+        for layer in copied.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(30)
+            layer.self_attn.o_proj.weight.mul_(10)
+    return copied
+
+
+@pytest.mark.parametrize(("size", "in_english"), [((90, 100), False), ((150, 40), True)])
+@pytest.mark.parametrize("num_tokens", [1, 31, 32, 33, 64, None])
+def test_a_caption_in_units_is_the_undivided_one(models, monkeypatch, size, in_english, num_tokens):
+    """Also where it ends last in a unit, or is cut; with a penalty of what is written, and another image in between."""
+    patch_areas(monkeypatch)
+    pipeline = models.ours(all_recipes()[LAYERED])
+    stage = pipeline.stages["before_denoising"]
+    monkeypatch.setattr(stage, "text_encoder", sharp(stage.text_encoder))
+    config, longest = stage.text_encoder.generation_config, 80
+    monkeypatch.setattr(config, "repetition_penalty", 5.0)
+    monkeypatch.setattr(config, "eos_token_id", None)
+    monkeypatch.setattr(stages, "MAX_CAPTION_TOKENS", longest)
+    fields = {"image": picture(*size, "RGBA"), "prompt": "", "use_en_prompt": in_english}
+    (req,) = requests(pipeline, fields)
+    template = prompts.CAPTION_PROMPT_EN if in_english else prompts.CAPTION_PROMPT_CN
+    inputs = stage.config.caption_inputs(template, req, stage.tokenizer, stage.processor)
+
+    def undivided():
+        ids = stage.text_encoder.generate(**inputs, max_new_tokens=longest, do_sample=False)
+        return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+    expected = undivided()
+    if num_tokens is not None:
+        config.eos_token_id = expected[num_tokens - 1]
+        expected = undivided()
+    assert len(expected) == (num_tokens or longest)
+    written, decode = [], stage.tokenizer.decode
+    monkeypatch.setattr(stage.tokenizer, "decode", lambda ids, **options: written.append(ids) or decode(ids, **options))
+    boundaries = 0
+    with torch.inference_mode():
+        for boundary in stage.write_caption(req):
+            boundaries += boundary == []
+            stage.text_encoder.model.rope_deltas = torch.tensor([[-300]])  # which is the last image's, of any request
+    assert written[-1] == expected
+    assert boundaries == (len(expected) - 1) // stages.UNIT_TOKENS
+    assert req.feature_cache == {}
 
 
 def test_a_prompt_is_required_but_for_layers(schema):

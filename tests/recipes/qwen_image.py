@@ -334,6 +334,16 @@ LAYERED = Recipe(
             {"prompt": MAP, "image": picture(61, 87, "RGBA"), "num_inference_steps": 3, "seed": 2},
         ),
         Case(
+            "caption in English",
+            {
+                "image": picture(70, 110, "RGBA"),
+                "prompt": " ",
+                "use_en_prompt": True,
+                "layers": 2,
+                "num_inference_steps": 2,
+            },
+        ),
+        Case(
             "one layer, normalised CFG, resolution 1024",
             {
                 "prompt": CAT,
@@ -348,16 +358,6 @@ LAYERED = Recipe(
         Case(
             "caption in Chinese",
             {"image": picture(90, 100, "RGBA"), "prompt": "", "layers": 2, "num_inference_steps": 2, "seed": 7},
-        ),
-        Case(
-            "caption in English",
-            {
-                "image": picture(70, 110, "RGBA"),
-                "prompt": " ",
-                "use_en_prompt": True,
-                "layers": 2,
-                "num_inference_steps": 2,
-            },
         ),
         Case(
             "two prompts, n=2",

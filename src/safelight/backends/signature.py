@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from safelight.core.params import SamplingParams, option
+from safelight.core.params import Option, SamplingParams, make_params_cls
 
 KINDS: Mapping[frozenset[Any], str] = {
     frozenset({str}): "string",
@@ -55,18 +55,12 @@ def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingP
     if "num_frames" in kinds:
         defaults["fps"] = defaults.get("frame_rate", DEFAULT_FPS)
     refused = dict.fromkeys(given.keys() - kinds.keys(), "it is not supported through the diffusers package")
-    return dataclasses.make_dataclass(
+    return make_params_cls(
         f"{name.removesuffix('Pipeline')}SamplingParams",
-        [(key, Any, option(kinds[key], f"{key} of {name}")) for key in own],
-        bases=(SamplingParams,),
-        frozen=True,
-        kw_only=True,
-        namespace={
-            "__doc__": f"Parameters of `{name}`, as its signature states them.",
-            "defaults": {**SamplingParams.defaults, **{key: defaults[key] for key in defaults.keys() & {*own, *kept}}},
-            "excluded": frozenset(common - kept),
-            "refused": {**refused, **SamplingParams.refused},
-        },
+        {key: Option(kinds[key], f"{key} of {name}") for key in own},
+        defaults={**SamplingParams.defaults, **{key: defaults[key] for key in defaults.keys() & {*own, *kept}}},
+        excluded=frozenset(common - kept),
+        refused={**refused, **SamplingParams.refused},
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,12 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from safelight import media, video
 from safelight.cli.options import engine_options, engine_settings, given, sampling_options
+from safelight.core.params import SamplingParams
+from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, OutputError
 from safelight.loading.repository import Repository, open_repository
 from safelight.preparation import prepare
 
 if TYPE_CHECKING:
-    from safelight.results import GenerationResult
+    from safelight.results import GenerationEvent
 
 GENERATE_OPTIONS = [
     click.Argument(["prompt"], required=False),
@@ -45,9 +48,8 @@ class GenerateCommand(click.Command):
         repository = open_repository(
             values["model"], values["revision"], backend=values["backend"] or "auto", weights=False
         )
-        params_cls = repository.params_cls()
-        defaults = {**params_cls.defaults, **repository.sampling_defaults()}
-        self.params = [*GENERATE_OPTIONS, *sampling_options(params_cls, defaults), *engine_options()]
+        sampling = sampling_options(repository.params_cls(), default_values(repository))
+        self.params = [*GENERATE_OPTIONS, *sampling, *engine_options()]
         ctx.obj = repository
         return super().parse_args(ctx, args)
 
@@ -60,34 +62,65 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     The options are the model's own: add --model before --help to see another's. The files that were made are named
     on standard output, one a line; everything else goes to standard error.
     """
-    fields = given(ctx.obj.params_cls(), values)
-    if prompt is None:
+    repository: Repository = ctx.obj
+    fields = {"output_type": "pil", **given(repository.params_cls(), values)}
+    if prompt is not None:
+        fields["prompt"] = prompt
+    elif "prompt" not in default_values(repository):
         raise InvalidParameterError("prompt", None, 'the text to generate from: safelight generate "..."')
-    for path in media.output_paths(output, fields.get("n", 1)) if output else []:
-        _files_of(ctx.obj).check_output(path, overwrite)
     console = Console(stderr=True)
     begun = time.perf_counter()
-    result = _run(console, ctx.obj, engine_settings(values), {"prompt": prompt, "output_type": "pil", **fields})
+    event = _run(console, repository, engine_settings(values), fields, partial(check_files, output, overwrite))
+    result = event.result
+    assert result is not None
     ending = ".mp4" if result.videos else ".png"
     path = output or free_path(Path(f"safelight-{result.seeds[0]}{ending}"), len(result.images) or len(result.videos))
     for made in result.save(path, overwrite):
         click.echo(os.fsencode(made))
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    steps = result.params.set_fields().get("num_inference_steps")
-    seeds = ", ".join(map(str, result.seeds))
-    console.print(f"seed {seeds}, {steps} steps, {time.perf_counter() - begun:.1f} s", style="dim", highlight=False)
+    seeds, seconds = ", ".join(map(str, result.seeds)), time.perf_counter() - begun
+    console.print(f"seed {seeds}, {event.num_inference_steps} steps, {seconds:.1f} s", style="dim", highlight=False)
 
 
-def _files_of(repository: Repository) -> ModuleType:
-    """Return the module that writes what this model makes; a model that is asked for frames makes videos."""
-    return video if "num_frames" in repository.params_cls().options() else media
+def default_values(repository: Repository) -> dict[str, Any]:
+    """Return what unset fields take: the family's values, with the repository's own over them."""
+    return {**repository.params_cls().defaults, **repository.sampling_defaults()}
+
+
+def check_files(output: Path | None, overwrite: bool, schema: ModelSchema, params: SamplingParams) -> None:
+    """Refuse a name under which not every file could be written.
+
+    Args:
+        output: the name; None if a free one is to be found.
+        overwrite: whether files that exist are replaced.
+        schema: of the model.
+        params: resolved, of all outputs.
+
+    Raises:
+        OutputError: naming the path and what it takes.
+
+    """
+    if output is None:
+        return
+    for path in media.output_paths(output, len(params.split()) * params.num_pictures()):
+        if schema.task.makes_video:
+            video.check_output(path, overwrite)
+        else:
+            media.check_output(path, overwrite, params.makes_alpha)
 
 
 def _run(
-    console: Console, repository: Repository, settings: dict[str, Any], fields: dict[str, Any]
-) -> GenerationResult:
-    """Load the model and make the pictures, with a progress bar where somebody watches."""
+    console: Console,
+    repository: Repository,
+    settings: dict[str, Any],
+    fields: dict[str, Any],
+    check: Callable[[ModelSchema, SamplingParams], None],
+) -> GenerationEvent:
+    """Load the model and make the pictures, with a progress bar where somebody watches; return the last event.
+
+    What is wrong with the request, and what `check` refuses, is said before the weights are loaded.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -100,19 +133,16 @@ def _run(
         from safelight.generator import DiffusionGenerator
         from safelight.loading.loader import describe
 
-        # What is wrong with the request is said before the weights are loaded.
-        prepare(describe(repository), fields)
+        schema = describe(repository)
+        check(schema, prepare(schema, fields)[0])
         with DiffusionGenerator.from_pretrained(**settings) as generator:
-            result = None
             for event in generator.stream(**fields):
                 number = f" {event.output_index + 1}/{event.num_outputs}" if event.num_outputs > 1 else ""
                 total = event.num_inference_steps or None
                 progress.update(
                     task, description=f"{event.stage.replace('_', ' ')}{number}", completed=event.step, total=total
                 )
-                result = event.result
-    assert result is not None
-    return result
+    return event
 
 
 def free_path(path: Path, count: int) -> Path:

@@ -160,7 +160,7 @@ class PipelineConfig:
 
     def should_use_guidance(self, batch: Req) -> bool:
         """Say whether this request has a negative branch."""
-        return False
+        return batch.params.num_branches() > 1
 
     def guidance_scale(self, batch: Req, t: Tensor) -> float:
         """Return the scale of classifier-free guidance at this step."""

@@ -192,6 +192,9 @@ class SamplingParams:
     image_mode: ClassVar[str] = "RGB"
     """What input images are converted to: RGB, or RGBA for a model that uses alpha."""
 
+    makes_alpha: ClassVar[bool] = False
+    """Whether the pictures that are made have transparency."""
+
     aliases: ClassVar[Mapping[str, str]] = {"num_images_per_prompt": "n", "num_videos_per_prompt": "n"}
     """Other names under which a field is understood."""
 
@@ -287,6 +290,33 @@ class SamplingParams:
         assert self.height is not None and self.width is not None
         return self.height, self.width
 
+    def described(self) -> dict[str, Any]:
+        """Return what is set as JSON can hold it; an image by its size."""
+        fields = self.set_fields()
+        for name, known in self.options().items():
+            if name in fields and known.kind in ("image", "images"):
+                images = fields[name] if known.kind == "images" else [fields[name]]
+                fields[name] = [f"{image.width}x{image.height}" for image in images]
+        return fields
+
+    def num_branches(self) -> int:
+        """Return the model calls of a step: one, or one for each branch of guidance. Only for resolved parameters."""
+        return 1
+
+    def num_steps(self) -> int:
+        """Return the denoising steps of an output; 0 where that is not known yet. Only for resolved parameters."""
+        return self.num_inference_steps or 0
+
+    def num_latent_tokens(self, schema: ModelSchema) -> int:
+        """Return the tokens that an output's latents are to the model. Only for resolved parameters."""
+        height, width = self.output_size(schema)
+        rows, columns = -(-height // schema.size_multiple), -(-width // schema.size_multiple)
+        return rows * columns * (((self.num_frames or 1) - 1) // schema.frame_step + 1)
+
+    def num_pictures(self) -> int:
+        """Return how many pictures, or videos, an output has. Only for resolved parameters."""
+        return 1
+
     def prompts(self) -> tuple[str, ...]:
         """Return the prompts, one or several, as a tuple."""
         assert self.prompt is not None
@@ -306,3 +336,27 @@ class SamplingParams:
             for prompt, negative in zip(prompts, negatives, strict=True)
             for offset in range(self.n)
         ]
+
+
+def make_params_cls(
+    name: str,
+    own: Mapping[str, Option],
+    *,
+    defaults: Mapping[str, Any],
+    excluded: frozenset[str],
+    refused: Mapping[str, str],
+) -> type[SamplingParams]:
+    """Return a class of parameters that no family wrote: the common fields but for `excluded`, and `own`."""
+    return dataclasses.make_dataclass(
+        name,
+        [(key, Any, field(default=None, metadata={"option": known})) for key, known in own.items()],
+        bases=(SamplingParams,),
+        frozen=True,
+        kw_only=True,
+        namespace={
+            "__doc__": f"Parameters of a pipeline without a family: {name}.",
+            "defaults": dict(defaults),
+            "excluded": excluded,
+            "refused": dict(refused),
+        },
+    )

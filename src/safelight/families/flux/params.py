@@ -45,6 +45,11 @@ class FluxSamplingParams(SamplingParams):
         "negative_ip_adapter_image_embeds": "IP-Adapter is not supported",
     }
 
+    def num_branches(self) -> int:
+        """True classifier-free guidance needs a scale above 1 and a negative prompt, as in Diffusers."""
+        assert self.true_cfg_scale is not None
+        return 2 if self.true_cfg_scale > 1 and self.negative_prompt is not None else 1
+
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check that steps and sigmas, where both are given, agree."""
         super().validate(schema, given)

@@ -202,12 +202,6 @@ class QwenImagePipelineConfig(PipelineConfig):
         """Return the shape [..., H, W] in latent pixels of each picture that is made."""
         return [batch.raw_latent_shape]
 
-    def should_use_guidance(self, batch: Req) -> bool:
-        """True classifier-free guidance needs a scale above 1 and a negative prompt, as in Diffusers."""
-        params = params_of(batch)
-        assert params.true_cfg_scale is not None
-        return params.true_cfg_scale > 1 and params.negative_prompt is not None
-
     def guidance_scale(self, batch: Req, t: Tensor) -> float:
         """Return `true_cfg_scale`."""
         scale = params_of(batch).true_cfg_scale

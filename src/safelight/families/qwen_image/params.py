@@ -66,6 +66,11 @@ class QwenImageSamplingParams(SamplingParams):
         "attention_kwargs": "attention is chosen by attention_backend when the model is loaded",
     }
 
+    def num_branches(self) -> int:
+        """True classifier-free guidance needs a scale above 1 and a negative prompt, as in Diffusers."""
+        assert self.true_cfg_scale is not None
+        return 2 if self.true_cfg_scale > 1 and self.negative_prompt is not None else 1
+
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check that steps and sigmas, where both are given, agree, and that the solver can stretch them."""
         super().validate(schema, given)
@@ -184,6 +189,7 @@ class QwenImageLayeredSamplingParams(QwenImageEditSamplingParams):
     }
     excluded: ClassVar[frozenset[str]] = frozenset({"height", "width", "num_frames", "fps"})
     image_mode: ClassVar[str] = "RGBA"
+    makes_alpha: ClassVar[bool] = True
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check the resolution."""
@@ -201,6 +207,11 @@ class QwenImageLayeredSamplingParams(QwenImageEditSamplingParams):
         if self.cfg_normalize and (self.true_cfg_scale <= 1 or self.negative_prompt is None):
             found.append("cfg_normalize has no effect without negative_prompt and a true_cfg_scale above 1")
         return found
+
+    def num_pictures(self) -> int:
+        """Return how many layers an output has."""
+        assert self.layers is not None
+        return self.layers
 
     def target_size(self) -> tuple[int, int]:
         """Return the (height, width) of a layer."""

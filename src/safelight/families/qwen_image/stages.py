@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage, Steps
@@ -18,6 +22,11 @@ from safelight.stages.text_encoding import TextEncodingStage
 from safelight.stages.timestep_preparation import TimestepPreparationStage
 
 MAX_CAPTION_TOKENS = 512
+UNIT_TOKENS = 32
+"""Tokens of a caption that are written between two boundaries."""
+IDS, POSITIONS, KEYS, VALUES = "caption_ids", "caption_positions", "caption_keys", "caption_values"
+"""In the feature cache, while a caption is written: one tensor of ids [1, S], one of positions [4, 1, S] (the token's
+number, then its time, row and column), and a tensor [1, H, S, D] a layer."""
 
 
 class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
@@ -58,17 +67,56 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill all that the loop needs, with a boundary before each piece of work."""
         if needs_caption(batch.params.prompts()[0]):
-            batch.params = dataclasses.replace(batch.params, prompt=self.caption(batch))
+            yield from self.write_caption(batch)
         for stage in self.preparations:
             yield []
             yield from stage.run(batch, server_args)
 
-    def caption(self, batch: Req) -> str:
-        """Return what the text encoder writes about the input image, greedily: the same for every seed."""
+    def write_caption(self, batch: Req) -> Steps:
+        """Make the prompt what the text encoder writes about the input image, greedily: the same for every seed."""
+        ends = self.text_encoder.generation_config.eos_token_id
+        written = self._begin_caption(batch)
+        while len(written) < MAX_CAPTION_TOKENS and written[-1] not in (ends if isinstance(ends, list) else [ends]):
+            yield []
+            written += self._write(batch, min(UNIT_TOKENS, MAX_CAPTION_TOKENS - len(written)))
+        batch.feature_cache = {}
+        caption = self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        batch.params = dataclasses.replace(batch.params, prompt=caption.strip())
+
+    def _begin_caption(self, batch: Req) -> list[int]:
+        """Lay what is continued into the feature cache, and return the caption's first tokens."""
         template = CAPTION_PROMPT_EN if layered_params_of(batch).use_en_prompt else CAPTION_PROMPT_CN
         inputs = self.config.caption_inputs(template, batch, self.tokenizer, self.processor)
         inputs = {name: tensor.to(self.text_encoder.device) for name, tensor in inputs.items()}
-        ids = self.text_encoder.generate(**inputs, max_new_tokens=MAX_CAPTION_TOKENS, do_sample=False)
-        written = ids[0, inputs["input_ids"].shape[1] :]
-        caption: str = self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return caption.strip()
+        ids, pixels, grid = (inputs.pop(name) for name in ("input_ids", "pixel_values", "image_grid_thw"))
+        places, _ = self.text_encoder.model.get_rope_index(ids, image_grid_thw=grid, **inputs)  # [3, 1, S]
+        positions = torch.cat((torch.arange(ids.shape[1], device=ids.device).expand(1, 1, -1), places))
+        batch.feature_cache = {IDS: [ids], POSITIONS: [positions], KEYS: [], VALUES: []}
+        return self._write(batch, UNIT_TOKENS, pixel_values=pixels, image_grid_thw=grid)
+
+    def _write(self, batch: Req, num_tokens: int, **image: Tensor) -> list[int]:
+        """Return the next tokens, so many at most, and remember keys and values.
+
+        Positions are always given, or the text encoder would take those of whichever image it saw last.
+        """
+        (ids,), (positions,) = batch.feature_cache[IDS], batch.feature_cache[POSITIONS]
+        made = self.text_encoder.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=positions,
+            past_key_values=DynamicCache(zip(batch.feature_cache[KEYS], batch.feature_cache[VALUES], strict=True)),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            **image,
+        )
+        written = made.sequences[:, ids.shape[1] :]
+        following = positions[..., -1:] + torch.arange(1, written.shape[1] + 1, device=ids.device)
+        batch.feature_cache = {
+            IDS: [made.sequences],
+            POSITIONS: [torch.cat((positions, following), dim=-1)],
+            KEYS: [layer.keys for layer in made.past_key_values.layers],
+            VALUES: [layer.values for layer in made.past_key_values.layers],
+        }
+        new_ids: list[int] = written[0].tolist()
+        return new_ids

@@ -196,11 +196,6 @@ class WanPipelineConfig(PipelineConfig):
         """Return the transformer for this noise."""
         return "transformer" if self.runs_high_noise(t) else "transformer_2"
 
-    def should_use_guidance(self, batch: Req) -> bool:
-        """The first guidance scale decides for both transformers, as in Diffusers."""
-        scale = params_of(batch).guidance_scale
-        return scale is not None and scale > 1
-
     def guidance_scale(self, batch: Req, t: Tensor) -> float:
         """Return the scale of the transformer that runs this step."""
         params = params_of(batch)

@@ -46,6 +46,10 @@ class WanSamplingParams(SamplingParams):
         "attention_kwargs": "attention is chosen by attention_backend when the model is loaded",
     }
 
+    def num_branches(self) -> int:
+        """The first guidance scale decides for both transformers, as in Diffusers."""
+        return 2 if self.guidance_scale is not None and self.guidance_scale > 1 else 1
+
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check that a second guidance scale has a second transformer."""
         super().validate(schema, given)
@@ -103,6 +107,10 @@ class WanDMDSamplingParams(WanSamplingParams):
             ("negative_prompt", "guidance_scale", "guidance_scale_2"), "the model was distilled to run without guidance"
         ),
     }
+
+    def num_steps(self) -> int:
+        """Return the number of timesteps."""
+        return len(self.timesteps or ())
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check that timesteps fall, and that a number of steps, where it is given, is theirs."""

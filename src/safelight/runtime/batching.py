@@ -1,0 +1,57 @@
+"""Model calls of several requests as one forward: rows stacked along the batch dimension."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from safelight.core.executor import make_call
+from safelight.core.pipeline import ComposedPipeline
+from safelight.core.request import ModelCall, Prediction
+
+StackKey = tuple[str, tuple[Hashable, ...]]
+
+
+def stack_key(call: ModelCall) -> StackKey:
+    """Return what two calls must have in common to be one forward."""
+    return (call.component, call.signature)
+
+
+def run_stacked(pipeline: ComposedPipeline, requests: Sequence[Sequence[ModelCall]]) -> list[list[Prediction]]:
+    """Make the calls of several requests, those of one key in one forward; return each request's results."""
+    groups: defaultdict[StackKey, list[ModelCall]] = defaultdict(list)
+    for calls in requests:
+        for call in calls:
+            groups[stack_key(call)].append(call)
+    results: dict[tuple[str, str, int], Prediction] = {}
+    with torch.inference_mode():
+        for calls in groups.values():
+            stacked = make_call(pipeline, stack(calls))
+            for call, result in zip(calls, split(stacked, [num_rows(call) for call in calls]), strict=True):
+                results[call.key] = result
+    return [[results[call.key] for call in calls] for calls in requests]
+
+
+def stack(calls: Sequence[ModelCall]) -> ModelCall:
+    """Return one call with the rows of all; they have one component and one signature."""
+    first = calls[0]
+    if len(calls) == 1:
+        return first
+    kwargs = {name: torch.cat([call.kwargs[name] for call in calls]) for name in first.kwargs}
+    return ModelCall(first.component, kwargs, first.shared_kwargs, first.signature, first.key)
+
+
+def split(result: Prediction, sizes: Sequence[int]) -> list[Prediction]:
+    """Return each call's rows; copies, so that no request keeps another's alive."""
+    if isinstance(result, Tensor):
+        return [rows.clone() for rows in torch.split(result, list(sizes))]
+    parts = [[rows.clone() for rows in torch.split(part, list(sizes))] for part in result]
+    return list(zip(*parts, strict=True))
+
+
+def num_rows(call: ModelCall) -> int:
+    """Return the rows of a call."""
+    return next(iter(call.kwargs.values())).shape[0]

@@ -1,0 +1,208 @@
+"""The engine: many requests on one device, each resumed a unit at a time."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from safelight.core.executor import Execution
+from safelight.core.pipeline import ComposedPipeline
+from safelight.core.request import Prediction, Req, move
+from safelight.errors import CancelledError, DeadlineError
+from safelight.runtime.batching import run_stacked, stack_key
+from safelight.runtime.cost import step_cost
+from safelight.runtime.policy import Policy, Task
+from safelight.runtime.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+Batching = Literal["exact", "throughput"]
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one tick does. Rank 0 makes it; whoever has the same tasks can carry it out.
+
+    Attributes:
+        resumed: tasks that do a unit; several share their model calls.
+        evicted: tasks that leave the device before.
+        dropped: tasks that are too late to begin.
+
+    """
+
+    resumed: Sequence[Task] = ()
+    evicted: Sequence[Task] = ()
+    dropped: Sequence[Task] = field(default_factory=list)
+
+
+class Engine:
+    """Drives the tasks of one pipeline.
+
+    Args:
+        pipeline: the loaded model.
+        policy: which task is next.
+        max_running: tasks that hold device memory at most.
+        batching: `exact` runs each model call alone; `throughput` stacks those of equal signature.
+        clock: seconds; only differences count.
+        watch: is told of every unit.
+
+    """
+
+    def __init__(
+        self,
+        pipeline: ComposedPipeline,
+        policy: Policy | None = None,
+        *,
+        max_running: int = 4,
+        batching: Batching = "exact",
+        clock: Callable[[], float] = time.perf_counter,
+        watch: Watch | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.policy = policy or Policy()
+        self.max_running = max_running
+        self.batching = batching
+        self.clock = clock
+        self.watch = watch or Watch()
+        self.tasks: list[Task] = []
+
+    def add(self, req: Req, *, priority: int = 0, deadline: float | None = None) -> Task:
+        """Take a request's output in.
+
+        Args:
+            req: the output, whose parameters are resolved.
+            priority: higher goes first.
+            deadline: seconds from now after which it is not begun any more.
+
+        """
+        now, params = self.clock(), req.params
+        cost = step_cost(params, self.pipeline.schema)
+        task = Task(Execution(self.pipeline, req), cost, params.num_steps(), now, priority)
+        if deadline is not None:
+            task.deadline = now + deadline
+        self.tasks.append(task)
+        return task
+
+    def cancel(self, request_id: str) -> list[Task]:
+        """End every task of a request, here and now; return them."""
+        cancelled = [task for task in self.tasks if task.request_id == request_id]
+        for task in cancelled:
+            self._end(task, CancelledError("the request was cancelled"))
+        return cancelled
+
+    def tick(self) -> Sequence[Task]:
+        """Resume some of the tasks by one unit; return those that something happened to."""
+        plan = self.plan()
+        for task in plan.dropped:
+            self._end(task, DeadlineError("the request's deadline passed before it could begin"))
+        for task in plan.evicted:
+            self._evict(task)
+        if plan.resumed:
+            self._resume(plan.resumed)
+        return [*plan.dropped, *plan.resumed]
+
+    def plan(self) -> Plan:
+        """Choose what the next tick does."""
+        now = self.clock()
+        dropped = [task for task in self.tasks if now > task.deadline and not task.execution.started]
+        order = self.order([task for task in self.tasks if task not in dropped], now)
+        num_free = self.max_running - sum(task.on_device for task in order)
+        movable = [task for task in reversed(order) if task.on_device and self.pipeline.movable]
+        for head in order:
+            behind = movable[:1] if movable and order.index(movable[0]) > order.index(head) else []
+            if head.on_device or num_free > 0:
+                return Plan(self._with_companions(head, order, num_free), (), dropped)
+            if behind:
+                return Plan([head], behind, dropped)
+        return Plan((), (), dropped)
+
+    def order(self, tasks: Sequence[Task], now: float) -> list[Task]:
+        """Return tasks in the order in which they are to be resumed."""
+        is_resident = self.pipeline.residency.is_resident
+        resident = {task: all(is_resident(call.component) for call in task.calls) for task in tasks}
+        return self.policy.order(tasks, resident, now)
+
+    def _with_companions(self, head: Task, order: Sequence[Task], num_free: int) -> list[Task]:
+        """Return the tasks that share a forward with the first one; a newcomer goes before, so that it can join."""
+        if self.batching == "exact":
+            return [head]
+        waiting = [task for task in order if not task.on_device]
+        running = [task for task in order if task.on_device] + waiting[:num_free]
+        if self.policy.owed(self.tasks, self.clock()) is not head:
+            newcomers = [task for task in running if not task.calls]
+            if newcomers:
+                return newcomers[:1]
+        keys = {stack_key(call) for call in head.calls}
+        return [task for task in running if task is head or (keys and keys == {stack_key(c) for c in task.calls})]
+
+    def _resume(self, tasks: Sequence[Task]) -> None:
+        """Do a unit of each, the model calls of several in common."""
+        kind, steps = tasks[0].kind, [task.execution.req.step_index for task in tasks]
+        self.watch.begin(kind, [task.request_id for task in tasks])
+        begun = self.clock()
+        for task in tasks:
+            self._place(task)
+        for task, results in zip(tasks, self._results(tasks), strict=True):
+            self._advance(task, results)
+        now = self.clock()
+        seconds = (now - begun) / len(tasks)
+        for task, step in zip(tasks, steps, strict=True):
+            task.uses.append((now, seconds))
+            task.step_seconds = seconds if task.execution.req.step_index > step and task.error is None else None
+            if task.step_seconds is not None:
+                self.policy.step_seconds.record(task.step_cost, seconds)
+        self.watch.end(kind, now - begun)
+
+    def _results(self, tasks: Sequence[Task]) -> Sequence[list[Prediction] | None]:
+        """Make the calls of the tasks in common; None leaves them to each task."""
+        if self.batching == "throughput" and tasks[0].calls:
+            try:
+                return list(run_stacked(self.pipeline, [task.calls for task in tasks]))
+            except Exception:  # a request's boundary: apart, only the one at fault fails
+                logger.warning("a stacked forward failed; its %d calls are made apart", len(tasks), exc_info=True)
+                free_memory()
+        return [None] * len(tasks)
+
+    def _advance(self, task: Task, results: list[Prediction] | None) -> None:
+        try:
+            if not task.execution.advance(results):
+                self._end(task)
+        except Exception as error:  # a request's boundary: nothing else holds its state
+            self._end(task, error)
+
+    def _evict(self, task: Task) -> None:
+        with torch.inference_mode():
+            move(task.execution.req, HOST)
+        task.on_device = False
+
+    def _place(self, task: Task) -> None:
+        if not task.on_device and task.execution.started:
+            with torch.inference_mode():
+                move(task.execution.req, self.pipeline.device)
+        task.on_device = True
+
+    def _end(self, task: Task, error: Exception | None = None) -> None:
+        task.execution.close()
+        task.done, task.error, task.on_device = True, error, False
+        self.tasks.remove(task)
+        if is_out_of_memory(error):
+            free_memory()
+
+
+def is_out_of_memory(error: Exception | None) -> bool:
+    """Say whether an error is of memory, on the device or the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    """Give back what a failed unit left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,310 @@
+"""What goes between the API process and the worker: typed messages, with arrays as raw frames beside them.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from safelight.core.params import Option, SamplingParams, make_params_cls
+from safelight.core.registry import get_pipeline, pipelines
+from safelight.core.schema import ModelSchema, ModelTaskType
+from safelight.core.server_args import ServerArgs
+from safelight.runtime.watch import UnitLimits
+
+Array = NDArray[np.uint8]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, tag_field="type"):
+    """Base of all messages."""
+
+
+class Start(Message, frozen=True):
+    """To the worker, first: load the model.
+
+    Attributes:
+        server_args: fields of `ServerArgs`.
+        max_running: tasks that hold device memory at most.
+        batching: `exact` or `throughput`.
+        share: of device time for the oldest task.
+        limits: how long units may take.
+        warm_up: whether one small request is run before the worker calls itself ready.
+
+    """
+
+    server_args: dict[str, Any]
+    max_running: int
+    batching: str
+    share: float
+    limits: UnitLimits
+    warm_up: bool
+
+    def args(self) -> ServerArgs:
+        """Return the settings."""
+        return ServerArgs(**self.server_args)
+
+
+class Submit(Message, frozen=True):
+    """To the worker: a request. Its images are in the frames, in the order of `images`.
+
+    Attributes:
+        request_id: unique among those that live.
+        fields: the resolved parameters but for images, as JSON can hold them.
+        images: (field, mode, width, height) of each image.
+        priority: higher goes first.
+        deadline: seconds from now; None is no deadline.
+
+    """
+
+    request_id: str
+    fields: dict[str, Any]
+    images: list[tuple[str, str, int, int]]
+    priority: int = 0
+    deadline: float | None = None
+
+
+class Cancel(Message, frozen=True):
+    """To the worker: end a request."""
+
+    request_id: str
+
+
+class Stop(Message, frozen=True):
+    """To the worker: end now."""
+
+
+class Loaded(Message, frozen=True):
+    """From the worker: it is ready.
+
+    Attributes:
+        schema: what the model takes.
+        load_seconds: what loading took.
+        warm_up_seconds: what the first request took; 0 without one.
+
+    """
+
+    schema: WireSchema
+    load_seconds: float
+    warm_up_seconds: float
+
+
+class LoadFailed(Message, frozen=True):
+    """From the worker: the model cannot be loaded; it ends."""
+
+    message: str
+    exit_code: int
+
+
+class Heartbeat(Message, frozen=True):
+    """From the worker, several times a second: its process runs.
+
+    Attributes:
+        num_running: outputs that have begun.
+        num_waiting: outputs that have not.
+        device_memory_bytes: allocated on the device; 0 on the CPU.
+        positions: of the requests that wait, how many requests are before each.
+
+    """
+
+    num_running: int
+    num_waiting: int
+    device_memory_bytes: int
+    positions: dict[str, int]
+
+
+class Progressed(Message, frozen=True):
+    """From the worker: an output of a request did a unit.
+
+    Attributes:
+        request_id: whose.
+        output_index: which output.
+        stage: that runs.
+        step: denoising steps done of this output.
+        num_inference_steps: of this output; 0 while that is not known.
+        seconds_left: of this output, estimated.
+        step_seconds: what the unit took, where it was a denoising step.
+        batch_size: outputs that shared the unit.
+
+    """
+
+    request_id: str
+    output_index: int
+    stage: str
+    step: int
+    num_inference_steps: int
+    seconds_left: float
+    step_seconds: float | None = None
+    batch_size: int = 1
+
+
+class OutputMade(Message, frozen=True):
+    """From the worker: an output is finished. Its media are in the frames, in the order of `shapes`."""
+
+    request_id: str
+    output_index: int
+    shapes: list[tuple[int, ...]]
+    seed: int
+    params: dict[str, Any]
+    timings: dict[str, float]
+    warnings: list[str]
+
+
+class Failed(Message, frozen=True):
+    """From the worker: a request ended without outputs.
+
+    Attributes:
+        request_id: whose.
+        code: of the error's class.
+        message: without internals.
+        param: the parameter that it is about, if it is about one.
+
+    """
+
+    request_id: str
+    code: str
+    message: str
+    param: str | None = None
+
+
+class WireOption(msgspec.Struct, frozen=True):
+    """An `Option` on its way."""
+
+    kind: str
+    help: str
+    group: str
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[str, ...]
+
+
+class WireParams(msgspec.Struct, frozen=True):
+    """What a class of parameters that no family wrote consists of: the arguments of `make_params_cls`."""
+
+    name: str
+    own: dict[str, WireOption]
+    defaults: dict[str, Any]
+    excluded: list[str]
+    refused: dict[str, str]
+
+
+class WireSchema(msgspec.Struct, frozen=True):
+    """A `ModelSchema` on its way.
+
+    Attributes:
+        params: of a class that no family wrote; None where the registry knows the pipeline's.
+
+    """
+
+    model: str
+    pipeline_name: str
+    task: str
+    params: WireParams | None
+    defaults: dict[str, Any]
+    size_multiple: int
+    num_input_images: tuple[int, int]
+    frame_step: int
+    notes: list[str]
+    capabilities: list[str]
+
+
+ToWorker = Start | Submit | Cancel | Stop
+FromWorker = Loaded | LoadFailed | Heartbeat | Progressed | OutputMade | Failed
+
+
+def split_images(params: SamplingParams) -> tuple[dict[str, Any], list[tuple[str, Image.Image]]]:
+    """Return the parameters that JSON can hold, and the images by their fields."""
+    fields = params.set_fields()
+    images: list[tuple[str, Image.Image]] = []
+    for name, option in params.options().items():
+        if name in fields and option.kind in ("image", "images"):
+            value = fields.pop(name)
+            images += [(name, image) for image in (value if option.kind == "images" else [value])]
+    return fields, images
+
+
+def join_images(
+    params_cls: type[SamplingParams], fields: Mapping[str, Any], images: Sequence[tuple[str, Image.Image]]
+) -> SamplingParams:
+    """Return the parameters that `split_images` split; they are resolved already."""
+    options = params_cls.options()
+    values = {name: options[name].check(name, value) for name, value in fields.items()}
+    for name, image in images:
+        values[name] = (*values.get(name, ()), image) if options[name].kind == "images" else image
+    return params_cls(**values)
+
+
+def image_to_array(image: Image.Image) -> Array:
+    """Return an image's pixels, [H, W, C]."""
+    return np.ascontiguousarray(image)
+
+
+def array_to_image(data: bytes | memoryview, mode: str, width: int, height: int) -> Image.Image:
+    """Return the image whose pixels these are."""
+    return Image.frombytes(mode, (width, height), data)
+
+
+def schema_to_wire(schema: ModelSchema) -> WireSchema:
+    """Return what of a schema another process needs."""
+    return WireSchema(
+        model=schema.model,
+        pipeline_name=schema.pipeline_name,
+        task=schema.task.value,
+        params=None if schema.pipeline_name in pipelines() else _params_to_wire(schema.params_cls),
+        defaults=dict(schema.defaults),
+        size_multiple=schema.size_multiple,
+        num_input_images=schema.num_input_images,
+        frame_step=schema.frame_step,
+        notes=list(schema.notes),
+        capabilities=sorted(schema.capabilities),
+    )
+
+
+def schema_from_wire(wire: WireSchema) -> ModelSchema:
+    """Return the schema that the worker published."""
+    params_cls = get_pipeline(wire.pipeline_name).sampling_param_cls() if wire.params is None else _made(wire.params)
+    options = params_cls.options()
+    return ModelSchema(
+        model=wire.model,
+        pipeline_name=wire.pipeline_name,
+        task=ModelTaskType(wire.task),
+        params_cls=params_cls,
+        defaults={name: options[name].check(name, value) for name, value in wire.defaults.items()},
+        size_multiple=wire.size_multiple,
+        num_input_images=wire.num_input_images,
+        frame_step=wire.frame_step,
+        notes=tuple(wire.notes),
+        capabilities=frozenset(wire.capabilities),
+    )
+
+
+def _params_to_wire(params_cls: type[SamplingParams]) -> WireParams:
+    common = {field.name for field in dataclasses.fields(SamplingParams)}
+    own = {
+        name: WireOption(known.kind, known.help, known.group, known.minimum, known.maximum, known.choices)
+        for name, known in params_cls.options().items()
+        if name not in common
+    }
+    return WireParams(
+        params_cls.__name__,
+        own,
+        dict(params_cls.defaults),
+        sorted(params_cls.excluded),
+        dict(params_cls.refused),
+    )
+
+
+def _made(wire: WireParams) -> type[SamplingParams]:
+    own = {
+        name: Option(each.kind, each.help, each.group, each.minimum, each.maximum, each.choices)
+        for name, each in wire.own.items()
+    }
+    excluded = frozenset(wire.excluded)
+    return make_params_cls(wire.name, own, defaults=wire.defaults, excluded=excluded, refused=wire.refused)

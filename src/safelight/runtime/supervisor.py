@@ -1,0 +1,427 @@
+"""The supervisor: starts the worker, hands it requests, watches it, and starts it again. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from safelight.core.schema import ModelSchema
+from safelight.core.server_args import ServerArgs
+from safelight.errors import (
+    CancelledError,
+    ModelError,
+    NotReadyError,
+    QueueFullError,
+    SafelightError,
+    UsageError,
+    WorkerLostError,
+    by_code,
+)
+from safelight.runtime.client import EngineClient, EngineStats, GenerationRequest, Output, Progress, State, Ticket
+from safelight.runtime.messages import (
+    Cancel,
+    Failed,
+    FromWorker,
+    Heartbeat,
+    Loaded,
+    LoadFailed,
+    OutputMade,
+    Progressed,
+    Start,
+    Stop,
+    Submit,
+    ToWorker,
+    image_to_array,
+    schema_from_wire,
+    split_images,
+)
+from safelight.runtime.transport import Parcel, ServerChannel
+from safelight.runtime.watch import UnitBoard, UnitLimits
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.1
+STOP_SECONDS = 5.0
+MAX_DEATHS = 3
+DEATHS_WINDOW = 300.0
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What a supervisor needs to know.
+
+    Attributes:
+        server_args: the engine's settings.
+        max_running: outputs that hold device memory at most.
+        max_waiting: requests that may wait.
+        batching: `exact` or `throughput`.
+        share: of device time for the oldest request.
+        warm_up: whether the worker runs one small request before it is ready.
+        unit_limits: how long units of work may take.
+        heartbeat_limit: seconds of silence after which a worker counts as stopped.
+
+    """
+
+    server_args: ServerArgs = field(default_factory=ServerArgs)
+    max_running: int = 4
+    max_waiting: int = 64
+    batching: str = "exact"
+    share: float = 0.1
+    warm_up: bool = True
+    unit_limits: UnitLimits = field(default_factory=UnitLimits)
+    heartbeat_limit: float = 10.0
+
+
+@dataclass(eq=False)
+class _Live:
+    """A request that has no answer yet."""
+
+    ticket: Ticket
+    submitted: float
+    num_attempts: int = 1
+    outputs: dict[int, Output] = field(default_factory=dict)
+    steps: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One worker process, and the ways to it."""
+
+    process: asyncio.subprocess.Process
+    channel: ServerChannel
+    board: UnitBoard
+    outgoing: asyncio.Queue[Parcel] = field(default_factory=asyncio.Queue)
+    heard: float = field(default_factory=time.monotonic)
+
+
+class Supervisor(EngineClient):
+    """One worker, kept alive. Every request that was taken ends in one answer, through the worker's death as well.
+
+    Args:
+        settings: of the engine.
+
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.gave_up = asyncio.Event()
+        self.on_step: Callable[[float, int], None] | None = None
+        """Told of each denoising step: its seconds, and how many outputs shared it."""
+        self._schema: ModelSchema | None = None
+        self._state: State = "loading"
+        self._stats = EngineStats()
+        self._live: dict[str, _Live] = {}
+        self._worker: _Worker | None = None
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._ready: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._folder = Path()
+
+    @property
+    def schema(self) -> ModelSchema | None:
+        """What the model takes; None until it has been loaded once."""
+        return self._schema
+
+    @property
+    def state(self) -> State:
+        """Whether it works."""
+        return self._state
+
+    @property
+    def stats(self) -> EngineStats:
+        """Figures for metrics."""
+        waiting = self._num_waiting()
+        return replace(self._stats, num_waiting=waiting, num_running=len(self._live) - waiting)
+
+    async def start(self) -> None:
+        """Start the worker, and wait until the model is loaded and warm.
+
+        Raises:
+            SafelightError: why it cannot be loaded, with the exit code.
+
+        """
+        self._folder = Path(tempfile.mkdtemp(prefix="safelight-"))  # of mode 0700
+        self._ready = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._keep_alive())
+        try:
+            await asyncio.shield(self._ready)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Stop the worker; whoever still waits is told so."""
+        self._state = "draining"
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._fail_all(NotReadyError("the server stopped before the request was done"))
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def submit(self, request: GenerationRequest) -> Ticket:
+        """Put a request into the queue. It ends in exactly one answer, through a worker's death as well.
+
+        Raises:
+            QueueFullError: if as many wait as may.
+            NotReadyError: if the model is not loaded, or the server stops.
+
+        """
+        if self._state not in ("ready", "restarting"):
+            raise NotReadyError(f"the model is not ready ({self._state})")
+        if self._num_waiting() >= self.settings.max_waiting:
+            raise QueueFullError(f"{self.settings.max_waiting} requests wait already; try again later")
+        assert request.request_id not in self._live, "two requests have one id"
+        live = _Live(Ticket(request), time.monotonic())
+        self._live[request.request_id] = live
+        self._send_request(live)
+        return live.ticket
+
+    def cancel(self, request_id: str) -> None:
+        """End a request within one step, with `CancelledError`; nothing happens if it is done, or unknown."""
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            self._send(Cancel(request_id))
+            live.ticket.fail(CancelledError("the request was cancelled"))
+
+    # The worker's life
+
+    async def _keep_alive(self) -> None:
+        """Run one worker after another, until too many have died."""
+        while not self.gave_up.is_set():
+            worker = await self._spawn()
+            self._worker = worker
+            try:
+                reason = await self._serve(worker)
+            finally:
+                self._worker = None
+                await self._reap(worker)
+            self._mourn(worker, reason)
+            worker.board.close()
+
+    async def _spawn(self) -> _Worker:
+        number = self._stats.num_restarts
+        socket, board = self._folder / f"{number}.ipc", self._folder / f"{number}.unit"
+        channel = ServerChannel(socket)
+        command = [sys.executable, "-m", "safelight.runtime.worker", str(socket), str(board), str(os.getpid())]
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
+        worker = _Worker(process, channel, UnitBoard(board))
+        start = Start(
+            server_args=asdict(self.settings.server_args),
+            max_running=self.settings.max_running,
+            batching=self.settings.batching,
+            share=self.settings.share,
+            limits=self.settings.unit_limits,
+            warm_up=self.settings.warm_up,
+        )
+        worker.outgoing.put_nowait((start, ()))
+        return worker
+
+    async def _serve(self, worker: _Worker) -> str:
+        """Exchange messages until the worker dies, hangs or gives up; return which."""
+        parts: dict[asyncio.Task[object], str] = {
+            asyncio.create_task(worker.process.wait()): "died",
+            asyncio.create_task(self._send_all(worker)): "cannot be reached",
+            asyncio.create_task(self._receive_all(worker)): "gave up",
+            asyncio.create_task(self._watch(worker)): "hung",
+        }
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
+            return parts[next(iter(done))]
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+
+    async def _send_all(self, worker: _Worker) -> None:
+        while True:
+            message, arrays = await worker.outgoing.get()
+            await worker.channel.send(message, arrays)
+
+    async def _receive_all(self, worker: _Worker) -> None:
+        """Take messages until the worker says that it cannot load."""
+        while True:
+            message, frames = await worker.channel.receive()
+            worker.heard = time.monotonic()
+            if isinstance(message, LoadFailed):
+                self._load_failed(message)
+                return
+            self._take(message, frames)
+
+    async def _watch(self, worker: _Worker) -> None:
+        """Return when the worker takes too long for a unit, or is silent for too long."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            unit = worker.board.read()
+            if unit is not None and unit.is_late():
+                logger.error("the worker takes more than %.0f s for a unit of %s", unit.limit, unit.kind)
+                return
+            if time.monotonic() > worker.heard + self.settings.heartbeat_limit:
+                logger.error("the worker has been silent for %.1f s", self.settings.heartbeat_limit)
+                return
+
+    async def _reap(self, worker: _Worker) -> None:
+        """End the worker's process: kindly if it is idle and we stop, else at once."""
+        process = worker.process
+        if self._state == "draining" and process.returncode is None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(worker.channel.send(Stop()), 1)
+                await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+        await process.wait()
+        worker.channel.close()
+
+    def _mourn(self, worker: _Worker, reason: str) -> None:
+        """Answer the request whose unit ran; let all others wait for the next worker."""
+        unit = worker.board.read()
+        culprits = set(unit.requests) if unit is not None else set()
+        logger.error("the worker %s (exit code %s)", reason, worker.process.returncode)
+        if self._ready is not None and not self._ready.done():
+            self._give_up()
+            self._ready.set_exception(ModelError("the worker died while it loaded the model; the log says more"))
+            return
+        for request_id, live in list(self._live.items()):
+            live.outputs.clear()
+            live.steps.clear()
+            if request_id in culprits:
+                live.num_attempts += 1
+                if not live.ticket.request.restarts or live.num_attempts > 2:
+                    self._fail(request_id, WorkerLostError("the worker was lost while it worked on this request"))
+                    continue
+            live.ticket.advance(replace(live.ticket.progress, state="queued", step=0, stage="", seconds_left=None))
+        self._state = "restarting"
+        now = time.monotonic()
+        self._deaths.append(now)
+        if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WINDOW:
+            logger.error("%d workers died within %.0f s", MAX_DEATHS, DEATHS_WINDOW)
+            self._give_up()
+        else:
+            self._stats = replace(self._stats, num_restarts=self._stats.num_restarts + 1)
+
+    def _give_up(self) -> None:
+        self._state = "failed"
+        self._fail_all(WorkerLostError("the worker died too often"))
+        self.gave_up.set()
+
+    def _load_failed(self, message: LoadFailed) -> None:
+        if self._ready is not None and not self._ready.done():
+            error = UsageError if message.exit_code == UsageError.exit_code else ModelError
+            self._give_up()
+            self._ready.set_exception(error.rebuilt(message.message))
+        else:
+            logger.error("the worker cannot load the model again: %s", message.message)
+
+    # Messages
+
+    def _take(self, message: FromWorker, frames: Sequence[memoryview]) -> None:
+        if isinstance(message, Heartbeat):
+            self._take_heartbeat(message)
+        elif isinstance(message, Loaded):
+            self._take_loaded(message)
+        elif isinstance(message, Progressed):
+            self._take_progress(message)
+        elif isinstance(message, OutputMade):
+            self._take_output(message, frames)
+        elif isinstance(message, Failed):
+            self._fail(message.request_id, by_code(message.code).rebuilt(message.message, message.param))
+
+    def _take_loaded(self, message: Loaded) -> None:
+        self._schema = schema_from_wire(message.schema)
+        self._stats = replace(self._stats, load_seconds=message.load_seconds)
+        self._state = "ready"
+        for live in self._live.values():
+            self._send_request(live)
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(None)
+
+    def _take_heartbeat(self, message: Heartbeat) -> None:
+        self._stats = replace(self._stats, device_memory_bytes=message.device_memory_bytes)
+        for request_id, position in message.positions.items():
+            live = self._live.get(request_id)
+            if live is None or live.ticket.progress.state != "queued":
+                continue
+            if live.ticket.progress.queue_position != position:
+                live.ticket.advance(replace(live.ticket.progress, queue_position=position))
+
+    def _take_progress(self, message: Progressed) -> None:
+        live = self._live.get(message.request_id)
+        if message.step_seconds is not None and self.on_step is not None:
+            self.on_step(message.step_seconds, message.batch_size)
+        if live is None:
+            return
+        live.steps[message.output_index] = (message.step, message.num_inference_steps)
+        num_outputs = live.ticket.progress.num_outputs
+        num_steps = max(total for _, total in live.steps.values())
+        others = num_steps * num_outputs - sum(step for step, _ in live.steps.values())
+        a_step = message.seconds_left / max(1, num_steps - message.step)
+        progress = Progress(
+            state="running",
+            stage=message.stage,
+            step=sum(step for step, _ in live.steps.values()),
+            num_inference_steps=num_steps * num_outputs,
+            output_index=message.output_index,
+            num_outputs=num_outputs,
+            seconds_left=a_step * others if num_steps else None,
+        )
+        live.ticket.advance(progress)
+
+    def _take_output(self, message: OutputMade, frames: Sequence[memoryview]) -> None:
+        live = self._live.get(message.request_id)
+        if live is None:
+            return
+        media = [
+            np.frombuffer(frame, np.uint8).reshape(shape) for frame, shape in zip(frames, message.shapes, strict=True)
+        ]
+        output = Output(media, message.seed, message.params, message.timings, message.warnings)
+        live.outputs[message.output_index] = output
+        if len(live.outputs) == live.ticket.progress.num_outputs:
+            del self._live[message.request_id]
+            live.ticket.finish([live.outputs[index] for index in sorted(live.outputs)])
+
+    def _send_request(self, live: _Live) -> None:
+        request = live.ticket.request
+        fields, images = split_images(request.params)
+        deadline = None
+        if request.deadline is not None:
+            deadline = request.deadline - (time.monotonic() - live.submitted)
+        submit = Submit(
+            request_id=request.request_id,
+            fields=fields,
+            images=[(name, image.mode, image.width, image.height) for name, image in images],
+            priority=request.priority,
+            deadline=deadline,
+        )
+        self._send(submit, [image_to_array(image) for _, image in images])
+
+    def _send(self, message: ToWorker, arrays: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = ()) -> None:
+        """Queue a message for the worker that is ready; without one, the next is sent every live request."""
+        if self._worker is not None and self._state == "ready":
+            self._worker.outgoing.put_nowait((message, arrays))
+
+    def _fail(self, request_id: str, error: SafelightError) -> None:
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            live.ticket.fail(error)
+
+    def _fail_all(self, error: SafelightError) -> None:
+        for request_id in list(self._live):
+            self._fail(request_id, error)
+
+    def _num_waiting(self) -> int:
+        return sum(live.ticket.progress.state == "queued" for live in self._live.values())

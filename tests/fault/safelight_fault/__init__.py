@@ -1,0 +1,1 @@
+"""A family of pipelines that fail on demand, for tests of the server alone."""
