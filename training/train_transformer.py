@@ -45,6 +45,8 @@ NUM_WARMUP_STEPS = 100
 GRID = 8
 # Share of the loss that the patches hold where the shape may be.
 SHAPE_WEIGHT = 0.75
+# How often drawings of a shape are taken, against once for the others: points are what is learnt last.
+FREQUENCIES = {"star": 2.5}
 
 
 class Examples:
@@ -55,6 +57,8 @@ class Examples:
         self.latents = tensors["latents"]
         self.scene_indices = tensors["scene_indices"].numpy()
         self.scenes, _ = split_scenes()
+        frequencies = np.array([FREQUENCIES.get(self.scenes[index].shape, 1.0) for index in self.scene_indices])
+        self.probabilities = frequencies / frequencies.sum()
         self.weights = {(size, position): patch_weights(size, position) for size in SIZES for position in POSITIONS}
         self.clip_tokenizer = train_clip_tokenizer(tokenizer_seed)
         self.t5_tokenizer = train_t5_tokenizer(tokenizer_seed)
@@ -63,7 +67,7 @@ class Examples:
         self, batch_size: int, default_fraction: float, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Packed latents `[B, 64, 4C]`, weights `[B, 64]`, CLIP's ids and T5's ids `[B, 32]`."""
-        indices = generator.integers(len(self.latents), size=batch_size)
+        indices = generator.choice(len(self.latents), size=batch_size, p=self.probabilities)
         scenes = [self.scenes[index] for index in self.scene_indices[indices]]
         is_empty = generator.random(batch_size) < EMPTY_PROMPT_FRACTION
         prompts = [

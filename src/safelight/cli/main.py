@@ -14,6 +14,7 @@ from safelight.version import __version__
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("safelight.cli.generate:generate", "Make pictures or videos from a prompt."),
+    "serve": ("safelight.cli.serve:serve", "Serve a model over HTTP, behind OpenAI's API."),
     "models": ("safelight.cli.inspect:models", "List the pipelines that run here, and known models of each."),
     "schema": ("safelight.cli.inspect:schema", "Print what a model takes, as JSON Schema; loads no weights."),
     "info": ("safelight.cli.inspect:info", "Print how a picture or video was made."),

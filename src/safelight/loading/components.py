@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from safelight.core.registry import resolve_class
 from safelight.errors import CheckpointError, ModelError, ModelIndexError, nearest
@@ -180,17 +178,18 @@ def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: tor
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the libraries' bars and reports: what they would warn of is an error here, or of no matter."""
-    bars, levels = transformers_logging.is_progress_bar_enabled(), [log.get_verbosity() for log in _LOGS]
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    logs = (diffusers_logging, transformers_logging)
+    bars, levels = transformers_logging.is_progress_bar_enabled(), [log.get_verbosity() for log in logs]
     transformers_logging.disable_progress_bar()
-    for log in _LOGS:
+    for log in logs:
         log.set_verbosity_error()
     try:
         yield
     finally:
-        for log, level in zip(_LOGS, levels, strict=True):
+        for log, level in zip(logs, levels, strict=True):
             log.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-_LOGS = (diffusers_logging, transformers_logging)

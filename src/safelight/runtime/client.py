@@ -27,7 +27,6 @@ class GenerationRequest:
         params: resolved: checked, with the model's defaults and a seed; images are PIL images.
         priority: higher goes first, within the share that every request has.
         deadline: seconds from its submission after which it is not begun any more; None is no deadline.
-        restarts: whether it is run again if the worker dies while it works on this very request.
 
     """
 
@@ -35,7 +34,6 @@ class GenerationRequest:
     params: SamplingParams
     priority: int = 0
     deadline: float | None = None
-    restarts: bool = False
 
 
 @dataclass(frozen=True)

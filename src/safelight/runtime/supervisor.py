@@ -91,7 +91,6 @@ class _Live:
 
     ticket: Ticket
     submitted: float
-    num_attempts: int = 1
     outputs: dict[int, Output] = field(default_factory=dict)
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
 
@@ -105,6 +104,7 @@ class _Worker:
     board: UnitBoard
     outgoing: asyncio.Queue[Parcel] = field(default_factory=asyncio.Queue)
     heard: float = field(default_factory=time.monotonic)
+    ready: bool = False
 
 
 class Supervisor(EngineClient):
@@ -129,6 +129,7 @@ class Supervisor(EngineClient):
         self._ready: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._folder = Path()
+        self._closing = False
 
     @property
     def schema(self) -> ModelSchema | None:
@@ -164,12 +165,18 @@ class Supervisor(EngineClient):
 
     async def close(self) -> None:
         """Stop the worker; whoever still waits is told so."""
-        self._state = "draining"
+        self.drain()
+        self._closing = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._fail_all(NotReadyError("the server stopped before the request was done"))
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def drain(self) -> None:
+        """Take no more requests; those that were taken go on."""
+        if self._state != "failed":
+            self._state = "draining"
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """Put a request into the queue. It ends in exactly one answer, through a worker's death as well.
@@ -270,14 +277,15 @@ class Supervisor(EngineClient):
             if unit is not None and unit.is_late():
                 logger.error("the worker takes more than %.0f s for a unit of %s", unit.limit, unit.kind)
                 return
-            if time.monotonic() > worker.heard + self.settings.heartbeat_limit:
-                logger.error("the worker has been silent for %.1f s", self.settings.heartbeat_limit)
+            silence = self.settings.heartbeat_limit if worker.ready else self.settings.unit_limits.first
+            if time.monotonic() > worker.heard + silence:
+                logger.error("the worker has been silent for %.1f s", silence)
                 return
 
     async def _reap(self, worker: _Worker) -> None:
         """End the worker's process: kindly if it is idle and we stop, else at once."""
         process = worker.process
-        if self._state == "draining" and process.returncode is None:
+        if self._closing and process.returncode is None:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(worker.channel.send(Stop()), 1)
                 await asyncio.wait_for(process.wait(), STOP_SECONDS)
@@ -300,12 +308,11 @@ class Supervisor(EngineClient):
             live.outputs.clear()
             live.steps.clear()
             if request_id in culprits:
-                live.num_attempts += 1
-                if not live.ticket.request.restarts or live.num_attempts > 2:
-                    self._fail(request_id, WorkerLostError("the worker was lost while it worked on this request"))
-                    continue
+                self._fail(request_id, WorkerLostError("the worker was lost while it worked on this request"))
+                continue
             live.ticket.advance(replace(live.ticket.progress, state="queued", step=0, stage="", seconds_left=None))
-        self._state = "restarting"
+        if self._state != "draining":
+            self._state = "restarting"
         now = time.monotonic()
         self._deaths.append(now)
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WINDOW:
@@ -344,7 +351,10 @@ class Supervisor(EngineClient):
     def _take_loaded(self, message: Loaded) -> None:
         self._schema = schema_from_wire(message.schema)
         self._stats = replace(self._stats, load_seconds=message.load_seconds)
-        self._state = "ready"
+        if self._worker is not None:
+            self._worker.ready = True
+        if self._state != "draining":
+            self._state = "ready"
         for live in self._live.values():
             self._send_request(live)
         if self._ready is not None and not self._ready.done():
@@ -411,7 +421,7 @@ class Supervisor(EngineClient):
 
     def _send(self, message: ToWorker, arrays: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = ()) -> None:
         """Queue a message for the worker that is ready; without one, the next is sent every live request."""
-        if self._worker is not None and self._state == "ready":
+        if self._worker is not None and self._worker.ready:
             self._worker.outgoing.put_nowait((message, arrays))
 
     def _fail(self, request_id: str, error: SafelightError) -> None:

@@ -1,0 +1,146 @@
+"""What is set once for a server, beside the engine's own settings. Imports no torch."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safelight.core.server_args import ServerArgs
+from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
+
+BATCHING = ("exact", "throughput")
+DEFAULT_STATE_DIR = Path("~/.local/state/safelight")
+
+
+def serve_setting(default: Any, help: str, least: float | None = None, most: float | None = None) -> Any:
+    """Declare a field of `ServeArgs`, with the help of its flag and the range of its value."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+@dataclass(frozen=True)
+class ServeArgs:
+    """What HTTP, queue and storage need. Times are in seconds, sizes in bytes.
+
+    Attributes:
+        host, port: where to listen; a host that others reach needs a key.
+        state_dir: of jobs and outputs; one server at a time uses it.
+        api_key_file: a file whose first line is the key that every request must bring.
+        served_model_name: what the model is asked for by; its own name unless given. Several are separated by commas.
+        public_url: where clients reach the server, if that is not what their `Host` header says.
+        max_running: outputs that hold device memory at most.
+        max_waiting: requests that may wait.
+        max_cost: steps x latent tokens x branches x outputs that one request may ask for.
+        batching: `exact`, or `throughput`, which stacks model calls of equal signature.
+        share: of device time that the oldest request gets, whatever has priority over it.
+        warm_up: whether one small request is run before the server is ready.
+        keep_hours: how long finished jobs and their outputs are kept.
+        max_storage: of all outputs together; the oldest go first. None is no limit.
+        drain_seconds: that running requests have when the server is told to stop.
+        unit_limit: after which a unit of work counts as hung, if twenty of its medians are not longer.
+        first_unit_limit: the same for loading, and for the first unit of a kind.
+        heartbeat_limit: of silence, after which a worker counts as stopped.
+
+    """
+
+    host: str = serve_setting("127.0.0.1", "Where to listen.")
+    port: int = serve_setting(8000, "Port to listen on.", 1, 65535)
+    state_dir: str | None = serve_setting(None, f"Folder of jobs and outputs.  [default: {DEFAULT_STATE_DIR}]")
+    api_key_file: str | None = serve_setting(None, "File with the key that every request must bring.")
+    served_model_name: str | None = serve_setting(None, "Name of the model for clients; aliases after commas.")
+    public_url: str | None = serve_setting(None, "Where clients reach the server.  [default: their Host header]")
+    max_running: int = serve_setting(4, "Outputs that hold device memory at most.", 1, 1024)
+    max_waiting: int = serve_setting(64, "Requests that may wait.", 1, 100_000)
+    max_cost: float = serve_setting(20e6, "Steps x latent tokens x branches x outputs of a request at most.", 1)
+    batching: str = serve_setting("exact", "exact, or throughput: stack the model calls of several requests.")
+    share: float = serve_setting(0.1, "Share of device time that the oldest request always gets.", 0, 1)
+    warm_up: bool = serve_setting(True, "Run one small request before the server is ready.")
+    keep_hours: float = serve_setting(24.0, "Hours for which finished jobs are kept.", 0)
+    max_storage: int | None = serve_setting(None, "Bytes of all outputs together.  [default: no limit]", 1)
+    drain_seconds: float = serve_setting(30.0, "Seconds that running requests have when the server stops.", 0)
+    unit_limit: float = serve_setting(60.0, "Seconds after which a unit of work counts as hung.", 0.1)
+    first_unit_limit: float = serve_setting(1800.0, "The same for loading and the first unit of a kind.", 0.1)
+    heartbeat_limit: float = serve_setting(10.0, "Seconds of silence after which a worker counts as stopped.", 0.5)
+
+    def __post_init__(self) -> None:
+        """Refuse values that are out of range, by the name of their field."""
+        for each in fields(self):
+            value, least, most = vars(self)[each.name], each.metadata["least"], each.metadata["most"]
+            if value is None or least is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= (most or value):
+                takes = f"a number from {least} to {most}" if most else f"a number of at least {least}"
+                raise InvalidParameterError(each.name, value, takes)
+        if self.batching not in BATCHING:
+            raise InvalidParameterError("batching", self.batching, ", ".join(BATCHING))
+
+    def state_path(self) -> Path:
+        """Return the state directory."""
+        return Path(self.state_dir or DEFAULT_STATE_DIR).expanduser()
+
+    def api_key(self) -> str | None:
+        """Return the key; None where there is none.
+
+        Raises:
+            UsageError: if the file has none, or if others could reach a server without one.
+
+        """
+        if self.api_key_file is None:
+            if not is_loopback(self.host):
+                raise UsageError(f"host: {self.host} is reachable by others; it needs --api-key-file")
+            return None
+        try:
+            key = Path(self.api_key_file).expanduser().read_text(encoding="utf-8").strip().partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidParameterError("api_key_file", self.api_key_file, "a file that can be read") from error
+        if len(key) < 16 or not key.isascii() or not key.isprintable():
+            raise UsageError("api_key_file: the key takes at least 16 printable ASCII characters")
+        return key
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine reaches a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file, of engine and server, by the names of their fields.
+
+    Raises:
+        UsageError: if it cannot be read, or has a key that is no setting.
+
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"config: {str(path)!r} is no YAML file of settings: {reason}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"config: {str(path)!r} holds no settings by name")
+    known = {each.name: each for cls in (ServerArgs, ServeArgs) for each in fields(cls)}
+    for name, value in loaded.items():
+        if name not in known:
+            raise UnknownParameterError(str(name), known)
+        _check_type(known[name], value)
+    return loaded
+
+
+def _check_type(known: Field[Any], value: Any) -> None:
+    """Refuse a value that is of another kind than the setting's default."""
+    default = {} if known.default is MISSING else known.default
+    if default is None or value is None:
+        fits = value is None or isinstance(value, str | int)
+    elif isinstance(default, float):
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        fits = type(value) is type(default)
+    if not fits:
+        raise InvalidParameterError(known.name, value, f"a value of the kind of {default!r}")

@@ -1,0 +1,199 @@
+"""A whole server: engine, jobs and HTTP, from its start to its end. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from safelight.core.server_args import ServerArgs
+from safelight.errors import PortError, SafelightError
+from safelight.runtime.supervisor import EngineSettings, Supervisor
+from safelight.runtime.watch import UnitLimits
+from safelight.serving.app import create_app
+from safelight.serving.context import Settings
+from safelight.serving.http import uvicorn_config
+from safelight.serving.job_manager import JobLimits, JobManager
+from safelight.serving.jobs import SqliteJobStore
+from safelight.serving.limits import Limits
+from safelight.serving.outputs import Outputs
+from safelight.serving.serve_args import ServeArgs
+
+logger = logging.getLogger(__name__)
+
+SHIPPED_MODEL_NAME = "safelight-shapes"
+GAVE_UP = 70
+"""What the process ends with when workers die again and again."""
+SECOND_SIGNAL_SECONDS = 2.0
+CLOSING_SECONDS = 2.0
+"""That answers under way and outputs being written have, once nothing runs any more."""
+POLL_SECONDS = 0.05
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves the signals to us: a stop first lets running requests finish."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """One server. `run` serves until a signal, or until the engine gives up.
+
+    Args:
+        server_args: of the engine.
+        serve_args: of HTTP, queue and storage.
+        say: told, in a line each, what a person wants to know of the start and the end.
+
+    """
+
+    def __init__(self, server_args: ServerArgs, serve_args: ServeArgs, say: Callable[[str], None]) -> None:
+        self.server_args, self.serve_args, self.say = server_args, serve_args, say
+        self.model = served_names(server_args, serve_args)[0]
+        self._deadline: float | None = None
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve; return the exit code.
+
+        Raises:
+            SafelightError: if it cannot start.
+
+        """
+        key = self.serve_args.api_key()
+        with listen(self.serve_args.host, self.serve_args.port) as listener:
+            state = self.serve_args.state_path()
+            supervisor = Supervisor(engine_settings(self.server_args, self.serve_args))
+            jobs = JobManager(
+                SqliteJobStore(state), Outputs(state / "outputs"), supervisor, limits=job_limits(self.serve_args)
+            )
+            settings = Settings(
+                served_names(self.server_args, self.serve_args),
+                api_key=key,
+                public_url=self.serve_args.public_url,
+                drain_seconds=CLOSING_SECONDS,
+                limits=Limits(queue=self.serve_args.max_waiting, max_cost=self.serve_args.max_cost),
+            )
+            config = uvicorn_config(create_app(supervisor, jobs, settings), settings.limits)
+            config.timeout_graceful_shutdown = int(CLOSING_SECONDS)
+            return await self._serve(_Uvicorn(config), listener, supervisor)
+
+    async def _serve(self, server: uvicorn.Server, listener: socket.socket, supervisor: Supervisor) -> int:
+        """Answer from the start, load the model, and serve until told to stop."""
+        self._take_signals()
+        http = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            self.say(f"loading {self.model}")
+            begun = time.monotonic()
+            if not await self._before_stop(supervisor.start(), http):
+                return 0
+            address = f"http://{self.serve_args.host}:{listener.getsockname()[1]}"
+            warm = ", warmed up with one small request" if self.serve_args.warm_up else ""
+            self.say(f"{self.model} is ready after {time.monotonic() - begun:.1f} s{warm}: {address}")
+            await self._before_stop(supervisor.gave_up.wait(), http)
+            if supervisor.gave_up.is_set():
+                self.say("the engine's workers died again and again; the log says more")
+                return GAVE_UP
+            self.say("stopping: requests that run may finish")
+            await self._drain(supervisor)
+            return 0
+        finally:
+            server.should_exit = True
+            await asyncio.gather(http, return_exceptions=True)
+            await supervisor.close()
+
+    async def _before_stop(self, work: object, http: asyncio.Task[None]) -> bool:
+        """Wait for work, a stop, or the end of HTTP; say whether the work is done."""
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({task, stop, http}, return_when=asyncio.FIRST_COMPLETED)
+            if http.done():
+                http.result()
+                raise SafelightError("the HTTP server ended by itself; the log says more")
+            if task.done():
+                task.result()
+            return bool(task.done())
+        finally:
+            for each in (task, stop):
+                each.cancel()
+            await asyncio.gather(task, stop, return_exceptions=True)
+
+    async def _drain(self, supervisor: Supervisor) -> None:
+        """Take nothing new, and let what runs finish, until the deadline."""
+        supervisor.drain()
+        while supervisor.stats.num_running + supervisor.stats.num_waiting:
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        """Stop: the first time kindly, the second time soon."""
+        seconds = SECOND_SIGNAL_SECONDS if self._stopping.is_set() else self.serve_args.drain_seconds
+        self._deadline = time.monotonic() + seconds
+        self._stopping.set()
+
+
+@contextlib.contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    """Return a socket that is bound, and nothing else than what was asked for.
+
+    Raises:
+        PortError: if the port or the host cannot be had.
+
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise PortError(f"port: {host}:{port} cannot be listened on: {error.strerror or error}") from error
+    with listener:
+        yield listener
+
+
+def served_names(server_args: ServerArgs, serve_args: ServeArgs) -> tuple[str, ...]:
+    """Return the names under which the model is asked for; the first is the one that answers name."""
+    if serve_args.served_model_name is not None:
+        return tuple(name.strip() for name in serve_args.served_model_name.split(",") if name.strip())
+    if server_args.model is None:
+        return (SHIPPED_MODEL_NAME,)
+    path = Path(server_args.model).expanduser()
+    return (path.resolve().name if path.exists() else server_args.model.partition("@")[0],)
+
+
+def engine_settings(server_args: ServerArgs, serve_args: ServeArgs) -> EngineSettings:
+    """Return what the supervisor needs to know."""
+    return EngineSettings(
+        server_args=server_args,
+        max_running=serve_args.max_running,
+        max_waiting=serve_args.max_waiting,
+        batching=serve_args.batching,
+        share=serve_args.share,
+        warm_up=serve_args.warm_up,
+        unit_limits=UnitLimits(least=serve_args.unit_limit, first=serve_args.first_unit_limit),
+        heartbeat_limit=serve_args.heartbeat_limit,
+    )
+
+
+def job_limits(serve_args: ServeArgs) -> JobLimits:
+    """Return what bounds jobs."""
+    return JobLimits(keep_seconds=3600 * serve_args.keep_hours, max_bytes=serve_args.max_storage)

@@ -1,0 +1,280 @@
+"""A worker process, driven over its socket: it answers, it dies, it hangs, and every request has one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import stat
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safelight.core.executor import SyncExecutor
+from safelight.core.server_args import ServerArgs
+from safelight.errors import (
+    CancelledError,
+    InvalidParameterError,
+    ModelError,
+    NonFiniteOutputError,
+    OutOfMemoryError,
+    QueueFullError,
+    SafelightError,
+    WorkerLostError,
+)
+from safelight.preparation import prepare
+from safelight.runtime.client import GenerationRequest
+from safelight.runtime.supervisor import EngineSettings, Supervisor
+from safelight.runtime.watch import UnitLimits
+from tests.runtime.conftest import request
+
+ANSWER = 20.0
+"""Seconds after which a test gives up waiting."""
+
+
+@contextlib.asynccontextmanager
+async def running(folder, **settings):
+    settings = {"server_args": ServerArgs(str(folder), device="cpu"), "warm_up": False, **settings}
+    supervisor = Supervisor(EngineSettings(**settings))
+    await asyncio.wait_for(supervisor.start(), 60)
+    try:
+        yield supervisor
+    finally:
+        folder = supervisor._folder
+        await supervisor.close()
+        assert not folder.exists(), "no socket or file is left over"
+
+
+def ask(supervisor, prompt="a cat", request_id="r0", **fields):
+    params, _ = prepare(supervisor.schema, {"prompt": prompt, "seed": 0, **fields})
+    return supervisor.submit(GenerationRequest(request_id, params))
+
+
+async def answer(ticket):
+    return await asyncio.wait_for(ticket.result(), ANSWER)
+
+
+async def pid_of(supervisor):
+    while supervisor.state != "ready":
+        await asyncio.sleep(0.01)
+    return supervisor._worker.process.pid
+
+
+def drive(test):
+    """Run a coroutine to its end."""
+    asyncio.run(asyncio.wait_for(test, 120))
+
+
+@pytest.fixture
+def expected(fault_pipeline):
+    """Return a function: the picture that a request gives alone, in process."""
+    pipeline = fault_pipeline()
+
+    def make(**fields):
+        req = request(pipeline, **fields)
+        for _ in SyncExecutor(pipeline).execute(req):
+            pass
+        return req.outputs[0].numpy()
+
+    return make
+
+
+def test_outputs_progress_and_images_cross_the_socket(fault_family, fault_model, expected):
+    async def test():
+        from PIL import Image
+
+        async with running(fault_model(step_seconds=0.01, name="served")) as supervisor:
+            mode = stat.S_IMODE(supervisor._folder.stat().st_mode)
+            assert mode == 0o700
+            image = Image.new("RGB", (9, 5), (10, 200, 30))
+            ticket = ask(supervisor, "an owl", n=2, image=[image, image], num_inference_steps=3)
+            seen = [progress async for progress in ticket.changes()]
+            outputs = await answer(ticket)
+            assert [output.seed for output in outputs] == [0, 1]
+            for output in outputs:
+                alone = expected(prompt="an owl", seed=output.seed, image=(image, image), num_inference_steps=3)
+                assert np.array_equal(output.media[0], alone)
+                assert output.params["num_inference_steps"] == 3 and output.params["image"] == ["9x5", "9x5"]
+                assert {"encoding", "denoising", "decoding"} <= output.timings.keys()
+            running_ones = [progress for progress in seen if progress.state == "running"]
+            assert {progress.num_inference_steps for progress in running_ones} >= {6}
+            steps = [progress.step for progress in running_ones]
+            assert steps == sorted(steps) and len(set(steps)) >= 4
+            assert supervisor.stats.num_running == supervisor.stats.num_waiting == 0
+
+    drive(test())
+
+
+@pytest.mark.parametrize(
+    ("directive", "error"),
+    [
+        ("raise@encoding", SafelightError),
+        ("oom@denoising:1", OutOfMemoryError),
+        ("nan@denoising:2", NonFiniteOutputError),
+        ("refuse@decoding", InvalidParameterError),
+    ],
+)
+def test_a_failure_is_answered_by_name_and_hurts_nobody(fault_family, fault_model, expected, directive, error):
+    async def test():
+        async with running(fault_model(step_seconds=0.01, name="served")) as supervisor:
+            pid = await pid_of(supervisor)
+            bad, good = ask(supervisor, f"[{directive}] a cat", n=2), ask(supervisor, request_id="r1")
+            with pytest.raises(error) as caught:
+                await answer(bad)
+            assert type(caught.value) is error
+            assert caught.value.param == ("prompt" if error is InvalidParameterError else None)
+            for internal in ("/", "0x", "GiB", "Error"):
+                assert internal not in str(caught.value)
+            assert np.array_equal((await answer(good))[0].media[0], expected())
+            assert await pid_of(supervisor) == pid
+
+    drive(test())
+
+
+def test_cancel_stops_work_and_answers_at_once(fault_family, fault_model):
+    async def test():
+        async with running(fault_model(step_seconds=0.05, name="served"), max_running=1) as supervisor:
+            long, queued = (ask(supervisor, request_id=f"r{index}", num_inference_steps=1000) for index in range(2))
+            while long.progress.step < 2:
+                await asyncio.sleep(0.01)
+            for ticket in (queued, long):
+                supervisor.cancel(ticket.request.request_id)
+                assert ticket.done
+                with pytest.raises(CancelledError):
+                    await answer(ticket)
+            begun = time.monotonic()
+            await answer(ask(supervisor, request_id="r2", num_inference_steps=1))
+            assert time.monotonic() - begun < 5, "the long one would have taken 50 s"
+            assert supervisor.stats.num_running == 0
+
+    drive(test())
+
+
+def test_the_queue_is_bounded(fault_family, fault_model):
+    async def test():
+        async with running(fault_model(step_seconds=0.01, name="served"), max_waiting=3, max_running=1) as supervisor:
+            tickets, refused = [], 0
+            for index in range(40):
+                try:
+                    tickets.append(ask(supervisor, request_id=f"r{index}"))
+                except QueueFullError as error:
+                    refused += 1
+                    assert error.status == 429
+            assert 3 <= len(tickets) < 40 and len(tickets) + refused == 40
+            for ticket in tickets:
+                assert len(await answer(ticket)) == 1
+
+    drive(test())
+
+
+@pytest.mark.parametrize("directive", ["exit@denoising:1", "segv@decoding", "exit@encoding"])
+def test_a_death_is_answered_and_the_others_run_again(fault_family, fault_model, expected, directive):
+    async def test():
+        async with running(fault_model(step_seconds=0.01, name="served"), max_running=2) as supervisor:
+            pid = await pid_of(supervisor)
+            others = [ask(supervisor, request_id=f"r{index}", num_inference_steps=50, seed=index) for index in range(3)]
+            while others[0].progress.step < 1 and others[1].progress.step < 1:
+                await asyncio.sleep(0.005)
+            bad = ask(supervisor, f"[{directive}] a cat", "bad", num_inference_steps=2)
+            with pytest.raises(WorkerLostError):
+                await answer(bad)
+            assert supervisor.state == "restarting"
+            for index, ticket in enumerate(others):
+                output = (await answer(ticket))[0]
+                assert np.array_equal(output.media[0], expected(num_inference_steps=50, seed=index))
+            assert await pid_of(supervisor) != pid
+            assert supervisor.stats.num_restarts == 1
+
+    drive(test())
+
+
+def test_a_kill_in_the_middle_is_noticed_at_once(fault_family, fault_model, expected):
+    async def test():
+        async with running(fault_model(step_seconds=0.2, name="served")) as supervisor:
+            pid = await pid_of(supervisor)
+            ticket = ask(supervisor, num_inference_steps=100)
+            while ticket.progress.step < 1:
+                await asyncio.sleep(0.005)
+            os.kill(pid, signal.SIGKILL)
+            begun = time.monotonic()
+            with pytest.raises(WorkerLostError):
+                await answer(ticket)
+            assert time.monotonic() - begun < 1.0
+            assert supervisor.state == "restarting"
+            assert np.array_equal((await answer(ask(supervisor, request_id="r1")))[0].media[0], expected())
+
+    drive(test())
+
+
+def test_three_deaths_are_enough(fault_family, fault_model):
+    async def test():
+        async with running(fault_model(name="served")) as supervisor:
+            for index in range(3):
+                await pid_of(supervisor)
+                with pytest.raises(WorkerLostError):
+                    await answer(ask(supervisor, "[exit@encoding] a cat", f"r{index}"))
+            await asyncio.wait_for(supervisor.gave_up.wait(), 5)
+            assert supervisor.state == "failed"
+            with pytest.raises(SafelightError):
+                ask(supervisor, request_id="r9")
+
+    drive(test())
+
+
+@pytest.mark.parametrize("directive", ["stop@denoising:1", "spin@denoising:1", "sleep@denoising:1=600"])
+def test_a_hung_worker_is_killed(fault_family, fault_model, expected, directive):
+    async def test():
+        limits = UnitLimits(least=1.0, first=60.0)
+        async with running(fault_model(name="served"), unit_limits=limits, heartbeat_limit=2.0) as supervisor:
+            for index in range(2):  # kinds are known from here on
+                await answer(ask(supervisor, "warm", f"w{index}"))
+            pid = await pid_of(supervisor)
+            bad, good = ask(supervisor, f"[{directive}] a cat"), ask(supervisor, request_id="r1")
+            with pytest.raises(WorkerLostError):
+                await answer(bad)
+            assert np.array_equal((await answer(good))[0].media[0], expected())
+            assert await pid_of(supervisor) != pid
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    drive(test())
+
+
+def test_a_busy_worker_is_left_alone(fault_family, fault_model):
+    """A unit far longer than the heartbeat's limit is no hang: the heartbeat goes on beside it."""
+
+    async def test():
+        async with running(fault_model(name="served"), heartbeat_limit=1.0) as supervisor:
+            pid = await pid_of(supervisor)
+            for directive in ("sleep@denoising:1=3", "spin@denoising:1=3"):
+                await answer(ask(supervisor, f"[{directive}] a cat", directive))
+            assert await pid_of(supervisor) == pid
+
+    drive(test())
+
+
+def test_a_worker_without_its_supervisor_ends(fault_family, fault_model):
+    async def test():
+        async with running(fault_model(name="served")) as supervisor:
+            pid = await pid_of(supervisor)
+            environ = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            assert environ[-2] == str(os.getpid()).encode()
+
+    drive(test())
+
+
+@pytest.mark.parametrize(("index", "error"), [(None, ModelError), ('{"_class_name": "os.system"}', ModelError)])
+def test_a_model_that_cannot_be_loaded_is_said_at_once(tmp_path, index, error):
+    if index is not None:
+        (tmp_path / "model_index.json").write_text(index)
+
+    async def test():
+        with pytest.raises(error) as caught:
+            async with running(tmp_path):
+                pass
+        assert "model_index.json" in str(caught.value)
+
+    drive(test())
