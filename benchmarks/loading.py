@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import begin, diffusers_transformer, print_table
+from benchmarks.common import begin, print_table
+from benchmarks.stacks import STACKS
 from safelight.families.flux.transformer import FluxArchitecture
 
 LARGE = FluxArchitecture(num_layers=4, num_single_layers=8, num_attention_heads=12, guidance_embeds=True)
@@ -89,7 +90,7 @@ def measure_here(side: str, folder: Path) -> Measurement:
 
     load = LOADERS[side]
     with tempfile.TemporaryDirectory() as warm_up:
-        diffusers_transformer(TINY, torch.bfloat16).save_pretrained(warm_up)
+        STACKS["flux"].diffusers_transformer(TINY, torch.bfloat16).save_pretrained(warm_up)
         load(Path(warm_up))
     before, cpu, wall = private_bytes(), time.process_time(), time.perf_counter()
     model = load(folder)
@@ -106,7 +107,7 @@ def measure_in_child(side: str, folder: Path) -> Measurement:
 
 def build(folder: Path, architecture: FluxArchitecture) -> int:
     """Save a transformer in five shards, and return its bytes."""
-    model = diffusers_transformer(architecture, torch.bfloat16)
+    model = STACKS["flux"].diffusers_transformer(architecture, torch.bfloat16)
     num_bytes: int = sum(tensor.nbytes for tensor in model.state_dict().values())
     # No shard is filled to the last byte, so that a fifth of all would make six.
     model.save_pretrained(folder, max_shard_size=int(num_bytes / NUM_SHARDS * 1.05))

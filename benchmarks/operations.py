@@ -17,15 +17,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common import (
-    FLUX_DEV,
-    begin,
-    count_per_block,
-    diffusers_transformer,
-    flux_inputs,
-    our_transformer,
-    print_table,
-)
+from benchmarks.common import begin, print_table
+from benchmarks.stacks import STACKS
 
 ONE_KERNEL = frozenset({torch.rms_norm, F.rms_norm, F.scaled_dot_product_attention})
 NO_KERNEL = frozenset({"aten._unsafe_view", "aten.detach", "aten.empty", "aten.lift_fresh"})
@@ -89,24 +82,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", action="store_true", help="print the whole forward's operations by name, too")
     arguments = begin(parser)
-    rows = 16 if arguments.quick else 64
-    inputs = flux_inputs(FLUX_DEV, 512, rows, rows, torch.bfloat16, "meta")
-    reference = diffusers_transformer(FLUX_DEV, torch.bfloat16, "meta")
+    rows, stack = 16 if arguments.quick else 64, STACKS["flux"]
+    architecture, num_text = stack.full.architecture, stack.full.num_text
+    inputs = stack.inputs(stack.full, (1, rows, rows), torch.bfloat16, "meta")
+    reference = stack.diffusers_transformer(architecture, torch.bfloat16, "meta")
     weights: dict[str, Tensor] = reference.state_dict()
     sides = {
-        "Diffusers": (reference, inputs.diffusers()),
-        "Safelight": (our_transformer(FLUX_DEV, weights), inputs.ours()),
+        "Diffusers": (reference, inputs.for_diffusers()),
+        "Safelight": (stack.our_transformer(architecture, weights), inputs.for_safelight()),
     }
     table = []
     for name, (transformer, call) in sides.items():
         count = partial(num_operations, transformer, call)
-        double, single, rest = count_per_block(transformer, count)
+        double, single, rest = stack.count_per_block(transformer, count)
         total = count()
-        mean = (total - rest) / (FLUX_DEV.num_layers + FLUX_DEV.num_single_layers)
+        mean = (total - rest) / (architecture.num_layers + architecture.num_single_layers)
         table.append([name, str(double), str(single), f"{mean:.1f}", str(rest), str(total)])
         if arguments.names:
             print(name, dict(operations(transformer, call).most_common()), end="\n\n")
-    print(f"FLUX.1-dev, bfloat16, {512 + rows * rows} tokens: operations")
+    print(f"FLUX.1-dev, bfloat16, {num_text + rows * rows} tokens: operations")
     print_table(["", "two-stream block", "one-stream block", "mean block", "outside blocks", "forward"], table)
 
 

@@ -151,7 +151,7 @@ def test_a_caption_in_units_is_the_undivided_one(models, monkeypatch, size, in_e
     monkeypatch.setattr(config, "repetition_penalty", 5.0)
     monkeypatch.setattr(config, "eos_token_id", None)
     monkeypatch.setattr(stages, "MAX_CAPTION_TOKENS", longest)
-    fields = {"image": picture(*size, "RGBA"), "prompt": "", "use_en_prompt": in_english}
+    fields = {"image": picture(size[0], size[1], "RGBA"), "prompt": "", "use_en_prompt": in_english}
     (req,) = requests(pipeline, fields)
     template = prompts.CAPTION_PROMPT_EN if in_english else prompts.CAPTION_PROMPT_CN
     inputs = stage.config.caption_inputs(template, req, stage.tokenizer, stage.processor)
@@ -166,7 +166,12 @@ def test_a_caption_in_units_is_the_undivided_one(models, monkeypatch, size, in_e
         expected = undivided()
     assert len(expected) == (num_tokens or longest)
     written, decode = [], stage.tokenizer.decode
-    monkeypatch.setattr(stage.tokenizer, "decode", lambda ids, **options: written.append(ids) or decode(ids, **options))
+
+    def watched(ids, **options):
+        written.append(ids)
+        return decode(ids, **options)
+
+    monkeypatch.setattr(stage.tokenizer, "decode", watched)
     boundaries = 0
     with torch.inference_mode():
         for boundary in stage.write_caption(req):

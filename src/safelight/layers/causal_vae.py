@@ -59,43 +59,47 @@ class CausalDecoder:
         frame = self._residual(mid.resnets[0], frame, cache)
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
             frame = self._residual(resnet, attention(frame[:, :, None])[:, :, 0], cache)
-        for decoded in self._up(0, [frame], first, cache):
-            pixels = self._last_conv(activated(self.decoder.norm_out, decoded, in_place=True), cache)
+        for decoded in self._up(0, iter([frame]), first, cache):
+            pixels = self._last_conv(activated(self.decoder.norm_out, decoded), cache)
             del decoded  # or it would be kept while the next is made
             yield unpatchified(pixels, self.vae.config.get("patch_size") or 1).clamp_(-1.0, 1.0)
 
-    def _up(self, level: int, frames: list[Tensor], first: bool, cache: FeatureCache) -> Iterator[Tensor]:
-        """Yield the frames behind the blocks from `level` on, each before the next is begun; empties `frames`."""
-        while frames:
-            if level == len(self.decoder.up_blocks):
-                yield frames.pop(0)
-            else:
-                yield from self._up(level + 1, self._up_block(level, frames.pop(0), first, cache), first, cache)
+    def _up(self, level: int, frames: Iterator[Tensor], first: bool, cache: FeatureCache) -> Iterator[Tensor]:
+        """Yield the frames behind the blocks from `level` on, each before the next is begun."""
+        if level == len(self.decoder.up_blocks):
+            yield from frames
+            return
+        for frame in frames:
+            yield from self._up(level + 1, self._up_block(level, frame, first, cache), first, cache)
 
-    def _up_block(self, level: int, frame: Tensor, first: bool, cache: FeatureCache) -> list[Tensor]:
-        """Return what a block makes of a frame: one, or two where it doubles them and this is not the first."""
+    def _up_block(self, level: int, frame: Tensor, first: bool, cache: FeatureCache) -> Iterator[Tensor]:
+        """Yield what a block makes of a frame: one, or two where it doubles them and this is not the first."""
         block = self.decoder.up_blocks[level]
         parts = dict(block.named_children())
         shortcut = parts["avg_shortcut"](frame[:, :, None], first_chunk=first) if "avg_shortcut" in parts else None
         for resnet in block.resnets:
             frame = self._residual(resnet, frame, cache)
-        frames = [frame]
-        for upsampler in [parts["upsampler"]] if "upsampler" in parts else parts.get("upsamplers", ()):
+        frames, upsamplers = [frame], [parts["upsampler"]] if "upsampler" in parts else parts.get("upsamplers", ())
+        for upsampler in upsamplers:
             if upsampler.mode == "upsample3d" and not first:
-                frames = list(self._conv(upsampler.time_conv, frame, cache).chunk(2, dim=1))
-            frames = [doubled_conv(upsampler.resample[-1], frame) for frame in frames]
-        if shortcut is not None:
-            frames = [frame.add_(shortcut[:, :, index]) for index, frame in enumerate(frames)]
-        return frames
+                frames = [half.clone() for half in self._conv(upsampler.time_conv, frame, cache).chunk(2, dim=1)]
+        del frame
+        for index in range(len(frames)):
+            made = frames.pop(0)  # only now made larger, and not kept
+            for upsampler in upsamplers:
+                made = doubled_conv(upsampler.resample[-1], made)
+            yield made if shortcut is None else made.add_(shortcut[:, :, index])
+            del made
 
     def _residual(self, block: Any, frame: Tensor, cache: FeatureCache) -> Tensor:
-        """Return two convolutions, each of norm and activation, added to the frame."""
+        """Return two convolutions, each of norm and activation, added to the frame, whose memory is used for others."""
         convolved = self._of_earlier(block.conv2, frame, cache)  # at once, which lets go of its oldest frame
+        shortcut = block.conv_shortcut
+        convolved += self._conv(shortcut, frame, cache) if shortcut in self.names else frame
         hidden_states = self._of_earlier(block.conv1, frame, cache)
         self._add(hidden_states, block.conv1, activated(block.norm1, frame), cache)
-        self._add(convolved, block.conv2, activated(block.norm2, hidden_states, in_place=True), cache)
-        shortcut = block.conv_shortcut
-        return convolved.add_(self._conv(shortcut, frame, cache) if shortcut in self.names else frame)
+        self._add(convolved, block.conv2, activated(block.norm2, hidden_states), cache)
+        return convolved
 
     def _conv(self, conv: Any, frame: Tensor, cache: FeatureCache) -> Tensor:
         """Return a causal convolution at this frame, [1, C, H, W]."""
@@ -107,7 +111,10 @@ class CausalDecoder:
         """Return the bias and what the remembered frames add to this one, of the size of `like`; forget the oldest."""
         before, num_taps = cache.setdefault(self.names[conv], []), conv.weight.shape[2]
         bias: Tensor = conv.bias[:, None, None]
-        convolved = bias.expand(1, -1, *like.shape[2:]).contiguous(memory_format=torch.channels_last)
+        if 1 < num_taps == len(before) + 1 and conv.in_channels == conv.out_channels:
+            convolved = conv_in_place(before.pop(0), conv.weight[:, :, 0]).add_(bias)
+        else:
+            convolved = bias.expand(1, -1, *like.shape[2:]).contiguous(memory_format=torch.channels_last)
         for age in range(len(before), 0, -1):
             add_conv(convolved, before[-age], conv.weight[:, :, -1 - age])
             if age == num_taps - 1:
@@ -147,6 +154,20 @@ def add_conv(convolved: Tensor, frame: Tensor, weight: Tensor) -> None:
         convolved[:, :, top:bottom] += F.conv2d(band, weight, padding=halo)[:, :, above : above + bottom - top]
 
 
+def conv_in_place(frame: Tensor, weight: Tensor) -> Tensor:
+    """Replace a frame [1, C, H, W] by a convolution of it, of as many channels, some rows at a time; return it."""
+    height, halo = frame.shape[2], weight.shape[2] // 2
+    above = None  # the last rows of the band before, as they were
+    for top in range(0, height, BAND_ROWS):
+        bottom = min(top + BAND_ROWS, height)
+        rows = frame[:, :, top : bottom + halo]
+        band = rows if above is None else torch.cat((above, rows), dim=2)
+        first = 0 if above is None else halo
+        above = frame[:, :, bottom - halo : bottom].clone()
+        frame[:, :, top:bottom] = F.conv2d(band, weight, padding=halo)[:, :, first : first + bottom - top]
+    return frame
+
+
 def doubled_conv(conv: Any, frame: Tensor) -> Tensor:
     """Return a convolution of 3 by 3 over a frame whose pixels are doubled along both sides, [1, C_out, 2H, 2W].
 
@@ -170,13 +191,11 @@ def merged(taps: tuple[Tensor, ...], second: int) -> tuple[Tensor, Tensor]:
     return (before + at, after) if second else (before, at + after)
 
 
-def activated(norm: Any, frame: Tensor, in_place: bool = False) -> Tensor:
-    """Return SiLU of the RMS norm over channels, [B, C, H, W]; lengths are computed in float32."""
+def activated(norm: Any, frame: Tensor) -> Tensor:
+    """Make a frame SiLU of its RMS norm over channels, [B, C, H, W]; lengths are computed in float32."""
     length = torch.linalg.vector_norm(frame, dim=1, keepdim=True, dtype=torch.float32)
-    normed = torch.mul(
-        frame, norm.scale / length.clamp_min(NORM_EPS), out=frame if in_place else torch.empty_like(frame)
-    )
-    return F.silu(normed.mul_(norm.gamma.view(-1, 1, 1)), inplace=True)
+    frame = torch.mul(frame, norm.scale / length.clamp_min(NORM_EPS), out=frame)
+    return F.silu(frame.mul_(norm.gamma.view(-1, 1, 1)), inplace=True)
 
 
 def patchified(pixels: Tensor, patch_size: int) -> Tensor:
