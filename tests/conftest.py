@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 
+from safelight.core import registry
 from tests.families.report import ParityRow, markdown, table
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
@@ -52,3 +54,43 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(table(rows))
     if config.getoption("--parity-report"):
         config.getoption("--parity-report").write_text(markdown(rows))
+
+
+FAULT = Path(__file__).parent / "fault"
+
+
+@pytest.fixture(scope="session")
+def fault_path():
+    """Make the package importable here; only `fault_family` registers it."""
+    sys.path.insert(0, str(FAULT))
+    yield
+    sys.path.remove(str(FAULT))
+
+
+@pytest.fixture(scope="package")
+def fault_family(fault_path):
+    """Register the pipelines here and in processes that are started."""
+    registry.pipelines()
+    known = dict(registry._entries)
+    from safelight_fault import register
+
+    registry._entries.update({**registry._entries, **registered(register)})
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(FAULT) if before is None else f"{FAULT}:{before}"
+    yield
+    registry._entries.clear()
+    registry._entries.update(known)
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+_registered: dict[str, registry.PipelineEntry] = {}
+
+
+def registered(module) -> dict[str, registry.PipelineEntry]:
+    """Return what the module registered when it was first imported."""
+    if not _registered:
+        _registered.update({n: e for n, e in registry._entries.items() if e.model_family == "fault"})
+    return _registered

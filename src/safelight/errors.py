@@ -166,6 +166,13 @@ class CancelledError(ServingError):
     code = "cancelled"
 
 
+class ConflictError(ServingError):
+    """An idempotency key came before, with another request."""
+
+    status = 409
+    code = "idempotency_conflict"
+
+
 class StorageFullError(ServingError):
     """There is no room for the request's outputs."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class GenerationOutput:
     timings: Mapping[str, float]
     warnings: list[str] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
+    files: list[bytes] = field(default_factory=list)
+    """A server's video files, which `save` writes as they are where the ending is theirs."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +121,22 @@ class GenerationResult:
         if self.params.output_type != "pil":
             raise OutputError(f"output_type: got {self.params.output_type!r}; only pil can be written to files")
         makes_video = self.schema.task.makes_video
-        made = [(entry, output) for output in self.outputs for entry in (*output.images, *output.videos)]
+        made = [
+            (entry, output, dict(enumerate(output.files)).get(index))
+            for output in self.outputs
+            for index, entry in enumerate((*output.images, *output.videos))
+        ]
         paths = media.output_paths(Path(path), len(made))
-        for target, (entry, _) in zip(paths, made, strict=True):
+        for target, (entry, _, _) in zip(paths, made, strict=True):
             if makes_video:
                 video.check_output(target, overwrite)
             else:
                 media.check_output(target, overwrite, entry.has_transparency_data)
-        for target, (entry, output) in zip(paths, made, strict=True):
+        for target, (entry, output, file) in zip(paths, made, strict=True):
             metadata = self.metadata(output)
-            if makes_video:
+            if file is not None and target.suffix.lower() == ".mp4":
+                video.save_file(file, target, overwrite)
+            elif makes_video:
                 assert output.params.fps is not None
                 frames = np.stack([np.asarray(frame) for frame in entry])
                 video.save_video(frames, target, output.params.fps, metadata, overwrite)
@@ -137,11 +146,7 @@ class GenerationResult:
 
     def metadata(self, output: GenerationOutput) -> dict[str, Any]:
         """Return how an output was made, as JSON can hold it."""
-        params = output.params.set_fields()
-        for name, option in output.params.options().items():
-            if name in params and option.kind in ("image", "images"):
-                images = params[name] if option.kind == "images" else [params[name]]
-                params[name] = [f"{image.width}x{image.height}" for image in images]
+        params = output.params.described()
         return {
             "software": f"safelight {__version__}",
             "model": self.schema.model,
@@ -179,3 +184,23 @@ def make_output(req: Req, makes_video: bool) -> GenerationOutput:
     made = [to_form(media, params.output_type) for media in req.outputs]
     images, videos = ([], made) if makes_video else (made, [])
     return GenerationOutput(images, params.seed, params, dict(req.timings), list(req.warnings), videos)
+
+
+def output_from_files(
+    files: list[bytes],
+    params: SamplingParams,
+    timings: Mapping[str, float],
+    warnings: list[str],
+    makes_video: bool,
+) -> GenerationOutput:
+    """Bring a server's PNG or MP4 files into the form asked for: 8 bits a channel, whatever the form."""
+    arrays = [video.read_frames(file) if makes_video else np.array(Image.open(io.BytesIO(file))) for file in files]
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if params.output_type != "pil":
+        tensors = [tensor / 255 for tensor in tensors]
+    made = [to_form(tensor, params.output_type) for tensor in tensors]
+    images, videos = ([], made) if makes_video else (made, [])
+    assert params.seed is not None
+    return GenerationOutput(
+        images, params.seed, params, dict(timings), list(warnings), videos, files if makes_video else []
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Callable, Mapping
@@ -119,6 +120,41 @@ def save_video(frames: Frames, path: Path, fps: int, metadata: Mapping[str, Any]
             made.replace(path)
     except OSError as error:
         raise OutputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+def save_file(data: bytes, path: Path, overwrite: bool = False) -> None:
+    """Write a video's file as it is: whole, or not at all.
+
+    Raises:
+        OutputError: if it cannot be written there.
+
+    """
+    check_output(path, overwrite)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            made = Path(folder) / path.name
+            made.write_bytes(data)
+            made.replace(path)
+    except OSError as error:
+        raise OutputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+def read_frames(data: bytes) -> Frames:
+    """Return the frames of an MP4 that `save_video` wrote."""
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    with av.open(io.BytesIO(data), "r") as container:
+        frames = [
+            frame.reformat(
+                format="rgb24",
+                src_colorspace=Colorspace.ITU709,
+                src_color_range=ColorRange.MPEG,
+                dst_color_range=ColorRange.JPEG,
+            ).to_ndarray()
+            for frame in container.decode(video=0)
+        ]
+    return np.stack(frames)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -3,56 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from safelight import ServerArgs
-from safelight.core import registry
 from safelight.core.request import Req
 from safelight.loading.loader import load_pipeline
-
-FAULT = Path(__file__).parents[1] / "fault"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def fault_path():
-    """Make the package importable here; only `fault_family` registers it."""
-    sys.path.insert(0, str(FAULT))
-    yield
-    sys.path.remove(str(FAULT))
-
-
-@pytest.fixture(scope="package")
-def fault_family(fault_path):
-    """Register the pipelines here and in processes that are started."""
-    import os
-
-    registry.pipelines()
-    known = dict(registry._entries)
-    from safelight_fault import register
-
-    registry._entries.update({**registry._entries, **registered(register)})
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(FAULT) if before is None else f"{FAULT}:{before}"
-    yield
-    registry._entries.clear()
-    registry._entries.update(known)
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
-
-
-_registered: dict[str, registry.PipelineEntry] = {}
-
-
-def registered(module) -> dict[str, registry.PipelineEntry]:
-    """Return what the module registered when it was first imported."""
-    if not _registered:
-        _registered.update({n: e for n, e in registry._entries.items() if e.model_family == "fault"})
-    return _registered
 
 
 @pytest.fixture

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from safelight import media, video
-from safelight.cli.options import engine_options, engine_settings, given, sampling_options
+from safelight.cli.options import API_KEY_FILE_VARIABLE, engine_options, engine_settings, given, sampling_options
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, OutputError
@@ -22,6 +23,8 @@ from safelight.loading.repository import Repository, open_repository
 from safelight.preparation import prepare
 
 if TYPE_CHECKING:
+    from safelight.client import RemoteEngine
+    from safelight.generator import DiffusionGenerator
     from safelight.results import GenerationEvent
 
 GENERATE_OPTIONS = [
@@ -32,7 +35,85 @@ GENERATE_OPTIONS = [
         help="Where to: a .png, .jpg or .webp file; for a video .mp4, .webp, or a folder for PNGs.",
     ),
     click.Option(["--overwrite"], is_flag=True, help="Replace files that exist."),
+    click.Option(["--server"], metavar="URL", help="Let a server's model do it; --model and the like are its matter."),
+    click.Option(
+        ["--api-key-file"], type=click.Path(path_type=Path), envvar=API_KEY_FILE_VARIABLE, help="The server's key."
+    ),
 ]
+
+
+class Source(Protocol):
+    """Where pictures come from: a model here, or a server's."""
+
+    def params_cls(self) -> type[SamplingParams]:
+        """Return what may be asked."""
+        ...
+
+    def defaults(self) -> dict[str, Any]:
+        """Return what unset fields take."""
+        ...
+
+    def schema(self) -> ModelSchema:
+        """Return what the model takes."""
+        ...
+
+    def open(self, settings: dict[str, Any]) -> DiffusionGenerator:
+        """Load the model, or connect to it."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model of this machine, which its index describes."""
+
+    repository: Repository
+
+    def params_cls(self) -> type[SamplingParams]:
+        """Return what may be asked."""
+        return self.repository.params_cls()
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the family's values, with the repository's own over them."""
+        return {**self.params_cls().defaults, **self.repository.sampling_defaults()}
+
+    def schema(self) -> ModelSchema:
+        """Return what the model takes."""
+        from safelight.loading.loader import describe
+
+        return describe(self.repository)
+
+    def open(self, settings: dict[str, Any]) -> DiffusionGenerator:
+        """Load the model."""
+        from safelight.generator import DiffusionGenerator
+
+        return DiffusionGenerator.from_pretrained(**settings)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A server's model, which the server describes."""
+
+    engine: RemoteEngine
+
+    def params_cls(self) -> type[SamplingParams]:
+        """Return what may be asked."""
+        return self.engine.schema.params_cls
+
+    def defaults(self) -> dict[str, Any]:
+        """Return what unset fields take."""
+        return dict(self.engine.schema.defaults)
+
+    def schema(self) -> ModelSchema:
+        """Return what the model takes."""
+        return self.engine.schema
+
+    def open(self, settings: dict[str, Any]) -> DiffusionGenerator:
+        """Use the connection; the engine's settings are the server's own."""
+        from safelight.generator import DiffusionGenerator
+
+        for name in settings:
+            raise InvalidParameterError(name, settings[name], "nothing here: with --server, the server has its own")
+        return DiffusionGenerator(self.engine)
 
 
 class GenerateCommand(click.Command):
@@ -40,37 +121,35 @@ class GenerateCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Add the model's options, then parse."""
-        values: dict[str, str | None] = {"model": None, "revision": None, "backend": None}
+        names = ("model", "revision", "backend", "server", "api-key-file")
+        values: dict[str, str | None] = dict.fromkeys(names)
         for index, argument in enumerate(args):
             name, separator, value = argument.partition("=")
             if name.removeprefix("--") in values and name.startswith("--"):
                 values[name.removeprefix("--")] = value if separator else next(iter(args[index + 1 :]), None)
-        repository = open_repository(
-            values["model"], values["revision"], backend=values["backend"] or "auto", weights=False
-        )
-        sampling = sampling_options(repository.params_cls(), default_values(repository))
+        ctx.obj = source = _source(values)
+        sampling = sampling_options(source.params_cls(), source.defaults())
         self.params = [*GENERATE_OPTIONS, *sampling, *engine_options()]
-        ctx.obj = repository
         return super().parse_args(ctx, args)
 
 
 @click.command(cls=GenerateCommand)
 @click.pass_context
 def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, overwrite: bool, **values: Any) -> None:
-    """Make pictures of PROMPT, with the shipped model or the one named by --model.
+    """Make pictures of PROMPT, with the shipped model, the one named by --model, or that of a --server.
 
     The options are the model's own: add --model before --help to see another's. The files that were made are named
     on standard output, one a line; everything else goes to standard error.
     """
-    repository: Repository = ctx.obj
-    fields = {"output_type": "pil", **given(repository.params_cls(), values)}
+    source: Source = ctx.obj
+    fields = {"output_type": "pil", **given(source.params_cls(), values)}
     if prompt is not None:
         fields["prompt"] = prompt
-    elif "prompt" not in default_values(repository):
+    elif "prompt" not in source.defaults():
         raise InvalidParameterError("prompt", None, 'the text to generate from: safelight generate "..."')
     console = Console(stderr=True)
     begun = time.perf_counter()
-    event = _run(console, repository, engine_settings(values), fields, partial(check_files, output, overwrite))
+    event = _run(console, source, engine_settings(values), fields, partial(check_files, output, overwrite))
     result = event.result
     assert result is not None
     ending = ".mp4" if result.videos else ".png"
@@ -83,9 +162,16 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     console.print(f"seed {seeds}, {event.num_inference_steps} steps, {seconds:.1f} s", style="dim", highlight=False)
 
 
-def default_values(repository: Repository) -> dict[str, Any]:
-    """Return what unset fields take: the family's values, with the repository's own over them."""
-    return {**repository.params_cls().defaults, **repository.sampling_defaults()}
+def _source(values: dict[str, str | None]) -> Source:
+    """Return what the arguments name."""
+    if values["server"] is None:
+        name, backend = values["model"], values["backend"] or "auto"
+        return LocalModel(open_repository(name, values["revision"], backend=backend, weights=False))
+    from safelight.client import RemoteEngine
+    from safelight.serving.serve_args import read_key
+
+    key_file = values["api-key-file"] or os.environ.get(API_KEY_FILE_VARIABLE)
+    return ServedModel(RemoteEngine(values["server"], read_key(key_file) if key_file else None))
 
 
 def check_files(output: Path | None, overwrite: bool, schema: ModelSchema, params: SamplingParams) -> None:
@@ -112,7 +198,7 @@ def check_files(output: Path | None, overwrite: bool, schema: ModelSchema, param
 
 def _run(
     console: Console,
-    repository: Repository,
+    source: Source,
     settings: dict[str, Any],
     fields: dict[str, Any],
     check: Callable[[ModelSchema, SamplingParams], None],
@@ -130,12 +216,9 @@ def _run(
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
-        from safelight.generator import DiffusionGenerator
-        from safelight.loading.loader import describe
-
-        schema = describe(repository)
+        schema = source.schema()
         check(schema, prepare(schema, fields)[0])
-        with DiffusionGenerator.from_pretrained(**settings) as generator:
+        with source.open(settings) as generator:
             for event in generator.stream(**fields):
                 number = f" {event.output_index + 1}/{event.num_outputs}" if event.num_outputs > 1 else ""
                 total = event.num_inference_steps or None

@@ -11,6 +11,7 @@ import click
 from safelight.core.params import Option, SamplingParams
 from safelight.core.server_args import ServerArgs
 
+API_KEY_FILE_VARIABLE = "SAFELIGHT_API_KEY_FILE"
 POSITIONAL = "prompt"
 NOT_OFFERED = frozenset({POSITIONAL, "output_type"})
 """The prompt is an argument, and files are always made of pictures."""

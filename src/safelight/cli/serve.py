@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from safelight.cli.options import engine_options, engine_settings
+from safelight.cli.options import API_KEY_FILE_VARIABLE, engine_options, engine_settings
 from safelight.core.server_args import ServerArgs
 from safelight.serving.serve_args import ServeArgs, read_config
 
-ENVIRONMENT = {"state_dir": "SAFELIGHT_STATE_DIR", "api_key_file": "SAFELIGHT_API_KEY_FILE"}
+ENVIRONMENT = {"state_dir": "SAFELIGHT_STATE_DIR", "api_key_file": API_KEY_FILE_VARIABLE}
 """Settings that an environment variable names where no flag does."""
 CLICK_TYPES = {"int": click.INT, "float": click.FLOAT, "str": click.STRING}
 

@@ -20,6 +20,8 @@ from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
 from safelight.runtime.watch import UnitLimits
 
+SCHEMA_KEY = "x-safelight"
+"""Where the JSON Schema of a request's body holds what our own client is told of a model."""
 Array = NDArray[np.uint8]
 
 

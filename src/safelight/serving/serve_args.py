@@ -13,6 +13,7 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 
 BATCHING = ("exact", "throughput")
+MIN_KEY_LENGTH = 16
 DEFAULT_STATE_DIR = Path("~/.local/state/safelight")
 
 
@@ -92,13 +93,7 @@ class ServeArgs:
             if not is_loopback(self.host):
                 raise UsageError(f"host: {self.host} is reachable by others; it needs --api-key-file")
             return None
-        try:
-            key = Path(self.api_key_file).expanduser().read_text(encoding="utf-8").strip().partition("\n")[0].strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidParameterError("api_key_file", self.api_key_file, "a file that can be read") from error
-        if len(key) < 16 or not key.isascii() or not key.isprintable():
-            raise UsageError("api_key_file: the key takes at least 16 printable ASCII characters")
-        return key
+        return read_key(self.api_key_file)
 
 
 def is_loopback(host: str) -> bool:
@@ -107,6 +102,23 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def read_key(path: str) -> str:
+    """Return the key in a file's first line.
+
+    Raises:
+        InvalidParameterError: if there is none.
+
+    """
+    try:
+        key = Path(path).expanduser().read_text(encoding="utf-8").strip().partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidParameterError("api_key_file", path, "a file that can be read") from error
+    if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable():
+        takes = f"a file whose first line is a key of {MIN_KEY_LENGTH} or more printable ASCII characters"
+        raise InvalidParameterError("api_key_file", path, takes)
+    return key
 
 
 def read_config(path: Path) -> dict[str, Any]:

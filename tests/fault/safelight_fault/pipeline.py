@@ -22,6 +22,8 @@ from safelight_fault.config import FaultConfig
 
 DIRECTIVE = re.compile(r"\[(\w+)@(\w+)(?::(\d+))?(?:=([\w.]+))?\]")
 COST_WIDTH = 4
+TOKENS = 64
+"""Of which a step takes `step_seconds`: those of a picture of 64x64."""
 
 
 def obey(batch: Any) -> None:
@@ -73,7 +75,7 @@ DEEDS: dict[str, Callable[[Any, str], Any]] = {
 
 
 class Transformer(nn.Module):
-    """One linear layer that takes its time: a forward takes as long whatever its rows."""
+    """One linear layer that takes its time: in proportion to the tokens of a row, as long whatever the rows."""
 
     def __init__(self, step_seconds: float) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class Transformer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Any:
         """Return a prediction, [B, S, 4] from [B, S, 4]."""
-        FaultPipeline.sleep(self.step_seconds)
+        FaultPipeline.sleep(self.step_seconds * hidden_states.shape[1] / TOKENS)
         return self.layer(hidden_states)
 
 

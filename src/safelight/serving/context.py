@@ -1,0 +1,278 @@
+"""What every route needs: the engine, the jobs, the settings, and what is done the same way everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+from safelight.core.params import SamplingParams
+from safelight.core.schema import ModelSchema
+from safelight.errors import NotReadyError, SafelightError, UsageError, by_code, nearest, shown
+from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
+from safelight.serving.errors import ModelNameError, NotFoundError
+from safelight.serving.fields import Asked, Resolved, resolve
+from safelight.serving.gate import Budget
+from safelight.serving.job_manager import JobManager
+from safelight.serving.jobs import Job, JobError, Kind, owner_of
+from safelight.serving.limits import Limits
+from safelight.serving.metrics import Metrics
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the API is told once.
+
+    Attributes:
+        served_names: under which the model is asked for; the first is the one that answers name.
+        api_key: which every route but `/livez` asks for; None asks for none.
+        public_url: where clients reach the server, without a path; None is what their `Host` header says.
+        poll_after_ms: what clients that poll a video are told to wait.
+        drain_seconds: which running jobs have to finish when the server stops.
+        limits: bounds of what clients send and ask for.
+
+    """
+
+    served_names: tuple[str, ...]
+    api_key: str | None = None
+    public_url: str | None = None
+    poll_after_ms: int = 1000
+    drain_seconds: float = 30.0
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the engine made of a synchronous request, and how long it took, in seconds."""
+
+    outputs: list[Output]
+    seconds: float
+    queue_seconds: float
+
+
+class Context:
+    """One application's parts. Only for the event loop's thread.
+
+    Attributes:
+        engine, jobs, settings, metrics: the parts.
+        budget: of memory for what clients send.
+        owner: of every job that is sent here.
+        started_at: when the application was made, in seconds since 1970.
+
+    """
+
+    def __init__(self, engine: EngineClient, jobs: JobManager, settings: Settings) -> None:
+        self.engine, self.jobs, self.settings = engine, jobs, settings
+        self.metrics = Metrics(engine)
+        self.budget = Budget(settings.limits.held_bytes)
+        self.owner = owner_of(settings.api_key)
+        self.started_at = int(time.time())
+        self._decoding = asyncio.Semaphore(1)  # a picture of 25 megapixels takes 100 MB: one at a time
+        self._followers: set[asyncio.Task[None]] = set()
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds."""
+        return self.settings.limits
+
+    @property
+    def model_name(self) -> str:
+        """What answers call the model."""
+        return self.settings.served_names[0]
+
+    def schema(self) -> ModelSchema:
+        """Return what the model takes, under its served name: where it was loaded from is nobody's business.
+
+        Raises:
+            NotReadyError: while it is being loaded for the first time.
+
+        """
+        if self.engine.schema is None:
+            raise NotReadyError("the model is being loaded; try again later")
+        return dataclasses.replace(self.engine.schema, model=self.model_name)
+
+    def schema_for(self, request: Request, makes_video: bool) -> ModelSchema:
+        """Return the schema for a generation of pictures or of videos, which is counted from here on."""
+        schema = self.schema()
+        request.scope["state"]["task"] = schema.task.value
+        if schema.task.makes_video != makes_video:
+            made, route = ("videos", "/v1/videos") if schema.task.makes_video else ("images", "/v1/images/generations")
+            raise UsageError(f"this model makes {made}; use {route}")
+        return schema
+
+    def check_model(self, name: Any) -> None:
+        """Refuse another model's name; a value that is no name is refused with the other fields.
+
+        Raises:
+            ModelNameError: naming what is served.
+
+        """
+        names = self.settings.served_names
+        if isinstance(name, str) and name not in names:
+            raise ModelNameError(f"model: {shown(name)} is not served here: {nearest(name, names)}")
+
+    async def resolve(self, request: Request, asked: Asked) -> Resolved:
+        """Resolve a request; pictures are decoded in a thread, one request's at a time.
+
+        Raises:
+            UsageError: naming the field.
+            QueueFullError: if the pictures of all requests under way are too much.
+
+        """
+        if not asked.pictures:
+            return resolve(asked, self.limits)
+        async with self._decoding:
+            resolved = await asyncio.to_thread(resolve, asked, self.limits)
+            pictures = [resolved.params.set_fields()[name] for name in resolved.images]
+            flat = [image for entry in pictures for image in (entry if isinstance(entry, tuple) else (entry,))]
+            self.budget.take(request, sum(image.width * image.height * len(image.getbands()) for image in flat))
+        return resolved
+
+    def submit(self, params: SamplingParams) -> Ticket:
+        """Put a request into the engine's queue that somebody waits for.
+
+        Raises:
+            ServingError: if it cannot be taken now.
+
+        """
+        name = f"sync_{secrets.token_hex(16)}"
+        return self.engine.submit(GenerationRequest(name, params, deadline=self.limits.deadline_seconds))
+
+    async def follow(self, ticket: Ticket) -> Finished:
+        """Wait for a request's outputs.
+
+        Raises:
+            SafelightError: what ended it instead.
+
+        """
+        began, queue_seconds = time.perf_counter(), 0.0
+        async for progress in ticket.changes():
+            if progress.state == "running" and not queue_seconds:
+                queue_seconds = time.perf_counter() - began
+        outputs = await ticket.result()
+        return Finished(outputs, time.perf_counter() - began, queue_seconds)
+
+    async def generate(self, receive: Receive, params: SamplingParams) -> Finished:
+        """Run a request now, and end it within one step if its client goes away.
+
+        Raises:
+            SafelightError: what ended it instead.
+            ClientDisconnect: if nobody waits for it any more.
+
+        """
+        ticket = self.submit(params)
+        try:
+            return await unless_gone(receive, self.follow(ticket))
+        finally:
+            self.engine.cancel(ticket.request.request_id)
+
+    def count(self, resolved: Resolved, finished: Finished) -> None:
+        """Count what a synchronous request came to."""
+        made = sum(len(output.media) for output in finished.outputs)
+        steps = resolved.params.num_steps() * len(finished.outputs)
+        task, timings = resolved.schema.task.value, total_timings(finished.outputs)
+        self.metrics.completed(task, finished.seconds, finished.queue_seconds, timings, made, steps)
+
+    def count_job(self, job: Job, resolved: Resolved) -> None:
+        """Count what a job will have come to, once it has."""
+        # Not `resolved` itself: its decoded pictures would stay as long as the job.
+        task_name, steps = resolved.schema.task.value, resolved.params.num_steps() * len(resolved.params.split())
+        task = asyncio.create_task(self._follow(job, task_name, steps), name=f"count {job.id}")
+        self._followers.add(task)
+        task.add_done_callback(self._followers.discard)
+
+    async def _follow(self, job: Job, task: str, steps: int) -> None:
+        async for event in self.jobs.events(job.id):
+            job = event.job
+        self.count_completed(job, task, steps)
+        if job.error is not None:
+            error = job_error(job.error)
+            self.metrics.ended(task, error.status)
+            self.metrics.answered(error)
+
+    def count_completed(self, job: Job, task: str, steps: int) -> None:
+        """Count a job, if it completed. `steps` are those of all its outputs."""
+        if job.state == "completed" and job.completed_at is not None and job.started_at is not None:
+            seconds, queue_seconds = job.completed_at - job.created_at, job.started_at - job.created_at
+            self.metrics.completed(task, seconds, queue_seconds, job.timings, len(job.outputs), steps)
+
+    async def job(self, job_id: str, kind: Kind | None = None) -> Job:
+        """Return a job.
+
+        Raises:
+            NotFoundError: if there is none of that name and kind.
+
+        """
+        job = await self.jobs.store.get(job_id, self.owner)
+        if job is None or kind not in (None, job.kind):
+            raise NotFoundError(f"there is no {kind or 'job'} of that id")
+        return job
+
+    def progress(self, job: Job) -> Progress:
+        """Return how far an unfinished job is."""
+        return self.jobs.progress(job.id) or Progress(num_outputs=0)
+
+    def base_url(self, request: Request) -> str:
+        """Return where this client reaches the server, without a slash at the end."""
+        return (self.settings.public_url or str(request.base_url)).rstrip("/")
+
+
+def job_error(error: JobError) -> SafelightError:
+    """Return the error that a job failed with."""
+    return by_code(error.code).rebuilt(error.message, error.param)
+
+
+def total_timings(outputs: list[Output]) -> dict[str, float]:
+    """Return the seconds of each stage, over all outputs."""
+    total: dict[str, float] = {}
+    for output in outputs:
+        for stage, seconds in output.timings.items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    return total
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """Return what `work` gives, and end it if the client goes away first. The body has been read.
+
+    Raises:
+        ClientDisconnect: if it did.
+
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return JSON; msgspec writes pictures in base64 ten times as fast as the standard library."""
+    return Response(msgspec.json.encode(content), status, headers, "application/json")
+
+
+def timestamp(seconds: float | None) -> int | None:
+    """Return whole seconds since 1970."""
+    return None if seconds is None else int(seconds)

@@ -1,0 +1,155 @@
+"""Errors that only HTTP knows, and the one form in which every error leaves the server."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from safelight.errors import QueueFullError, SafelightError, UsageError
+
+
+class MalformedRequestError(UsageError):
+    """The body or a header cannot be read as what it says it is."""
+
+    code = "malformed_request"
+
+
+class TooLargeError(UsageError):
+    """More was sent than is taken."""
+
+    status = 413
+    code = "too_large"
+
+
+class MediaTypeError(UsageError):
+    """A content type or encoding that the route does not take."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class HeadersTooLargeError(UsageError):
+    """More headers than are taken."""
+
+    status = 431
+    code = "headers_too_large"
+
+
+class TimedOutError(UsageError):
+    """The request did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class AuthenticationError(UsageError):
+    """No key, or a wrong one."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class ModelNameError(UsageError):
+    """Another model was asked for than the one that is served."""
+
+    status = 404
+    code = "model_not_found"
+
+    def __init__(self, message: str) -> None:
+        self.param = "model"
+        super().__init__(message)
+
+
+class NotFoundError(UsageError):
+    """There is nothing of that name."""
+
+    status = 404
+    code = "not_found"
+
+
+class MethodError(UsageError):
+    """The path exists, and takes other methods."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class ConflictStateError(UsageError):
+    """It cannot be had in the state that it is in."""
+
+    status = 409
+    code = "not_completed"
+
+
+class RangeError(UsageError):
+    """No byte of the range that was asked for is in the file.
+
+    Attributes:
+        size: of the file, in bytes.
+
+    """
+
+    status = 416
+    code = "invalid_range"
+
+    def __init__(self, size: int) -> None:
+        self.param = "range"
+        self.size = size
+        super().__init__(f"range: the file has {size} bytes")
+
+
+GONE = 499
+"""The status for a client that closed its connection; nobody reads it."""
+_OBJECT = re.compile(r"<[A-Za-z_][\w.]*[^<>]* at 0x[0-9a-fA-F]+>")
+"""Python's representation of an object: in a message of ours it is a picture that was refused."""
+_INTERNAL = "the server made a mistake; its log has the details under this request's x-request-id"
+
+
+def error_type(status: int) -> str:
+    """Return the kind of error that SDKs sort by."""
+    special = {401: "authentication_error", 429: "rate_limit_error"}
+    return special.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
+def error_body(error: SafelightError) -> dict[str, Any]:
+    """Return an error as `{"error": {message, type, param, code}}`."""
+    internal = error.code == SafelightError.code
+    message = _INTERNAL if internal else _OBJECT.sub("an image", str(error))
+    return {
+        "error": {
+            "message": message,
+            "type": error_type(error.status),
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_headers(error: SafelightError) -> dict[str, str]:
+    """Return the headers that tell a client whether and when to try again."""
+    if error.status >= 500:
+        return {"x-should-retry": "false"}
+    if isinstance(error, QueueFullError):
+        return {"retry-after": str(math.ceil(error.retry_after))}
+    if isinstance(error, RangeError):
+        return {"content-range": f"bytes */{error.size}"}
+    return {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
+
+
+def error_response(error: SafelightError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return an error as a response; `headers` come on top of its own."""
+    return JSONResponse(error_body(error), error.status, {**error_headers(error), **(headers or {})})
+
+
+def from_status(status: int, allowed: str = "") -> SafelightError:
+    """Return the error for what the router refuses by itself; `allowed` are the methods that the path takes."""
+    if status == HTTPStatus.NOT_FOUND:
+        return NotFoundError("there is no such route")
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        return MethodError(f"this route takes {allowed}")
+    return SafelightError(f"the router answers {status}")

@@ -1,0 +1,295 @@
+"""A request's body, read within its bounds and parsed strictly: JSON or a multipart form."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from safelight.errors import QueueFullError
+from safelight.serving.errors import MalformedRequestError, MediaTypeError, TooLargeError
+from safelight.serving.limits import Limits
+
+T = TypeVar("T")
+
+_SMALL_BODY = 1 << 16
+"""Bytes that are parsed at once; more are parsed in a thread, so that the event loop goes on."""
+_NUMBER_LENGTH = 400
+_INTEGER_LENGTH = 40
+_MAX_NESTING = 4
+_NAME = re.compile(r"([^\[\]\x00]{1,100})((?:\[[^\[\]\x00]{0,100}\])*)")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file in a form. Its name and its type are the client's words, and are not kept."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a client sent.
+
+    Attributes:
+        fields: by name; from a form, every scalar is text or an `Upload`.
+        is_form: whether it was a form.
+        files: the files of a form, in their order.
+
+    """
+
+    fields: Mapping[str, Any]
+    is_form: bool
+    files: tuple[bytes, ...] = ()
+
+
+class Budget:
+    """Bytes that all requests under way hold together."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+
+    def take(self, request: Request, num_bytes: int) -> None:
+        """Count bytes until the request has been answered.
+
+        Raises:
+            QueueFullError: if others hold so many that these are too many.
+
+        """
+        if self._held + num_bytes > self._most:
+            raise QueueFullError("too much is being received and decoded at once; try again later")
+        self._held += num_bytes
+        request.scope["state"]["at_end"].callback(self._give_back, num_bytes)
+
+    def _give_back(self, num_bytes: int) -> None:
+        self._held -= num_bytes
+
+
+async def read_fields(request: Request, limits: Limits, budget: Budget, forms: bool) -> Body:
+    """Read and parse a request's body.
+
+    Args:
+        request: whose body has not been read.
+        limits: the bounds.
+        budget: what its bytes count against.
+        forms: whether a multipart form is taken as well as JSON.
+
+    Raises:
+        MediaTypeError, TooLargeError, MalformedRequestError: for what is not taken.
+
+    """
+    media_type, options = parse_options_header(request.headers.get("content-type"))
+    is_form = forms and media_type == b"multipart/form-data"
+    if not is_form and media_type != b"application/json":
+        takes = "application/json or multipart/form-data" if forms else "application/json"
+        raise MediaTypeError(f"content-type: this route takes {takes}")
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise MediaTypeError("content-type: text is taken as UTF-8 alone")
+    data = await read_body(request, limits, budget)
+    parse, arguments = (_parse_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
+    if len(data) <= _SMALL_BODY:
+        return parse(data, limits, *arguments)
+    return await asyncio.to_thread(parse, data, limits, *arguments)
+
+
+async def read_body(request: Request, limits: Limits, budget: Budget) -> bytes:
+    """Read a body of at most `body_bytes`, not compressed.
+
+    Raises:
+        MediaTypeError: if it is compressed.
+        TooLargeError: as soon as its length, or what came of it, is too much.
+        QueueFullError: if all bodies together are too much.
+
+    """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise MediaTypeError("content-encoding: a body is taken as it is, not compressed")
+    error = TooLargeError(f"the body is too large; at most {limits.body_bytes} bytes are taken")
+    announced = request.headers.get("content-length", "0")
+    if len(announced) > 19 or int(announced) > limits.body_bytes:  # the protocol lets digits alone pass
+        raise error
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limits.body_bytes:
+            raise error
+        budget.take(request, len(chunk))
+    return bytes(data)
+
+
+def _parse_json(data: bytes, limits: Limits) -> Body:
+    """Parse an object, and refuse what is not in JSON's grammar, or what two readers would read differently."""
+    if not data.strip():
+        raise MalformedRequestError("the body is empty; it takes a JSON object")
+    if sum(data.count(mark) for mark in (b"[", b"{", b",", b"\\")) > limits.json_items:
+        raise MalformedRequestError(f"the body has more than {limits.json_items} items and escapes")
+    try:
+        value = json.loads(
+            data.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+        _check_text(value)
+    except UnicodeError as error:
+        raise MalformedRequestError("the body is not UTF-8, or has half of a surrogate pair") from error
+    except json.JSONDecodeError as error:
+        raise MalformedRequestError(f"the body is not JSON: {error.msg} at character {error.pos}") from error
+    except RecursionError as error:
+        raise MalformedRequestError("the body is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise MalformedRequestError("the body is not a JSON object")
+    return Body(value, is_form=False)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _about(name, "is given twice")
+        found[name] = value
+    return found
+
+
+def _about(name: str, problem: str) -> MalformedRequestError:
+    shown = name[:100].encode("utf-8", "backslashreplace").decode()  # it may be half of a surrogate pair
+    return MalformedRequestError.rebuilt(f"{shown}: {problem}", shown)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise MalformedRequestError(f"the body is not JSON: {name} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text) if len(text) <= _NUMBER_LENGTH else math.inf
+    if not math.isfinite(value):
+        raise MalformedRequestError("the body has a number that is too large or too long")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > _INTEGER_LENGTH:
+        raise MalformedRequestError(f"the body has a whole number of more than {_INTEGER_LENGTH} digits")
+    return int(text)
+
+
+def _check_text(value: Any) -> None:
+    """Raise UnicodeEncodeError for text that has half of a surrogate pair, which no one can encode again."""
+    if isinstance(value, str):
+        if not value.isascii():
+            value.encode()
+    elif isinstance(value, list):
+        for entry in value:
+            _check_text(entry)
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            _check_text(name)
+            _check_text(entry)
+
+
+class _Parts:
+    """Collect the parts of a form as the parser finds them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.found: list[tuple[dict[bytes, bytes], bytearray]] = []
+        self.is_complete = False
+        self._limits = limits
+        self._name, self._value = bytearray(), bytearray()
+
+    def callbacks(self) -> dict[str, Any]:
+        return {
+            "on_part_begin": self._begin,
+            "on_part_data": lambda data, start, end: self.found[-1][1].extend(data[start:end]),
+            "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_end": self._header,
+            "on_end": self._end,
+        }
+
+    def _begin(self) -> None:
+        if len(self.found) >= self._limits.parts:
+            raise MalformedRequestError(f"the form has more than {self._limits.parts} parts")
+        self.found.append(({}, bytearray()))
+
+    def _header(self) -> None:
+        if bytes(self._name).lower() == b"content-disposition":
+            self.found[-1][0].update(parse_options_header(bytes(self._value))[1])
+        self._name, self._value = bytearray(), bytearray()
+
+    def _end(self) -> None:
+        self.is_complete = True
+
+
+def _parse_form(data: bytes, limits: Limits, boundary: bytes) -> Body:
+    parts = _Parts(limits)
+    try:
+        if not boundary:
+            raise MalformedRequestError("the form's content-type has no boundary")
+        parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]  # its keys are these
+        parser.write(data)
+    except FormParserError as error:
+        raise MalformedRequestError("the body is no multipart form with that boundary") from error
+    if not parts.is_complete:
+        raise MalformedRequestError("the form ends before its last boundary")
+    fields: dict[str, Any] = {}
+    files = []
+    for options, content in parts.found:
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        value: Upload | str
+        if b"filename" in options or b"filename*" in options:
+            value = Upload(bytes(content))
+            files.append(value.data)
+        else:
+            value = _text(name, content)
+        _insert(fields, name, value)
+    return Body(fields, is_form=True, files=tuple(files))
+
+
+def _text(name: str, content: bytearray) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _about(name, "the text is not UTF-8") from error
+
+
+def _insert(fields: dict[str, Any], name: str, value: Upload | str) -> None:
+    """Put a part in its place: `a`, `a[]` for a list, `a[b]` for an object, `a[][b]` for a list of objects."""
+    match = _NAME.fullmatch(name)
+    keys = [] if match is None else [match[1], *re.findall(r"\[([^\]]*)\]", match[2])]
+    if not 1 <= len(keys) <= _MAX_NESTING:
+        raise _about(name, "a part's name is a field, with at most three brackets")
+    place: Any = fields
+    for key, following in itertools.pairwise(keys):
+        empty: list[Any] | dict[str, Any] = [] if following == "" else {}
+        if key != "":
+            place = _expect(place, dict, keys[0]).setdefault(key, empty)
+        else:
+            entries = _expect(place, list, keys[0])
+            if following == "" or not entries or not isinstance(entries[-1], dict) or following in entries[-1]:
+                entries.append(empty)
+            place = entries[-1]
+    _put(place, keys[-1], value, keys[0])
+
+
+def _put(place: Any, key: str, value: Upload | str, name: str) -> None:
+    if key == "":
+        _expect(place, list, name).append(value)
+    elif key in _expect(place, dict, name):
+        raise _about(name, "is given twice")
+    else:
+        place[key] = value
+
+
+def _expect(place: Any, kind: type[T], name: str) -> T:
+    if not isinstance(place, kind):
+        raise _about(name, "is given in two forms")
+    return place

@@ -1,0 +1,50 @@
+"""`/livez`, `/readyz` and `/metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from safelight.errors import NotReadyError
+from safelight.serving.auth import LIVE_PATH
+from safelight.serving.context import Context, json_response
+from safelight.serving.metrics import CONTENT_TYPE
+
+_DISK_SECONDS = 2.0
+
+
+def routes(context: Context) -> APIRouter:
+    """Return the routes of operations."""
+    router = APIRouter()
+
+    @router.get(LIVE_PATH)
+    async def livez(request: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    @router.get("/readyz")
+    async def readyz(request: Request) -> Response:
+        if context.engine.state != "ready":
+            raise NotReadyError(f"the engine is not ready: {context.engine.state}")
+        try:
+            written = asyncio.to_thread(_write, context.jobs.outputs.directory)
+            await asyncio.wait_for(written, _DISK_SECONDS)
+        except (OSError, TimeoutError) as error:
+            raise NotReadyError("the outputs directory cannot be written") from error
+        return json_response({"status": "ready"})
+
+    @router.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return Response(context.metrics.exposition(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def _write(directory: Path) -> None:
+    """Write a byte into a file without a name, which is gone when it is closed."""
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+        file.write(b"\0")

@@ -1,0 +1,283 @@
+"""`POST /v1/images/generations` and `/v1/images/edits`: answered at once, as a stream, or as a job."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from safelight.core.params import Option, SamplingParams
+from safelight.core.schema import ModelSchema
+from safelight.errors import InvalidParameterError, SafelightError, UsageError
+from safelight.runtime.client import Ticket
+from safelight.serving.context import Context, Finished, job_error, json_response, total_timings, unless_gone
+from safelight.serving.errors import GONE, MalformedRequestError, error_body
+from safelight.serving.events import EventStream, event
+from safelight.serving.fields import EFFECTLESS, QUALITIES, Asked, Resolved, sort_fields
+from safelight.serving.gate import Body, Upload, read_fields
+from safelight.serving.jobs import Job, request_digest
+from safelight.serving.jobs_api import content_url, job_object
+from safelight.serving.limits import Limits
+from safelight.serving.outputs import encode_image, file_metadata
+from safelight.serving.submission import Submission
+
+FORMATS = ("png", "jpeg", "webp")
+_BYTES_PER_TOKEN = 4
+"""Of text, roughly: only the worker has the tokenizer, and usage is no bill here."""
+
+
+def image_fields(limits: Limits) -> dict[str, Option]:
+    """Return the API's own fields for pictures, by name."""
+    return {
+        "prompt": Option("string", "what to generate", group="basic"),
+        "model": Option("string", "the served model's name, or another name of it"),
+        "n": Option("integer", "pictures, with seeds seed, seed+1, ...", "basic", 1, limits.outputs),
+        "size": Option("string", "auto, or WxH in pixels", group="basic"),
+        "quality": Option("string", "a preset of steps", choices=(*QUALITIES, "auto")),
+        "output_format": Option("string", "of the picture's file", choices=FORMATS),
+        "output_compression": Option("integer", "quality of jpeg and webp", "advanced", 0, 100),
+        "background": Option("string", "of the picture", choices=("transparent", "opaque", "auto")),
+        "response_format": Option("string", "how pictures are returned", choices=("b64_json", "url")),
+        "stream": Option("boolean", "answer with server-sent events"),
+        "partial_images": Option("integer", "previews in a stream", "advanced", 0, 3),
+        **{name: Option("string", "accepted, without effect") for name in EFFECTLESS},
+    }
+
+
+def check_image_fields(asked: Asked) -> None:
+    """Check what concerns several of the API's own fields, or what the model makes.
+
+    Raises:
+        InvalidParameterError: naming the field.
+
+    """
+    own, alpha = asked.own, asked.schema.params_cls.makes_alpha
+    output_format, background = own.get("output_format", "png"), own.get("background", "auto")
+    if own.get("partial_images"):
+        raise InvalidParameterError("partial_images", own["partial_images"], "0 or null: previews are not made yet")
+    if output_format == "png" and "output_compression" in own:
+        raise InvalidParameterError("output_compression", own["output_compression"], "null, unless for jpeg or webp")
+    if background not in ("auto", made := "transparent" if alpha else "opaque"):
+        raise InvalidParameterError("background", background, f"{made} or auto, which is what this model makes")
+    if alpha and output_format == "jpeg":
+        raise InvalidParameterError("output_format", output_format, "png or webp: this model's pictures have alpha")
+    if own.get("stream") and own.get("response_format") == "url":
+        raise InvalidParameterError("response_format", "url", "b64_json, where stream is true")
+
+
+def routes(context: Context) -> APIRouter:
+    """Return the routes of pictures."""
+    router = APIRouter()
+
+    @router.post("/v1/images/generations")
+    async def generations(request: Request) -> Response:
+        return await _create(request, context, edits=False)
+
+    @router.post("/v1/images/edits")
+    async def edits(request: Request) -> Response:
+        return await _create(request, context, edits=True)
+
+    return router
+
+
+async def _create(request: Request, context: Context, edits: bool) -> Response:
+    body = await read_fields(request, context.limits, context.budget, forms=edits)
+    schema = context.schema_for(request, makes_video=False)
+    context.check_model(body.fields.get("model"))
+    asked = _sorted(body, schema, context.limits, edits)
+    resolved = await context.resolve(request, asked)
+    as_job = prefers_async(request)
+    if as_job and asked.own.get("stream"):
+        raise InvalidParameterError("stream", True, "false, with Prefer: respond-async")
+    if as_job or asked.own.get("response_format") == "url":
+        return await _as_job(request, context, body, resolved, wait=not as_job)
+    if asked.own.get("stream"):
+        return _as_stream(context, resolved, "image_edit" if edits else "image_generation")
+    finished = await context.generate(request.receive, resolved.params)
+    pictures = await context.jobs.outputs.run(_encode, resolved, finished)
+    context.count(resolved, finished)
+    return json_response({**_response(resolved, pictures, finished), "metrics": _metrics(finished)})
+
+
+def _sorted(body: Body, schema: ModelSchema, limits: Limits, edits: bool) -> Asked:
+    takes_images = "image" in schema.params_cls.options()
+    if edits and not takes_images:
+        error = "image: this model takes no input picture; use /v1/images/generations"
+        raise UsageError.rebuilt(error, "image")
+    asked = sort_fields(body, image_fields(limits), schema, limits)
+    if edits and "image" not in asked.pictures:
+        raise InvalidParameterError("image", None, "the picture to edit")
+    check_image_fields(asked)
+    return asked
+
+
+def prefers_async(request: Request) -> bool:
+    """Say whether a client wants a job instead of an answer (RFC 7240)."""
+    preferences = ",".join(request.headers.getlist("prefer")).split(",")
+    return "respond-async" in [preference.partition(";")[0].strip().lower() for preference in preferences]
+
+
+def _encode(resolved: Resolved, finished: Finished) -> list[dict[str, Any]]:
+    """Return each picture's file in base64, its seed, and its size. For a thread."""
+    compression = resolved.asked.own.get("output_compression")
+    return [
+        {
+            "b64_json": base64.b64encode(
+                encode_image(array, resolved.output_format, compression, file_metadata(resolved.schema, output.params))
+            ).decode("ascii"),
+            "revised_prompt": None,
+            "seed": output.seed,
+            "size": f"{array.shape[1]}x{array.shape[0]}",
+        }
+        for output in finished.outputs
+        for array in output.media
+    ]
+
+
+def _response(resolved: Resolved, pictures: Sequence[Mapping[str, Any]], finished: Finished | None) -> dict[str, Any]:
+    warnings = [text for output in finished.outputs for text in output.warnings] if finished else []
+    return {
+        "created": int(time.time()),
+        "data": pictures,
+        "size": pictures[0]["size"],
+        "quality": resolved.quality,
+        "output_format": resolved.output_format,
+        "background": resolved.background,
+        "usage": usage(resolved.params, resolved.schema),
+        "warnings": list(dict.fromkeys([*resolved.warnings, *warnings])),
+    }
+
+
+def _metrics(finished: Finished) -> dict[str, Any]:
+    return {
+        "seconds": finished.seconds,
+        "queue_seconds": finished.queue_seconds,
+        "stage_seconds": total_timings(finished.outputs),
+    }
+
+
+def usage(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
+    """Return what a request used: text in units of four bytes, and pictures in latent tokens."""
+    texts = [text for text in (params.prompt, params.negative_prompt) if isinstance(text, str)]
+    text_tokens = sum(-(-len(text.encode()) // _BYTES_PER_TOKEN) for text in texts)
+    multiple = schema.size_multiple
+    image_tokens = sum(-(-image.width // multiple) * -(-image.height // multiple) for image in params.image or ())
+    output_tokens = params.num_latent_tokens(schema) * len(params.split())
+    return {
+        "input_tokens": text_tokens + image_tokens,
+        "output_tokens": output_tokens,
+        "total_tokens": text_tokens + image_tokens + output_tokens,
+        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": image_tokens},
+    }
+
+
+def _as_stream(context: Context, resolved: Resolved, prefix: str) -> Response:
+    """Submit the request, which may be refused still, and answer with its events."""
+    ticket = context.submit(resolved.params)
+
+    def close() -> None:
+        if not ticket.done:
+            context.metrics.ended(resolved.schema.task.value, GONE)
+        context.engine.cancel(ticket.request.request_id)
+
+    return EventStream(_stream(context, resolved, ticket, prefix), context.limits.ping_seconds, close)
+
+
+async def _stream(context: Context, resolved: Resolved, ticket: Ticket, prefix: str) -> AsyncGenerator[bytes, None]:
+    """Yield one completed event a picture, or an error: the answer has begun, so that it is an event too."""
+    task = resolved.schema.task.value
+    try:
+        finished = await context.follow(ticket)
+        pictures = await context.jobs.outputs.run(_encode, resolved, finished)
+    except SafelightError as error:
+        context.metrics.answered(error)
+        context.metrics.ended(task, error.status)
+        yield event("error", error_body(error))
+        return
+    context.count(resolved, finished)
+    response = _response(resolved, pictures, finished)
+    shared = {name: response[name] for name in ("background", "output_format", "quality", "usage", "warnings")}
+    for picture in pictures:
+        kind = f"{prefix}.completed"
+        yield event(kind, {"type": kind, "created_at": response["created"], **shared, **picture})
+
+
+async def _as_job(request: Request, context: Context, body: Body, resolved: Resolved, wait: bool) -> Response:
+    """Store the request as a job; answer with the job, or wait for it and answer with its pictures' addresses."""
+    own = resolved.asked.own
+    echo = {"quality": resolved.quality, "background": resolved.background}
+    compression = own.get("output_compression")
+    job = await context.jobs.submit(submission(request, context, body, resolved, echo, compression))
+    if not wait:
+        context.count_job(job, resolved)
+        headers = {"preference-applied": "respond-async", "location": f"/v1/jobs/{job.id}"}
+        return json_response(job_object(job, context, request), 202, headers)
+    try:
+        job = await unless_gone(request.receive, _finished(context, job))
+    finally:
+        if not job.finished:
+            await context.jobs.cancel(job.id)
+    if job.error is not None:
+        raise job_error(job.error)
+    steps = resolved.params.num_steps() * len(job.outputs)
+    context.count_completed(job, resolved.schema.task.value, steps)
+    pictures = [
+        {"url": content_url(context, request, job, index), "revised_prompt": None, "seed": output.seed}
+        | {"size": f"{output.width}x{output.height}"}
+        for index, output in enumerate(job.outputs)
+    ]
+    response = {**_response(resolved, pictures, None), "warnings": job.warnings}
+    began = job.started_at or job.created_at
+    seconds = {"seconds": (job.completed_at or began) - job.created_at, "queue_seconds": began - job.created_at}
+    return json_response({**response, "metrics": {**seconds, "stage_seconds": job.timings}})
+
+
+async def _finished(context: Context, job: Job) -> Job:
+    async for happened in context.jobs.events(job.id):
+        job = happened.job
+    return job
+
+
+def submission(
+    request: Request,
+    context: Context,
+    body: Body,
+    resolved: Resolved,
+    echo: Mapping[str, Any],
+    compression: int | None = None,
+) -> Submission:
+    """Return a request as a job is made of it, with its `Idempotency-Key`.
+
+    Raises:
+        MalformedRequestError: for a key that is empty or too long.
+
+    """
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= context.limits.key_length:
+        raise MalformedRequestError(f"idempotency-key: it takes 1 to {context.limits.key_length} characters")
+    plain = {"path": request.url.path, "fields": _without_files(body.fields)}
+    return Submission(
+        params=resolved.params,
+        images=resolved.images,
+        request=echo,
+        output_format=resolved.output_format,
+        compression=compression,
+        warnings=resolved.warnings,
+        owner=context.owner,
+        idempotency_key=key,
+        digest=request_digest(plain, body.files) if key is not None else "",
+    )
+
+
+def _without_files(value: Any) -> Any:
+    """Return fields as JSON can hold them; files are told apart by their own digests."""
+    if isinstance(value, Upload):
+        return None
+    if isinstance(value, dict):
+        return {name: _without_files(entry) for name, entry in value.items()}
+    return [_without_files(entry) for entry in value] if isinstance(value, list) else value

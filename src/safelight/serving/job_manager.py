@@ -1,0 +1,490 @@
+"""From an accepted job to its one end: durable before it is acknowledged, run, written, and recovered. No torch.
+
+**Attempts.** An attempt is a run that the store knows to have begun: with the engine's word that it runs, the counter
+goes up, in the same transaction as the state. After a death that the engine blames on a request it answers
+`WorkerLostError` and never runs it again of its own accord: what comes next is decided here, from the one counter that
+also outlives this process. A job that has begun twice and was not finished fails as `worker_lost`, whichever process
+died. What a death only interrupted (the engine runs it again and answers nothing) and what waited costs no attempt. A
+clean stop that does not wait for a job's end does cost one.
+
+**Who ends a job** is decided by the store: whoever changes its state first. Whoever comes second gives up what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from safelight.core.params import SamplingParams
+from safelight.core.schema import ModelSchema
+from safelight.errors import (
+    CancelledError,
+    NotReadyError,
+    QueueFullError,
+    SafelightError,
+    StorageFullError,
+    WorkerLostError,
+)
+from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
+from safelight.serving.jobs import MAX_ATTEMPTS, Job, JobError, JobStore, check_same
+from safelight.serving.outputs import Outputs, Staged
+from safelight.serving.submission import Submission, new_job, read_params
+
+logger = logging.getLogger(__name__)
+
+INTERNAL_ERROR = JobError(SafelightError.code, "the server made a mistake; its log says more")
+CANCELLED = JobError(CancelledError.code, "the job was cancelled")
+WORKER_LOST = JobError(WorkerLostError.code, f"worker or server died while this job ran, {MAX_ATTEMPTS} times")
+_STOP_SECONDS = 5.0
+"""What a stopped job has to end; a step may take longer, and is then left to itself."""
+
+
+@dataclass(frozen=True)
+class JobLimits:
+    """What bounds jobs.
+
+    Attributes:
+        max_unfinished: jobs that wait or run; more are refused.
+        max_submitted: of these, how many the engine is given; the others leave its queue to who waits for an answer.
+        keep_seconds: how long a finished job and its files are kept.
+        max_bytes: of all jobs' files; the first finished are removed for later ones. None is no limit.
+        sweep_seconds: between two searches for what has expired.
+        retry_seconds: after which a full or unready engine, or a full disk, is tried again.
+
+    """
+
+    max_unfinished: int = 1000
+    max_submitted: int = 16
+    keep_seconds: float = 24 * 3600.0
+    max_bytes: int | None = None
+    sweep_seconds: float = 60.0
+    retry_seconds: float = 0.25
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """What became of a job: it waits (or has moved up), began (anew, after a death), made a step, or ended."""
+
+    type: Literal["queued", "started", "step", "completed", "failed"]
+    job: Job
+    progress: Progress
+
+
+class _Run:
+    """An unfinished job in this process."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.ticket: Ticket | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.over = False
+        self.changed = asyncio.Event()
+
+    @property
+    def running(self) -> bool:
+        """Whether the engine works on it, or its outputs are being written."""
+        return self.ticket is not None and (self.ticket.done or self.ticket.progress.state == "running")
+
+    def wake(self) -> None:
+        """Tell whoever follows it that something is new."""
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+
+class JobManager:
+    """Runs the jobs of one store on one engine. Its methods are for the event loop's thread."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        outputs: Outputs,
+        engine: EngineClient,
+        clock: Callable[[], float] = time.time,
+        limits: JobLimits | None = None,
+    ) -> None:
+        self.store = store
+        self.outputs = outputs
+        self._engine = engine
+        self._clock = clock
+        self._limits = limits or JobLimits()
+        self._runs: dict[str, _Run] = {}
+        self._gate = asyncio.Lock()  # first come, first served: the order of acceptance
+        self._left = asyncio.Event()  # a job has left the engine
+        self._room = asyncio.Lock()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._sweeper: asyncio.Task[None] | None = None
+        self._closing = False
+
+    async def start(self) -> None:
+        """Remove what a dead server left, take up its jobs, and begin to run them.
+
+        Raises:
+            StorageFullError: if the disk is full.
+
+        """
+        await self.outputs.clean(await self.store.file_names())
+        for job in await self.store.unfinished():
+            if job.attempts >= MAX_ATTEMPTS:
+                await self.store.replace(job, self._failed(job, WORKER_LOST))
+            else:
+                self._launch(job)
+        self._sweeper = asyncio.create_task(self._sweep_forever(), name="sweep jobs")
+
+    async def submit(self, submission: Submission) -> Job:
+        """Accept a job: it is durable when this returns. Whoever asks twice with one idempotency key has one job.
+
+        Raises:
+            ConflictError: if the idempotency key came with another request.
+            QueueFullError: if as many jobs are unfinished as may be.
+            StorageFullError: if there is no room for it.
+            NotReadyError: if the model is not known yet, or the server stops.
+
+        """
+        if submission.idempotency_key is not None:
+            existing = await self.store.find(submission.owner, submission.idempotency_key)
+            if existing is not None:
+                return check_same(existing, submission.digest)
+        schema = self._engine.schema
+        if self._closing or schema is None:
+            raise NotReadyError("the server stops" if self._closing else "the model is being loaded")
+        if len(self._runs) + len(self._background) >= self._limits.max_unfinished:
+            raise QueueFullError(f"{self._limits.max_unfinished} jobs wait already")
+        job, files = new_job(submission, schema, self._clock())
+        # A caller that goes away leaves no job behind that is stored and never run.
+        task = asyncio.create_task(self._accept(job, files))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return await asyncio.shield(task)
+
+    async def cancel(self, job_id: str) -> Job | None:
+        """End a job as `failed`, with the code `cancelled`; one that has finished stays as it is.
+
+        Returns:
+            the job, finished; None if there is none.
+
+        Raises:
+            StorageFullError: if that cannot be written down; nothing has changed then.
+
+        """
+        while True:
+            job = await self.store.get(job_id)
+            if job is None or job.finished:
+                return job
+            failed = self._failed(job, CANCELLED)
+            if await self.store.replace(job, failed):
+                break
+        run = self._runs.get(job_id)
+        if run is not None:
+            self._show(run, failed)
+            self._stop(run)
+        return failed
+
+    async def delete(self, job_id: str) -> bool:
+        """Remove a job and its files, and stop it if it runs; say whether there was one.
+
+        Raises:
+            StorageFullError: if an unfinished one cannot be ended because the disk is full.
+
+        """
+        job = await self.cancel(job_id)
+        return job is not None and await self._remove(job)
+
+    def progress(self, job_id: str) -> Progress | None:
+        """Return how far an unfinished job is; None for every other."""
+        run = self._runs.get(job_id)
+        return None if run is None else self._progress(run)
+
+    async def events(self, job_id: str) -> AsyncIterator[JobEvent]:
+        """Yield what a job is now and what becomes of it, to its end; a slow reader misses steps, nothing else.
+
+        It ends without a last event if the server stops before the job does. Nothing is yielded for an unknown id.
+        """
+        run = self._runs.get(job_id)
+        if run is None:
+            job = await self.store.get(job_id)
+            run = None if job is None else _Run(job)
+        if run is None:
+            return
+        told: JobEvent | None = None
+        while True:
+            changed = run.changed
+            for event in self._news(run, told):
+                told = event
+                yield event
+            if run.changed is not changed:
+                continue
+            if run.job.finished or run.over or run.task is None:
+                return
+            await changed.wait()
+
+    async def sweep(self) -> None:
+        """Remove what has expired, and what is over the quota."""
+        while expired := await self.store.expired(self._clock()):
+            for job in expired:
+                await self._remove(job)
+        async with self._room:
+            await self._make_room(0)
+
+    async def close(self, drain: float) -> None:
+        """Stop: what waits stays in the store, and what runs has `drain` seconds to finish. Then close the store.
+
+        What has not finished by then stays in progress, and has its next attempt when a server starts.
+        """
+        self._closing = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for run in list(self._runs.values()):
+            if not run.running:
+                self._stop(run)
+        await self._wait(drain)
+        for run in list(self._runs.values()):
+            self._stop(run)
+            if run.task is not None:
+                run.task.cancel()
+        await self._wait(_STOP_SECONDS)
+        await self.outputs.close()
+        await self.store.close()
+
+    async def _wait(self, seconds: float) -> None:
+        tasks = [*(run.task for run in self._runs.values()), self._sweeper, *self._background]
+        waited = [task for task in tasks if task is not None]
+        if waited:
+            await asyncio.wait(waited, timeout=seconds)
+
+    async def _accept(self, job: Job, files: Mapping[str, bytes]) -> Job:
+        if files:
+            async with self._room:
+                await self._make_room(job.num_bytes)
+                await self.outputs.save(files)
+        try:
+            accepted = await self.store.add(job)
+        except SafelightError:  # after anything else it may be stored all the same, and needs its files
+            await self.outputs.remove(files)
+            raise
+        if accepted is not job:
+            await self.outputs.remove(files)
+        elif not self._closing:
+            self._launch(job)
+        return accepted
+
+    def _launch(self, job: Job) -> None:
+        run = self._runs[job.id] = _Run(job)
+        run.task = asyncio.create_task(self._run(run), name=job.id)
+        run.task.add_done_callback(lambda task: self._ended(run, task))
+
+    def _ended(self, run: _Run, task: asyncio.Task[None]) -> None:
+        """Forget a run; here and not in the task, which never begins if it is cancelled at once."""
+        del self._runs[run.job.id]
+        run.over = True
+        run.wake()
+        self._wake_waiting()
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("job %s could not be ended; the next start takes it up", run.job.id, exc_info=task.exception())
+
+    def _stop(self, run: _Run) -> None:
+        """End what is done for a job, except the writing of its outputs, which is given up at its end."""
+        if run.ticket is not None and not run.ticket.done:
+            self._engine.cancel(run.ticket.request.request_id)
+        elif run.ticket is None and run.task is not None:
+            run.task.cancel()
+
+    async def _run(self, run: _Run) -> None:
+        """Carry a job to its end: the boundary that no error passes."""
+        try:
+            await self._carry_out(run)
+        except SafelightError as error:
+            # The engine answers so to what it is made to drop; such a job is the next server's.
+            if not (self._closing and isinstance(error, CancelledError | NotReadyError | WorkerLostError)):
+                await self._fail(run, JobError(error.code, str(error), error.param))
+        except Exception:
+            logger.exception("job %s", run.job.id)
+            await self._fail(run, INTERNAL_ERROR)
+
+    async def _carry_out(self, run: _Run) -> None:
+        while True:
+            run.ticket = None
+            run.ticket = await self._enter(run)
+            self._wake_waiting()
+            try:
+                outputs = await self._follow(run, run.ticket)
+            except (WorkerLostError, NotReadyError):
+                if self._closing:
+                    raise
+                if run.job.attempts >= MAX_ATTEMPTS:
+                    raise WorkerLostError(WORKER_LOST.message) from None
+            else:
+                await self._finish(run, outputs)
+                return
+
+    async def _enter(self, run: _Run) -> Ticket:
+        """Put a job into the engine's queue, after the jobs before it, as soon as there is room."""
+        params: SamplingParams | None = None
+        async with self._gate:
+            while True:
+                self._left.clear()
+                with contextlib.suppress(QueueFullError, NotReadyError):
+                    schema = self._engine.schema
+                    if schema is not None and self._num_submitted() < self._limits.max_submitted:
+                        params = params or await self._read(run.job, schema)
+                        name = f"{run.job.id}.{run.job.attempts + 1}"
+                        return self._engine.submit(GenerationRequest(name, params))
+                # The engine tells nobody when it becomes ready, or when it has room after somebody else's request.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._left.wait(), self._limits.retry_seconds)
+
+    def _num_submitted(self) -> int:
+        return sum(run.ticket is not None and not run.ticket.done for run in self._runs.values())
+
+    async def _read(self, job: Job, schema: ModelSchema) -> SamplingParams:
+        paths = [self.outputs.path(file.name) for file in job.inputs]
+        return await self.outputs.run(read_params, job, schema, paths)
+
+    async def _follow(self, run: _Run, ticket: Ticket) -> list[Output]:
+        """Wait for the engine's answer, and record that the job has begun once it has."""
+        begun = False
+        try:
+            async for progress in ticket.changes():
+                if progress.state == "running" and not begun:
+                    begun = await self._advance(run, run.job.begun(self._clock()))
+                run.wake()
+            outputs = await ticket.result()
+        except WorkerLostError:  # it had begun, if only for a moment
+            begun = begun or await self._advance(run, run.job.begun(self._clock()))
+            raise
+        finally:
+            self._left.set()
+            self._engine.cancel(ticket.request.request_id)
+        if not begun:
+            await self._advance(run, run.job.begun(self._clock()))
+        return outputs
+
+    async def _finish(self, run: _Run, outputs: Sequence[Output]) -> None:
+        """Write the outputs, and complete the job once they are on the disk."""
+        began, job, schema = time.perf_counter(), run.job, self._engine.schema
+        assert schema is not None
+        staged = await self.outputs.stage(job.id, outputs, job.output_format, job.compression, schema)
+        async with self._room:
+            try:
+                await self._make_room(staged.num_bytes)
+            except SafelightError:
+                await self.outputs.discard(staged)
+                raise
+            await self.outputs.publish(staged)
+            timings = {**_total(outputs), "encoding": time.perf_counter() - began}
+            await self._complete(run, staged, [text for output in outputs for text in output.warnings], timings)
+
+    async def _complete(self, run: _Run, staged: Staged, warnings: Sequence[str], timings: Mapping[str, float]) -> None:
+        now = self._clock()
+        done = run.job.completed(staged.outputs, warnings, timings, now, now + self._limits.keep_seconds)
+        try:
+            completed = await self._advance(run, done)
+        except StorageFullError:
+            await self.outputs.remove(staged.temporaries)
+            raise
+        if not completed:  # it was cancelled or deleted meanwhile
+            await self.outputs.remove(staged.temporaries)
+
+    async def _fail(self, run: _Run, error: JobError) -> None:
+        failed = self._failed(run.job, error)
+        for tried in itertools.count():
+            try:
+                await self._advance(run, failed)
+                return
+            except StorageFullError:
+                if tried == 0:
+                    logger.error("job %s: the disk is too full to write down that it failed", run.job.id)
+                await asyncio.sleep(self._limits.retry_seconds)
+
+    def _failed(self, job: Job, error: JobError) -> Job:
+        now = self._clock()
+        return job.failed(error, now, now + self._limits.keep_seconds)
+
+    async def _advance(self, run: _Run, new: Job) -> bool:
+        """Change a job in the store, and here if the store agreed."""
+        if not await self.store.replace(run.job, new):
+            return False
+        self._show(run, new)
+        return True
+
+    def _wake_waiting(self) -> None:
+        """Tell the jobs that are held back that they may have moved up."""
+        for run in self._runs.values():
+            if run.ticket is None:
+                run.wake()
+
+    def _show(self, run: _Run, job: Job) -> None:
+        if not run.job.finished:
+            run.job = job
+            run.wake()
+
+    async def _remove(self, job: Job) -> bool:
+        """Remove a finished job, and then its files; on a full disk the files first, which makes room for the rest."""
+        names = [file.name for file in job.files]
+        try:
+            removed = await self.store.delete(job.id)
+        except StorageFullError:
+            await self.outputs.remove(names)
+            removed = await self.store.delete(job.id)
+        await self.outputs.remove(names)
+        return removed is not None
+
+    async def _make_room(self, num_bytes: int) -> None:
+        """Remove the first finished jobs until so many bytes fit. Only under the lock `_room`."""
+        limit = self._limits.max_bytes
+        if limit is None:
+            return
+        usage = await self.store.usage()
+        if num_bytes and usage.num_bytes - usage.num_bytes_finished + num_bytes > limit:
+            raise StorageFullError("the files of this job need more room than all jobs may take")
+        excess = usage.num_bytes + num_bytes - limit
+        while excess > 0 and (removable := await self.store.removable()):
+            for job in removable:
+                if excess > 0 and await self._remove(job):
+                    excess -= job.num_bytes
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except Exception:  # the boundary of this task: a full disk now is no reason not to sweep later
+                logger.exception("expired jobs could not be removed")
+            await asyncio.sleep(self._limits.sweep_seconds)
+
+    def _progress(self, run: _Run) -> Progress:
+        if run.ticket is not None:
+            return run.ticket.progress
+        before = 0
+        for other in self._runs.values():
+            if other is run:
+                break
+            before += other.ticket is None
+        return Progress(queue_position=self._engine.stats.num_waiting + before)
+
+    def _news(self, run: _Run, told: JobEvent | None) -> list[JobEvent]:
+        """Return the events that lead from what was told last to what is now."""
+        job, progress = run.job, self._progress(run)
+        news: list[JobEvent] = []
+        if job.state == progress.state == "queued" and (told is None or told.progress != progress):
+            news.append(JobEvent("queued", job, progress))
+        if job.attempts and not (told is None and job.finished) and job.attempts != (told.job.attempts if told else 0):
+            news.append(JobEvent("started", job, progress))
+        elif job.state == "in_progress" and told is not None and told.progress != progress:
+            news.append(JobEvent("step", job, progress))
+        if job.state in ("completed", "failed"):
+            news.append(JobEvent(job.state, job, progress))
+        return news
+
+
+def _total(outputs: Sequence[Output]) -> dict[str, float]:
+    """Return the seconds of each stage, over all outputs."""
+    total: dict[str, float] = {}
+    for output in outputs:
+        for stage, seconds in output.timings.items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    return total

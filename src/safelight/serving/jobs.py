@@ -1,0 +1,552 @@
+"""Durable jobs, of images and of videos: what a job is, what may become of it, and where it is kept. Imports no torch.
+
+    queued -> in_progress -> completed
+      |           |  `- in_progress (its second attempt)
+      `-----------`---> failed
+
+A job is changed in one way only: `JobStore.replace` puts its next form in the place of the form that was read, in one
+transaction, if the store still holds that one and the step is one of the above. Whoever comes second is refused, so
+that a job is finished once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from safelight.errors import ConflictError, InvalidParameterError, StateDirectoryError, StorageFullError
+
+Kind = Literal["image", "video"]
+JobState = Literal["queued", "in_progress", "completed", "failed"]
+Order = Literal["asc", "desc"]
+T = TypeVar("T")
+
+MAX_ATTEMPTS = 2
+MAX_PAGE = 100
+
+
+class JobError(msgspec.Struct, frozen=True):
+    """Why a job failed, as an answer of the server names it."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class StoredFile(msgspec.Struct, frozen=True):
+    """A file of a job, in the outputs directory.
+
+    Attributes:
+        name: of the file, without a folder.
+        num_bytes: its size.
+        param: of an input: the field that it was given for.
+
+    """
+
+    name: str
+    num_bytes: int
+    param: str = ""
+
+
+class StoredOutput(msgspec.Struct, frozen=True):
+    """One finished picture or video.
+
+    Attributes:
+        name: of its file, without a folder.
+        media_type: of its bytes, as HTTP names it.
+        width, height: in pixels.
+        num_bytes: of the file.
+        seed: of its noise.
+        num_frames, fps: of a video; frames, and frames a second.
+        extras: files made of it, by variant: a video's `thumbnail` and `spritesheet`.
+
+    """
+
+    name: str
+    media_type: str
+    width: int
+    height: int
+    num_bytes: int
+    seed: int
+    num_frames: int | None = None
+    fps: int | None = None
+    extras: dict[str, StoredFile] = {}
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One durable job. Times are seconds since 1970.
+
+    Attributes:
+        id: safe in a URL; begins with `image_` or `video_`.
+        kind: what it makes.
+        model: the name that the model was loaded by.
+        params: resolved, the seed among them, as JSON can hold them; input images are in `inputs`.
+        created_at: when it was accepted.
+        request: the request's own fields, as they must be echoed: size, seconds, quality, ...
+        output_format: png, jpeg, webp or mp4.
+        compression: 0 to 100, of jpeg and webp; None is the format's default.
+        owner: `owner_of` the API key; empty where there are no keys.
+        idempotency_key: as the client chose it.
+        digest: of the request, to be compared when the key comes again.
+        state: one of four.
+        attempts: how often its run has been recorded as begun; at most `MAX_ATTEMPTS`.
+        started_at: when its first attempt began.
+        completed_at: when it completed or failed.
+        expires_at: when it may be removed; None before it has finished.
+        inputs: stored input files, in their order.
+        outputs: what it made, one prompt and seed after the other.
+        warnings: what the user should know.
+        timings: seconds of each stage, over all outputs.
+        error: why it failed.
+
+    """
+
+    id: str
+    kind: Kind
+    model: str
+    params: dict[str, Any]
+    created_at: float
+    request: dict[str, Any] = {}
+    output_format: str = "png"
+    compression: int | None = None
+    owner: str = ""
+    idempotency_key: str | None = None
+    digest: str = ""
+    state: JobState = "queued"
+    attempts: int = 0
+    started_at: float | None = None
+    completed_at: float | None = None
+    expires_at: float | None = None
+    inputs: tuple[StoredFile, ...] = ()
+    outputs: tuple[StoredOutput, ...] = ()
+    warnings: tuple[str, ...] = ()
+    timings: dict[str, float] = {}
+    error: JobError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it completed or failed."""
+        return self.state in ("completed", "failed")
+
+    @property
+    def files(self) -> list[StoredFile]:
+        """Every file that is its own."""
+        made = [StoredFile(output.name, output.num_bytes) for output in self.outputs]
+        return [*self.inputs, *made, *(extra for output in self.outputs for extra in output.extras.values())]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of its files."""
+        return sum(file.num_bytes for file in self.files)
+
+    def begun(self, at: float) -> Job:
+        """Return it as it is once its next attempt has begun."""
+        started_at = at if self.started_at is None else self.started_at
+        return msgspec.structs.replace(self, state="in_progress", attempts=self.attempts + 1, started_at=started_at)
+
+    def completed(
+        self,
+        outputs: Sequence[StoredOutput],
+        warnings: Sequence[str],
+        timings: Mapping[str, float],
+        at: float,
+        expires_at: float,
+    ) -> Job:
+        """Return it as it is with its outputs; `warnings` are added to its own."""
+        return msgspec.structs.replace(
+            self,
+            state="completed",
+            completed_at=at,
+            expires_at=expires_at,
+            outputs=tuple(outputs),
+            warnings=tuple(dict.fromkeys([*self.warnings, *warnings])),
+            timings=dict(timings),
+        )
+
+    def failed(self, error: JobError, at: float, expires_at: float) -> Job:
+        """Return it as it is once it has failed."""
+        return msgspec.structs.replace(self, state="failed", completed_at=at, expires_at=expires_at, error=error)
+
+    def may_become(self, other: Job) -> bool:
+        """Say whether `other` is a legal next form of this job."""
+        if other.state == "in_progress":
+            return not self.finished and other.attempts == self.attempts + 1 <= MAX_ATTEMPTS
+        if other.attempts != self.attempts:
+            return False
+        return (self.state, other.state) in {
+            ("queued", "failed"),
+            ("in_progress", "failed"),
+            ("in_progress", "completed"),
+        }
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Some jobs of a list, and whether more follow."""
+
+    jobs: list[Job]
+    has_more: bool
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Bytes of the files of all jobs, and of the finished ones among them, which may be removed for room."""
+
+    num_bytes: int
+    num_bytes_finished: int
+
+
+def new_id(kind: str) -> str:
+    """Return a name that nobody can guess: the kind, and 128 random bits."""
+    return f"{kind}_{secrets.token_hex(16)}"
+
+
+def owner_of(api_key: str | None) -> str:
+    """Return what a job keeps of the key it was sent with: a hash, or nothing where there is no key."""
+    return hashlib.sha256(b"safelight-owner\0" + api_key.encode()).hexdigest()[:32] if api_key else ""
+
+
+def request_digest(fields: Mapping[str, Any], files: Sequence[bytes] = ()) -> str:
+    """Return a hash of a request as it came: its fields, in any order, and its files, in their order."""
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for data in files:
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
+
+
+def check_same(existing: Job, digest: str) -> Job:
+    """Return the job that an idempotency key stands for, if the request is the same.
+
+    Raises:
+        ConflictError: if the key came with another request.
+
+    """
+    if existing.digest != digest:
+        raise ConflictError("this Idempotency-Key was used for another request; choose a new one")
+    return existing
+
+
+class JobStore(ABC):
+    """Where jobs are kept. Every change is durable when its method returns.
+
+    Methods that write raise `StorageFullError` where there is no room; nothing has changed then.
+    """
+
+    @abstractmethod
+    async def add(self, job: Job) -> Job:
+        """Keep a new job, and return it; or the one that its owner sent before with the same idempotency key.
+
+        Raises:
+            ConflictError: if the key came with another request.
+
+        """
+
+    @abstractmethod
+    async def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        """Return a job; None if there is none, or if an owner is given and it is another's."""
+
+    @abstractmethod
+    async def find(self, owner: str, idempotency_key: str) -> Job | None:
+        """Return the job of an idempotency key."""
+
+    @abstractmethod
+    async def page(
+        self,
+        kind: Kind | None = None,
+        owner: str | None = None,
+        after: str | None = None,
+        limit: int = 20,
+        order: Order = "desc",
+    ) -> Page:
+        """Return at most `limit` jobs (1 to 100) in the order of their acceptance, from the one next to `after`.
+
+        Raises:
+            InvalidParameterError: for a limit, an order or an id that it does not take.
+
+        """
+
+    @abstractmethod
+    async def replace(self, old: Job, new: Job) -> bool:
+        """Put a job's next form in the place of the one that was read, and say whether that was done.
+
+        It is refused if the job has changed meanwhile, has been deleted, or may not become `new`.
+        """
+
+    @abstractmethod
+    async def delete(self, job_id: str) -> Job | None:
+        """Remove a job, and return its last form; None if there is none. Its files are the caller's to remove."""
+
+    @abstractmethod
+    async def unfinished(self) -> list[Job]:
+        """Return what is queued or in progress, oldest first."""
+
+    @abstractmethod
+    async def expired(self, at: float, limit: int = MAX_PAGE) -> list[Job]:
+        """Return what completed or failed and has expired by then, first finished first."""
+
+    @abstractmethod
+    async def removable(self, limit: int = MAX_PAGE) -> list[Job]:
+        """Return what completed or failed and has files, first finished first."""
+
+    @abstractmethod
+    async def usage(self) -> Usage:
+        """Return the bytes of all jobs' files."""
+
+    @abstractmethod
+    async def file_names(self) -> set[str]:
+        """Return the names of all jobs' files."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let the store go; nothing else may be called afterwards."""
+
+
+_VERSION = 1
+_DATABASE, _LOCK = "jobs.sqlite3", "lock"
+_NO_ROOM = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
+"""SQLite's names for a full disk; a quota is an unnamed failure to write."""
+_SCHEMA = """
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    idempotency_key TEXT,
+    state TEXT NOT NULL,
+    attempts INTEGER NOT NULL,
+    completed_at REAL,
+    expires_at REAL,
+    num_bytes INTEGER NOT NULL,
+    record BLOB NOT NULL
+);
+CREATE UNIQUE INDEX jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX jobs_by_end ON jobs (state, completed_at);
+"""
+_COLUMNS = (
+    *("id", "kind", "owner", "idempotency_key", "state", "attempts"),
+    *("completed_at", "expires_at", "num_bytes", "record"),
+)
+_INSERT = f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)})"
+_UPDATE = (
+    f"UPDATE jobs SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)} "
+    "WHERE id = :id AND state = :old_state AND attempts = :old_attempts"
+)
+_FINISHED, _UNFINISHED = "state IN ('completed', 'failed')", "state IN ('queued', 'in_progress')"
+
+
+def _row(job: Job) -> dict[str, Any]:
+    """Return a job's columns: the whole of it as JSON, and beside it what is searched for."""
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "owner": job.owner,
+        "idempotency_key": job.idempotency_key,
+        "state": job.state,
+        "attempts": job.attempts,
+        "completed_at": job.completed_at,
+        "expires_at": job.expires_at,
+        "num_bytes": job.num_bytes,
+        "record": msgspec.json.encode(job),
+    }
+
+
+class SqliteJobStore(JobStore):
+    """Jobs in a SQLite file of the state directory, held by one server at a time.
+
+    The one connection belongs to one thread. `synchronous=FULL` makes SQLite sync its log at every commit.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open the store, or make it; this waits for the disk, and is for before the event loop serves anybody.
+
+        Raises:
+            StateDirectoryError: if the directory cannot be written, is full, is held by another server, or was
+                written by a newer version.
+
+        """
+        self._directory = directory
+        self._lock = _lock(directory)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="safelight-jobs")
+        try:
+            self._connection = self._thread.submit(_connect, directory / _DATABASE).result()
+        except BaseException:
+            self._thread.shutdown()
+            os.close(self._lock)
+            raise
+
+    async def add(self, job: Job) -> Job:
+        return await self._call(self._add, job)
+
+    async def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        where = "id = :id AND (:owner IS NULL OR owner = :owner)"
+        return _first(await self._call(self._select, where, {"id": job_id, "owner": owner}))
+
+    async def find(self, owner: str, idempotency_key: str) -> Job | None:
+        return await self._call(self._find, owner, idempotency_key)
+
+    async def page(
+        self,
+        kind: Kind | None = None,
+        owner: str | None = None,
+        after: str | None = None,
+        limit: int = 20,
+        order: Order = "desc",
+    ) -> Page:
+        if not 1 <= limit <= MAX_PAGE:
+            raise InvalidParameterError("limit", limit, f"a whole number from 1 to {MAX_PAGE}")
+        if order not in ("asc", "desc"):
+            raise InvalidParameterError("order", order, "asc or desc")
+        if after is not None and await self.get(after, owner) is None:
+            raise InvalidParameterError("after", after, "the id of a job in this list")
+        side = "<" if order == "desc" else ">"
+        where = (
+            "(:kind IS NULL OR kind = :kind) AND (:owner IS NULL OR owner = :owner) "
+            f"AND (:after IS NULL OR number {side} (SELECT number FROM jobs WHERE id = :after)) "
+            f"ORDER BY number {order} LIMIT :limit"
+        )
+        values = {"kind": kind, "owner": owner, "after": after, "limit": limit + 1}
+        found = await self._call(self._select, where, values)
+        return Page(found[:limit], len(found) > limit)
+
+    async def replace(self, old: Job, new: Job) -> bool:
+        assert old.id == new.id
+        if not old.may_become(new):
+            return False
+        values = {**_row(new), "old_state": old.state, "old_attempts": old.attempts}
+        return await self._call(self._write, _UPDATE, values) == 1
+
+    async def delete(self, job_id: str) -> Job | None:
+        return await self._call(self._delete, job_id)
+
+    async def unfinished(self) -> list[Job]:
+        return await self._call(self._select, f"{_UNFINISHED} ORDER BY number", {})
+
+    async def expired(self, at: float, limit: int = MAX_PAGE) -> list[Job]:
+        where = f"{_FINISHED} AND expires_at <= :at ORDER BY completed_at, number LIMIT :limit"
+        return await self._call(self._select, where, {"at": at, "limit": limit})
+
+    async def removable(self, limit: int = MAX_PAGE) -> list[Job]:
+        where = f"{_FINISHED} AND num_bytes > 0 ORDER BY completed_at, number LIMIT :limit"
+        return await self._call(self._select, where, {"limit": limit})
+
+    async def usage(self) -> Usage:
+        return await self._call(self._usage)
+
+    async def file_names(self) -> set[str]:
+        return await self._call(lambda: {file.name for job in self._select("TRUE", {}) for file in job.files})
+
+    async def close(self) -> None:
+        await self._call(self._connection.close)
+        self._thread.shutdown()
+        os.close(self._lock)
+
+    async def _call(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    def _add(self, job: Job) -> Job:
+        with _transaction(self._connection):
+            existing = self._find(job.owner, job.idempotency_key) if job.idempotency_key is not None else None
+            if existing is not None:
+                return check_same(existing, job.digest)
+            self._connection.execute(_INSERT, _row(job))
+        return job
+
+    def _find(self, owner: str, idempotency_key: str) -> Job | None:
+        where = "owner = :owner AND idempotency_key = :key"
+        return _first(self._select(where, {"owner": owner, "key": idempotency_key}))
+
+    def _delete(self, job_id: str) -> Job | None:
+        with _transaction(self._connection):
+            found = _first(self._select("id = :id", {"id": job_id}))
+            self._connection.execute("DELETE FROM jobs WHERE id = :id", {"id": job_id})
+        return found
+
+    def _write(self, statement: str, values: Mapping[str, Any]) -> int:
+        with _transaction(self._connection):
+            return self._connection.execute(statement, values).rowcount
+
+    def _select(self, where: str, values: Mapping[str, Any]) -> list[Job]:
+        rows = self._connection.execute(f"SELECT record FROM jobs WHERE {where}", values)
+        return [msgspec.json.decode(record, type=Job) for (record,) in rows]
+
+    def _usage(self) -> Usage:
+        row = self._connection.execute(
+            f"SELECT coalesce(sum(num_bytes), 0), coalesce(sum(num_bytes) FILTER (WHERE {_FINISHED}), 0) FROM jobs"
+        ).fetchone()
+        return Usage(*row)
+
+
+def _first(jobs: list[Job]) -> Job | None:
+    return jobs[0] if jobs else None
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit what is done inside, or nothing of it."""
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname in _NO_ROOM:
+            raise StorageFullError("the state directory is full") from error
+        raise
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _lock(directory: Path) -> int:
+    """Take the state directory for this process, for as long as the returned descriptor is open."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateDirectoryError(f"state directory {str(directory)!r} cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        message = f"state directory {str(directory)!r} is held by another server; give each its own"
+        raise StateDirectoryError(message) from error
+    return descriptor
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+        try:
+            _prepare(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    except (sqlite3.Error, StorageFullError) as error:
+        raise StateDirectoryError(f"state directory {str(path.parent)!r} cannot be used: {error}") from error
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Bring the file to this version's form. The version is written every time: a full disk shows at the start."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > _VERSION:
+        message = f"{path.name} is of version {version}, and this Safelight knows {_VERSION}; use a newer one"
+        raise StateDirectoryError(f"state directory {str(path.parent)!r}: {message}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA wal_autocheckpoint = 64")  # pages of 4 KiB: the log stays small beside small disks
+    with _transaction(connection):
+        if version == 0:
+            for statement in _SCHEMA.split(";"):
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {_VERSION}")

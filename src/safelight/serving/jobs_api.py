@@ -1,0 +1,182 @@
+"""`/v1/jobs`: one job, its events, its files, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from safelight.errors import InvalidParameterError
+from safelight.serving.context import Context, json_response, timestamp
+from safelight.serving.errors import ConflictStateError, NotFoundError, RangeError
+from safelight.serving.events import EventStream, event
+from safelight.serving.jobs import Job
+from safelight.serving.outputs import MEDIA_TYPES
+
+VARIANTS = ("video", "thumbnail", "spritesheet")
+_CHUNK = 1 << 18
+
+
+def routes(context: Context) -> APIRouter:
+    """Return the routes of jobs."""
+    router = APIRouter()
+
+    @router.get("/v1/jobs/{job_id}")
+    async def retrieve(request: Request) -> Response:
+        job = await context.job(request.path_params["job_id"])
+        return json_response(job_object(job, context, request))
+
+    @router.delete("/v1/jobs/{job_id}")
+    async def cancel(request: Request) -> Response:
+        job = await context.job(request.path_params["job_id"])
+        ended = await context.jobs.cancel(job.id)
+        return json_response(job_object(ended or job, context, request))
+
+    @router.get("/v1/jobs/{job_id}/events")
+    async def events(request: Request) -> Response:
+        job = await context.job(request.path_params["job_id"])
+        return EventStream(_events(context, request, job), context.limits.ping_seconds)
+
+    @router.get("/v1/jobs/{job_id}/content")
+    async def content(request: Request) -> Response:
+        job = await context.job(request.path_params["job_id"])
+        index = request.query_params.get("index", "0")
+        if index not in map(str, range(max(1, len(job.outputs)))):
+            raise InvalidParameterError("index", index, f"a whole number from 0 to {max(1, len(job.outputs)) - 1}")
+        return await content_response(request, context, job, int(index))
+
+    return router
+
+
+def job_object(job: Job, context: Context, request: Request) -> dict[str, Any]:
+    """Return a job as its clients see it."""
+    progress = context.progress(job)
+    running = job.state == "in_progress"
+    return {
+        "id": job.id,
+        "object": "job",
+        "kind": job.kind,
+        "model": context.model_name,
+        "state": job.state,
+        "created_at": timestamp(job.created_at),
+        "started_at": timestamp(job.started_at),
+        "completed_at": timestamp(job.completed_at),
+        "expires_at": timestamp(job.expires_at),
+        "queue_position": progress.queue_position if job.state == "queued" else None,
+        "stage": progress.stage if running else None,
+        "step": progress.step if running else None,
+        "num_inference_steps": progress.num_inference_steps if running else None,
+        "seconds_left": progress.seconds_left if running else None,
+        "progress": percent(job, context),
+        "seed": job.params.get("seed"),
+        "params": {name: value for name, value in job.params.items() if name != "output_type"},
+        "outputs": [
+            {
+                "url": content_url(context, request, job, index),
+                "media_type": output.media_type,
+                "size": f"{output.width}x{output.height}",
+                "bytes": output.num_bytes,
+                "seed": output.seed,
+            }
+            for index, output in enumerate(job.outputs)
+        ],
+        "warnings": job.warnings,
+        "stage_seconds": job.timings,
+        "error": error_object(job),
+    }
+
+
+def error_object(job: Job) -> dict[str, Any] | None:
+    """Return why a job failed."""
+    error = job.error
+    return None if error is None else {"code": error.code, "message": error.message, "param": error.param}
+
+
+def percent(job: Job, context: Context) -> int:
+    """Return whole percents: 100 for who has the outputs."""
+    return 100 if job.state == "completed" else context.progress(job).percent
+
+
+def content_url(context: Context, request: Request, job: Job, index: int) -> str:
+    """Return the absolute address of an output."""
+    return f"{context.base_url(request)}/v1/jobs/{job.id}/content?index={index}"
+
+
+async def _events(context: Context, request: Request, job: Job) -> AsyncGenerator[bytes, None]:
+    async for happened in context.jobs.events(job.id):
+        yield event(happened.type, {"type": happened.type, "job": job_object(happened.job, context, request)})
+
+
+async def content_response(request: Request, context: Context, job: Job, index: int = 0) -> Response:
+    """Return a file of a completed job, or the part of it that was asked for.
+
+    Raises:
+        InvalidParameterError: for an unknown variant, or too many ranges.
+        ConflictStateError: if it has not completed.
+        NotFoundError: if it was removed.
+        RangeError: for a range beyond the file.
+
+    """
+    variant = request.query_params.get("variant", "video")
+    if variant not in VARIANTS or (job.kind == "image" and "variant" in request.query_params):
+        raise InvalidParameterError("variant", variant, f"one of {', '.join(VARIANTS)}, of a video")
+    if not job.outputs:
+        raise ConflictStateError(f"the job is {job.state.replace('_', ' ')}: it has no content")
+    output = job.outputs[index]
+    name, media_type, size = output.name, output.media_type, output.num_bytes
+    if variant != "video":
+        extra = output.extras[variant]
+        name, media_type, size = extra.name, MEDIA_TYPES[extra.name.rpartition(".")[2]], extra.num_bytes
+    path = context.jobs.outputs.path(name)
+    if not await asyncio.to_thread(path.is_file):
+        raise NotFoundError("the job has been removed")
+    etag = f'"{name}"'
+    headers = {"accept-ranges": "bytes", "etag": etag, "cache-control": "private"}
+    asked = request.headers.get("range", "") if request.headers.get("if-range", etag) == etag else ""
+    part = _part(asked, size, context.limits.ranges)
+    if part is None:
+        headers["content-length"] = str(size)
+        return StreamingResponse(_read(path, 0, size), 200, headers, media_type)
+    first, last = part
+    headers |= {"content-length": str(last - first + 1), "content-range": f"bytes {first}-{last}/{size}"}
+    return StreamingResponse(_read(path, first, last - first + 1), 206, headers, media_type)
+
+
+def _part(header: str, size: int, most: int) -> tuple[int, int] | None:
+    """Return the first and last byte asked for; None for the whole: what is no range, or several (RFC 9110, 14.2)."""
+    if header.count(",") >= most:
+        raise InvalidParameterError("range", f"{header.count(',') + 1} ranges", f"at most {most}")
+    unit, _, spec = header.partition("=")
+    first, dash, last = spec.strip().partition("-")
+    numbers = [text for text in (first, last) if text]
+    if unit.strip() != "bytes" or not dash or not numbers or not all(_is_number(text) for text in numbers):
+        return None
+    if not first:
+        begin, end = max(0, size - int(last)), size - 1
+    else:
+        begin, end = int(first), min(int(last or size - 1), size - 1)
+    if first and last and int(last) < int(first):
+        return None
+    if begin > end:
+        raise RangeError(size)
+    return begin, end
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+async def _read(path: Path, start: int, count: int) -> AsyncIterator[bytes]:
+    file = await asyncio.to_thread(path.open, "rb")
+    try:
+        await asyncio.to_thread(file.seek, start)
+        while count > 0 and (chunk := await asyncio.to_thread(file.read, min(_CHUNK, count))):
+            count -= len(chunk)
+            yield chunk
+    finally:
+        file.close()

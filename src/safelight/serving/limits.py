@@ -1,0 +1,53 @@
+"""Every bound on what a client may send, hold or ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the HTTP API: what is beyond is refused by name, nothing is cut to fit.
+
+    Attributes:
+        body_bytes: of a request's body.
+        held_bytes: of bodies and decoded pictures, over all requests that are under way.
+        header_bytes: of a request's line and headers.
+        json_items: commas, brackets and backslashes in a JSON body, images aside: what parsing costs.
+        parts: of a multipart body.
+        image_bytes, image_pixels, image_side: of one input image, in its file, in all, and along a side.
+        images: input images of one request.
+        outputs: pictures or videos of one request.
+        queue: requests that wait for the engine.
+        max_cost: of one request: steps × latent tokens × branches × outputs.
+        header_seconds: for a request's line and headers, from the first byte.
+        request_seconds: for a whole request, from its first byte.
+        stalled_seconds: for which a reader may take nothing while there is something to take.
+        deadline_seconds: for which a synchronous request may wait before it begins.
+        ping_seconds: between two comments on a silent event stream.
+        ranges: byte ranges in one `Range` header.
+        page: jobs in one page of a list.
+        key_length: characters of an `Idempotency-Key`.
+
+    """
+
+    body_bytes: int = 32 << 20
+    held_bytes: int = 1 << 30
+    header_bytes: int = 32 << 10
+    json_items: int = 100_000
+    parts: int = 128
+    image_bytes: int = 16 << 20
+    image_pixels: int = 25_000_000
+    image_side: int = 8192
+    images: int = 16
+    outputs: int = 10
+    queue: int = 64
+    max_cost: float = 20e6
+    header_seconds: float = 10.0
+    request_seconds: float = 30.0
+    stalled_seconds: float = 60.0
+    deadline_seconds: float = 600.0
+    ping_seconds: float = 15.0
+    ranges: int = 8
+    page: int = 100
+    key_length: int = 255

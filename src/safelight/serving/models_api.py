@@ -1,0 +1,83 @@
+"""`/v1/models`: what is served, and what may be asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from safelight.core.params import KINDS, Option
+from safelight.core.schema import ModelSchema
+from safelight.runtime.messages import SCHEMA_KEY, schema_to_wire
+from safelight.serving.context import Context, json_response
+from safelight.serving.fields import INPUT_REFERENCE, model_fields
+from safelight.serving.images import image_fields
+from safelight.serving.limits import Limits
+from safelight.serving.videos import VIDEO_FIELDS
+
+
+def routes(context: Context) -> APIRouter:
+    """Return the routes of models. Names hold slashes, which arrive as `/` or as `%2F`."""
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def models(request: Request) -> Response:
+        names = context.settings.served_names
+        return json_response({"object": "list", "data": [_model(name, context) for name in names]})
+
+    @router.get("/v1/models/{model:path}/schema")
+    async def schema(request: Request) -> Response:
+        context.check_model(request.path_params["model"])
+        found = context.schema()
+        return json_response({**request_schema(found, context.limits), SCHEMA_KEY: schema_to_wire(found)})
+
+    @router.get("/v1/models/{model:path}")
+    async def retrieve(request: Request) -> Response:
+        name = request.path_params["model"]
+        context.check_model(name)
+        return json_response(_model(name, context))
+
+    return router
+
+
+def _model(name: str, context: Context) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": context.started_at, "owned_by": "safelight"}
+
+
+def own_fields(schema: ModelSchema, limits: Limits) -> Mapping[str, Option]:
+    """Return the API's own fields for what a model makes."""
+    return VIDEO_FIELDS if schema.task.makes_video else image_fields(limits)
+
+
+def request_schema(schema: ModelSchema, limits: Limits) -> dict[str, Any]:
+    """Return a JSON Schema (2020-12) of a request's body: the API's fields and the model's, with its defaults."""
+    whole = schema.json_schema()
+    properties = {name: whole["properties"][name] for name in model_fields(schema)}
+    for name, option in model_fields(schema).items():
+        properties[name] = {**_described(option), **properties[name], **dict(KINDS[option.kind].json_schema)}
+        properties[name].pop("anyOf", None)
+    for name, option in own_fields(schema, limits).items():
+        default = {"default": properties[name]["default"]} if "default" in properties.get(name, {}) else {}
+        properties[name] = {**_described(option), **default}
+    required = [name for name in whole["required"] if name == "prompt" or INPUT_REFERENCE not in properties]
+    return {
+        **whole,
+        "properties": {name: _nullable(entry) for name, entry in properties.items()},
+        "required": required,
+    }
+
+
+def _described(option: Option) -> dict[str, Any]:
+    found = {**KINDS[option.kind].json_schema, "description": option.help, "x-group": option.group}
+    bounds = {"minimum": option.minimum, "maximum": option.maximum}
+    found |= {name: value for name, value in bounds.items() if value is not None}
+    return found | ({"enum": [*option.choices]} if option.choices else {})
+
+
+def _nullable(entry: dict[str, Any]) -> dict[str, Any]:
+    """Null is as good as not given."""
+    nullable = {**entry, "type": [entry["type"], "null"]}
+    return nullable | ({"enum": [*entry["enum"], None]} if "enum" in entry else {})

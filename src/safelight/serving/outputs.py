@@ -1,0 +1,378 @@
+"""The outputs directory: files appear whole, or not at all; and how pixels become files. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import io
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from safelight import media, video
+from safelight.core.schema import ModelSchema
+from safelight.errors import InvalidParameterError, OutputError, SafelightError, StateDirectoryError, StorageFullError
+from safelight.runtime.client import Output
+from safelight.serving.jobs import StoredFile, StoredOutput
+from safelight.version import __version__
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Pixels = NDArray[np.uint8]
+
+MEDIA_TYPES: Mapping[str, str] = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "mp4": "video/mp4",
+}
+"""By output format; a file's name ends in the format."""
+TEMPORARY = ".tmp-"
+"""What begins so, or with a dot at all, is nobody's file."""
+THUMBNAIL_SIDE, TILE_SIDE, MAX_TILES = 512, 256, 16
+NUM_THREADS = 2
+_MAX_EXIF_TEXT = 60_000
+"""JPEG holds 65,533 bytes of EXIF."""
+_LONG_TEXT = 1_000
+
+
+def file_metadata(schema: ModelSchema, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written into a file of how it was made. `params` are one output's, as JSON can hold them."""
+    return {
+        "software": f"safelight {__version__}",
+        "model": schema.model,
+        "pipeline": schema.pipeline_name,
+        **{name: value for name, value in params.items() if name not in ("n", "output_type")},
+    }
+
+
+def encode_image(
+    array: Pixels, output_format: str, compression: int | None = None, metadata: Mapping[str, Any] | None = None
+) -> bytes:
+    """Return a picture's file.
+
+    Args:
+        array: uint8 [H, W, C] of 3 or 4 channels.
+        output_format: png, jpeg or webp.
+        compression: quality from 0 to 100 of jpeg and webp; None is 95 for jpeg, and lossless for webp.
+        metadata: what JSON can hold; in a PNG's text, or the EXIF user comment of the others.
+
+    Raises:
+        InvalidParameterError: for an unknown format, or for an alpha channel in jpeg, which has none.
+
+    """
+    if output_format not in _IMAGE_ENCODERS:
+        raise InvalidParameterError("output_format", output_format, f"one of {', '.join(_IMAGE_ENCODERS)}")
+    if output_format == "jpeg" and array.shape[-1] == 4:
+        raise InvalidParameterError("output_format", "jpeg", "png or webp: this picture has an alpha channel")
+    file = io.BytesIO()
+    _IMAGE_ENCODERS[output_format](Image.fromarray(array), file, compression, metadata)
+    return file.getvalue()
+
+
+def _png(image: Image.Image, file: io.BytesIO, compression: int | None, metadata: Mapping[str, Any] | None) -> None:
+    text = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        text.add_text(media.METADATA_KEY, json.dumps(metadata))
+    # zlib's level 1: level 6 takes several times as long for files that are little smaller.
+    image.save(file, format="PNG", compress_level=1, pnginfo=text)
+
+
+def _jpeg(image: Image.Image, file: io.BytesIO, compression: int | None, metadata: Mapping[str, Any] | None) -> None:
+    quality = 95 if compression is None else compression
+    image.save(file, format="JPEG", quality=quality, subsampling=0, **_exif(metadata, _MAX_EXIF_TEXT))
+
+
+def _webp(image: Image.Image, file: io.BytesIO, compression: int | None, metadata: Mapping[str, Any] | None) -> None:
+    if compression is None:
+        image.save(file, format="WEBP", lossless=True, method=0, **_exif(metadata))
+    else:
+        image.save(file, format="WEBP", quality=compression, **_exif(metadata))
+
+
+def _exif(metadata: Mapping[str, Any] | None, limit: float = math.inf) -> dict[str, Image.Exif]:
+    """Return the keyword for EXIF; long texts are left out where the whole is more than the format holds."""
+    if metadata is None:
+        return {}
+    text = json.dumps(metadata)
+    if len(text) > limit:
+        kept = {k: v for k, v in metadata.items() if not (isinstance(v, str) and len(v) > _LONG_TEXT)}
+        text = json.dumps(kept)
+    return {"exif": media.exif(text)}
+
+
+_IMAGE_ENCODERS: Mapping[str, Callable[[Image.Image, io.BytesIO, int | None, Mapping[str, Any] | None], None]] = {
+    "png": _png,
+    "jpeg": _jpeg,
+    "webp": _webp,
+}
+
+
+def thumbnail(frames: Pixels) -> bytes:
+    """Return WebP of the first frame of a video [T, H, W, 3], within a square of 512 pixels."""
+    return encode_image(np.asarray(_fitted(frames[0], THUMBNAIL_SIDE)), "webp", 80)
+
+
+def spritesheet(frames: Pixels, output_format: str = "jpeg") -> bytes:
+    """Return jpeg or webp: at most 16 frames of a video [T, H, W, 3], evenly apart, in rows as in a text."""
+    count = min(MAX_TILES, len(frames))
+    chosen = [_fitted(frames[index * len(frames) // count], TILE_SIDE) for index in range(count)]
+    columns = math.ceil(math.sqrt(count))
+    width, height = chosen[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height))
+    for index, tile in enumerate(chosen):
+        sheet.paste(tile, (index % columns * width, index // columns * height))
+    return encode_image(np.asarray(sheet), output_format, 85)
+
+
+def _fitted(frame: Pixels, side: int) -> Image.Image:
+    image = Image.fromarray(frame)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Files that are written and synced under temporary names, and what they will be called."""
+
+    temporaries: Mapping[str, Path]
+    outputs: Sequence[StoredOutput]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files."""
+        extras = [file.num_bytes for output in self.outputs for file in output.extras.values()]
+        return sum(output.num_bytes for output in self.outputs) + sum(extras)
+
+
+class Outputs:
+    """Files of jobs, in one directory, written by a pool of threads and never in the event loop."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the directory, or make it.
+
+        Raises:
+            StateDirectoryError: if it cannot be written, or is full.
+
+        """
+        self.directory = directory
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.check_writable()
+        except OSError as error:
+            message = f"outputs directory {str(directory)!r} cannot be used: {error.strerror}"
+            raise StateDirectoryError(message) from error
+        self._threads = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="safelight-media")
+
+    def check_writable(self) -> None:
+        """Write a small file and remove it; `OSError` says why that is not possible. This waits for the disk."""
+        self._write(bytes(4096)).unlink()
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run work of encoding or decoding in the pool."""
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    async def clean(self, known: Iterable[str]) -> None:
+        """Remove temporary files and files of no job: what a server left that died. Only before any are written.
+
+        Raises:
+            StateDirectoryError: if that cannot be done.
+
+        """
+        try:
+            await self.run(self._clean, frozenset(known))
+        except OSError as error:
+            raise StateDirectoryError(f"outputs directory {str(self.directory)!r}: {error.strerror}") from error
+
+    async def save(self, files: Mapping[str, bytes]) -> None:
+        """Write files by name, durably.
+
+        Raises:
+            StorageFullError: if there is no room; none of them is there then.
+
+        """
+        await self.run(self._save, files)
+
+    async def stage(
+        self, stem: str, outputs: Sequence[Output], output_format: str, compression: int | None, schema: ModelSchema
+    ) -> Staged:
+        """Encode outputs and write them under temporary names, with how they were made inside.
+
+        Args:
+            stem: what their names will begin with.
+            outputs: as the engine gave them.
+            output_format: png, jpeg or webp for pictures, mp4 for videos.
+            compression: as `encode_image` takes it.
+            schema: of the model that made them.
+
+        Raises:
+            StorageFullError: if there is no room; nothing is left then.
+            SafelightError: if they cannot be encoded.
+
+        """
+        return await self.run(self._stage, stem, outputs, output_format, compression, schema)
+
+    async def publish(self, staged: Staged) -> None:
+        """Give staged files their names, durably.
+
+        Raises:
+            StorageFullError: if there is no room; nothing is left then.
+
+        """
+        await self.run(self._publish, staged)
+
+    async def discard(self, staged: Staged) -> None:
+        """Remove staged files that will not be published."""
+        await self.run(_remove, list(staged.temporaries.values()))
+
+    async def remove(self, names: Iterable[str]) -> None:
+        """Remove files by name; one that is not there is none."""
+        await self.run(_remove, [self.path(name) for name in names])
+
+    def path(self, name: str) -> Path:
+        """Return where a file of a job is. Names come from jobs, never from a client."""
+        assert name == Path(name).name and not name.startswith(".")
+        return self.directory / name
+
+    async def close(self) -> None:
+        """Wait for what is being encoded and written at this moment, and end the threads."""
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+
+    def _clean(self, known: frozenset[str]) -> None:
+        for path in self.directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)  # what a video was being written in
+            elif path.name not in known:
+                path.unlink()
+
+    def _save(self, files: Mapping[str, bytes]) -> None:
+        with self._temporaries() as temporaries:
+            for name, data in files.items():
+                temporaries[name] = self._write(data)
+            self._rename(temporaries)
+
+    def _stage(
+        self, stem: str, outputs: Sequence[Output], output_format: str, compression: int | None, schema: ModelSchema
+    ) -> Staged:
+        stored: list[StoredOutput] = []
+        with self._temporaries() as temporaries:
+            for output in outputs:
+                metadata = file_metadata(schema, output.params)
+                for array in output.media:
+                    name = f"{stem}.{len(stored)}.{output_format}"
+                    if output_format == "mp4":
+                        stored.append(self._stage_video(name, array, output, metadata, temporaries))
+                    else:
+                        temporaries[name] = self._write(encode_image(array, output_format, compression, metadata))
+                        stored.append(_stored(name, temporaries[name], array, output.seed))
+        return Staged(temporaries, stored)
+
+    def _stage_video(
+        self, name: str, frames: Pixels, output: Output, metadata: Mapping[str, Any], temporaries: dict[str, Path]
+    ) -> StoredOutput:
+        temporaries[name] = self._temporary(".mp4")
+        fps = output.params["fps"]
+        video.save_video(frames, temporaries[name], fps, metadata)
+        _sync(temporaries[name])
+        extras = {"thumbnail": (thumbnail(frames), "webp"), "spritesheet": (spritesheet(frames), "jpeg")}
+        files = {}
+        for variant, (data, ending) in extras.items():
+            file = StoredFile(f"{name}.{variant}.{ending}", len(data))
+            temporaries[file.name] = self._write(data)
+            files[variant] = file
+        return _stored(name, temporaries[name], frames, output.seed, len(frames), fps, files)
+
+    def _publish(self, staged: Staged) -> None:
+        with self._temporaries(staged.temporaries) as temporaries:
+            self._rename(temporaries)
+
+    @contextmanager
+    def _temporaries(self, existing: Mapping[str, Path] | None = None) -> Iterator[dict[str, Path]]:
+        """Collect temporary files by the names they will have; if what is done with them fails, neither stays."""
+        found = dict(existing or {})
+        try:
+            with _named_failures():
+                yield found
+        except BaseException:
+            _remove([*found.values(), *(self.path(name) for name in found)])
+            raise
+
+    def _temporary(self, ending: str = "") -> Path:
+        return self.directory / f"{TEMPORARY}{secrets.token_hex(8)}{ending}"
+
+    def _write(self, data: bytes) -> Path:
+        """Write and sync a temporary file; if that fails, it does not stay."""
+        path = self._temporary()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        return path
+
+    def _rename(self, temporaries: Mapping[str, Path]) -> None:
+        for name, path in temporaries.items():
+            path.replace(self.path(name))
+        _sync(self.directory)
+
+
+def _stored(
+    name: str,
+    path: Path,
+    array: Pixels,
+    seed: int,
+    num_frames: int | None = None,
+    fps: int | None = None,
+    extras: Mapping[str, StoredFile] | None = None,
+) -> StoredOutput:
+    height, width = array.shape[-3:-1]
+    media_type = MEDIA_TYPES[name.rpartition(".")[2]]
+    size = path.stat().st_size
+    return StoredOutput(name, media_type, width, height, size, seed, num_frames, fps, dict(extras or {}))
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """Turn a failure to write into an error whose message holds no path."""
+    try:
+        yield
+    except (OSError, OutputError) as error:
+        reason = error.__cause__ if isinstance(error, OutputError) else error
+        if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFullError("there is no room for the outputs") from error
+        if isinstance(error, OutputError):
+            raise SafelightError("the output could not be written") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""Input pictures: judged by their bytes and from their headers, before anything is decoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from PIL import ExifTags, Image
+
+from safelight.errors import InvalidParameterError
+from safelight.serving.errors import TooLargeError
+from safelight.serving.gate import Upload
+from safelight.serving.limits import Limits
+
+_DATA_URL = re.compile(r"data:[\w.+/-]{0,100};base64,", re.ASCII)
+_MAX_CHUNKS = 16_384
+"""Of a PNG: encoders cut 16 MiB into 2,048 pieces of 8 KiB."""
+_MAX_SCANS = 100
+"""Of a JPEG: a progressive one has about ten, and each is a pass over all pixels."""
+_TAKES = "a PNG, JPEG or WebP picture"
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no whole picture."""
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+def picture_bytes(value: Any, param: str, limits: Limits) -> bytes:
+    """Return the file of an uploaded picture, or of a base64 data URL.
+
+    Raises:
+        InvalidParameterError: for anything else: no path is opened, and no URL is fetched.
+        TooLargeError: for more bytes than are taken.
+
+    """
+    if isinstance(value, dict) and set(value) == {"image_url"}:  # as the SDK writes a reference
+        value = value["image_url"]
+    if isinstance(value, Upload):
+        data = value.data
+    elif isinstance(value, str) and (match := _DATA_URL.match(value)):
+        try:
+            data = base64.b64decode(value[match.end() :], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InvalidParameterError(param, "a data URL", "base64 in a data URL") from error
+    else:
+        got = "a URL or a path" if isinstance(value, str) else value
+        raise InvalidParameterError(param, got, "the picture itself: a file in a form, or a base64 data URL in JSON")
+    if len(data) > limits.image_bytes:
+        raise TooLargeError.rebuilt(f"{param}: at most {limits.image_bytes} bytes are taken", param)
+    return data
+
+
+def decode_picture(data: bytes, param: str, limits: Limits) -> Image.Image:
+    """Return a picture, decoded. It takes a while: run it in a thread, and one at a time.
+
+    Raises:
+        InvalidParameterError: if it is damaged, of another format, or has more pixels than are taken.
+
+    """
+    name = next((name for name, known in _SIGNATURES.items() if known(data)), None)
+    if name is None:
+        raise InvalidParameterError(param, "other bytes", _TAKES)
+    try:
+        size = _SIZES[name](data)
+        if size is not None:
+            _check_size(size, param, limits)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes and damaged EXIF, which are judged here
+            image = Image.open(io.BytesIO(data), formats=[name])
+            _check_size(image.size, param, limits)
+            image.load()
+    except _UNREADABLE as error:
+        raise InvalidParameterError(param, f"a damaged {name} file", _TAKES) from error
+    return image
+
+
+def _check_size(size: Size, param: str, limits: Limits) -> None:
+    width, height = size
+    if max(size) > limits.image_side or width * height > limits.image_pixels:
+        most = f"at most {limits.image_side} pixels along a side, and {limits.image_pixels} in all"
+        raise InvalidParameterError(param, f"{width}x{height}", most)
+
+
+def upright_size(image: Image.Image) -> Size:
+    """Return the size of a picture once it is turned as its EXIF says."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _UNREADABLE:
+        orientation = 1
+    turned = isinstance(orientation, int) and 5 <= orientation <= 8
+    return (image.height, image.width) if turned else image.size
+
+
+def _png_size(data: bytes) -> Size:
+    """Walk over the chunks of a PNG, whose checksums Pillow does not all look at."""
+    at = 8
+    for number in range(_MAX_CHUNKS):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        (checksum,) = struct.unpack_from(">I", data, end)
+        if zlib.crc32(memoryview(data)[at + 4 : end]) != checksum or (kind == b"IHDR") != (number == 0):
+            raise ValueError("a damaged chunk")
+        at = end + 4
+        if kind == b"IEND":
+            width, height = struct.unpack_from(">II", data, 16)
+            return width, height
+    raise ValueError("too many chunks")
+
+
+def _jpeg_size(data: bytes) -> None:
+    """Bound the passes; the size is Pillow's to read, which decodes nothing until it is asked to."""
+    if data.count(b"\xff\xda") > _MAX_SCANS:
+        raise ValueError("too many scans")
+
+
+def _webp_size(data: bytes) -> Size:
+    """Read the size of a still WebP: Pillow makes room for all of its pixels when it opens one."""
+    kind, payload = data[12:16], data[20:30].ljust(10, b"\0")
+    if kind == b"VP8X":
+        if payload[0] & 0x02:
+            raise ValueError("animated")
+        return int.from_bytes(payload[4:7], "little") + 1, int.from_bytes(payload[7:10], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(payload[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", payload, 6)
+        return width & 0x3FFF, height & 0x3FFF
+    raise ValueError("no WebP picture")
+
+
+_SIGNATURES: Mapping[str, Callable[[bytes], bool]] = {
+    "PNG": lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"),
+    "JPEG": lambda data: data.startswith(b"\xff\xd8\xff"),
+    "WEBP": lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP",
+}
+_SIZES: Mapping[str, Callable[[bytes], Size | None]] = {"PNG": _png_size, "JPEG": _jpeg_size, "WEBP": _webp_size}

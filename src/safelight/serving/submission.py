@@ -1,0 +1,101 @@
+"""A checked request on its way into a job, and out of it again when the job runs. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from safelight import media
+from safelight.core.params import SamplingParams
+from safelight.core.schema import ModelSchema
+from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError
+from safelight.serving.jobs import Job, Kind, StoredFile, new_id
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A checked request that is to become a job.
+
+    Attributes:
+        params: resolved, with a seed; its pictures are taken from `images` again when the job runs.
+        images: the encoded pictures as they came, by the field that they were given for.
+        request: the wire's own fields, to be echoed.
+        output_format: png, jpeg, webp or mp4.
+        compression: as `encode_image` takes it.
+        warnings: what the user should know already.
+        owner: `owner_of` the API key.
+        idempotency_key: as the client chose it; None if it chose none.
+        digest: `request_digest`, where there is a key.
+
+    """
+
+    params: SamplingParams
+    images: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)
+    output_format: str = "png"
+    compression: int | None = None
+    warnings: Sequence[str] = ()
+    owner: str = ""
+    idempotency_key: str | None = None
+    digest: str = ""
+
+
+def new_job(submission: Submission, schema: ModelSchema, now: float) -> tuple[Job, dict[str, bytes]]:
+    """Return a queued job and its input files by name."""
+    kind: Kind = "video" if schema.task.makes_video else "image"
+    job_id = new_id(kind)
+    options, values = submission.params.options(), submission.params.set_fields()
+    plain = {name: value for name, value in values.items() if options[name].kind not in ("image", "images")}
+    given = [(param, data) for param, pictures in submission.images.items() for data in pictures]
+    files = {f"{job_id}.input{index}": data for index, (_, data) in enumerate(given)}
+    inputs = [StoredFile(name, len(data), param) for name, (param, data) in zip(files, given, strict=True)]
+    job = Job(
+        id=job_id,
+        kind=kind,
+        model=schema.model,
+        params=_as_stored(plain),
+        created_at=now,
+        request=_as_stored(dict(submission.request)),
+        output_format=submission.output_format,
+        compression=submission.compression,
+        owner=submission.owner,
+        idempotency_key=submission.idempotency_key,
+        digest=submission.digest,
+        inputs=tuple(inputs),
+        warnings=tuple(submission.warnings),
+    )
+    return job, files
+
+
+def read_params(job: Job, schema: ModelSchema, inputs: Sequence[Path]) -> SamplingParams:
+    """Return a job's resolved parameters, its pictures opened from `inputs`. This decodes, and is for a thread.
+
+    Raises:
+        ModelNotFoundError: if the job was for another model than the one of the schema.
+        SafelightError: if a picture cannot be read any more.
+
+    """
+    if schema.model != job.model:
+        raise ModelNotFoundError("the model that this job was sent to is not served any more")
+    cls = schema.params_cls
+    options = cls.options()
+    images: dict[str, Any] = {}
+    for file, path in zip(job.inputs, inputs, strict=True):
+        try:
+            image = media.open_image(path, file.param, cls.image_mode)
+        except InvalidParameterError as error:  # its message holds the path
+            raise SafelightError("an input image of this job cannot be read any more") from error
+        single = options[file.param].kind == "image"
+        images[file.param] = image if single else (*images.get(file.param, ()), image)
+    fields = cls.from_fields({**job.params, **images}).set_fields()
+    # Checked for its plain types alone: JSON has lists where parameters have tuples. What is unset stays unset.
+    return cls(**{name: options[name].check(name, value) for name, value in fields.items()})
+
+
+def _as_stored(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as they will be when they are read again: JSON knows no tuples."""
+    return msgspec.json.decode(msgspec.json.encode(values), type=dict[str, Any])

@@ -1,0 +1,190 @@
+"""`/v1/videos`: durable jobs in the form that OpenAI's SDK knows."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from safelight.core.params import Option
+from safelight.core.schema import ModelSchema
+from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
+from safelight.serving.context import Context, json_response, timestamp
+from safelight.serving.errors import ConflictStateError, ModelNameError
+from safelight.serving.fields import EFFECTLESS, INPUT_REFERENCE, Asked, Resolved, sort_fields, typed
+from safelight.serving.gate import Body, read_fields
+from safelight.serving.images import submission
+from safelight.serving.jobs import Job
+from safelight.serving.jobs_api import content_response, error_object, percent
+
+VIDEO_FIELDS: Mapping[str, Option] = {
+    "prompt": Option("string", "what to generate", group="basic"),
+    "model": Option("string", "the served model's name, or another name of it"),
+    "seconds": Option("number", "length; fitted to the model's rule for frames", "basic", 0.01, 3600.0),
+    "size": Option("string", "auto, or WxH in pixels", group="basic"),
+    "n": Option("integer", "videos of one request", "advanced", 1, 1),
+    INPUT_REFERENCE: Option("image", "the picture that the video begins with", group="basic"),
+    **{name: Option("string", "accepted, without effect") for name in EFFECTLESS},
+}
+_LIST_FIELDS = ("after", "limit", "order")
+
+
+def routes(context: Context) -> APIRouter:
+    """Return the routes of videos."""
+    router = APIRouter()
+
+    @router.post("/v1/videos")
+    async def create(request: Request) -> Response:
+        body = await read_fields(request, context.limits, context.budget, forms=True)
+        schema = context.schema_for(request, makes_video=True)
+        context.check_model(body.fields.get("model"))
+        return await _submit(request, context, body, sort_video_fields(body, schema, context))
+
+    @router.get("/v1/videos")
+    async def page(request: Request) -> Response:
+        return await _page(request, context)
+
+    @router.get("/v1/videos/{video_id}")
+    async def retrieve(request: Request) -> Response:
+        job = await context.job(request.path_params["video_id"], "video")
+        return _answer(job, context)
+
+    @router.delete("/v1/videos/{video_id}")
+    async def delete(request: Request) -> Response:
+        job = await context.job(request.path_params["video_id"], "video")
+        deleted = await context.jobs.delete(job.id)
+        return json_response({"id": job.id, "deleted": deleted, "object": "video.deleted"})
+
+    @router.get("/v1/videos/{video_id}/content")
+    async def content(request: Request) -> Response:
+        job = await context.job(request.path_params["video_id"], "video")
+        return await content_response(request, context, job)
+
+    @router.post("/v1/videos/{video_id}/remix")
+    async def remix(request: Request) -> Response:
+        body = await read_fields(request, context.limits, context.budget, forms=True)
+        schema = context.schema_for(request, makes_video=True)
+        source = await context.job(request.path_params["video_id"], "video")
+        asked = await _remixed(source, sort_video_fields(body, schema, context), context)
+        return await _submit(request, context, body, asked, source)
+
+    return router
+
+
+def sort_video_fields(body: Body, schema: ModelSchema, context: Context) -> Asked:
+    """Check each field by itself, and turn `seconds` into frames.
+
+    Raises:
+        UsageError: naming the field.
+
+    """
+    seconds = body.fields.get("seconds")
+    if isinstance(seconds, str):  # as the SDK has it, in JSON too
+        body = dataclasses.replace(body, fields={**body.fields, "seconds": typed("number", seconds)})
+    asked = sort_fields(body, VIDEO_FIELDS, schema, context.limits)
+    if INPUT_REFERENCE in asked.pictures and "image" not in schema.params_cls.options():
+        raise UsageError.rebuilt(f"{INPUT_REFERENCE}: this model takes no picture to begin with", INPUT_REFERENCE)
+    if "seconds" in asked.own:
+        if "num_frames" in asked.model:
+            raise InvalidParameterError("seconds", seconds, "null, where num_frames is given")
+        asked.model["num_frames"] = _num_frames(asked, schema)
+    return asked
+
+
+def _num_frames(asked: Asked, schema: ModelSchema) -> int:
+    """Return the frames that the model can make whose length is nearest."""
+    fps = asked.model.get("fps", schema.defaults.get("fps"))
+    seconds, option = asked.own["seconds"], schema.params_cls.options().get("num_frames")
+    if not fps or option is None:
+        raise InvalidParameterError("seconds", seconds, "null: this model's videos have one length")
+    frames = round(seconds * fps / schema.frame_step) * schema.frame_step + 1
+    if option.maximum is not None and frames > option.maximum:
+        raise InvalidParameterError("seconds", seconds, f"at most {option.maximum / fps:g} at {fps} frames a second")
+    return int(frames)
+
+
+async def _remixed(source: Job, asked: Asked, context: Context) -> Asked:
+    """Return a completed video's own parameters and pictures, under what is asked of its remix.
+
+    Raises:
+        ConflictStateError: if it has not completed.
+        ModelNameError: if another model made it.
+
+    """
+    if source.state != "completed":
+        raise ConflictStateError(f"the video is {source.state.replace('_', ' ')}: there is nothing to remix")
+    served = context.engine.schema
+    if served is None or source.model != served.model:
+        raise ModelNameError("model: the one that made this video is not served any more")
+    replaced = {"output_type"} | ({"height", "width"} if "size" in asked.own else set())
+    model = {name: value for name, value in source.params.items() if name not in replaced}
+    pictures: dict[str, list[bytes]] = {}
+    for file in source.inputs:
+        if file.param not in asked.pictures and not (file.param == "image" and INPUT_REFERENCE in asked.pictures):
+            data = await asyncio.to_thread(context.jobs.outputs.path(file.name).read_bytes)
+            pictures.setdefault(file.param, []).append(data)
+    return dataclasses.replace(asked, model={**model, **asked.model}, pictures={**pictures, **asked.pictures})
+
+
+async def _submit(request: Request, context: Context, body: Body, asked: Asked, source: Job | None = None) -> Response:
+    resolved = await context.resolve(request, asked)
+    echo = {**_echo(resolved), "remixed_from_video_id": source.id if source else None}
+    job = await context.jobs.submit(submission(request, context, body, resolved, echo))
+    context.count_job(job, resolved)
+    return _answer(job, context)
+
+
+def _echo(resolved: Resolved) -> dict[str, Any]:
+    """Return size and length as they are made."""
+    params = resolved.params
+    height, width = params.output_size(resolved.schema)
+    seconds = (params.num_frames or 1) / (params.fps or 1)
+    return {"size": f"{width}x{height}", "seconds": f"{seconds:.6g}"}
+
+
+def video_object(job: Job, context: Context) -> dict[str, Any]:
+    """Return a job as the SDK's `Video`, with what made it."""
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": context.model_name,
+        "status": job.state,
+        "progress": percent(job, context),
+        "created_at": timestamp(job.created_at),
+        "completed_at": timestamp(job.completed_at) if job.state == "completed" else None,
+        "expires_at": timestamp(job.expires_at),
+        "prompt": job.params.get("prompt"),
+        "size": job.request.get("size", ""),
+        "seconds": job.request.get("seconds", ""),
+        "remixed_from_video_id": job.request.get("remixed_from_video_id"),
+        "seed": job.params.get("seed"),
+        "num_frames": job.params.get("num_frames"),
+        "fps": job.params.get("fps"),
+        "warnings": job.warnings,
+        "error": error_object(job),
+    }
+
+
+def _answer(job: Job, context: Context) -> Response:
+    headers = {} if job.finished else {"openai-poll-after-ms": str(context.settings.poll_after_ms)}
+    return json_response(video_object(job, context), headers=headers)
+
+
+async def _page(request: Request, context: Context) -> Response:
+    query = request.query_params
+    for name in query:
+        if name not in _LIST_FIELDS:
+            raise UnknownParameterError(name, _LIST_FIELDS)
+    limit = query.get("limit", "20")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= context.limits.page):
+        raise InvalidParameterError("limit", limit, f"a whole number from 1 to {context.limits.page}")
+    order = cast(Literal["asc", "desc"], query.get("order", "desc"))  # the store refuses any other
+    found = await context.jobs.store.page("video", context.owner, query.get("after"), int(limit), order)
+    data = [video_object(job, context) for job in found.jobs]
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return json_response({"object": "list", "data": data, **ends, "has_more": found.has_more})

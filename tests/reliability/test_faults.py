@@ -1,0 +1,86 @@
+"""Requests that fail, hang, or kill the worker: one answer each, and nobody else notices it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+
+import pytest
+
+from tests.live_server import generate
+from tests.reliability.conftest import CONTROL, assert_error, until
+
+
+@pytest.mark.parametrize("where", ["encoding", "denoising:1", "decoding"])
+@pytest.mark.parametrize(
+    ("what", "status", "code"),
+    [("raise", 500, "internal_error"), ("oom", 503, "out_of_memory"), ("refuse", 400, "invalid_value")],
+)
+def test_a_failing_request_is_answered_by_name(pictures, healthy, what, where, status, code):
+    """Beside it, another request goes on as if nothing were."""
+    with pictures.http() as http, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(generate, http, CONTROL, num_inference_steps=20)
+        assert_error(generate(http, f"[{what}@{where}] a cat"), status, code)
+        assert other.result().status_code == 200
+    healthy()
+
+
+def test_nan_is_never_a_picture(pictures, healthy):
+    with pictures.http() as http:
+        assert_error(generate(http, "[nan@denoising:1] a cat"), 500, "non_finite_output")
+    healthy()
+
+
+@pytest.mark.parametrize("stage", ["encoding", "denoising", "decoding"])
+def test_a_client_that_goes_away_stops_the_work(pictures, healthy, stage):
+    """At its next unit: the request would have taken 20 s, and nothing runs any more after one."""
+    with pictures.http(1.0) as http:
+        prompt = "a long one" if stage == "denoising" else f"[sleep@{stage}=0.5] a cat"
+        with pytest.raises(Exception, match="timed out"):
+            generate(http, prompt * (1 if stage == "denoising" else 2), num_inference_steps=1000)
+    with pictures.http() as http:
+        until(lambda: "safelight_requests_running 0.0" in http.get("/metrics").text, 5)
+    healthy()
+
+
+def test_delete_stops_a_job_within_a_step(pictures, healthy):
+    with pictures.http() as http:
+        answer = http.post(
+            "/v1/images/generations",
+            json={"prompt": "a long one", "num_inference_steps": 1000},
+            headers={"prefer": "respond-async"},
+        )
+        assert answer.status_code == 202
+        path = f"/v1/jobs/{answer.json()['id']}"
+        until(lambda: http.get(path).json()["step"])
+        ended = http.delete(path).json()
+        assert (ended["state"], ended["error"]["code"]) == ("failed", "cancelled")
+        until(lambda: "safelight_requests_running 0.0" in http.get("/metrics").text, 2)
+        assert http.get(path).json()["state"] == "failed"
+    healthy()
+
+
+def test_the_queue_answers_429_at_once_and_loses_nobody(pictures, healthy):
+    """256 clients at once: each is answered once, and those that are refused know when to come again."""
+    answers, slow = [], []
+    lock = threading.Lock()
+
+    def ask(seed):
+        with pictures.http(120) as http:
+            begun = time.monotonic()
+            answer = generate(http, seed=seed)
+            with lock:
+                answers.append(answer.status_code)
+                if answer.status_code == 429:
+                    assert float(answer.headers["retry-after"]) > 0
+                    slow.append(time.monotonic() - begun)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(256)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(answers) == 256 and set(answers) == {200, 429}
+    assert answers.count(200) >= 64
+    healthy()

@@ -1,0 +1,108 @@
+"""Jobs over one state directory and the engine without a model: what tests of jobs share."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from safelight.preparation import prepare
+from safelight.serving.job_manager import JobLimits, JobManager
+from safelight.serving.jobs import Job, SqliteJobStore
+from safelight.serving.outputs import Outputs
+from safelight.serving.submission import Submission
+from tests.serving.stub_engine import StubEngine
+
+SECONDS = 20.0
+"""More than any wait of these tests takes."""
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Server:
+    """A store, outputs, an engine and their manager over one state directory."""
+
+    def __init__(self, state: Path, engine: StubEngine, **limits: Any) -> None:
+        self.state, self.engine, self.clock = state, engine, Clock()
+        self.store = SqliteJobStore(state)
+        self.outputs = Outputs(state / "outputs")
+        limits.setdefault("retry_seconds", 0.01)
+        self.jobs = JobManager(self.store, self.outputs, engine, self.clock, JobLimits(**limits))
+
+    async def submit(self, prompt: str = "a", key: str | None = None, digest: str = "", **fields: Any) -> Job:
+        return await self.jobs.submit(submission(self.engine, prompt, key, digest, **fields))
+
+    async def get(self, job_id: str) -> Job:
+        job = await self.store.get(job_id)
+        assert job is not None
+        return job
+
+    async def end(self, job: Job) -> Job:
+        """Wait for the end of a job."""
+        async for _ in self.jobs.events(job.id):
+            pass
+        return await self.get(job.id)
+
+    async def until_step(self, job: Job, step: int) -> None:
+        """Wait until a job is stored as begun, and has done so many steps."""
+        async for event in self.jobs.events(job.id):
+            if event.job.state == "in_progress" and event.progress.step >= step:
+                return
+        raise AssertionError("it ended before")
+
+    def files(self) -> set[str]:
+        return {path.name for path in (self.state / "outputs").iterdir()}
+
+    def pixels(self, job: Job, index: int = 0) -> Any:
+        with Image.open(self.outputs.path(job.outputs[index].name)) as image:
+            return np.asarray(image)
+
+
+def submission(engine: StubEngine, prompt="a", key=None, digest="", **fields) -> Submission:
+    schema = engine._schema
+    ours = {name: fields.pop(name) for name in ("output_format", "compression", "owner", "images") if name in fields}
+    if schema.task.makes_video:
+        ours.setdefault("output_format", "mp4")
+    opened = {name: [Image.open(io.BytesIO(data)) for data in datas] for name, datas in ours.get("images", {}).items()}
+    given = {name: pictures if name == "image" else pictures[0] for name, pictures in opened.items()}
+    params, warnings = prepare(schema, {"prompt": prompt, **given, **fields})
+    return Submission(params, warnings=warnings, idempotency_key=key, digest=digest, **ours)
+
+
+def serving(state: Path, use, engine: StubEngine | None = None, drain: float = 0.0, start: bool = True, **limits):
+    """Run a test against a server, with a limit of time; close it in the end, whatever happens."""
+
+    async def main():
+        server = Server(state, engine or StubEngine(), **limits)
+        try:
+            if start:
+                await server.jobs.start()
+            async with asyncio.timeout(SECONDS):
+                return await use(server)
+        finally:
+            await server.jobs.close(drain)
+            await server.engine.aclose()
+
+    return asyncio.run(main())
+
+
+def picture(size=(40, 30), mode="RGB", form="PNG", colour="red") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, format=form)
+    return file.getvalue()
+
+
+async def collect(events):
+    return [event async for event in events]

@@ -1,0 +1,290 @@
+"""Clients that are slow, broken or malicious below the level of HTTP's meaning, and what they do to the others."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import statistics
+import time
+
+import pytest
+
+from safelight.serving.limits import Limits
+from tests.serving.http_server import PROMPT, read_answer, running
+
+LIMITS = Limits(body_bytes=1 << 20, header_seconds=0.3, request_seconds=0.6, stalled_seconds=0.8, ping_seconds=0.05)
+GET = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
+POST = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+BODY = b'{"prompt": "x", "seed": 1}'
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("http"), limits=LIMITS) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def control(server):
+    """Whatever the test did, the next client is served."""
+    yield
+    answer = server.raw(POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY)
+    assert answer[0] == 200
+
+
+def assert_form(answer, status, code):
+    assert answer[0] == status, answer
+    assert answer[2]["error"]["code"] == code and set(answer[2]["error"]) == {"message", "type", "param", "code"}
+    assert answer[1]["x-request-id"].startswith("req_") and answer[1]["content-type"] == "application/json"
+
+
+def assert_closed(sock, within):
+    began = time.monotonic()
+    sock.settimeout(within + 5)
+    with contextlib.suppress(ConnectionError):
+        while sock.recv(1 << 16):
+            pass
+    assert time.monotonic() - began < within
+
+
+MALFORMED = {
+    "junk": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n\r\n",
+    "no version": b"GET /livez\r\n\r\n",
+    "no host": b"GET /livez HTTP/1.1\r\n\r\n",
+    "a space in a header": b"GET /livez HTTP/1.1\r\nhost: x\r\na b: c\r\n\r\n",
+    "NUL in a header": b"GET /livez HTTP/1.1\r\nhost: x\r\na: \0\r\n\r\n",
+    "a folded method": b"G\rT /livez HTTP/1.1\r\nhost: x\r\n\r\n",
+    "a length that is none": POST + b"content-length: abc\r\n\r\n",
+    "a negative length": POST + b"content-length: -1\r\n\r\n",
+    "a length with a sign": POST + b"content-length: +5\r\n\r\n",
+    "two lengths": POST + b"content-length: 5\r\ncontent-length: 6\r\n\r\nabcdef",
+    "an unknown coding": POST + b"transfer-encoding: gzip\r\n\r\n",
+    "a chunk that is none": POST + b"transfer-encoding: chunked\r\n\r\nxyz\r\n",
+    "chunks of one byte": POST + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 40_000,
+}
+
+
+@pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_not_http(server, data):
+    answer = server.raw(data)
+    assert answer[0] in (400, 501), answer
+    assert_form(answer, answer[0], "malformed_request")
+
+
+def test_a_body_that_is_also_chunked_is_not_two_requests(server):
+    """Which of the two lengths counts must not be a matter of taste."""
+    smuggled = b"transfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n" + GET
+    with server.connect(POST + smuggled) as sock:
+        assert read_answer(sock)[0] == 400
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /livez HTTP/1.1\r\nhost: x\r\na: " + b"x" * 200_000 + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 30_000 + b"\r\n",
+        b"GET /livez?" + b"x" * 200_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nhost: x\r\na: " + b"x" * 200_000,
+        b"x" * 200_000,
+    ],
+    ids=["value", "number", "target", "no end", "no line"],
+)
+def test_200_kb_of_headers(server, data):
+    answer = server.raw(data)
+    assert_form(answer, 431, "headers_too_large")
+
+
+def test_large_headers_in_one_piece(server):
+    """Half as much as h11 looks at in one piece is let through by h11 alone, if it comes at once."""
+    data = b"GET /livez HTTP/1.1\r\nhost: x\r\na: " + b"x" * (LIMITS.header_bytes + 1000) + b"\r\n\r\n"
+    assert_form(server.raw(data), 431, "headers_too_large")
+
+
+@pytest.mark.parametrize("length", [2**63, 10**19, LIMITS.body_bytes + 1])
+def test_a_length_that_is_too_much_is_refused_before_the_body(server, length):
+    began = time.monotonic()
+    answer = server.raw(POST + b"content-length: %d\r\n\r\n" % length)
+    assert_form(answer, 413, "too_large")
+    assert time.monotonic() - began < LIMITS.request_seconds
+
+
+def test_the_rest_of_a_refused_body_is_bounded(server):
+    """It is read, so that its sender hears the answer; but not for ever."""
+    with server.connect(POST + b"content-length: %d\r\n\r\n" % 10**12) as sock:
+        assert read_answer(sock)[0] == 413
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                sock.sendall(b"x" * (1 << 20))
+                sent += 1
+        assert sent < 100
+
+
+def test_a_body_longer_than_its_length(server):
+    with server.connect(POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY + b"more of it\r\n\r\n") as sock:
+        assert read_answer(sock)[0] == 200
+        assert read_answer(sock)[0] == 400
+
+
+def test_a_body_shorter_than_its_length(server):
+    with server.connect(POST + b"content-length: 100\r\n\r\n{}") as sock:
+        sock.shutdown(socket.SHUT_WR)
+        assert_form(read_answer(sock), 400, "malformed_request")
+    with server.connect(POST + b"content-length: 100\r\n\r\n{}") as sock:
+        assert_form(read_answer(sock), 408, "request_timeout")
+
+
+def test_headers_that_end_early(server):
+    with server.connect(POST) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        assert_form(read_answer(sock), 400, "malformed_request")
+
+
+def test_headers_have_a_deadline(server):
+    with server.connect(POST) as sock:
+        began = time.monotonic()
+        assert_form(read_answer(sock), 408, "request_timeout")
+        assert LIMITS.header_seconds * 0.8 < time.monotonic() - began < LIMITS.header_seconds + 1
+    with server.connect() as sock:  # no byte at all: nobody to answer
+        assert read_answer(sock)[0] == 0
+
+
+@pytest.mark.parametrize("opening", [b"", POST + b"content-length: 1000\r\n\r\n"], ids=["headers", "body"])
+def test_a_byte_now_and_then_does_not_prolong_it(server, opening):
+    began = time.monotonic()
+    with server.connect(opening) as sock, contextlib.suppress(ConnectionError):
+        while time.monotonic() - began < 5:
+            sock.sendall(b"x")
+            time.sleep(0.02)
+    assert time.monotonic() - began < LIMITS.request_seconds + 1
+
+
+def test_the_second_request_of_a_connection_has_deadlines_too(server):
+    with server.connect(GET) as sock:
+        assert read_answer(sock)[0] == 200
+        sock.sendall(POST)
+        assert_form(read_answer(sock), 408, "request_timeout")
+
+
+def test_a_connection_is_kept(server):
+    with server.connect() as sock:
+        for _ in range(3):
+            sock.sendall(GET)
+            assert read_answer(sock)[0] == 200
+            sock.sendall(b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert read_answer(sock)[0] == 404
+        sock.sendall(GET * 5)
+        time.sleep(LIMITS.header_seconds * 2)  # the deadline of none of them is that of an idle connection
+        sock.sendall(GET)
+        with sock.makefile("rb") as file:
+            assert file.read(200).startswith(b"HTTP/1.1 200")
+
+
+def test_a_request_that_runs_has_no_deadline_here(server):
+    prompt = b'{"prompt": "[hold]"}'
+    with server.connect(POST + b"content-length: %d\r\n\r\n" % len(prompt) + prompt) as sock:
+        time.sleep(LIMITS.request_seconds + LIMITS.stalled_seconds + 0.5)
+        server.call(server.engine.release)
+        assert read_answer(sock)[0] == 200
+
+
+def test_a_request_behind_another_is_not_late(tmp_path):
+    """Its time begins when the one before it has been answered: until then it is we who do not read."""
+    first, second = b'{"prompt": "[hold]"}', BODY + b" " * 1000
+    with running(tmp_path, limits=LIMITS) as server, server.connect() as sock:
+        sock.sendall(POST + b"content-length: %d\r\n\r\n" % len(first) + first)
+        server.until(lambda: server.engine.stats.num_running == 1)
+        sock.sendall(POST + b"content-length: %d\r\n\r\n" % len(second) + BODY)
+        time.sleep(LIMITS.request_seconds * 1.5)
+        server.call(server.engine.release)
+        with sock.makefile("rb") as file:
+            for rest in (b" " * 1000, b""):
+                assert file.readline().startswith(b"HTTP/1.1 200")
+                sock.sendall(rest)
+                length = next(int(line.split()[1]) for line in file if line.startswith(b"content-length"))
+                while file.readline().strip():
+                    pass
+                file.read(length)
+
+
+def test_a_reader_that_takes_nothing_is_dropped(server):
+    """It asked for more than all buffers on its way hold, and reads none of it."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(10)
+        sock.connect(("127.0.0.1", server.port))
+        body = b'{"prompt": "[noise]", "size": "2048x2048", "n": 2}'
+        sock.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+        server.until(lambda: server.num_connections() >= 1)
+        server.until(lambda: server.num_connections() == 0, 10)
+
+
+def test_a_slow_reader_is_served(server):
+    body = b'{"prompt": "[noise]", "size": "1024x1024"}'
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(10)
+        sock.connect(("127.0.0.1", server.port))
+        sock.sendall(POST + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        began, taken = time.monotonic(), 0
+        while data := sock.recv(1 << 15):
+            taken += len(data)
+            if time.monotonic() - began < 2 * LIMITS.stalled_seconds:
+                time.sleep(0.01)
+        assert taken > 3 * (1 << 20)
+
+
+@contextlib.contextmanager
+def half_open(server, count):
+    with contextlib.ExitStack() as stack:
+        for number in range(count):
+            opening = (b"", b"GET /livez HT", POST, POST + b"content-length: 99\r\n\r\n{")[number % 4]
+            stack.enter_context(server.connect(opening))
+        yield
+
+
+def test_200_half_open_sockets_harm_nobody(tmp_path):
+    with running(tmp_path) as server, half_open(server, 200), server.http() as http:
+        server.until(lambda: server.num_connections() >= 200)
+        times = []
+        for _ in range(200):
+            began = time.perf_counter()
+            assert http.get("/livez").status_code == 200
+            times.append(time.perf_counter() - began)
+        assert statistics.quantiles(times, n=100)[98] < 0.1
+        assert http.post("/v1/images/generations", json={"prompt": PROMPT}).status_code == 200
+
+
+def test_half_open_sockets_are_closed(server):
+    with half_open(server, 40):
+        server.until(lambda: server.num_connections() >= 40)
+        server.until(lambda: server.num_connections() == 0, LIMITS.request_seconds + 2)
+
+
+def test_silent_streams_have_comments(tmp_path):
+    body = b'{"prompt": "[hold]", "stream": true}'
+    request = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    with running(tmp_path, limits=LIMITS) as server, server.connect(request) as sock, sock.makefile("rb") as file:
+        assert file.readline().startswith(b"HTTP/1.1 200")
+        assert b": ping\n" in iter(file.readline, b"")
+        server.call(server.engine.release)
+        assert b"event: image_generation.completed\n" in iter(file.readline, b"")
+
+
+def test_32_mib_of_junk_do_not_hold_the_others(tmp_path):
+    """While bodies are parsed that are as bad as they can be, the event loop goes on."""
+    with running(tmp_path) as server, server.http() as http:
+        longest = []
+        for junk in (b"[" * (31 << 20), b"\\u0041" * (5 << 20), b'{"a":' * (6 << 20), b"1" * (31 << 20)):
+            body = b'{"prompt": "' + junk if junk[:1] == b"\\" else junk
+            with server.connect(POST + b"content-length: %d\r\n\r\n" % len(body)) as sock:
+                sock.sendall(body)
+                while True:
+                    began = time.perf_counter()
+                    assert http.get("/livez").status_code == 200
+                    longest.append(time.perf_counter() - began)
+                    sock.setblocking(False)
+                    with contextlib.suppress(BlockingIOError):
+                        assert b" 400 " in sock.recv(1 << 16)
+                        break
+        assert max(longest) < 0.5

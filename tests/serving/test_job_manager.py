@@ -1,0 +1,398 @@
+"""Jobs where nothing fails: what they make, how they wait, how they are cancelled, deleted and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safelight import media, video
+from safelight.errors import ConflictError, NotReadyError, QueueFullError
+from safelight.serving import outputs as outputs_module
+from safelight.serving.jobs import SqliteJobStore, owner_of
+from tests.serving.disks import as_left_by_a_death
+from tests.serving.job_server import SECONDS, Server, collect, picture, serving, submission
+from tests.serving.stub_engine import (
+    EDIT_SCHEMA,
+    IMAGE_SCHEMA,
+    IMAGE_TO_VIDEO_SCHEMA,
+    VIDEO_SCHEMA,
+    StubEngine,
+    make_media,
+)
+
+# What a job is when all goes well.
+
+
+def test_an_image_job_is_completed_with_its_pictures_and_parameters(tmp_path):
+    async def use(server):
+        job = await server.submit("a fox", n=2, owner=owner_of("key"))
+        assert job.state == "queued" and job.id.startswith("image_") and job.params["seed"] is not None
+        done = await server.end(job)
+        assert (done.state, done.attempts, done.error) == ("completed", 1, None)
+        assert (done.created_at, done.started_at, done.completed_at) == (1000.0, 1000.0, 1000.0)
+        assert done.expires_at == 1000.0 + 24 * 3600
+        assert [output.seed for output in done.outputs] == [job.params["seed"], job.params["seed"] + 1]
+        params = server.engine.submitted[0].params
+        for index, single in enumerate(params.split()):
+            assert np.array_equal(server.pixels(done, index), make_media(single))
+        written = media.read_metadata(server.outputs.path(done.outputs[1].name))
+        assert written["seed"] == done.outputs[1].seed and written["prompt"] == "a fox"
+        assert set(done.timings) == {"denoising", "encoding"}
+        assert server.files() == {file.name for file in done.files}
+
+    serving(tmp_path, use)
+
+
+def test_a_video_job(tmp_path):
+    async def use(server):
+        job = await server.submit("a fox", seed=5)
+        done = await server.end(job)
+        assert job.id.startswith("video_") and done.state == "completed" and done.params["fps"] == 8
+        (output,) = done.outputs
+        assert (output.num_frames, output.fps, set(output.extras)) == (9, 8, {"thumbnail", "spritesheet"})
+        assert video.read_metadata(server.outputs.path(output.name))["seed"] == 5
+
+    serving(tmp_path, use, StubEngine(VIDEO_SCHEMA))
+
+
+@pytest.mark.parametrize(
+    ("schema", "prompt", "fields"),
+    [
+        (IMAGE_SCHEMA, "a", {"sigmas": [1.0, 1 / 3], "num_inference_steps": 2, "seed": 2**64 - 1, "true_cfg_scale": 2}),
+        (IMAGE_SCHEMA, ("a", "b"), {"negative_prompt": ("c", "d"), "n": 2}),
+        (EDIT_SCHEMA, "a", {"images": {"image": [picture(form="WEBP")]}}),
+        (IMAGE_TO_VIDEO_SCHEMA, "a", {"images": {"image": [picture()], "last_image": [picture(colour="blue")]}}),
+    ],
+    ids=["numbers", "prompts", "image", "two-fields"],
+)
+def test_the_engine_is_given_what_was_resolved_before_and_after_a_restart(tmp_path, schema, prompt, fields):
+    """Types included: what was a tuple is one again, what was unset is unset, and pictures have the same pixels."""
+    asked = submission(StubEngine(schema), prompt, **fields)
+
+    async def accept(server):
+        job = await server.jobs.submit(asked)
+        assert {server.outputs.path(file.name).read_bytes() for file in job.inputs} == {
+            data for datas in asked.images.values() for data in datas
+        }
+
+    async def run(server):
+        (job,) = await server.store.unfinished()
+        assert (await server.end(job)).state == "completed"
+        return server.engine.submitted[0].params
+
+    serving(tmp_path, accept, StubEngine(schema, state="restarting"), max_submitted=0)
+    given = serving(tmp_path, run, StubEngine(schema))
+    assert type(given) is type(asked.params)
+    for field in dataclasses.fields(given):
+        ours, theirs = getattr(given, field.name), getattr(asked.params, field.name)
+        assert ours == theirs and type(ours) is type(theirs), field.name  # PIL compares pixels
+
+
+def test_formats(tmp_path):
+    async def use(server):
+        for output_format in ("png", "jpeg", "webp"):
+            job = await server.end(await server.submit(output_format=output_format, compression=50))
+            with Image.open(server.outputs.path(job.outputs[0].name)) as image:
+                assert image.format == output_format.upper()
+            assert job.outputs[0].media_type == f"image/{output_format}"
+        refused = await server.end(await server.submit("a [alpha]", output_format="jpeg"))
+        assert refused.error is not None and (refused.error.code, refused.error.param) == (
+            "invalid_value",
+            "output_format",
+        )
+
+    serving(tmp_path, use)
+
+
+def test_a_job_is_durable_when_it_is_acknowledged(tmp_path):
+    async def use(server):
+        job = await server.submit(images={"image": [picture()]})
+        left = SqliteJobStore(as_left_by_a_death(tmp_path / "state", tmp_path / "left"))
+        try:
+            assert await left.get(job.id) == job
+            assert {path.name for path in (tmp_path / "left" / "outputs").iterdir()} == {job.inputs[0].name}
+        finally:
+            await left.close()
+
+    serving(tmp_path / "state", use, StubEngine(EDIT_SCHEMA, state="restarting"))
+
+
+@pytest.mark.parametrize("schema", [IMAGE_SCHEMA, VIDEO_SCHEMA])
+def test_files_are_on_the_disk_before_a_job_is_completed(tmp_path, monkeypatch, schema):
+    async def use(server):
+        there: list[bool] = []
+        replace = server.store.replace
+
+        async def look(old, new):
+            if new.state == "completed":
+                there.extend(file.name in server.files() for file in new.files)
+            return await replace(old, new)
+
+        monkeypatch.setattr(server.store, "replace", look)
+        await server.end(await server.submit(n=2))
+        assert len(there) == (6 if schema is VIDEO_SCHEMA else 2) and all(there)
+
+    serving(tmp_path, use, StubEngine(schema))
+
+
+# Waiting, progress, events.
+
+
+def test_events_tell_the_whole_way_in_order(tmp_path):
+    async def use(server):
+        first, second = await server.submit("a [hold]"), await server.submit("b", num_inference_steps=30)
+        seen = asyncio.create_task(collect(server.jobs.events(second.id)))
+        await server.until_step(first, 3)
+        server.engine.release()
+        events = await seen
+        types = [event.type for event in events]
+        assert types[0] == "queued" and types[-1] == "completed" and types.count("started") == 1
+        assert types == sorted(types, key=["queued", "started", "step", "completed"].index)
+        assert next(e.progress.queue_position for e in events if e.type == "queued") in (0, 1)
+        steps = [event.progress.step for event in events if event.type == "step"]
+        assert steps and steps == sorted(set(steps))
+        assert [event.job.state for event in events if event.type == "step"] == ["in_progress"] * len(steps)
+        assert events[-1].job == await server.get(second.id)
+        assert [event.type for event in await collect(server.jobs.events(second.id))] == ["completed"]
+        assert await collect(server.jobs.events("image_none")) == []
+        assert server.jobs.progress(second.id) is None
+
+    serving(tmp_path, use, StubEngine(step_seconds=0.005))
+
+
+def test_jobs_are_held_back_in_order_while_the_engine_is_full(tmp_path):
+    async def use(server):
+        jobs = [await server.submit(f"{n} [hold]") for n in range(6)]
+        await server.until_step(jobs[0], 3)
+        while len(server.engine.submitted) < 3:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert server.engine.stats.num_waiting == 2, "the engine was not full"
+        positions = [server.jobs.progress(job.id).queue_position for job in jobs]
+        assert positions == [None, 0, 1, 2, 3, 4]
+        server.engine.release()
+        assert {(await server.end(job)).state for job in jobs} == {"completed"}
+        assert [name.partition(".")[0] for name in server.engine.begun] == [job.id for job in jobs]
+        assert [(await server.get(job.id)).attempts for job in jobs] == [1] * 6
+
+    serving(tmp_path, use, StubEngine(max_waiting=2))
+
+
+def test_jobs_leave_room_in_the_engines_queue_for_others(tmp_path):
+    async def use(server):
+        jobs = [await server.submit("[hold]") for _ in range(6)]
+        await server.until_step(jobs[0], 3)
+        await asyncio.sleep(0.05)
+        assert len(server.engine.submitted) == 3
+        server.engine.release()
+        assert {(await server.end(job)).state for job in jobs} == {"completed"}
+
+    serving(tmp_path, use, StubEngine(), max_submitted=3)
+
+
+def test_jobs_wait_for_an_engine_that_is_not_ready(tmp_path):
+    async def use(server):
+        job = await server.submit()
+        server.engine.state = "failed"
+        other = await server.submit()
+        await asyncio.sleep(0.05)
+        assert [(await server.get(j.id)).state for j in (job, other)] == ["queued", "queued"]
+        server.engine.state = "ready"
+        ended = [await server.end(j) for j in (job, other)]
+        assert [(j.state, j.attempts) for j in ended] == [("completed", 1)] * 2
+
+    serving(tmp_path, use, StubEngine(state="restarting"))
+    with pytest.raises(NotReadyError):
+        asyncio.run(_submit_to_a_loading_engine(tmp_path))
+
+
+async def _submit_to_a_loading_engine(state):
+    server = Server(state, StubEngine(state="loading"))
+    try:
+        await server.submit()
+    finally:
+        await server.jobs.close(0.0)
+
+
+def test_too_many_jobs_are_refused_and_leave_nothing(tmp_path):
+    async def use(server):
+        for _ in range(2):
+            await server.submit("[hold]", images={"image": [picture()]})
+        with pytest.raises(QueueFullError):
+            await server.submit("no", images={"image": [picture()]})
+        assert len(server.files()) == len(await server.store.unfinished()) == 2
+
+    serving(tmp_path, use, StubEngine(EDIT_SCHEMA), max_unfinished=2)
+
+
+# Cancelling and deleting.
+
+
+@pytest.mark.parametrize("where", ["held back", "in the engine's queue", "running", "being written", "completed"])
+@pytest.mark.parametrize("how", ["cancel", "delete"])
+def test_cancelling_and_deleting_anywhere_on_the_way(tmp_path, monkeypatch, where, how):
+    encode, encoding = outputs_module.encode_image, threading.Event()
+
+    def slow(*args):
+        encoding.set()
+        time.sleep(0.1)
+        return encode(*args)
+
+    async def use(server):
+        if where == "being written":
+            monkeypatch.setattr(outputs_module, "encode_image", slow)
+        before = [
+            await server.submit("[hold]") for _ in range({"held back": 3, "in the engine's queue": 1}.get(where, 0))
+        ]
+        job = await server.submit("x [hold]" if where == "running" else "x", images={"image": [picture()]})
+        if where == "running":
+            await server.until_step(job, 3)
+        elif where == "being written":
+            await asyncio.to_thread(encoding.wait, SECONDS)
+        elif where == "completed":
+            await server.end(job)
+        else:
+            await server.until_step(before[0], 3)
+            await asyncio.sleep(0.05)
+            assert (len(server.engine.submitted) == 2) == (where == "in the engine's queue")
+        events = asyncio.create_task(collect(server.jobs.events(job.id)))
+        await asyncio.sleep(0.02)
+        if how == "cancel":
+            ended = await server.jobs.cancel(job.id)
+            assert ended == await server.get(job.id) == await server.jobs.cancel(job.id)
+            assert ended.state == ("completed" if where == "completed" else "failed")
+            assert where == "completed" or (ended.error.code, ended.outputs) == ("cancelled", ())
+        else:
+            assert await server.jobs.delete(job.id)
+            assert await server.store.get(job.id) is None
+            assert not await server.jobs.delete(job.id)
+        assert (await events)[-1].type == ("completed" if where == "completed" else "failed")
+        await asyncio.sleep(0.02)
+        assert not any(name.startswith(job.id) for name in server.engine._running), "it works on"
+        server.engine.release()
+        assert {(await server.end(other)).state for other in before} <= {"completed"}
+        while server.jobs._runs:
+            await asyncio.sleep(0.01)
+        assert server.engine.stats.num_running == 0
+        assert server.files() == await server.store.file_names()
+        assert any(job.id in name for name in server.files()) == (how == "cancel")  # its input, until it expires
+        done = await server.end(await server.submit("control", seed=1))
+        assert np.array_equal(server.pixels(done), make_media(server.engine.submitted[-1].params))
+
+    serving(tmp_path, use, StubEngine(EDIT_SCHEMA, max_waiting=2))
+
+
+def test_a_job_that_begins_while_it_is_cancelled_is_cancelled(tmp_path, monkeypatch):
+    async def use(server):
+        job = await server.submit()
+        replace = server.store.replace
+
+        async def later(old, new):
+            if old.state == "queued" and new.state == "failed":
+                assert await replace(old, old.begun(1.0))
+            return await replace(old, new)
+
+        monkeypatch.setattr(server.store, "replace", later)
+        ended = await server.jobs.cancel(job.id)
+        assert ended == await server.get(job.id)
+        assert (ended.state, ended.attempts, ended.error.code) == ("failed", 1, "cancelled")
+
+    serving(tmp_path, use, StubEngine(state="restarting"))
+
+
+def test_unknown_jobs_cannot_be_cancelled_or_deleted(tmp_path):
+    async def use(server):
+        assert await server.jobs.cancel("image_no") is None
+        assert not await server.jobs.delete("image_no")
+
+    serving(tmp_path, use)
+
+
+# Idempotency, and callers that go away.
+
+
+def test_one_key_is_one_job_that_runs_once(tmp_path):
+    async def use(server):
+        same = [server.submit(key="k", digest="d", images={"image": [picture()]}) for _ in range(10)]
+        jobs = await asyncio.gather(*same)
+        assert len({job.id for job in jobs}) == 1
+        await server.end(jobs[0])
+        assert len(server.engine.submitted) == 1 and len(server.files()) == 2
+        again = await server.submit(key="k", digest="d", images={"image": [picture()]})
+        assert again.id == jobs[0].id and again.state == "completed"
+        with pytest.raises(ConflictError):
+            await server.submit(key="k", digest="e")
+        assert len(server.files()) == 2
+
+    serving(tmp_path, use, StubEngine(EDIT_SCHEMA))
+
+
+def test_a_caller_that_goes_away_leaves_a_whole_job_or_none(tmp_path):
+    async def use(server):
+        for delay in range(12):
+            caller = asyncio.create_task(server.submit(images={"image": [picture()]}))
+            for _ in range(delay):
+                await asyncio.sleep(0)
+            caller.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await caller
+        while server.jobs._background or server.jobs._runs:
+            await asyncio.sleep(0.01)
+        jobs = (await server.store.page(limit=100)).jobs
+        assert jobs and {job.state for job in jobs} == {"completed"}
+        assert server.files() == await server.store.file_names()
+
+    serving(tmp_path, use, StubEngine(EDIT_SCHEMA))
+
+
+# Stopping.
+
+
+def test_a_stop_lets_run_what_runs_and_keeps_what_waits(tmp_path):
+    async def use(server):
+        jobs = [await server.submit(f"{n}") for n in range(5)]
+        await server.until_step(jobs[0], 0)
+        return [job.id for job in jobs]
+
+    async def look(server):
+        return [(await server.get(name)).state for name in ids]
+
+    async def go_on(server):
+        jobs = [await server.end(await server.get(name)) for name in ids]
+        assert [(job.state, job.attempts) for job in jobs] == [("completed", 1)] * 5
+
+    ids = serving(tmp_path, use, StubEngine(step_seconds=0.05, max_waiting=2), drain=SECONDS)
+    assert serving(tmp_path, look, start=False) == ["completed"] + ["queued"] * 4
+    serving(tmp_path, go_on)
+
+
+def test_a_stop_without_patience_leaves_its_jobs_to_the_next_start(tmp_path):
+    async def use(server):
+        running = await server.submit("[hold]", seed=1)
+        waiting = await server.submit("b")
+        await server.until_step(running, 3)
+        events = asyncio.create_task(collect(server.jobs.events(waiting.id)))
+        return running.id, waiting.id, events
+
+    async def go_on(server):
+        server.engine.release()
+        jobs = [await server.end(await server.get(name)) for name in ids]
+        assert [(job.state, job.attempts) for job in jobs] == [("completed", 2), ("completed", 1)]
+
+    async def refused(server):
+        await server.jobs.close(0.0)
+        with pytest.raises(NotReadyError):
+            await server.submit()
+
+    began = time.monotonic()
+    *ids, events = serving(tmp_path, use)
+    assert time.monotonic() - began < 5
+    assert events.done() and {event.type for event in events.result()} <= {"queued"}
+    serving(tmp_path, go_on)
