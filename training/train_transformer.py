@@ -45,8 +45,8 @@ NUM_WARMUP_STEPS = 100
 GRID = 8
 # Share of the loss that the patches hold where the shape may be.
 SHAPE_WEIGHT = 0.75
-# How often drawings of a shape are taken, against once for the others: points are what is learnt last.
-FREQUENCIES = {"star": 2.5}
+# How often drawings of a kind are taken, against once for the others: small points are what is learnt last.
+FREQUENCIES = {("large", "star"): 1.5, ("small", "star"): 5.0}
 
 
 class Examples:
@@ -57,7 +57,8 @@ class Examples:
         self.latents = tensors["latents"]
         self.scene_indices = tensors["scene_indices"].numpy()
         self.scenes, _ = split_scenes()
-        frequencies = np.array([FREQUENCIES.get(self.scenes[index].shape, 1.0) for index in self.scene_indices])
+        scenes = [self.scenes[index] for index in self.scene_indices]
+        frequencies = np.array([FREQUENCIES.get((scene.size, scene.shape), 1.0) for scene in scenes])
         self.probabilities = frequencies / frequencies.sum()
         self.weights = {(size, position): patch_weights(size, position) for size in SIZES for position in POSITIONS}
         self.clip_tokenizer = train_clip_tokenizer(tokenizer_seed)

@@ -244,7 +244,7 @@ def test_the_oldest_gets_its_share_against_any_number_of_others(fault_pipeline, 
 
 
 def test_what_is_resident_goes_before_its_equals(fault_pipeline, monkeypatch):
-    engine = Engine(fault_pipeline(), max_running=4)
+    engine = Engine(fault_pipeline(), max_running=4, clock=Clock())
     tasks = [engine.add(request(engine.pipeline, request_id=f"r{index}")) for index in range(2)]
     while not all(task.calls for task in tasks):
         engine._resume([next(task for task in tasks if not task.calls)])

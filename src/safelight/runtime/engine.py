@@ -72,6 +72,7 @@ class Engine:
         self.clock = clock
         self.watch = watch or Watch()
         self.tasks: list[Task] = []
+        self._newcomer_was_last = False
 
     def add(self, req: Req, *, priority: int = 0, deadline: float | None = None) -> Task:
         """Take a request's output in.
@@ -130,15 +131,19 @@ class Engine:
         return self.policy.order(tasks, resident, now)
 
     def _with_companions(self, head: Task, order: Sequence[Task], num_free: int) -> list[Task]:
-        """Return the tasks that share a forward with the first one; a newcomer goes before, so that it can join."""
+        """Return the tasks that share a forward with the first one.
+
+        A newcomer goes before, so that it can join; before a task that is owed its share, every other time.
+        """
         if self.batching == "exact":
             return [head]
         waiting = [task for task in order if not task.on_device]
         running = [task for task in order if task.on_device] + waiting[:num_free]
-        if self.policy.owed(self.tasks, self.clock()) is not head:
-            newcomers = [task for task in running if not task.calls]
-            if newcomers:
-                return newcomers[:1]
+        newcomers = [task for task in running if not task.calls]
+        if newcomers and not (self._newcomer_was_last and self.policy.owed is head):
+            self._newcomer_was_last = True
+            return newcomers[:1]
+        self._newcomer_was_last = False
         keys = {stack_key(call) for call in head.calls}
         return [task for task in running if task is head or (keys and keys == {stack_key(c) for c in task.calls})]
 
@@ -152,13 +157,13 @@ class Engine:
         for task, results in zip(tasks, self._results(tasks), strict=True):
             self._advance(task, results)
         now = self.clock()
-        seconds = (now - begun) / len(tasks)
+        seconds = now - begun  # each had the device for all of it, alone or with others
+        self.policy.record(tasks, now, seconds)
         for task, step in zip(tasks, steps, strict=True):
-            task.uses.append((now, seconds))
             task.step_seconds = seconds if task.execution.req.step_index > step and task.error is None else None
             if task.step_seconds is not None:
                 self.policy.step_seconds.record(task.step_cost, seconds)
-        self.watch.end(kind, now - begun)
+        self.watch.end(kind, seconds)
 
     def _results(self, tasks: Sequence[Task]) -> Sequence[list[Prediction] | None]:
         """Make the calls of the tasks in common; None leaves them to each task."""

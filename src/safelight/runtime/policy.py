@@ -1,11 +1,11 @@
-"""Which task is resumed next: priority, then deadline, then least remaining work, and a share for the oldest."""
+"""Which task is resumed next: priority, then deadline, then least remaining work, within a share for who comes last."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 from safelight.core.executor import Execution
@@ -28,7 +28,6 @@ class Task:
         priority: higher goes first.
         deadline: when it is too late to begin it.
         on_device: whether its tensors are on the device.
-        uses: (end, duration) of each unit, of the last window.
         step_seconds: what its last unit took, if that was a denoising step.
         done: whether it has ended, by itself or with `error`.
         error: what ended it.
@@ -42,7 +41,6 @@ class Task:
     priority: int = 0
     deadline: float = math.inf
     on_device: bool = False
-    uses: deque[tuple[float, float]] = field(default_factory=deque)
     step_seconds: float | None = None
     done: bool = False
     error: Exception | None = None
@@ -69,20 +67,51 @@ class Task:
         return (self.execution.req.stage, self.step_cost)
 
 
-@dataclass
-class Policy:
-    """Orders tasks. The share bounds how long priority, deadlines and short work can keep a long task waiting.
+class Role:
+    """The device time of whichever task is, say, the oldest, over a window that slides.
 
-    Attributes:
-        share: of the device's time over the window, idle time included, that the oldest task gets at least.
+    Args:
         window: seconds.
-        step_seconds: how long a step takes, by its cost.
 
     """
 
-    share: float = 0.1
-    window: float = 60.0
-    step_seconds: Durations[int] = field(default_factory=Durations)
+    def __init__(self, window: float) -> None:
+        self.task: Task | None = None
+        self._window = window
+        self._uses: deque[tuple[float, float]] = deque()
+
+    def used(self, now: float) -> float:
+        """Return the seconds in the window that ends now."""
+        while self._uses and self._uses[0][0] <= now - self._window:
+            self._uses.popleft()
+        return sum(seconds for _, seconds in self._uses)
+
+    def record(self, now: float, seconds: float) -> None:
+        """Remember a unit that has just ended."""
+        self._uses.append((now, seconds))
+
+
+class Policy:
+    """Orders tasks. A share bounds how long priority, deadlines and short work can keep a task waiting.
+
+    It is had by two roles, whichever tasks play them: the longest, which short work would overtake for ever, and the
+    oldest, which priority and deadlines would.
+
+    Args:
+        share: of the device's time over the window, idle time included, that each role gets at least.
+        window: seconds.
+
+    Attributes:
+        step_seconds: how long a step takes, by its cost.
+        owed: the task that has had less than its share, if the last order began with one.
+
+    """
+
+    def __init__(self, share: float = 0.1, window: float = 60.0) -> None:
+        self.share, self.window = share, window
+        self.step_seconds: Durations[int] = Durations()
+        self.owed: Task | None = None
+        self._longest, self._oldest = Role(window), Role(window)
 
     def order(self, tasks: Sequence[Task], is_resident: Mapping[Task, bool], now: float) -> list[Task]:
         """Return the tasks, the one to resume first at the head.
@@ -93,30 +122,33 @@ class Policy:
             now: on the engine's clock.
 
         """
-        owed = self.owed(tasks, now)
+        remaining = {task: self.remaining(task) for task in tasks}
+        self._longest.task = max(tasks, key=lambda task: (remaining[task], -task.arrival), default=None)
+        self._oldest.task = min(tasks, key=lambda task: task.arrival, default=None)
+        self.owed = self._find_owed(now)
 
         def rank(task: Task) -> tuple[object, ...]:
-            seconds = self.remaining(task)
+            seconds = remaining[task]
             amount = round(math.log(seconds, EQUAL_WORK)) if seconds > 0 else -math.inf
-            equal = (task is not owed, -task.priority, task.deadline, amount)
+            equal = (task is not self.owed, -task.priority, task.deadline, amount)
             return (*equal, not is_resident[task], seconds, task.arrival)
 
         return sorted(tasks, key=rank)
 
-    def owed(self, tasks: Sequence[Task], now: float) -> Task | None:
-        """Return the oldest task if, with one unit more, it would still have had less than its share."""
-        if not tasks:
-            return None
-        oldest = min(tasks, key=lambda task: task.arrival)
-        used = self.used(oldest, now)
-        unit = self.step_time(oldest.step_cost)
-        return oldest if used + unit <= self.share * min(self.window, now - oldest.arrival) else None
+    def record(self, tasks: Sequence[Task], now: float, seconds: float) -> None:
+        """Remember a unit that tasks of the last order have just done, alone or together."""
+        for role in (self._longest, self._oldest):
+            if role.task in tasks:
+                role.record(now, seconds)
 
-    def used(self, task: Task, now: float) -> float:
-        """Return the seconds of device time that a task had in the window that ends now."""
-        while task.uses and task.uses[0][0] <= now - self.window:
-            task.uses.popleft()
-        return sum(seconds for _, seconds in task.uses)
+    def _find_owed(self, now: float) -> Task | None:
+        """Return a role's task if, with one unit more, the role would still have had less than its share."""
+        for role in (self._longest, self._oldest):
+            if role.task is not None:
+                due = self.share * min(self.window, now - role.task.arrival)
+                if role.used(now) + self.step_time(role.task.step_cost) <= due:
+                    return role.task
+        return None
 
     def remaining(self, task: Task) -> float:
         """Return the seconds of denoising that a task still needs."""
