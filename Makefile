@@ -10,7 +10,7 @@ DEMO := outputs/demo.png
 PROMPT ?= a large red circle at the left on a white background
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types parity bench clean
+.PHONY: help demo test test-all test-reliability lint types parity bench clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | sort
@@ -42,11 +42,14 @@ test: lint types  ## lint, types and the tests that take minutes
 test-all: lint types  ## as test, with the slow tests
 	@$(BIN)/python -m pytest -q --slow
 
+test-reliability: $(READY)  ## the tests of faults: deaths, hangs, kill -9, full disks
+	@$(BIN)/python -m pytest -q --slow tests/reliability tests/serving tests/runtime
+
 parity: $(READY)  ## compare with Diffusers, and write docs/parity.md
 	@$(BIN)/python -m pytest -q tests/families/test_parity.py --slow --parity-report docs/parity.md
 
 bench: $(READY)  ## the CPU benchmarks against Diffusers
-	@for script in startup operations overhead loading denoising_step; do $(BIN)/python -m benchmarks.$$script || exit 1; done
+	@for script in startup operations overhead loading denoising_step serving; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 clean:  ## remove the environment and what was made
 	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache
