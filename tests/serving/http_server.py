@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import httpx
 import uvicorn
@@ -91,17 +91,22 @@ class Running:
 
 
 def read_answer(sock: socket.socket) -> tuple[int, dict[str, str], Any]:
-    """Read one answer with a Content-Length; status 0 where the connection ends without one."""
+    """Read the one answer that is on its way; status 0 where the connection ends without one."""
     with sock.makefile("rb") as file:
-        line = file.readline()
-        if not line:
-            return 0, {}, None
-        headers = {}
-        while header := file.readline().decode().strip():
-            name, _, value = header.partition(":")
-            headers[name.lower()] = value.strip()
-        body = file.read(int(headers.get("content-length", 0)))
-        return int(line.split()[1]), headers, json.loads(body) if body else None
+        return next_answer(file)
+
+
+def next_answer(file: BinaryIO) -> tuple[int, dict[str, str], Any]:
+    """Read one answer with a Content-Length; others may follow."""
+    line = file.readline()
+    if not line:
+        return 0, {}, None
+    headers = {}
+    while header := file.readline().decode().strip():
+        name, _, value = header.partition(":")
+        headers[name.lower()] = value.strip()
+    body = file.read(int(headers.get("content-length", 0)))
+    return int(line.split()[1]), headers, json.loads(body) if body else None
 
 
 @contextlib.contextmanager

@@ -377,6 +377,22 @@ def test_readyz_tells_of_the_disk(tmp_path):
 # what is told
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"), [("http://evil.example", 403), ("null", 403), ("http://{host}", 200), (None, 200)]
+)
+def test_web_pages_of_others_are_not_answered_without_a_key(tmp_path, origin, status):
+    with running(tmp_path) as server, server.http() as http:
+        host = server.url.removeprefix("http://")
+        headers = {} if origin is None else {"origin": origin.format(host=host)}
+        answer = http.post(GENERATIONS, json={"prompt": PROMPT}, headers=headers)
+        assert answer.status_code == status
+        if status == 403:
+            assert_error(answer, 403)
+    with running(tmp_path / "key", key="a key of many characters") as server, server.http() as http:
+        answer = http.post(GENERATIONS, json={"prompt": PROMPT}, headers={"origin": "http://evil.example"})
+        assert answer.status_code == 200, "a page that knows the key may"
+
+
 def test_metrics(tmp_path):
     with running(tmp_path, step_seconds=0.005) as server, server.http() as http:
         http.post(GENERATIONS, json={"prompt": PROMPT, "n": 2})
@@ -398,12 +414,14 @@ def test_metrics(tmp_path):
         "safelight_request_duration_seconds_count 2.0",
         "safelight_queue_seconds_count 2.0",
         'safelight_stage_seconds_count{stage="denoising"} 2.0',
-        "safelight_step_seconds_count 2.0",
         "safelight_gpu_memory_bytes 0.0",
         "safelight_model_load_seconds 0.0",
-        "safelight_batch_size_count 0.0",
     ):
         assert line in text, line
+    counts = [
+        line.split()[1] for line in text.splitlines() if re.match("safelight_(step_seconds|batch_size)_count ", line)
+    ]
+    assert len(counts) == 2 and counts[0] == counts[1] and float(counts[0]) >= 3
 
 
 def test_the_schema_of_requests(http):

@@ -138,7 +138,7 @@ def test_videos_and_leaving_the_stream(slow_video, fault_family, tmp_path):
         for event in stream:
             if event.step >= 2:
                 break
-        stream.close()
+        del stream, event  # whoever leaves the loop closes it
         jobs = http.get("/v1/videos", params={"limit": 2}).json()["data"]
         assert [job["status"] for job in jobs] == ["failed", "failed"]
         assert {job["error"]["code"] for job in jobs} == {"cancelled"}

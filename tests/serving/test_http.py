@@ -10,7 +10,7 @@ import time
 import pytest
 
 from safelight.serving.limits import Limits
-from tests.serving.http_server import PROMPT, read_answer, running
+from tests.serving.http_server import PROMPT, next_answer, read_answer, running
 
 LIMITS = Limits(body_bytes=1 << 20, header_seconds=0.3, request_seconds=0.6, stalled_seconds=0.8, ping_seconds=0.05)
 GET = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -121,9 +121,9 @@ def test_the_rest_of_a_refused_body_is_bounded(server):
 
 
 def test_a_body_longer_than_its_length(server):
-    with server.connect(POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY + b"more of it\r\n\r\n") as sock:
-        assert read_answer(sock)[0] == 200
-        assert read_answer(sock)[0] == 400
+    request = POST + b"content-length: %d\r\n\r\n" % len(BODY) + BODY + b"more of it\r\n\r\n"
+    with server.connect(request) as sock, sock.makefile("rb") as file:
+        assert [next_answer(file)[0], next_answer(file)[0]] == [200, 400]
 
 
 def test_a_body_shorter_than_its_length(server):
@@ -166,6 +166,22 @@ def test_the_second_request_of_a_connection_has_deadlines_too(server):
         assert_form(read_answer(sock), 408, "request_timeout")
 
 
+def test_a_requests_time_begins_with_its_first_byte(tmp_path):
+    """Not with the connection's, nor with the end of a body that was refused on it."""
+    limits = Limits(body_bytes=1000, header_seconds=5.0, request_seconds=0.5)
+    request = POST + b"content-length: %d\r\n\r\n" % len(BODY)
+    with running(tmp_path, limits=limits) as server, server.connect() as sock, sock.makefile("rb") as file:
+        for opening in (b"", POST + b"content-length: 2000\r\n\r\n"):
+            sock.sendall(opening)
+            assert not opening or next_answer(file)[0] == 413
+            sock.sendall(b" " * 2000 if opening else b"")
+            time.sleep(1.0)
+            sock.sendall(request)
+            time.sleep(0.1)
+            sock.sendall(BODY)
+            assert next_answer(file)[0] == 200
+
+
 def test_a_connection_is_kept(server):
     with server.connect() as sock:
         for _ in range(3):
@@ -198,13 +214,9 @@ def test_a_request_behind_another_is_not_late(tmp_path):
         time.sleep(LIMITS.request_seconds * 1.5)
         server.call(server.engine.release)
         with sock.makefile("rb") as file:
-            for rest in (b" " * 1000, b""):
-                assert file.readline().startswith(b"HTTP/1.1 200")
-                sock.sendall(rest)
-                length = next(int(line.split()[1]) for line in file if line.startswith(b"content-length"))
-                while file.readline().strip():
-                    pass
-                file.read(length)
+            assert next_answer(file)[0] == 200
+            sock.sendall(b" " * 1000)
+            assert next_answer(file)[0] == 200
 
 
 def test_a_reader_that_takes_nothing_is_dropped(server):

@@ -124,7 +124,7 @@ def test_a_video_of_a_real_model(wan):
     video = api.videos.create_and_poll(prompt="a cat", size="80x48", extra_body=fields)
     assert (video.status, video.progress, video.size) == ("completed", 100, "80x48")
     content = api.videos.download_content(video.id).read()
-    with av.open(io.BytesIO(content)) as container:
+    with av.open(io.BytesIO(content), "r") as container:
         assert len(list(container.decode(video=0))) == 5
     for variant in ("thumbnail", "spritesheet"):
         with Image.open(io.BytesIO(api.videos.download_content(video.id, variant=variant).read())) as image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -166,7 +166,14 @@ class Ticket:
 
 
 class EngineClient(ABC):
-    """An engine, wherever it runs. Its methods are for the event loop's thread and never wait."""
+    """An engine, wherever it runs. Its methods are for the event loop's thread and never wait.
+
+    Attributes:
+        on_step: told of each denoising step: its seconds, and how many outputs shared it.
+
+    """
+
+    on_step: Callable[[float, int], None] | None = None
 
     @property
     @abstractmethod

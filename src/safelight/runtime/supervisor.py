@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class EngineSettings:
 
     Attributes:
         server_args: the engine's settings.
+        model_name: what the model is called in schema and files; None leaves it the name that it was loaded by.
         max_running: outputs that hold device memory at most.
         max_waiting: requests that may wait.
         batching: `exact` or `throughput`.
@@ -76,6 +77,7 @@ class EngineSettings:
     """
 
     server_args: ServerArgs = field(default_factory=ServerArgs)
+    model_name: str | None = None
     max_running: int = 4
     max_waiting: int = 64
     batching: str = "exact"
@@ -118,8 +120,6 @@ class Supervisor(EngineClient):
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.gave_up = asyncio.Event()
-        self.on_step: Callable[[float, int], None] | None = None
-        """Told of each denoising step: its seconds, and how many outputs shared it."""
         self._schema: ModelSchema | None = None
         self._state: State = "loading"
         self._stats = EngineStats()
@@ -349,7 +349,8 @@ class Supervisor(EngineClient):
             self._fail(message.request_id, by_code(message.code).rebuilt(message.message, message.param))
 
     def _take_loaded(self, message: Loaded) -> None:
-        self._schema = schema_from_wire(message.schema)
+        schema = schema_from_wire(message.schema)
+        self._schema = replace(schema, model=self.settings.model_name or schema.model)
         self._stats = replace(self._stats, load_seconds=message.load_seconds)
         if self._worker is not None:
             self._worker.ready = True

@@ -40,6 +40,7 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
             yield
         finally:
             await jobs.close(settings.drain_seconds)
+            context.close()
 
     context = Context(engine, jobs, settings)
     app = FastAPI(

@@ -7,12 +7,13 @@ import hashlib
 import hmac
 import logging
 import secrets
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safelight.errors import SafelightError
-from safelight.serving.errors import AuthenticationError, error_response
+from safelight.serving.errors import AuthenticationError, ForeignOriginError, error_response
 
 LIVE_PATH = "/livez"
 """The one route that needs no key."""
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 class KeyCheck:
     """Let a request in only with the server's key; every scope and every route but `/livez`.
+
+    Without a key everyone on the machine is let in, but not the web pages that they look at.
 
     Args:
         app: what is behind it.
@@ -35,7 +38,10 @@ class KeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401, or pass the request on."""
         open_to_all = scope["type"] == "lifespan" or self._digest is None
-        if open_to_all or (scope["type"] == "http" and scope["path"] == LIVE_PATH) or self._knows(scope):
+        if scope["type"] == "http" and self._digest is None and is_foreign(Headers(scope=scope)):
+            error = ForeignOriginError("without a key, web pages of another origin are not answered")
+            await error_response(error)(scope, receive, send)
+        elif open_to_all or (scope["type"] == "http" and scope["path"] == LIVE_PATH) or self._knows(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await error_response(AuthenticationError("a key is needed: Authorization: Bearer KEY"))(
@@ -48,6 +54,12 @@ class KeyCheck:
         given = Headers(scope=scope).get("authorization", "")
         assert self._digest is not None
         return hmac.compare_digest(_digest(given), self._digest)
+
+
+def is_foreign(headers: Headers) -> bool:
+    """Say whether a browser sends this for a page that is not the server's own: it may not spend what the user has."""
+    origin = headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != headers.get("host", "")
 
 
 def _digest(text: str) -> bytes:

@@ -28,7 +28,5 @@ def check_cost(params: SamplingParams, schema: ModelSchema, ceiling: float) -> N
         "n": (params.n or 1, params.n),
     }
     name = max(shares, key=lambda name: shares[name][0])
-    takes = (
-        f"less: steps x latent tokens x branches x outputs are {cost:,}, and at most {ceiling:,.0f} are done"
-    )
+    takes = f"less: steps x latent tokens x branches x outputs are {cost:,}, and at most {ceiling:,.0f} are done"
     raise InvalidParameterError(name, shares[name][1], takes)

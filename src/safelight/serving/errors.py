@@ -47,6 +47,13 @@ class TimedOutError(UsageError):
     code = "request_timeout"
 
 
+class ForeignOriginError(SafelightError):
+    """A web page of another origin sent the request, to a server that asks for no key."""
+
+    status = 403
+    code = "foreign_origin"
+
+
 class AuthenticationError(UsageError):
     """No key, or a wrong one."""
 

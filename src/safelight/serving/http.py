@@ -105,8 +105,8 @@ class HttpProtocol(H11Protocol):
             if self._discarded > _DISCARDED_BODIES * self.limits.body_bytes:
                 self.transport.abort()
                 return
-        if self.conn.their_state is h11.IDLE and self._deadline is None:
-            self._await_request()
+        if self.conn.their_state is h11.IDLE and not self._has_part_of_headers():
+            self._await_request()  # from its first byte, however long the connection was silent
         super().data_received(data)
         self._follow()
 

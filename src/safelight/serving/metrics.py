@@ -41,10 +41,11 @@ class Metrics:
         self._duration = self._histogram("request_duration_seconds", "from acceptance to the last output")
         self._queue = self._histogram("queue_seconds", "from acceptance to the first step")
         self._stage = self._histogram("stage_seconds", "in one stage, over a request's outputs", ["stage"])
-        self._step = self._histogram("step_seconds", "of one denoising step, on average over a request")
-        self.batch_size = Histogram(
+        self._step = self._histogram("step_seconds", "of one denoising step")
+        self._batch_size = Histogram(
             "safelight_batch_size", "model calls that ran as one", buckets=(1, 2, 4, 8, 16, 32), registry=registry
         )
+        engine.on_step = self._stepped
 
     def completed(
         self, task: str, seconds: float, queue_seconds: float, timings: Mapping[str, float], outputs: int, steps: int
@@ -65,8 +66,10 @@ class Metrics:
         self._queue.observe(queue_seconds)
         for stage, spent in timings.items():
             self._stage.labels(stage).observe(spent)
-        if steps and "denoising" in timings:
-            self._step.observe(timings["denoising"] / steps)
+
+    def _stepped(self, seconds: float, batch_size: int) -> None:
+        self._step.observe(seconds)
+        self._batch_size.observe(batch_size)
 
     def ended(self, task: str, status: int) -> None:
         """Count a generation that did not end well, by its HTTP status."""

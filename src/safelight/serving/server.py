@@ -184,6 +184,7 @@ def engine_settings(server_args: ServerArgs, serve_args: ServeArgs) -> EngineSet
     """Return what the supervisor needs to know."""
     return EngineSettings(
         server_args=server_args,
+        model_name=served_names(server_args, serve_args)[0],
         max_running=serve_args.max_running,
         max_waiting=serve_args.max_waiting,
         batching=serve_args.batching,
