@@ -27,6 +27,7 @@ from safelight.errors import (
 )
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest
+from safelight.runtime.messages import OutputMade
 from safelight.runtime.supervisor import EngineSettings, Supervisor
 from safelight.runtime.watch import UnitLimits
 from tests.runtime.conftest import request
@@ -252,6 +253,27 @@ def test_a_busy_worker_is_left_alone(fault_family, fault_model):
             for directive in ("sleep@denoising:1=3", "spin@denoising:1=3"):
                 await answer(ask(supervisor, f"[{directive}] a cat", directive))
             assert await pid_of(supervisor) == pid
+
+    drive(test())
+
+
+def test_a_message_that_cannot_be_understood_ends_the_worker_alone(fault_family, fault_model, expected):
+    async def test():
+        async with running(fault_model(name="served")) as supervisor:
+            pid, take = await pid_of(supervisor), supervisor._take
+
+            def confused(message, frames):
+                if isinstance(message, OutputMade) and message.request_id == "bad":
+                    raise ValueError("cannot reshape")
+                take(message, frames)
+
+            supervisor._take = confused
+            ask(supervisor, request_id="bad")
+            good = ask(supervisor, request_id="good")
+            while await pid_of(supervisor) == pid:
+                await asyncio.sleep(0.01)
+            supervisor._take = take
+            assert np.array_equal((await answer(good))[0].media[0], expected())
 
     drive(test())
 

@@ -112,6 +112,7 @@ class Scheduler:
             )
             self.channel.send(progress)
             return
+        assert all(output.dtype == torch.uint8 for output in req.outputs), "the API process asks for pil alone"
         arrays = [output.numpy() for output in req.outputs]
         shapes = [array.shape for array in arrays]
         params, seed = req.params.described(), req.params.seed

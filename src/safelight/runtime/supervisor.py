@@ -212,6 +212,8 @@ class Supervisor(EngineClient):
             self._worker = worker
             try:
                 reason = await self._serve(worker)
+                if self._state == "ready":
+                    self._state = "restarting"
             finally:
                 self._worker = None
                 await self._reap(worker)
@@ -246,9 +248,11 @@ class Supervisor(EngineClient):
         }
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            for part in done:
-                part.result()
-            return parts[next(iter(done))]
+            part = next(iter(done))
+            if part.exception() is not None:  # the worker's boundary: what it sends must not end the supervisor
+                logger.error("a message of the worker's cannot be understood", exc_info=part.exception())
+                return "sent nonsense"
+            return parts[part]
         finally:
             for part in parts:
                 part.cancel()

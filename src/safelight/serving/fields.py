@@ -25,6 +25,8 @@ QUALITIES: Mapping[str, float] = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh
 EFFECTLESS = ("moderation", "style", "user", "safety_identifier")
 """Accepted, so that clients written for other servers work, and named in the warnings."""
 NOT_OFFERED: Mapping[str, str] = {"output_type": "use output_format"}
+OUTPUT_TYPE = "pil"
+"""What the engine gives, whatever the model's default is: pixels of 8 bits."""
 REFUSED: Mapping[str, str] = {**NOT_OFFERED, "mask": "this model cannot use a mask"}
 """What is not taken, and what to say of it."""
 INPUT_REFERENCE = "input_reference"
@@ -191,6 +193,7 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
         model[target] = images if options[target].kind == "images" else images[0]
     size = asked.own.get("size", "auto")
     model.update(_size_fields(size, model, schema))
+    model["output_type"] = OUTPUT_TYPE
     model.update(_quality_fields(asked.own.get("quality", "auto"), model, schema))
     try:
         params, warnings = prepare(schema, model)

@@ -117,7 +117,7 @@ def _sorted(body: Body, schema: ModelSchema, limits: Limits, edits: bool) -> Ask
 
 
 def prefers_async(request: Request) -> bool:
-    """Say whether a client wants a job instead of an answer (RFC 7240)."""
+    """Say whether a client asks for a job instead of an answer (RFC 7240)."""
     preferences = ",".join(request.headers.getlist("prefer")).split(",")
     return "respond-async" in [preference.partition(";")[0].strip().lower() for preference in preferences]
 

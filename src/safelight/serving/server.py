@@ -51,7 +51,7 @@ class Server:
     Args:
         server_args: of the engine.
         serve_args: of HTTP, queue and storage.
-        say: told, in a line each, what a person wants to know of the start and the end.
+        say: told, in a line each, what a person needs to know of the start and the end.
 
     """
 
