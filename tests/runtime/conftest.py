@@ -15,10 +15,11 @@ from safelight.loading.loader import load_pipeline
 def fault_model(tmp_path):
     """Return a function that writes a model's folder."""
 
-    def make(pipeline_name="FaultPipeline", step_seconds=0.0, name="model"):
+    def make(pipeline_name="FaultPipeline", step_seconds=0.0, name="model", **details):
         folder = tmp_path / name
         folder.mkdir()
         index = {"_class_name": pipeline_name, "_diffusers_version": "0.42.1", "step_seconds": step_seconds}
+        index.update(details)
         (folder / "model_index.json").write_text(json.dumps(index))
         return folder
 
@@ -29,8 +30,8 @@ def fault_model(tmp_path):
 def fault_pipeline(fault_family, fault_model):
     """Return a loaded pipeline of the given class."""
 
-    def load(pipeline_name="FaultPipeline", step_seconds=0.0):
-        return load_pipeline(ServerArgs(str(fault_model(pipeline_name, step_seconds)), device="cpu"))
+    def load(pipeline_name="FaultPipeline", step_seconds=0.0, **details):
+        return load_pipeline(ServerArgs(str(fault_model(pipeline_name, step_seconds, **details)), device="cpu"))
 
     return load
 

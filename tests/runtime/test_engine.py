@@ -252,3 +252,31 @@ def test_what_is_resident_goes_before_its_equals(fault_pipeline, monkeypatch):
     object.__setattr__(tasks[0].calls[0], "component", "elsewhere")
     monkeypatch.setattr(engine.pipeline.residency, "is_resident", lambda name: name != "elsewhere")
     assert engine.order(tasks, engine.clock())[0] is tasks[1]
+
+
+@pytest.mark.parametrize("decoded_before", [0, 1])
+def test_a_long_decoding_stalls_nobody_for_longer_than_a_unit(fault_pipeline, clock, decoded_before):
+    """Neither the first of its kind, nor one whose length is known."""
+    pipeline = fault_pipeline("FaultVideoPipeline", step_seconds=1.0, decode_seconds=5.0)
+    engine = Engine(pipeline, max_running=2, clock=clock)
+
+    def add(name, num_frames, num_steps):
+        return engine.add(request(pipeline, request_id=name, num_frames=num_frames, num_inference_steps=num_steps))
+
+    short = add("short", 1, 6)
+    drive(engine)
+    for index in range(decoded_before):
+        add(f"known {index}", 41, 2)
+        drive(engine)
+    long = add("long", 41, 2)
+    while not long.tail_seconds >= 10:
+        engine.tick()
+    begun = clock.now
+    short = add("short again", 1, 6)
+    while not short.done:
+        engine.tick()
+    alone, unit = 6 * 1.0 + 5.0, 5.0
+    assert clock.now - begun <= alone + 2 * unit
+    assert not long.done
+    drive(engine)
+    assert long.error is None

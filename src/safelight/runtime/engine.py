@@ -149,7 +149,7 @@ class Engine:
 
     def _resume(self, tasks: Sequence[Task]) -> None:
         """Do a unit of each, the model calls of several in common."""
-        kind, steps = tasks[0].kind, [task.execution.req.step_index for task in tasks]
+        kind, steps_left = tasks[0].kind, [task.steps_left for task in tasks]
         self.watch.begin(kind, [task.request_id for task in tasks])
         begun = self.clock()
         for task in tasks:
@@ -159,11 +159,19 @@ class Engine:
         now = self.clock()
         seconds = now - begun  # each had the device for all of it, alone or with others
         self.policy.record(tasks, now, seconds)
-        for task, step in zip(tasks, steps, strict=True):
-            task.step_seconds = seconds if task.execution.req.step_index > step and task.error is None else None
-            if task.step_seconds is not None:
-                self.policy.step_seconds.record(task.step_cost, seconds)
+        for task, before in zip(tasks, steps_left, strict=True):
+            self._learn(task, before, seconds)
         self.watch.end(kind, seconds)
+
+    def _learn(self, task: Task, steps_left: int, seconds: float) -> None:
+        """Remember what a unit took, of a task that had so many steps left before."""
+        task.step_seconds = seconds if task.steps_left < steps_left and task.error is None else None
+        if task.step_seconds is not None:
+            self.policy.step_seconds.record(task.step_cost, seconds)
+        elif not steps_left:
+            task.tail_seconds += seconds
+        if task.done and task.error is None:
+            self.policy.tail_seconds.record(task.step_cost, task.tail_seconds)
 
     def _results(self, tasks: Sequence[Task]) -> Sequence[list[Prediction] | None]:
         """Make the calls of the tasks in common; None leaves them to each task."""

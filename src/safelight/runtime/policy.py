@@ -29,6 +29,7 @@ class Task:
         deadline: when it is too late to begin it.
         on_device: whether its tensors are on the device.
         step_seconds: what its last unit took, if that was a denoising step.
+        tail_seconds: what it has needed since its last step: to decode, for example.
         done: whether it has ended, by itself or with `error`.
         error: what ended it.
 
@@ -42,6 +43,7 @@ class Task:
     deadline: float = math.inf
     on_device: bool = False
     step_seconds: float | None = None
+    tail_seconds: float = 0.0
     done: bool = False
     error: Exception | None = None
 
@@ -103,6 +105,7 @@ class Policy:
 
     Attributes:
         step_seconds: how long a step takes, by its cost.
+        tail_seconds: how long everything after the last step takes, by a step's cost.
         owed: the task that has had less than its share, if the last order began with one.
 
     """
@@ -110,6 +113,7 @@ class Policy:
     def __init__(self, share: float = 0.1, window: float = 60.0) -> None:
         self.share, self.window = share, window
         self.step_seconds: Durations[int] = Durations()
+        self.tail_seconds: Durations[int] = Durations()
         self.owed: Task | None = None
         self._longest, self._oldest = Role(window), Role(window)
 
@@ -151,8 +155,16 @@ class Policy:
         return None
 
     def remaining(self, task: Task) -> float:
-        """Return the seconds of denoising that a task still needs."""
-        return task.steps_left * self.step_time(task.step_cost)
+        """Return the seconds that a task still needs.
+
+        What comes after the steps takes as long as it did before for others; one that needs longer is expected to need
+        as long again, so that a long decoding does not stay at the head for ever.
+        """
+        step = self.step_time(task.step_cost)
+        tail = self.tail_seconds.median(task.step_cost)
+        expected = step if tail is None else tail
+        tail_left = expected - task.tail_seconds if task.tail_seconds < expected else task.tail_seconds
+        return task.steps_left * step + tail_left
 
     def step_time(self, cost: int) -> float:
         """Return a step's median duration; of a cost that never ran, in proportion to those that did."""

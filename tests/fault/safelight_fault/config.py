@@ -19,6 +19,7 @@ class FaultConfig(PipelineConfig):
     frame_step: ClassVar[int] = 1
 
     step_seconds: float
+    decode_seconds: float
 
     @classmethod
     def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
@@ -29,6 +30,7 @@ class FaultConfig(PipelineConfig):
             vae_scale=1.0,
             vae_shift=0.0,
             step_seconds=component_configs["model_index"].get("step_seconds", 0.0),
+            decode_seconds=component_configs["model_index"].get("decode_seconds", 0.0),
         )
 
     def model_schema(self, model: str, pipeline_name: str, params_cls: Any, defaults: Any) -> ModelSchema:

@@ -127,7 +127,10 @@ class Denoising(DenoisingStage):
 
 
 class Decoding(PipelineStage):
-    """Shows the latents, each as a block of 8x8 pixels; a video in units of four frames."""
+    """Shows the latents, each as a block of 8x8 pixels; a video in units of four frames, which take their time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
     def run(self, batch: Any, server_args: ServerArgs) -> Any:
         """Fill `outputs`."""
@@ -141,6 +144,7 @@ class Decoding(PipelineStage):
         for index in range(len(batch.latents)):
             if index:
                 yield []
+            FaultPipeline.sleep(self.seconds)
             block = batch.latents[index].repeat_interleave(8, 0).repeat_interleave(8, 1)
             batch.outputs += [block[None]] * (1 if index == 0 else 4)
         made = torch.cat(batch.outputs)
@@ -160,7 +164,7 @@ class FaultPipeline(ComposedPipeline):
         self._modules["transformer"] = Transformer(self.config.step_seconds).requires_grad_(False)
         self.add_stage(Encoding(), "encoding")
         self.add_stage(Denoising(self.config), "denoising")
-        self.add_stage(Decoding(), "decoding")
+        self.add_stage(Decoding(self.config.decode_seconds), "decoding")
 
 
 class FaultVideoPipeline(FaultPipeline):
