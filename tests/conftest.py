@@ -67,7 +67,7 @@ def fault_path():
     sys.path.remove(str(FAULT))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def fault_family(fault_path):
     """Register the pipelines here and in processes that are started."""
     registry.pipelines()
