@@ -118,11 +118,8 @@ def test_schema_states_the_defaults_that_are_used(run, checkpoints, variant):
 def test_the_options_of_generate_are_the_properties_of_the_schema(run, checkpoints, variant):
     folder = checkpoints.folder(variant)
     flags = re.findall(r"^  (?:-\w, )?--([\w-]+)", run("generate", "--model", folder, "--help").out, re.MULTILINE)
-    others = (
-        {field.name for field in dataclasses.fields(ServerArgs)}
-        | {"output", "overwrite", "help"}
-        | {"server", "api_key_file"}
-    )
+    own = {"output", "overwrite", "server", "api_key_file", "help"}
+    others = {field.name for field in dataclasses.fields(ServerArgs)} | own
     offered = {flag.replace("-", "_") for flag in flags} - others
     assert offered == schema(run, folder)["properties"].keys() - {"prompt", "output_type"}
     assert others <= {flag.replace("-", "_") for flag in flags}

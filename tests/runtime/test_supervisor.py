@@ -150,6 +150,10 @@ def test_cancel_stops_work_and_answers_at_once(fault_family, fault_model):
             await answer(ask(supervisor, request_id="r2", num_inference_steps=1))
             assert time.monotonic() - begun < 5, "the long one would have taken 50 s"
             assert supervisor.stats.num_running == 0
+            steps = []
+            supervisor.on_step = lambda seconds, rows: steps.append(seconds)
+            await asyncio.sleep(0.5)
+            assert steps == [], "the worker goes on with what was cancelled"
 
     drive(test())
 
