@@ -225,7 +225,10 @@ class Supervisor(EngineClient):
         socket, board = self._folder / f"{number}.ipc", self._folder / f"{number}.unit"
         channel = ServerChannel(socket)
         command = [sys.executable, "-m", "safelight.runtime.worker", str(socket), str(board), str(os.getpid())]
-        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
+        # A session of its own: an interrupt at the terminal is the supervisor's, who decides when the worker ends.
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+        )
         worker = _Worker(process, channel, UnitBoard(board))
         start = Start(
             server_args=asdict(self.settings.server_args),
