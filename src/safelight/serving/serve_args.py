@@ -57,7 +57,7 @@ class ServeArgs:
     max_waiting: int = serve_setting(64, "Requests that may wait.", 1, 100_000)
     max_cost: float = serve_setting(20e6, "Steps x latent tokens x branches x outputs of a request at most.", 1)
     batching: str = serve_setting("exact", "exact, or throughput: stack the model calls of several requests.")
-    share: float = serve_setting(0.1, "Share of device time that the longest request, and the oldest, always get.", 0, 1)
+    share: float = serve_setting(0.1, "Share of device time that the longest request and the oldest always get.", 0, 1)
     warm_up: bool = serve_setting(True, "Run one small request before the server is ready.")
     keep_hours: float = serve_setting(24.0, "Hours for which finished jobs are kept.", 0)
     max_storage: int | None = serve_setting(None, "Bytes of all outputs together.  [default: no limit]", 1)
