@@ -46,7 +46,7 @@ GRID = 8
 # Share of the loss that the patches hold where the shape may be.
 SHAPE_WEIGHT = 0.75
 # How often drawings of a kind are taken, against once for the others: small points are what is learnt last.
-FREQUENCIES = {("large", "star"): 1.5, ("small", "star"): 5.0}
+FREQUENCIES = {("large", "star"): 1.5, ("small", "star"): 7.0}
 
 
 class Examples:
