@@ -178,7 +178,7 @@ def test_a_huge_picture_is_refused_from_its_header(tmp_path, size):
     assert path.stat().st_size < 200
     tracemalloc.start()
     try:
-        with pytest.raises(InvalidParameterError, match=r"^image: got .*bomb\.png"):
+        with pytest.raises(InvalidParameterError, match=r"^image: got .*bomb"):
             media.open_image(path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
