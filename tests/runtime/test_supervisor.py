@@ -27,7 +27,7 @@ from safelight.errors import (
 )
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest
-from safelight.runtime.messages import OutputMade
+from safelight.runtime.messages import Heartbeat, OutputMade, Progressed
 from safelight.runtime.supervisor import EngineSettings, Supervisor
 from safelight.runtime.watch import UnitLimits
 from tests.runtime.conftest import request
@@ -261,23 +261,42 @@ def test_a_busy_worker_is_left_alone(fault_family, fault_model):
     drive(test())
 
 
-def test_a_message_that_cannot_be_understood_ends_the_worker_alone(fault_family, fault_model, expected):
+@pytest.mark.parametrize("kind", [OutputMade, Progressed])
+def test_a_message_that_cannot_be_understood_ends_its_request_alone(fault_family, fault_model, expected, kind):
     async def test():
         async with running(fault_model(name="served")) as supervisor:
             pid, take = await pid_of(supervisor), supervisor._take
 
             def confused(message, frames):
-                if isinstance(message, OutputMade) and message.request_id == "bad":
+                if isinstance(message, kind) and message.request_id == "bad":
                     raise ValueError("cannot reshape")
                 take(message, frames)
 
             supervisor._take = confused
-            ask(supervisor, request_id="bad")
-            good = ask(supervisor, request_id="good")
-            while await pid_of(supervisor) == pid:
-                await asyncio.sleep(0.01)
-            supervisor._take = take
+            bad, good = ask(supervisor, request_id="bad"), ask(supervisor, request_id="good")
+            with pytest.raises(SafelightError, match="cannot be understood"):
+                await answer(bad)
             assert np.array_equal((await answer(good))[0].media[0], expected())
+            assert await pid_of(supervisor) == pid
+
+    drive(test())
+
+
+def test_a_worker_that_sends_nonsense_is_replaced(fault_family, fault_model, expected):
+    async def test():
+        async with running(fault_model(name="served")) as supervisor:
+            pid, take = await pid_of(supervisor), supervisor._take
+            nonsense = [ValueError("not a heartbeat")]
+
+            def confused(message, frames):
+                if isinstance(message, Heartbeat) and nonsense:
+                    raise nonsense.pop()
+                take(message, frames)
+
+            supervisor._take = confused
+            while nonsense or await pid_of(supervisor) == pid:
+                await asyncio.sleep(0.01)
+            assert np.array_equal((await answer(ask(supervisor)))[0].media[0], expected())
 
     drive(test())
 

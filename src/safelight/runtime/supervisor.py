@@ -274,7 +274,14 @@ class Supervisor(EngineClient):
             if isinstance(message, LoadFailed):
                 self._load_failed(message)
                 return
-            self._take(message, frames)
+            try:
+                self._take(message, frames)
+            except Exception:  # a request's boundary: what is said of one ends that one
+                if not isinstance(message, Progressed | OutputMade | Failed):
+                    raise
+                logger.exception("a message about request %s cannot be understood", message.request_id)
+                self._send(Cancel(message.request_id))
+                self._fail(message.request_id, SafelightError("the request's result cannot be understood"))
 
     async def _watch(self, worker: _Worker) -> None:
         """Return when the worker takes too long for a unit, or is silent for too long."""
