@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -144,7 +145,7 @@ def register_stub() -> None:
     if str(FAULT) not in sys.path:
         sys.path.insert(0, str(FAULT))
     if "FaultPipeline" not in registry.pipelines():
-        __import__("safelight_fault.register")
+        importlib.import_module("safelight_fault.register")
 
 
 def fairness(images: int) -> None:

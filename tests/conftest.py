@@ -71,10 +71,10 @@ def fault_path():
 def fault_family(fault_path):
     """Register the pipelines here and in processes that are started."""
     registry.pipelines()
-    known = dict(registry._entries)
     from safelight_fault import register
 
     registry._entries.update({**registry._entries, **registered(register)})
+    known = {name: entry for name, entry in registry._entries.items() if entry.model_family != "fault"}
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(FAULT) if before is None else f"{FAULT}:{before}"
     yield

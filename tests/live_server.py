@@ -28,10 +28,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def fault_model(folder: Path, pipeline_name: str = "FaultPipeline", step_seconds: float = 0.0) -> Path:
+def fault_model(
+    folder: Path, pipeline_name: str = "FaultPipeline", step_seconds: float = 0.0, decode_seconds: float = 0.0
+) -> Path:
     """Write a model that fails on demand."""
     folder.mkdir(parents=True)
-    index = {"_class_name": pipeline_name, "_diffusers_version": "0.42.1", "step_seconds": step_seconds}
+    index: dict[str, Any] = {"_class_name": pipeline_name, "_diffusers_version": "0.42.1"}
+    index |= {"step_seconds": step_seconds, "decode_seconds": decode_seconds}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
@@ -75,6 +78,10 @@ class LiveServer:
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         threads = path.parent.parent.glob("*/children") if path.exists() else []
         return sorted(int(pid) for thread in threads for pid in thread.read_text().split())
+
+    def num_descriptors(self) -> int:
+        """Return how many files and sockets the server itself holds open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def worker(self) -> int:
         """Return its worker's process id, once there is one."""

@@ -99,9 +99,11 @@ class RemoteEngine:
         for single in each:
             if single.output_type == "latent":
                 raise InvalidParameterError("output_type", "latent", "pil, np or pt, from a server")
-        jobs = [self._submit(single) for single in each]
+        jobs: list[str] = []
         finished = 0
         try:
+            for single in each:
+                jobs.append(self._submit(single))
             for index, (single, job_id) in enumerate(zip(each, jobs, strict=True)):
                 for event in self._events(job_id):
                     if event.type == "failed":
@@ -125,7 +127,7 @@ class RemoteEngine:
             response = self._answer("POST", path, json=body, headers=headers)
             if response.status_code != QueueFullError.status or time.monotonic() > end:
                 return str(_checked(response)["id"])
-            time.sleep(min(10.0, float(response.headers.get("retry-after", "1"))))
+            time.sleep(_retry_seconds(response))
 
     def _events(self, job_id: str) -> Iterator[_Event]:
         """Yield a job's events to its last."""
@@ -194,6 +196,12 @@ def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _retry_seconds(response: httpx.Response) -> float:
+    """Return how long a full server asks to be left alone, at most ten seconds."""
+    asked = response.headers.get("retry-after", "")
+    return min(10.0, float(asked)) if asked.isdecimal() else 1.0
 
 
 def _checked(response: httpx.Response) -> Any:

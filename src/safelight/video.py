@@ -5,24 +5,36 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from safelight import media
 from safelight.errors import InvalidParameterError, OutputError
 
-Frames = NDArray[np.uint8]
-"""[T, H, W, 3]."""
+
+class Frames(Protocol):
+    """uint8 [T, H, W, 3], in memory or in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[T, H, W, 3]."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield frames, [H, W, 3]."""
+        ...
+
 
 METADATA_TAG = "comment"
 CRF = "18"
 """Constant quality of H.264: visually lossless, by common experience."""
+LOOKAHEAD = "20"
+"""Frames that H.264's rate control looks ahead, of which it keeps several copies: half of what its preset has."""
 BT709 = 1
 """Of colour primaries, transfer and matrix alike, in H.264's tables."""
 LIMITED_RANGE = 1
@@ -35,7 +47,7 @@ def _mp4(frames: Frames, path: Path, fps: int, metadata: str) -> None:
     options = {"movflags": "+faststart+use_metadata_tags"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
         container.metadata[METADATA_TAG] = metadata
-        stream = container.add_stream("libx264", rate=fps, options={"crf": CRF, "preset": "medium"})
+        stream = container.add_stream("libx264", rate=fps, options={"crf": CRF, "preset": "medium", "rc-lookahead": LOOKAHEAD})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
@@ -52,12 +64,12 @@ def _mp4(frames: Frames, path: Path, fps: int, metadata: str) -> None:
 
 
 def _webp(frames: Frames, path: Path, fps: int, metadata: str) -> None:
-    first, *others = (Image.fromarray(frame) for frame in frames)
-    first.save(
+    images = (Image.fromarray(frame) for frame in frames)
+    next(images).save(
         path,
         format="WEBP",
         save_all=True,
-        append_images=others,
+        append_images=images,
         duration=round(1000 / fps),
         loop=0,
         quality=90,

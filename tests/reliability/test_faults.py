@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
+import io
 import threading
 import time
 
 import pytest
+from PIL import Image
 
 from tests.live_server import generate
-from tests.reliability.conftest import CONTROL, assert_error, gauge, until
+from tests.reliability.conftest import CONTROL, Healthy, assert_error, gauge, until, video_of
 
 
 @pytest.mark.parametrize("where", ["encoding", "denoising:1", "decoding"])
@@ -26,9 +29,34 @@ def test_a_failing_request_is_answered_by_name(pictures, healthy, what, where, s
     healthy()
 
 
+def test_where_a_model_was_loaded_from_is_nobodys_business(pictures, healthy):
+    paths = ("/v1/models", "/openapi.json", "/metrics", "/v1/models/model/schema", "/readyz")
+    with pictures.http() as http:
+        answers = [http.get(path).text for path in paths]
+        answers += [generate(http, CONTROL).text, generate(http, "[raise@denoising] a cat").text]
+        picture = base64.b64decode(generate(http, CONTROL).json()["data"][0]["b64_json"])
+    parameters = str(Image.open(io.BytesIO(picture)).info["parameters"])
+    assert '"model": "model"' in parameters
+    for answer in (*answers, parameters):
+        assert str(pictures.log.parent) not in answer and "/model" not in answer.replace("/v1/model", "")
+    healthy()
+
+
 def test_nan_is_never_a_picture(pictures, healthy):
     with pictures.http() as http:
         assert_error(generate(http, "[nan@denoising:1] a cat"), 500, "non_finite_output")
+    healthy()
+
+
+@pytest.mark.parametrize(("stage", "prompt"), [("encoding", "[sleep@encoding=1.5] a cat"), ("decoding", "a cat")])
+def test_delete_stops_a_job_outside_its_loop_at_its_next_unit(clips, stage, prompt):
+    """Decoding the whole video would take 25 s, in units of 0.25 s."""
+    healthy = Healthy(clips, video_of)
+    with clips.http() as http:
+        job = http.post("/v1/videos", json={"prompt": prompt, "num_frames": 397}).json()["id"]
+        until(lambda: http.get(f"/v1/jobs/{job}").json()["stage"] == stage)
+        assert http.delete(f"/v1/jobs/{job}").json()["error"]["code"] == "cancelled"
+        until(lambda: "safelight_requests_running 0.0" in http.get("/metrics").text, 4)
     healthy()
 
 

@@ -25,6 +25,24 @@ def drive(engine, until=None):
         assert engine.tick()
 
 
+@pytest.mark.parametrize("units", range(1, 9))
+@pytest.mark.parametrize("batching", ["exact", "throughput"])
+def test_a_cancelled_request_does_not_one_unit_more(fault_pipeline, monkeypatch, batching, units):
+    """Wherever it is: before its encoding, in its loop of two steps, or in one of the five units of its decoding."""
+    pipeline = fault_pipeline("FaultVideoPipeline", step_seconds=1.0, decode_seconds=2.0)
+    slept: list[float] = []
+    monkeypatch.setattr(type(pipeline).__mro__[1], "sleep", staticmethod(slept.append))
+    engine = Engine(pipeline, batching=batching)
+    task = engine.add(request(pipeline, num_inference_steps=2, num_frames=17))
+    while len(slept) < units and not task.done:
+        engine.tick()
+    before = list(slept)
+    assert len(before) == min(units, 7) and before == [5.0, 5.0, 2.0, 2.0, 2.0, 2.0, 2.0][: len(before)]
+    engine.cancel("r0")
+    assert not engine.tick() and slept == before
+    assert task.done and task.execution.req.pending == []
+
+
 PROMPTS = [("a cat", 4), ("a large dog", 7), ("an owl at night", 2), ("x", 9), ("a cat", 4), ("two", 5)]
 
 

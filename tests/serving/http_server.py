@@ -115,7 +115,7 @@ def running(
 ) -> Iterator[Running]:
     """Run a server until the block ends."""
     settings = Settings(NAMES, key, poll_after_ms=20, drain_seconds=1.0, limits=limits or Limits())
-    schema = dataclasses.replace(schema, model="/models/secret-folder")
+    schema = dataclasses.replace(schema, model=NAMES[0])
     engine = StubEngine(schema, **stub)
     jobs = JobManager(SqliteJobStore(folder / "state"), Outputs(folder / "outputs"), engine)
     server = uvicorn.Server(uvicorn_config(create_app(engine, jobs, settings), settings.limits))

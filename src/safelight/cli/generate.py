@@ -127,7 +127,7 @@ class GenerateCommand(click.Command):
             name, separator, value = argument.partition("=")
             if name.removeprefix("--") in values and name.startswith("--"):
                 values[name.removeprefix("--")] = value if separator else next(iter(args[index + 1 :]), None)
-        ctx.obj = source = _source(values)
+        ctx.obj = source = _source(ctx, values)
         sampling = sampling_options(source.params_cls(), source.defaults())
         self.params = [*GENERATE_OPTIONS, *sampling, *engine_options()]
         return super().parse_args(ctx, args)
@@ -162,8 +162,8 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     console.print(f"seed {seeds}, {event.num_inference_steps} steps, {seconds:.1f} s", style="dim", highlight=False)
 
 
-def _source(values: dict[str, str | None]) -> Source:
-    """Return what the arguments name."""
+def _source(ctx: click.Context, values: dict[str, str | None]) -> Source:
+    """Return what the arguments name; a connection is closed when the command ends, however it does."""
     if values["server"] is None:
         name, backend = values["model"], values["backend"] or "auto"
         return LocalModel(open_repository(name, values["revision"], backend=backend, weights=False))
@@ -171,7 +171,9 @@ def _source(values: dict[str, str | None]) -> Source:
     from safelight.serving.serve_args import read_key
 
     key_file = values["api-key-file"] or os.environ.get(API_KEY_FILE_VARIABLE)
-    return ServedModel(RemoteEngine(values["server"], read_key(key_file) if key_file else None))
+    engine = RemoteEngine(values["server"], read_key(key_file) if key_file else None)
+    ctx.call_on_close(engine.close)
+    return ServedModel(engine)
 
 
 def check_files(output: Path | None, overwrite: bool, schema: ModelSchema, params: SamplingParams) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import SafelightError
+from safelight.runtime.spool import SpooledFrames
 
 State = Literal["loading", "ready", "restarting", "failed", "draining"]
 
@@ -67,12 +68,16 @@ class Progress:
         return min(99, 100 * self.step // self.num_inference_steps) if self.num_inference_steps else 0
 
 
+Media = NDArray[np.uint8] | SpooledFrames
+"""A picture, or a video that may lie in a file."""
+
+
 @dataclass(frozen=True)
 class Output:
     """One finished output: one prompt, one seed.
 
     Attributes:
-        media: uint8; pictures [H, W, C] of 3 or 4 channels, or videos [T, H, W, 3].
+        media: uint8; pictures [H, W, C] of 3 or 4 channels, or videos [T, H, W, 3], long ones in files.
         seed: of its noise.
         params: resolved, for this output alone, as JSON can hold them; images by their sizes.
         timings: seconds of each stage.
@@ -80,11 +85,17 @@ class Output:
 
     """
 
-    media: list[NDArray[np.uint8]]
+    media: list[Media]
     seed: int
     params: Mapping[str, Any]
     timings: Mapping[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    def pictures(self) -> list[NDArray[np.uint8]]:
+        """Return the media of a model that makes pictures."""
+        pictures = [array for array in self.media if isinstance(array, np.ndarray)]
+        assert len(pictures) == len(self.media), "only videos lie in files"
+        return pictures
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,16 @@ from safelight.errors import (
     WorkerLostError,
     by_code,
 )
-from safelight.runtime.client import EngineClient, EngineStats, GenerationRequest, Output, Progress, State, Ticket
+from safelight.runtime.client import (
+    EngineClient,
+    EngineStats,
+    GenerationRequest,
+    Media,
+    Output,
+    Progress,
+    State,
+    Ticket,
+)
 from safelight.runtime.messages import (
     Cancel,
     Failed,
@@ -218,7 +227,7 @@ class Supervisor(EngineClient):
                 self._worker = None
                 await self._reap(worker)
             self._mourn(worker, reason)
-            worker.board.close()
+            worker.board.remove()
 
     async def _spawn(self) -> _Worker:
         number = self._stats.num_restarts
@@ -269,13 +278,13 @@ class Supervisor(EngineClient):
     async def _receive_all(self, worker: _Worker) -> None:
         """Take messages until the worker says that it cannot load."""
         while True:
-            message, frames = await worker.channel.receive()
+            message, arrays = await worker.channel.receive()
             worker.heard = time.monotonic()
             if isinstance(message, LoadFailed):
                 self._load_failed(message)
                 return
             try:
-                self._take(message, frames)
+                self._take(message, arrays)
             except Exception:  # a request's boundary: what is said of one ends that one
                 if not isinstance(message, Progressed | OutputMade | Failed):
                     raise
@@ -350,7 +359,7 @@ class Supervisor(EngineClient):
 
     # Messages
 
-    def _take(self, message: FromWorker, frames: Sequence[memoryview]) -> None:
+    def _take(self, message: FromWorker, arrays: Sequence[Media]) -> None:
         if isinstance(message, Heartbeat):
             self._take_heartbeat(message)
         elif isinstance(message, Loaded):
@@ -358,7 +367,7 @@ class Supervisor(EngineClient):
         elif isinstance(message, Progressed):
             self._take_progress(message)
         elif isinstance(message, OutputMade):
-            self._take_output(message, frames)
+            self._take_output(message, arrays)
         elif isinstance(message, Failed):
             self._fail(message.request_id, by_code(message.code).rebuilt(message.message, message.param))
 
@@ -406,13 +415,11 @@ class Supervisor(EngineClient):
         )
         live.ticket.advance(progress)
 
-    def _take_output(self, message: OutputMade, frames: Sequence[memoryview]) -> None:
+    def _take_output(self, message: OutputMade, arrays: Sequence[Media]) -> None:
         live = self._live.get(message.request_id)
         if live is None:
             return
-        media = [
-            np.frombuffer(frame, np.uint8).reshape(shape) for frame, shape in zip(frames, message.shapes, strict=True)
-        ]
+        media = [array.reshape(shape) for array, shape in zip(arrays, message.shapes, strict=True)]
         output = Output(media, message.seed, message.params, message.timings, message.warnings)
         live.outputs[message.output_index] = output
         if len(live.outputs) == live.ticket.progress.num_outputs:

@@ -1,10 +1,12 @@
 """Messages over one ZeroMQ socket in a directory that only its owner may enter. Imports no torch.
 
-A message on the wire is one frame of msgpack and a frame for each array beside it.
+A message on the wire is one frame of msgpack, one that lists which arrays lie in files, and a frame for each array: its
+bytes, or the name of its file in the socket's directory.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -18,11 +20,17 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from safelight.runtime.messages import Array, FromWorker, Heartbeat, ToWorker
+from safelight.errors import StorageFullError
+from safelight.runtime.client import Media
+from safelight.runtime.messages import Array, Failed, FromWorker, Heartbeat, OutputMade, ToWorker
+from safelight.runtime.spool import SPOOLED_BYTES, SpooledFrames, spool
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.1
 _ENCODER = msgspec.msgpack.Encoder()
 _TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_SPOOLED = msgspec.msgpack.Decoder(list[int])
 _FROM_WORKER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 Parcel = tuple[Any, Sequence[Array]]
@@ -31,6 +39,15 @@ Parcel = tuple[Any, Sequence[Array]]
 def to_frames(message: ToWorker | FromWorker, arrays: Sequence[Array] = ()) -> list[bytes | memoryview]:
     """Return a message's frames; arrays are not copied."""
     return [_ENCODER.encode(message), *(np.ascontiguousarray(array).data.cast("B") for array in arrays)]
+
+
+def spooled_frames(message: FromWorker, arrays: Sequence[Array], folder: Path) -> list[bytes | memoryview]:
+    """Return a message's frames for the API process, with long videos in files."""
+    first, *others = to_frames(message, arrays)
+    large = [index for index, array in enumerate(arrays) if array.ndim == 4 and array.nbytes >= SPOOLED_BYTES]
+    for index in large:
+        others[index] = spool(memoryview(others[index]), folder)
+    return [first, _ENCODER.encode(large), *others]
 
 
 class ServerChannel:
@@ -42,6 +59,7 @@ class ServerChannel:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -53,15 +71,20 @@ class ServerChannel:
         """Queue a message; the socket keeps what the worker has not taken yet."""
         await self._socket.send_multipart(to_frames(message, arrays), copy=len(arrays) == 0)
 
-    async def receive(self) -> tuple[FromWorker, list[memoryview]]:
-        """Wait for the next message, with its arrays' bytes."""
-        first, *others = await self._socket.recv_multipart(copy=False)
-        return _FROM_WORKER.decode(first.buffer), [frame.buffer for frame in others]
+    async def receive(self) -> tuple[FromWorker, list[Media]]:
+        """Wait for the next message, with its arrays: their bytes, [N] uint8."""
+        first, second, *others = await self._socket.recv_multipart(copy=False)
+        large = _SPOOLED.decode(second.buffer)
+        arrays: list[Media] = [np.frombuffer(frame.buffer, np.uint8) for frame in others]
+        for index in large:
+            arrays[index] = SpooledFrames(self._path.parent / bytes(others[index].buffer).decode())
+        return _FROM_WORKER.decode(first.buffer), arrays
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Let go of the socket, and delete its file, which the library leaves where a peer died."""
         self._socket.close()
         self._context.term()
+        self._path.unlink(missing_ok=True)
 
 
 class WorkerChannel:
@@ -79,7 +102,7 @@ class WorkerChannel:
         self._heartbeat = heartbeat
         self._parent = parent
         self._incoming: queue.SimpleQueue[tuple[ToWorker, list[bytes]]] = queue.SimpleQueue()
-        self._outgoing: queue.SimpleQueue[list[bytes | memoryview] | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[tuple[FromWorker, Sequence[Array]] | None] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe()
         self._thread = threading.Thread(target=self._run, name="channel", daemon=True)
         self._thread.start()
@@ -98,15 +121,15 @@ class WorkerChannel:
 
     def send(self, message: FromWorker, arrays: Sequence[Array] = ()) -> None:
         """Queue a message, from any thread."""
-        self._put(to_frames(message, arrays))
+        self._put((message, arrays))
 
     def close(self) -> None:
         """Send what is queued, and end the thread."""
         self._put(None)
         self._thread.join(timeout=5)
 
-    def _put(self, frames: list[bytes | memoryview] | None) -> None:
-        self._outgoing.put(frames)
+    def _put(self, parcel: tuple[FromWorker, Sequence[Array]] | None) -> None:
+        self._outgoing.put(parcel)
         os.write(self._wake_write, b"x")
 
     def _run(self) -> None:
@@ -133,12 +156,12 @@ class WorkerChannel:
         """Send what is queued; False when the channel was closed."""
         while True:
             try:
-                frames = self._outgoing.get_nowait()
+                parcel = self._outgoing.get_nowait()
             except queue.Empty:
                 return True
-            if frames is None:
+            if parcel is None:
                 return False
-            socket.send_multipart(frames, copy=len(frames) == 1)
+            self._send(socket, *parcel)
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         while socket.poll(0):
@@ -148,4 +171,14 @@ class WorkerChannel:
     def _beat(self, socket: zmq.Socket[bytes]) -> None:
         if os.getppid() != self._parent:
             os._exit(1)  # nobody is there to work for; an orphan would hold the device
-        socket.send_multipart(to_frames(self._heartbeat()))
+        self._send(socket, self._heartbeat(), ())
+
+    def _send(self, socket: zmq.Socket[bytes], message: FromWorker, arrays: Sequence[Array]) -> None:
+        folder = Path(self._path).parent
+        try:
+            frames = spooled_frames(message, arrays, folder)
+        except StorageFullError as error:
+            assert isinstance(message, OutputMade), "no other message has arrays"
+            logger.error("%s: %s", error, error.__cause__)
+            frames = spooled_frames(Failed(message.request_id, error.code, str(error), None), (), folder)
+        socket.send_multipart(frames, copy=not arrays)

@@ -72,6 +72,7 @@ class UnitBoard:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with path.open("a+b") as file:
             file.truncate(SIZE)
             self._map = mmap.mmap(file.fileno(), SIZE)
@@ -96,9 +97,10 @@ class UnitBoard:
                 return msgspec.msgpack.decode(data, type=Unit | None) if length else None
         return None
 
-    def close(self) -> None:
-        """Let go of the file."""
+    def remove(self) -> None:
+        """Let go of the file, and delete it."""
         self._map.close()
+        self._path.unlink()
 
 
 class Watch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import secrets
 import time
 from collections.abc import Awaitable, Mapping
@@ -94,7 +93,7 @@ class Context:
         return self.settings.served_names[0]
 
     def schema(self) -> ModelSchema:
-        """Return what the model takes, under its served name: where it was loaded from is nobody's business.
+        """Return what the model takes.
 
         Raises:
             NotReadyError: while it is being loaded for the first time.
@@ -102,7 +101,7 @@ class Context:
         """
         if self.engine.schema is None:
             raise NotReadyError("the model is being loaded; try again later")
-        return dataclasses.replace(self.engine.schema, model=self.model_name)
+        return self.engine.schema
 
     def schema_for(self, request: Request, makes_video: bool) -> ModelSchema:
         """Return the schema for a generation of pictures or of videos, which is counted from here on."""

@@ -135,7 +135,7 @@ def _encode(resolved: Resolved, finished: Finished) -> list[dict[str, Any]]:
             "size": f"{array.shape[1]}x{array.shape[0]}",
         }
         for output in finished.outputs
-        for array in output.media
+        for array in output.pictures()
     ]
 
 

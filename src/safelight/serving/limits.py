@@ -18,7 +18,6 @@ class Limits:
         image_bytes, image_pixels, image_side: of one input image, in its file, in all, and along a side.
         images: input images of one request.
         outputs: pictures or videos of one request.
-        queue: requests that wait for the engine.
         max_cost: of one request: steps × latent tokens × branches × outputs.
         header_seconds: for a request's line and headers, from the first byte.
         request_seconds: for a whole request, from its first byte.
@@ -41,7 +40,6 @@ class Limits:
     image_side: int = 8192
     images: int = 16
     outputs: int = 10
-    queue: int = 64
     max_cost: float = 20e6
     header_seconds: float = 10.0
     request_seconds: float = 30.0

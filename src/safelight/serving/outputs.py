@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from PIL import Image, PngImagePlugin
 from safelight import media, video
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, OutputError, SafelightError, StateDirectoryError, StorageFullError
-from safelight.runtime.client import Output
+from safelight.runtime.client import Media, Output
 from safelight.serving.jobs import StoredFile, StoredOutput
 from safelight.version import __version__
 
@@ -121,12 +122,12 @@ _IMAGE_ENCODERS: Mapping[str, Callable[[Image.Image, io.BytesIO, int | None, Map
 }
 
 
-def thumbnail(frames: Pixels) -> bytes:
+def thumbnail(frames: Media) -> bytes:
     """Return WebP of the first frame of a video [T, H, W, 3], within a square of 512 pixels."""
     return encode_image(np.asarray(_fitted(frames[0], THUMBNAIL_SIDE)), "webp", 80)
 
 
-def spritesheet(frames: Pixels, output_format: str = "jpeg") -> bytes:
+def spritesheet(frames: Media, output_format: str = "jpeg") -> bytes:
     """Return jpeg or webp: at most 16 frames of a video [T, H, W, 3], evenly apart, in rows as in a text."""
     count = min(MAX_TILES, len(frames))
     chosen = [_fitted(frames[index * len(frames) // count], TILE_SIDE) for index in range(count)]
@@ -175,6 +176,8 @@ class Outputs:
         except OSError as error:
             message = f"outputs directory {str(directory)!r} cannot be used: {error.strerror}"
             raise StateDirectoryError(message) from error
+        self._one_video = threading.Lock()
+        """An encoder of videos holds tens of megabytes, and uses every core by itself."""
         self._threads = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="safelight-media")
 
     def check_writable(self) -> None:
@@ -272,17 +275,20 @@ class Outputs:
         with self._temporaries() as temporaries:
             for output in outputs:
                 metadata = file_metadata(schema, output.params)
-                for array in output.media:
+                if output_format == "mp4":
+                    for frames in output.media:
+                        name = f"{stem}.{len(stored)}.{output_format}"
+                        with self._one_video:
+                            stored.append(self._stage_video(name, frames, output, metadata, temporaries))
+                    continue
+                for array in output.pictures():
                     name = f"{stem}.{len(stored)}.{output_format}"
-                    if output_format == "mp4":
-                        stored.append(self._stage_video(name, array, output, metadata, temporaries))
-                    else:
-                        temporaries[name] = self._write(encode_image(array, output_format, compression, metadata))
-                        stored.append(_stored(name, temporaries[name], array, output.seed))
+                    temporaries[name] = self._write(encode_image(array, output_format, compression, metadata))
+                    stored.append(_stored(name, temporaries[name], array.shape, output.seed))
         return Staged(temporaries, stored)
 
     def _stage_video(
-        self, name: str, frames: Pixels, output: Output, metadata: Mapping[str, Any], temporaries: dict[str, Path]
+        self, name: str, frames: Media, output: Output, metadata: Mapping[str, Any], temporaries: dict[str, Path]
     ) -> StoredOutput:
         temporaries[name] = self._temporary(".mp4")
         fps = output.params["fps"]
@@ -294,7 +300,7 @@ class Outputs:
             file = StoredFile(f"{name}.{variant}.{ending}", len(data))
             temporaries[file.name] = self._write(data)
             files[variant] = file
-        return _stored(name, temporaries[name], frames, output.seed, len(frames), fps, files)
+        return _stored(name, temporaries[name], frames.shape, output.seed, len(frames), fps, files)
 
     def _publish(self, staged: Staged) -> None:
         with self._temporaries(staged.temporaries) as temporaries:
@@ -339,13 +345,13 @@ class Outputs:
 def _stored(
     name: str,
     path: Path,
-    array: Pixels,
+    shape: tuple[int, ...],
     seed: int,
     num_frames: int | None = None,
     fps: int | None = None,
     extras: Mapping[str, StoredFile] | None = None,
 ) -> StoredOutput:
-    height, width = array.shape[-3:-1]
+    height, width = shape[-3:-1]
     media_type = MEDIA_TYPES[name.rpartition(".")[2]]
     size = path.stat().st_size
     return StoredOutput(name, media_type, width, height, size, seed, num_frames, fps, dict(extras or {}))

@@ -80,7 +80,7 @@ class Server:
                 api_key=key,
                 public_url=self.serve_args.public_url,
                 drain_seconds=CLOSING_SECONDS,
-                limits=Limits(queue=self.serve_args.max_waiting, max_cost=self.serve_args.max_cost),
+                limits=Limits(max_cost=self.serve_args.max_cost),
             )
             config = uvicorn_config(create_app(supervisor, jobs, settings), settings.limits)
             config.timeout_graceful_shutdown = int(CLOSING_SECONDS)

@@ -1,0 +1,76 @@
+"""Videos on their way between two processes: in a file, of which one frame at a time is in memory. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safelight.errors import StorageFullError
+
+SPOOLED_BYTES = 8 << 20
+"""From which on an array goes through a file: a video; whoever encodes it never holds it whole."""
+
+
+def spool(array: memoryview, folder: Path) -> bytes:
+    """Write an array's bytes into a new file in a folder, and return its name.
+
+    Raises:
+        StorageFullError: if that cannot be done; no file is left.
+
+    """
+    path = folder / f"{secrets.token_hex(8)}.frames"
+    try:
+        with path.open("xb", buffering=0) as file:
+            while array:
+                array = array[file.write(array) :]
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise StorageFullError("there is no room for the video on its way to be encoded") from error
+    return path.name.encode()
+
+
+class SpooledFrames:
+    """A video [T, H, W, C] of uint8 in a file that has no name any more: it is gone with this object.
+
+    Args:
+        path: of the file, which is unlinked at once.
+
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        path.unlink()
+        self.shape: tuple[int, ...] = (os.fstat(self._file.fileno()).st_size,)
+
+    def reshape(self, shape: tuple[int, ...]) -> SpooledFrames:
+        """Say what the bytes are.
+
+        Raises:
+            ValueError: if there are not as many.
+
+        """
+        if np.prod(shape) != np.prod(self.shape):
+            raise ValueError(f"{self.shape} is not {shape}")
+        self.shape = shape
+        return self
+
+    def __len__(self) -> int:
+        """Return the number of frames."""
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        """Read a frame, [H, W, C]."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        size = int(np.prod(self.shape[1:]))
+        data = os.pread(self._file.fileno(), size, index * size)
+        return np.frombuffer(data, np.uint8).reshape(self.shape[1:])
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        """Read one frame after another."""
+        return (self[index] for index in range(len(self)))
