@@ -47,7 +47,9 @@ def _mp4(frames: Frames, path: Path, fps: int, metadata: str) -> None:
     options = {"movflags": "+faststart+use_metadata_tags"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
         container.metadata[METADATA_TAG] = metadata
-        stream = container.add_stream("libx264", rate=fps, options={"crf": CRF, "preset": "medium", "rc-lookahead": LOOKAHEAD})
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": CRF, "preset": "medium", "rc-lookahead": LOOKAHEAD}
+        )
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
