@@ -47,7 +47,7 @@ class Models:
     def ours(self, recipe, variant="default"):
         folder = self.folder(recipe, variant)
         if folder not in self._ours:
-            self._ours[folder] = load_pipeline(ServerArgs(str(folder), device="cpu"))
+            self._ours[folder] = load_pipeline(ServerArgs(str(folder), device="cpu", conditioning_cache="0"))
         return self._ours[folder]
 
     def reference(self, recipe, variant="default"):

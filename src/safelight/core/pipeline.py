@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from safelight.core.conditioning_cache import ConditioningCache
 from safelight.core.config import PipelineConfig
 from safelight.core.request import Req
 from safelight.core.residency import Residency
@@ -56,6 +57,10 @@ class ComposedPipeline:
         self.stages: dict[str, PipelineStage] = {}
         self._modules = dict(modules)
         self.create_pipeline_stages(server_args)
+        self.conditioning_cache = ConditioningCache(server_args.conditioning_cache_bytes())
+        for stage in self.stages.values():
+            for each in (stage, *stage.parts()):
+                each.cache = self.conditioning_cache
         self.residency = Residency(self._modules, self.swapped_components(server_args), self.device)
 
     @classmethod

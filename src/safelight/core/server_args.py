@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from safelight.core.sizes import parse_size
 from safelight.errors import InvalidParameterError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ServerArgs:
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
         offload: `none`, or `alternates`: of components of which a step needs one, the others wait on the host.
+        conditioning_cache: bytes of what encoders made that are kept for later requests, such as `256MiB`; `0` is none.
 
     """
 
@@ -52,6 +54,10 @@ class ServerArgs:
 
     offload: str = setting("none", "none, or alternates: of two transformers the one not in use waits on the host.")
 
+    conditioning_cache: str = setting(
+        "256MiB", "Bytes of prompt and image embeddings that are kept for later requests; 0 is none.  [default: 256MiB]"
+    )
+
     def __post_init__(self) -> None:
         """Refuse a dtype that there is not, by the name of its field."""
         takes = ", ".join(DTYPES)
@@ -61,9 +67,19 @@ class ServerArgs:
             raise InvalidParameterError("backend", self.backend, ", ".join(BACKENDS))
         if self.offload not in OFFLOADS:
             raise InvalidParameterError("offload", self.offload, ", ".join(OFFLOADS))
+        self.conditioning_cache_bytes()
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)
+
+    def conditioning_cache_bytes(self) -> int:
+        """Return how many bytes of embeddings are kept.
+
+        Raises:
+            InvalidParameterError: if it is no size.
+
+        """
+        return 0 if self.conditioning_cache == "0" else parse_size(self.conditioning_cache, "conditioning_cache")
 
     def torch_device(self) -> torch.device:
         """Return the device to compute on.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
+from safelight.core.conditioning_cache import ConditioningCache
 from safelight.core.request import ModelCall, Prediction, Req
 from safelight.core.server_args import ServerArgs
 
@@ -13,6 +14,13 @@ Steps = Generator[list[ModelCall], list[Prediction], None]
 
 class PipelineStage:
     """One piece of work in `forward`, or a loop in an overridden `run`. A stage keeps nothing of a request."""
+
+    cache: ConditioningCache = ConditioningCache(0)
+    """What encoders made for earlier requests; the pipeline sets its own."""
+
+    def parts(self) -> Sequence[PipelineStage]:
+        """Return the stages that this one consists of, where it does."""
+        return ()
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
         """Do the whole work of the stage on `batch`, in place, and return it."""

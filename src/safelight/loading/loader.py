@@ -27,6 +27,7 @@ from safelight.loading.components import (
     load_component,
     quiet,
 )
+from safelight.loading.digest import weights_digest
 from safelight.loading.repository import Repository, open_repository
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ def _load_native(repository: Repository, server_args: ServerArgs) -> ComposedPip
         if isinstance(modules[name], nn.Module):
             set_attention_backend(modules[name], server_args.attention_backend, device.type, dtype)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
-    return pipeline_cls(modules, config, schema, server_args)
+    pipeline = pipeline_cls(modules, config, schema, server_args)
+    pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in pipeline.modules()}
+    return pipeline
 
 
 def _configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:

@@ -32,12 +32,15 @@ class CausalVAEEncodingStage(ImageVAEEncodingStage):
         for index in range(self.config.num_vae_inputs(batch)):
             if index:
                 yield []
+            if self.take_cached(batch, index):
+                continue
             num_frames = self._begin(batch, index)
             for start in range(1 - self.frames_per_latent, num_frames, self.frames_per_latent):
                 if start > 0:
                     yield []
                 self._encode_frames(batch, max(start, 0), start + self.frames_per_latent)
             batch.image_latents[index:] = [torch.cat(batch.image_latents[index:], dim=2)]
+            self.keep(batch, index)
             batch.feature_cache = {}
 
     def _begin(self, batch: Req, index: int) -> int:

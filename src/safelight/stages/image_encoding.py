@@ -21,10 +21,15 @@ class ImageEncodingStage(PipelineStage):
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
         """Fill `image_embeds` with the encoder's last hidden states but one, [N, S, C]."""
         images = self.config.images_to_embed(batch)
-        if images:
+        if not images:
+            return batch
+        key = ("image_encoder", self.cache.images_of(batch.params))
+        found = self.cache.get(*key)
+        if found is None:
             pixels = self.image_processor(images=images, return_tensors="pt").pixel_values
             pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype)
             dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
             hidden_states = self.image_encoder(pixels, output_hidden_states=True).hidden_states
-            batch.image_embeds = hidden_states[-2].to(dtype)
+            found = self.cache.put(hidden_states[-2].to(dtype), None, *key)
+        batch.image_embeds = found[0]
         return batch

@@ -24,8 +24,22 @@ class ImageVAEEncodingStage(PipelineStage):
         for index in range(self.config.num_vae_inputs(batch)):
             if index:
                 yield []
-            batch.image_latents.append(self._encode(batch, index))
+            if not self.take_cached(batch, index):
+                batch.image_latents.append(self._encode(batch, index))
+                self.keep(batch, index)
         yield from ()
+
+    def take_cached(self, batch: Req, index: int) -> bool:
+        """Append the latents of an input that was encoded before; False where it was not."""
+        found = self.cache.get("vae", index, self.cache.images_of(batch.params))
+        if found is not None:
+            batch.image_latents.append(found[0])
+        return found is not None
+
+    def keep(self, batch: Req, index: int) -> None:
+        """Keep the latents of an input for other requests."""
+        latents = batch.image_latents[index]
+        batch.image_latents[index], _ = self.cache.put(latents, None, "vae", index, self.cache.images_of(batch.params))
 
     def _encode(self, batch: Req, index: int) -> Tensor:
         """Return the mode of the posterior, [1, C, ...], scaled as the transformer takes it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,16 +39,28 @@ class TextEncodingStage(PipelineStage):
         dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
         for index in range(len(self.text_encoders)):
             spec = self.config.encode_prompt_spec(index, batch)
-            batch.prompt_embeds.append(self._encode(index, spec, spec.prompt, batch).to(dtype))
+            batch.prompt_embeds.append(self._encode(index, spec, spec.prompt, batch, dtype))
             if self.config.should_use_guidance(batch):
                 yield []
-                batch.negative_prompt_embeds.append(self._encode(index, spec, spec.negative_prompt, batch).to(dtype))
+                batch.negative_prompt_embeds.append(self._encode(index, spec, spec.negative_prompt, batch, dtype))
             if index + 1 < len(self.text_encoders):
                 yield []
 
-    def _encode(self, index: int, spec: PromptSpec, text: str, batch: Req) -> Tensor:
+    def _encode(self, index: int, spec: PromptSpec, text: str, batch: Req, dtype: torch.dtype) -> Tensor:
+        """Return the embeddings of a text, kept or made, and warn if it was cut."""
+        seen = self.cache.images_of(batch.params) if self.processor is not None else ()
+        key = (encoder_name(index), replace(spec, prompt=text, negative_prompt=""), seen)
+        found = self.cache.get(*key)
+        if found is None:
+            embeds = self._make(index, spec, text, batch).to(dtype)
+            found = self.cache.put(embeds, self._cut(self.tokenizers[index], spec, text), *key)
+        embeds, warning = found
+        if warning is not None:
+            batch.warnings.append(warning)
+        return embeds
+
+    def _make(self, index: int, spec: PromptSpec, text: str, batch: Req) -> Tensor:
         encoder, tokenizer = self.text_encoders[index], self.tokenizers[index]
-        self._warn_if_cut(tokenizer, spec, text, batch)
         inputs = self.config.text_encoder_inputs(spec, text, batch, tokenizer, self.processor)
         outputs = encoder(**{name: tensor.to(encoder.device) for name, tensor in inputs.items()})
         if spec.output == "pooler_output":
@@ -59,9 +72,14 @@ class TextEncodingStage(PipelineStage):
         kept = slice(spec.drop_prefix, None if spec.max_embeds is None else spec.drop_prefix + spec.max_embeds)
         return embeds[:, kept]
 
-    def _warn_if_cut(self, tokenizer: Any, spec: PromptSpec, text: str, batch: Req) -> None:
-        """Name a text that is cut in the request's warnings."""
+    def _cut(self, tokenizer: Any, spec: PromptSpec, text: str) -> str | None:
+        """Return a warning if the text is cut."""
         num_tokens = len(tokenizer(text, verbose=False).input_ids) - spec.drop_prefix
         taken = min(spec.max_length - spec.drop_prefix, spec.max_embeds or spec.max_length)
-        if num_tokens > taken:
-            batch.warnings.append(f"prompt: {num_tokens} tokens were cut to the {taken} that a text encoder takes")
+        cut = f"prompt: {num_tokens} tokens were cut to the {taken} that a text encoder takes"
+        return cut if num_tokens > taken else None
+
+
+def encoder_name(index: int) -> str:
+    """Return the component's name of the text encoder number `index`, from 0."""
+    return f"text_encoder_{index + 1}" if index else "text_encoder"

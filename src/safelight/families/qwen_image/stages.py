@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
             LatentPreparationStage(config),
             ConditioningStage(config),
         )
+
+    def parts(self) -> Sequence[PipelineStage]:
+        """Return the standard stages within."""
+        return self.preparations
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill all that the loop needs, with a boundary before each piece of work."""

@@ -1,0 +1,125 @@
+"""What encoders made of texts and images, kept for the next request that asks for the same."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from safelight.core.params import SamplingParams
+
+UNRELATED = frozenset(
+    {
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "n",
+        "output_type",
+        "num_inference_steps",
+        "sigmas",
+        "guidance_scale",
+        "fps",
+    }
+)
+"""Common parameters that no image is prepared by; a family's own all count."""
+
+
+class ConditioningCache:
+    """Embeddings and image latents by everything that they were made from, bounded in bytes; the oldest used go first.
+
+    A key holds the texts themselves and the digests of images; the weights are told apart by `weights`. What is kept is
+    shared by requests: nothing may write into it.
+
+    Args:
+        max_bytes: of all tensors together; 0 keeps nothing.
+
+    Attributes:
+        weights: digest of each component's weights, by its name; another digest is another key.
+        num_hits, num_misses: how often something was found, or was not.
+        num_bytes: of what is kept.
+
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.weights: dict[str, str] = {}
+        self.num_hits = self.num_misses = self.num_bytes = 0
+        self._kept: OrderedDict[Hashable, tuple[Tensor, Any]] = OrderedDict()
+        self._digests: dict[int, tuple[weakref.ref[Image.Image], bytes]] = {}
+
+    def get(self, component: str, *inputs: Hashable) -> tuple[Tensor, Any] | None:
+        """Return what a component made of these inputs, and the note beside it; None if it is not here.
+
+        Args:
+            component: its name in the pipeline.
+            inputs: all that it depends on.
+
+        """
+        key = (component, self.weights.get(component), *inputs)
+        found = self._kept.get(key)
+        if found is None:
+            self.num_misses += 1
+            return None
+        self.num_hits += 1
+        self._kept.move_to_end(key)
+        return found
+
+    def put(self, made: Tensor, note: Any, component: str, *inputs: Hashable) -> tuple[Tensor, Any]:
+        """Keep what a component made of these inputs, where there is room; return both as they are kept.
+
+        Args:
+            made: the tensor; of a view of a larger one a copy is kept.
+            note: what else is remembered with it.
+            component: its name in the pipeline.
+            inputs: all that it depends on.
+
+        """
+        if made.untyped_storage().nbytes() != made.nbytes:
+            made = made.clone()
+        if made.nbytes > self.max_bytes:
+            return made, note
+        key = (component, self.weights.get(component), *inputs)
+        if key in self._kept:  # two requests made it at the same time
+            return self._kept[key]
+        self._kept[key] = made, note
+        self.num_bytes += made.nbytes
+        while self.num_bytes > self.max_bytes:
+            _, (oldest, _) = self._kept.popitem(last=False)
+            self.num_bytes -= oldest.nbytes
+        return made, note
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        self.num_bytes = 0
+
+    def images_of(self, params: SamplingParams) -> Hashable:
+        """Return what a request's images are prepared by: the images' digests and every parameter that could matter."""
+        if not self.max_bytes:
+            return ()
+        return tuple((name, self._plain(value)) for name, value in params.set_fields().items() if name not in UNRELATED)
+
+    def _plain(self, value: Any) -> Hashable:
+        """Return a parameter's value as a part of a key."""
+        if isinstance(value, Image.Image):
+            return self._digest(value)
+        if isinstance(value, list | tuple):
+            return tuple(map(self._plain, value))
+        plain: Hashable = value
+        return plain
+
+    def _digest(self, image: Image.Image) -> bytes:
+        """Return the digest of an image's pixels, made once an image however many stages and outputs ask."""
+        known = self._digests.get(id(image))
+        if known is not None and known[0]() is image:
+            return known[1]
+        hashed = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=32)
+        hashed.update(image.tobytes())
+        number, digest = id(image), hashed.digest()
+        self._digests[number] = weakref.ref(image, lambda _: self._digests.pop(number, None)), digest
+        return digest
