@@ -18,7 +18,7 @@ from torch import Tensor
 from safelight.layers import modulation, rotary
 
 # The definition in pieces costs a call a third of what `torch.library.custom_op` adds to it.
-LIBRARY = torch.library.Library("safelight", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library("safelight", "FRAGMENT")  # type: ignore[no-untyped-call]
 Operation = Callable[..., Any]
 
 
