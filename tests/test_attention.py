@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import logging
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from safelight.attention import BACKENDS, Attention, AttentionMetadata, select_backend, set_attention_backend
-from safelight.attention.backends import HALF
-from safelight.errors import InvalidParameterError
+from safelight.attention import BACKENDS, Attention, AttentionMetadata, backends, select_backend, set_attention_backend
+from safelight.attention.backends import HALF, AttentionBackend
+from safelight.attention.hub import hub_kernel
+from safelight.attention.layer import backend_for_masks
+from safelight.errors import InvalidParameterError, MissingDependencyError
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The table of backends, to be changed; what was chosen before is forgotten, and again at the end."""
+    changed = dict(BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", changed)
+    select_backend.cache_clear()
+    backend_for_masks.cache_clear()
+    yield changed
+    select_backend.cache_clear()
+    backend_for_masks.cache_clear()
 
 
 def formula(query, key, value, mask, causal, scale):
@@ -64,6 +82,13 @@ def test_a_mask_hides_keys():
         ("flash", "cuda", torch.float32, False, 64, "does not take torch.float32 on cuda"),
         ("flash", "cuda", torch.float16, True, 64, "takes no attention mask"),
         ("efficient", "cuda", torch.float32, True, 512, "efficient"),
+        ("flash3", "cuda", torch.float32, False, 64, "flash3: it does not take torch.float32"),
+        ("flash3", "cuda", torch.bfloat16, False, 320, "heads of at most 256, not 320"),
+        ("flash3", "cuda", torch.bfloat16, True, 64, "takes no attention mask"),
+        ("flash3", "cuda", torch.bfloat16, False, 64, "compute capability 9.x, not none"),
+        ("sage", "cuda", torch.bfloat16, False, 160, "heads of at most 128, not 160"),
+        ("sage", "cuda", torch.bfloat16, False, 64, "compute capability 8.x or 9.x or 12.x, not none"),
+        ("sage", "cpu", torch.bfloat16, False, 64, "does not run on cpu"),
         ("nonsense", "cpu", torch.float32, False, 64, "auto, sdpa, math, flash"),
     ],
 )
@@ -103,3 +128,151 @@ def test_a_backend_that_cannot_is_refused_when_it_is_set():
     with pytest.raises(InvalidParameterError, match="attention_backend"):
         set_attention_backend(torch.nn.Sequential(Attention(2, 64)), "cudnn", "cpu", torch.float32)
     assert {torch.float16, torch.bfloat16} == HALF
+
+
+def wrong_scale(query, key, value, mask, causal, scale):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+
+
+def without_mask(query, key, value, mask, causal, scale):
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def not_a_number(query, key, value, mask, causal, scale):
+    return torch.full_like(query, float("nan"))
+
+
+def broken(query, key, value, mask, causal, scale):
+    raise RuntimeError("No available kernel.\n  Aborting.")
+
+
+def rounded(query, key, value, mask, causal, scale):
+    """As a lossy kernel: query and key with few bits."""
+    query, key = ((tensor * 16).round() / 16 for tensor in (query, key))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def exact(query, key, value, mask, causal, scale):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (wrong_scale, "its result is off by"),
+        (not_a_number, "its result is off by nan"),
+        (broken, "it does not run: No available kernel. Aborting."),
+    ],
+)
+def test_a_kernel_is_compared_with_the_formula_before_it_is_taken(table, kernel, reason, dtype):
+    row = AttentionBackend("fast", kernel, {"cpu": backends.FLOATS})
+    table.clear()
+    table.update({"fast": row, "sdpa": BACKENDS["sdpa"]})
+    assert select_backend("auto", "cpu", dtype, False, 16).name == "sdpa"
+    with pytest.raises(InvalidParameterError, match=reason):
+        select_backend("fast", "cpu", dtype, False, 16)
+    table["fast"] = replace(row, kernel=exact)
+    select_backend.cache_clear()
+    assert select_backend("auto", "cpu", dtype, False, 16).name == "fast"
+
+
+def test_a_kernel_may_be_right_without_a_mask_alone(table):
+    table.clear()
+    table["fast"] = AttentionBackend("fast", without_mask, {"cpu": backends.FLOATS})
+    table["sdpa"] = BACKENDS["sdpa"]
+    layer, (query, key, value) = Attention(2, 8), torch.randn(3, 2, 5, 2, 8)
+    set_attention_backend(layer, "auto", "cpu", torch.float32)
+    mask = torch.tensor([True, True, False, True, False])[None, None, None]
+    attended = layer(query, key, value, AttentionMetadata(attn_mask=mask))
+    assert layer.backend.name == "fast" and layer.masked_backend is BACKENDS["sdpa"]
+    torch.testing.assert_close(attended.double(), formula(query, key, value, mask, False, None), atol=1e-5, rtol=0)
+    set_attention_backend(layer, "fast", "cpu", torch.float32)
+    with pytest.raises(InvalidParameterError, match="takes a mask"):
+        layer(query, key, value, AttentionMetadata(attn_mask=mask))
+
+
+def test_lossy_kernels_are_taken_by_name_alone(table, caplog):
+    lossy = AttentionBackend("lossy", rounded, {"cpu": backends.FLOATS}, lossy=True)
+    table.clear()
+    table.update({"lossy": lossy, "sdpa": BACKENDS["sdpa"]})
+    assert select_backend("auto", "cpu", torch.float32, False, 16).name == "sdpa"
+    with caplog.at_level(logging.WARNING, logger="safelight"):
+        assert select_backend("lossy", "cpu", torch.float32, False, 16) is lossy
+    assert "lossy is off by" in caplog.text
+    table["lossy"] = replace(lossy, kernel=wrong_scale)
+    select_backend.cache_clear()
+    with pytest.raises(InvalidParameterError, match="its result is off by"):
+        select_backend("lossy", "cpu", torch.float32, False, 16)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [(8, "sdpa"), (9, "cudnn"), (10, "cudnn"), (12, "sdpa")])
+def test_what_auto_takes_on_cuda(table, monkeypatch, capability, expected):
+    monkeypatch.setattr(backends, "compute_capability", lambda device_type: capability)
+    assert select_backend("auto", "cuda", torch.bfloat16, False, 128).name == expected
+    assert select_backend("auto", "cuda", torch.float32, False, 128).name == "sdpa"
+
+
+class Hub:
+    """Stands for the package `kernels`; its kernels have the signatures of those on the Hub."""
+
+    def __init__(self):
+        self.asked = []
+
+    def get_kernel(self, repository, *, version):
+        self.asked.append((repository, version))
+        if repository.startswith("missing/"):
+            raise FileNotFoundError("no build for this machine")
+        return SimpleNamespace(flash_attn_func=self.flash_attn_func, sageattn=self.sageattn)
+
+    @staticmethod
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+        return formula(q, k, v, None, causal, softmax_scale).to(q.dtype)
+
+    @staticmethod
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None):
+        assert tensor_layout == "NHD"
+        return formula(q, k, v, None, is_causal, sm_scale).to(q.dtype)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    package = Hub()
+    monkeypatch.setitem(sys.modules, "kernels", package)
+    return package
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [("flash3", ("kernels-community/flash-attn3", 1)), ("sage", ("SageAttention/sage-attention", 3))],
+)
+@pytest.mark.parametrize(("causal", "kv_heads", "scale"), [(False, 4, None), (True, 2, 0.5)])
+def test_kernels_of_the_hub_follow_the_formula(table, hub, name, repository, causal, kv_heads, scale):
+    """Their arguments and layout: the stand-ins compute on the CPU, in float32."""
+    table[name] = replace(BACKENDS[name], dtypes={"cpu": backends.FLOATS}, capabilities=None)
+    query, (key, value) = torch.randn(2, 7, 4, 8), torch.randn(2, 2, 7, kv_heads, 8)
+    layer = Attention(4, 8, causal=causal, softmax_scale=scale, num_kv_heads=kv_heads)
+    set_attention_backend(layer, name, "cpu", torch.float32)
+    attended = layer(query, key, value)
+    torch.testing.assert_close(attended.double(), formula(query, key, value, None, causal, scale), atol=1e-5, rtol=0)
+    assert hub.asked == [repository]
+
+
+def test_nothing_is_fetched_unless_it_is_asked_for_by_name(table, hub, monkeypatch):
+    monkeypatch.setattr(backends, "compute_capability", lambda device_type: 9)
+    for name in ("auto", "sdpa", "cudnn"):
+        select_backend(name, "cuda", torch.bfloat16, False, 64)
+    assert hub.asked == []
+    select_backend("flash3", "cuda", torch.bfloat16, False, 64)
+    assert len(hub.asked) == 1
+
+
+def test_a_kernel_that_cannot_be_had_is_refused(table, hub, monkeypatch):
+    monkeypatch.setattr(backends, "compute_capability", lambda device_type: 9)
+    with pytest.raises(InvalidParameterError, match="missing/kernel: no build for this machine"):
+        hub_kernel("flash3", "missing/kernel", 1)
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    with pytest.raises(
+        MissingDependencyError, match=r"sage needs the package kernels: pip install 'safelight\[kernels\]'"
+    ):
+        select_backend("sage", "cuda", torch.bfloat16, False, 64)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from safelight.attention.backends import BACKENDS, select_backend
+from safelight.attention.backends import BACKENDS, AttentionBackend, select_backend
 from safelight.errors import InvalidParameterError
 
 
@@ -54,13 +55,15 @@ class Attention(nn.Module):
         self.causal = causal
         self.softmax_scale = softmax_scale
         self.backend = BACKENDS["sdpa"]
+        self.masked_backend: AttentionBackend | None = BACKENDS["sdpa"]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata = NO_MASK) -> Tensor:
         """Return [B, S, H, D]."""
         mask = metadata.attn_mask
-        if mask is not None and not self.backend.takes_mask:
+        backend = self.backend if mask is None else self.masked_backend
+        if backend is None:
             raise InvalidParameterError("attention_backend", self.backend.name, "one that takes a mask, for this model")
-        attended = self.backend(
+        attended = backend(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, self.causal, self.softmax_scale
         )
         return attended.transpose(1, 2)
@@ -68,6 +71,8 @@ class Attention(nn.Module):
 
 def set_attention_backend(module: nn.Module, name: str, device_type: str, dtype: torch.dtype) -> None:
     """Choose the backend of every attention layer below `module`, once, so that a forward has nothing to choose.
+
+    Calls with a mask may get another backend under `auto`; under a name that takes none they are refused.
 
     Args:
         module: whose layers are set.
@@ -77,8 +82,19 @@ def set_attention_backend(module: nn.Module, name: str, device_type: str, dtype:
 
     Raises:
         InvalidParameterError: if there is no such backend, or it cannot compute this model here.
+        MissingDependencyError: if the backend needs a package that is missing.
 
     """
     for layer in module.modules():
         if isinstance(layer, Attention):
             layer.backend = select_backend(name, device_type, dtype, False, layer.head_size)
+            layer.masked_backend = backend_for_masks(name, device_type, dtype, layer.head_size)
+
+
+@cache
+def backend_for_masks(name: str, device_type: str, dtype: torch.dtype, head_size: int) -> AttentionBackend | None:
+    """Return the backend for calls with a mask; None where the one asked for takes none, which only a mask reveals."""
+    try:
+        return select_backend(name, device_type, dtype, True, head_size)
+    except InvalidParameterError:
+        return None

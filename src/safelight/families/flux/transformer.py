@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from safelight.attention import Attention
 from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
 from safelight.layers.linear import FeedForward
-from safelight.layers.modulation import ModulatedNorm, Modulation, clip_float16, gated_residual, modulate
-from safelight.layers.rotary import apply_rotary_emb
+from safelight.layers.modulation import GatedResidual, ModulatedNorm, Modulation, ResidualNorm, clip_float16
+from safelight.layers.rotary import JointQKNormRotary, QKNormRotary
 
 TIME_CHANNELS = 256
 
@@ -86,30 +86,30 @@ class SelfAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
+        self.rotary = QKNormRotary(num_heads, head_dim)
         self.attention = Attention(num_heads, head_dim)
 
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
         """Return [B, S, C]."""
-        return self.attend(*self.project(hidden_states), freqs_cis)
-
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, each [B, S, H, D]; the first two normed."""
         query, key, value = (
             linear(hidden_states).unflatten(-1, (-1, self.head_dim)) for linear in (self.to_q, self.to_k, self.to_v)
         )
-        return self.norm_q(query), self.norm_k(key), value
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, freqs_cis: Tensor) -> Tensor:
-        """Return [B, S, C] of [B, S, H, D]."""
-        attended: Tensor = self.attention(apply_rotary_emb(query, freqs_cis), apply_rotary_emb(key, freqs_cis), value)
+        query, key = self.rotary(query, key, self.norm_q.weight, self.norm_k.weight, freqs_cis)
+        attended: Tensor = self.attention(query, key, value)
         return attended.flatten(2)
 
 
-class JointAttention(SelfAttention):
+class JointAttention(nn.Module):
     """Attention over text and image together; each has projections and norms of its own."""
 
     def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
-        super().__init__(dim, num_heads, head_dim)
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_added_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_added_k = nn.RMSNorm(head_dim, eps=1e-6)
@@ -117,21 +117,23 @@ class JointAttention(SelfAttention):
         self.add_k_proj = nn.Linear(dim, dim)
         self.add_v_proj = nn.Linear(dim, dim)
         self.to_add_out = nn.Linear(dim, dim)
+        self.rotary = JointQKNormRotary(num_heads, head_dim)
+        self.attention = Attention(num_heads, head_dim)
 
-    def forward(self, image: Tensor, text: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, image: Tensor, text: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
         """Return the updates of image [B, S_image, C] and text [B, S_text, C]."""
-        joined = [torch.cat(pair, dim=1) for pair in zip(self.project_text(text), self.project(image), strict=True)]
-        attended = self.attend(joined[0], joined[1], joined[2], freqs_cis)
+        text_heads, image_heads = (
+            [linear(states).unflatten(-1, (-1, self.head_dim)) for linear in linears]
+            for states, linears in (
+                (text, (self.add_q_proj, self.add_k_proj, self.add_v_proj)),
+                (image, (self.to_q, self.to_k, self.to_v)),
+            )
+        )
+        norms = (self.norm_added_q.weight, self.norm_added_k.weight, self.norm_q.weight, self.norm_k.weight)
+        query, key, value = self.rotary(text_heads, image_heads, norms, freqs_cis)
+        attended = self.attention(query, key, value).flatten(2)
         text_update, image_update = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
         return self.to_out[0](image_update), self.to_add_out(text_update)
-
-    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value of the text, each [B, S, H, D]; the first two normed."""
-        query, key, value = (
-            linear(text).unflatten(-1, (-1, self.head_dim))
-            for linear in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        )
-        return self.norm_added_q(query), self.norm_added_k(key), value
 
 
 class FluxTransformerBlock(nn.Module):
@@ -142,21 +144,21 @@ class FluxTransformerBlock(nn.Module):
         self.norm1 = Modulation(dim, 6)
         self.norm1_context = Modulation(dim, 6)
         self.attn = JointAttention(dim, num_heads, head_dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm2 = ResidualNorm(dim)
         self.ff = FeedForward(dim)
-        self.norm2_context = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm2_context = ResidualNorm(dim)
         self.ff_context = FeedForward(dim)
+        self.residual = GatedResidual(dim)
 
     def forward(self, image: Tensor, text: Tensor, temb: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
         """Return image [B, S_image, C] and text [B, S_text, C]."""
         normed, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(image, temb)
         text_normed, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = self.norm1_context(text, temb)
         update, text_update = self.attn(normed, text_normed, freqs_cis)
-        image = gated_residual(image, gate, update)
-        image = gated_residual(image, mlp_gate, self.ff(modulate(self.norm2(image), mlp_scale, mlp_shift)))
-        text = gated_residual(text, text_gate, text_update)
-        text_mlp = self.ff_context(modulate(self.norm2_context(text), text_mlp_scale, text_mlp_shift))
-        return image, clip_float16(gated_residual(text, text_mlp_gate, text_mlp))
+        image, normed = self.norm2(image, gate, update, mlp_scale, mlp_shift)
+        text, text_normed = self.norm2_context(text, text_gate, text_update, text_mlp_scale, text_mlp_shift)
+        image = self.residual(image, mlp_gate, self.ff(normed))
+        return image, clip_float16(self.residual(text, text_mlp_gate, self.ff_context(text_normed)))
 
 
 class FluxSingleTransformerBlock(nn.Module):
@@ -169,12 +171,13 @@ class FluxSingleTransformerBlock(nn.Module):
         self.act_mlp = nn.GELU(approximate="tanh")
         self.proj_out = nn.Linear(5 * dim, dim)
         self.attn = SelfAttention(dim, num_heads, head_dim)
+        self.residual = GatedResidual(dim)
 
     def forward(self, hidden_states: Tensor, temb: Tensor, freqs_cis: Tensor) -> Tensor:
         """Return [B, S_text + S_image, C]."""
         normed, gate = self.norm(hidden_states, temb)
         joined = torch.cat((self.attn(normed, freqs_cis), self.act_mlp(self.proj_mlp(normed))), dim=-1)
-        return clip_float16(gated_residual(hidden_states, gate, self.proj_out(joined)))
+        return clip_float16(self.residual(hidden_states, gate, self.proj_out(joined)))
 
 
 class FluxTransformer2DModel(nn.Module):

@@ -5,7 +5,7 @@ Reference: `QwenImageTransformer2DModel` in Diffusers; parameter names and shape
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -16,8 +16,8 @@ from torch.nn import functional
 from safelight.attention import Attention, AttentionMetadata
 from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
 from safelight.layers.linear import FeedForward
-from safelight.layers.modulation import ModulatedNorm, clip_float16, gated_residual, modulate
-from safelight.layers.rotary import apply_rotary_emb
+from safelight.layers.modulation import GatedResidual, ModulatedNorm, NormModulate, ResidualNorm, clip_float16
+from safelight.layers.rotary import JointQKNormRotary
 
 TIME_CHANNELS = 256
 TIME_SCALE = 1000.0
@@ -105,18 +105,17 @@ class JointAttention(nn.Module):
         self.to_add_out = nn.Linear(dim, dim)
         self.norm_added_q = nn.RMSNorm(head_dim, eps=1e-6)
         self.norm_added_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.rotary = JointQKNormRotary(num_heads, head_dim)
         self.attention = Attention(num_heads, head_dim)
 
     def forward(
         self, image: Tensor, text: Tensor, freqs_cis: Tensor, metadata: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
         """Return the updates of image [B, S_image, C] and text [B, S_text, C]."""
-        image_query, image_key = self.norm_q(self.heads(self.to_q(image))), self.norm_k(self.heads(self.to_k(image)))
-        text_query = self.norm_added_q(self.heads(self.add_q_proj(text)))
-        text_key = self.norm_added_k(self.heads(self.add_k_proj(text)))
-        query = apply_rotary_emb(torch.cat((text_query, image_query), dim=1), freqs_cis)
-        key = apply_rotary_emb(torch.cat((text_key, image_key), dim=1), freqs_cis)
-        value = self.heads(torch.cat((self.add_v_proj(text), self.to_v(image)), dim=1))
+        text_heads = [self.heads(linear(text)) for linear in (self.add_q_proj, self.add_k_proj, self.add_v_proj)]
+        image_heads = [self.heads(linear(image)) for linear in (self.to_q, self.to_k, self.to_v)]
+        norms = (self.norm_added_q.weight, self.norm_added_k.weight, self.norm_q.weight, self.norm_k.weight)
+        query, key, value = self.rotary(text_heads, image_heads, norms, freqs_cis)
         attended = self.attention(query, key, value, metadata).flatten(2)
         text_update, image_update = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
         return self.to_out[0](image_update), self.to_add_out(text_update)
@@ -132,21 +131,22 @@ class QwenImageTransformerBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.img_norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.img_norm1 = NormModulate(dim)
         self.attn = JointAttention(dim, num_heads, head_dim)
-        self.img_norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.img_norm2 = ResidualNorm(dim)
         self.img_mlp = FeedForward(dim)
         self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.txt_norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.txt_norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.txt_norm1 = NormModulate(dim)
+        self.txt_norm2 = ResidualNorm(dim)
         self.txt_mlp = FeedForward(dim)
+        self.residual = GatedResidual(dim)
 
     def forward(
         self,
         image: Tensor,
         text: Tensor,
         temb: Tensor,
-        part_sizes: Sequence[int],
+        num_noisy: int | None,
         freqs_cis: Tensor,
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ class QwenImageTransformerBlock(nn.Module):
             image: [B, S_image, C].
             text: [B, S_text, C].
             temb: [B, K, C], one vector a part of the image tokens; the first is the text's too.
-            part_sizes: tokens of each part.
+            num_noisy: tokens of the first part; None where there is one.
             freqs_cis: complex64 [S_text + S_image, D/2].
             metadata: of attention.
 
@@ -164,16 +164,13 @@ class QwenImageTransformerBlock(nn.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.img_mod(temb).chunk(6, dim=-1)
         text_modulation = self.txt_mod(temb[:, :1]).chunk(6, dim=-1)
         text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = text_modulation
-        normed = modulate_parts(self.img_norm1(image), scale, shift, part_sizes)
-        update, text_update = self.attn(
-            normed, modulate(self.txt_norm1(text), text_scale, text_shift), freqs_cis, metadata
-        )
-        image = gate_parts(image, gate, update, part_sizes)
-        image_mlp = self.img_mlp(modulate_parts(self.img_norm2(image), mlp_scale, mlp_shift, part_sizes))
-        image = gate_parts(image, mlp_gate, image_mlp, part_sizes)
-        text = gated_residual(text, text_gate, text_update)
-        text_mlp = self.txt_mlp(modulate(self.txt_norm2(text), text_mlp_scale, text_mlp_shift))
-        return clip_float16(image), clip_float16(gated_residual(text, text_mlp_gate, text_mlp))
+        normed = self.img_norm1(image, scale, shift, num_noisy)
+        text_normed = self.txt_norm1(text, text_scale, text_shift)
+        update, text_update = self.attn(normed, text_normed, freqs_cis, metadata)
+        image, normed = self.img_norm2(image, gate, update, mlp_scale, mlp_shift, num_noisy)
+        text, text_normed = self.txt_norm2(text, text_gate, text_update, text_mlp_scale, text_mlp_shift)
+        image = self.residual(image, mlp_gate, self.img_mlp(normed), num_noisy)
+        return clip_float16(image), clip_float16(self.residual(text, text_mlp_gate, self.txt_mlp(text_normed)))
 
 
 class QwenImageTransformer2DModel(nn.Module):
@@ -227,44 +224,23 @@ class QwenImageTransformer2DModel(nn.Module):
             encoder_hidden_states_mask: bool [B, S_text], False for padding; None where there is none.
 
         """
-        part_sizes, timesteps = self.parts(hidden_states, condition_hidden_states, timestep)
+        num_noisy, timesteps = self.parts(hidden_states, condition_hidden_states, timestep)
         tokens = [hidden_states] if condition_hidden_states is None else [hidden_states, condition_hidden_states]
         image = self.img_in(torch.cat(tokens, dim=1))
         text = self.txt_in(self.txt_norm(encoder_hidden_states))
         temb = self.time_text_embed(timesteps, additional_t_cond)
         metadata = joint_metadata(encoder_hidden_states_mask, image.shape[1])
         for block in self.transformer_blocks:
-            image, text = block(image, text, temb, part_sizes, freqs_cis, metadata)
+            image, text = block(image, text, temb, num_noisy, freqs_cis, metadata)
         velocity: Tensor = self.proj_out(self.norm_out(image[:, : hidden_states.shape[1]], temb[:, 0]))
         return velocity
 
-    def parts(self, noisy: Tensor, condition: Tensor | None, timestep: Tensor) -> tuple[tuple[int, ...], Tensor]:
-        """Return the tokens of each part of the image stream that is modulated alike, and their timesteps [B, K]."""
+    def parts(self, noisy: Tensor, condition: Tensor | None, timestep: Tensor) -> tuple[int | None, Tensor]:
+        """Return the timesteps [B, K] of the image stream's parts, and before them the tokens of the first of two."""
         timesteps = timestep.to(noisy.dtype)[:, None]
-        if condition is None:
-            return (noisy.shape[1],), timesteps
-        if not self.zero_cond_t:
-            return (noisy.shape[1] + condition.shape[1],), timesteps
-        return (noisy.shape[1], condition.shape[1]), torch.cat((timesteps, torch.zeros_like(timesteps)), dim=1)
-
-
-def modulate_parts(normed: Tensor, scale: Tensor, shift: Tensor, part_sizes: Sequence[int]) -> Tensor:
-    """Modulate each part of [B, S, C] by its own vectors of [B, K, C]."""
-    if len(part_sizes) == 1:
-        return modulate(normed, scale, shift)
-    parts = zip(
-        torch.split(normed, list(part_sizes), 1), torch.split(scale, 1, 1), torch.split(shift, 1, 1), strict=True
-    )
-    return torch.cat([modulate(*part) for part in parts], dim=1)
-
-
-def gate_parts(residual: Tensor, gate: Tensor, update: Tensor, part_sizes: Sequence[int]) -> Tensor:
-    """Add to each part of [B, S, C] its update, by its own gate of [B, K, C]."""
-    if len(part_sizes) == 1:
-        return gated_residual(residual, gate, update)
-    sizes = list(part_sizes)
-    parts = zip(torch.split(residual, sizes, 1), torch.split(gate, 1, 1), torch.split(update, sizes, 1), strict=True)
-    return torch.cat([gated_residual(*part) for part in parts], dim=1)
+        if condition is None or not self.zero_cond_t:
+            return None, timesteps
+        return noisy.shape[1], torch.cat((timesteps, torch.zeros_like(timesteps)), dim=1)
 
 
 def joint_metadata(text_mask: Tensor | None, num_image_tokens: int) -> AttentionMetadata:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from safelight.attention import Attention
 from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
 from safelight.layers.linear import FeedForward
-from safelight.layers.modulation import gated_residual, modulate
-from safelight.layers.rotary import apply_rotary_emb
+from safelight.layers.modulation import GatedResidual, NormModulate, ResidualNorm
+from safelight.layers.rotary import QKNormRotary
 
 QK_NORM = "rms_norm_across_heads"
 
@@ -115,8 +115,8 @@ class WanConditionEmbedding(nn.Module):
         return temb, self.time_proj(self.act_fn(temb)).unflatten(-1, (6, -1)).float()
 
 
-class WanSelfAttention(nn.Module):
-    """Attention of the tokens to each other; queries and keys are normed over all heads together."""
+class WanAttention(nn.Module):
+    """Projections, and norms of queries and keys over all heads together."""
 
     def __init__(self, architecture: WanArchitecture) -> None:
         super().__init__()
@@ -134,16 +134,25 @@ class WanSelfAttention(nn.Module):
         """Return [B, S, H, D] of [B, S, C]."""
         return hidden_states.view(*hidden_states.shape[:2], -1, self.head_dim)
 
+
+class WanSelfAttention(WanAttention):
+    """Attention of the tokens to each other."""
+
+    def __init__(self, architecture: WanArchitecture) -> None:
+        super().__init__(architecture)
+        heads = (architecture.num_attention_heads, self.head_dim)
+        self.rotary = QKNormRotary(*heads, across_heads=True, eps=architecture.eps)
+
     def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
         """Return [B, S, C]."""
-        query = apply_rotary_emb(self.heads(self.norm_q(self.to_q(hidden_states))), freqs_cis)
-        key = apply_rotary_emb(self.heads(self.norm_k(self.to_k(hidden_states))), freqs_cis)
-        attended = self.attention(query, key, self.heads(self.to_v(hidden_states)))
+        query, key, value = (self.heads(linear(hidden_states)) for linear in (self.to_q, self.to_k, self.to_v))
+        query, key = self.rotary(query, key, self.norm_q.weight, self.norm_k.weight, freqs_cis)
+        attended = self.attention(query, key, value)
         projected: Tensor = self.to_out[0](attended.flatten(2))
         return projected
 
 
-class WanCrossAttention(WanSelfAttention):
+class WanCrossAttention(WanAttention):
     """Attention of the tokens to the text, and beside it to the images, with the same queries."""
 
     def __init__(self, architecture: WanArchitecture) -> None:
@@ -153,7 +162,7 @@ class WanCrossAttention(WanSelfAttention):
             self.add_v_proj = nn.Linear(architecture.added_kv_proj_dim, architecture.dim)
             self.norm_added_k = nn.RMSNorm(architecture.dim, eps=architecture.eps)
 
-    def forward(self, hidden_states: Tensor, text: Tensor, images: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, text: Tensor, images: Tensor | None) -> Tensor:
         """Return [B, S, C]; text [B, S_text, C], images [B, S_images, C] or None."""
         query = self.heads(self.norm_q(self.to_q(hidden_states)))
         key = self.heads(self.norm_k(self.to_k(text)))
@@ -165,18 +174,38 @@ class WanCrossAttention(WanSelfAttention):
         return projected
 
 
+class ResidualWithoutNorm(nn.Module):
+    """The end of self-attention where no norm comes before cross-attention."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.residual = GatedResidual(dim)
+
+    def forward(
+        self, residual: Tensor, gate: Tensor, update: Tensor, *, group_size: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum, [B, S, C], as it is and as what would be its norm."""
+        total: Tensor = self.residual(residual, gate, update, group_size)
+        return total, total
+
+
 class WanTransformerBlock(nn.Module):
     """Self-attention, cross-attention and an MLP; time steers the first and the last."""
 
     def __init__(self, architecture: WanArchitecture) -> None:
         super().__init__()
         dim, eps = architecture.dim, architecture.eps
-        self.norm1 = Float32LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm1 = NormModulate(dim, eps)
         self.attn1 = WanSelfAttention(architecture)
         self.attn2 = WanCrossAttention(architecture)
-        self.norm2 = Float32LayerNorm(dim, eps) if architecture.cross_attn_norm else nn.Identity()
+        self.norm2 = (
+            ResidualNorm(dim, eps, elementwise_affine=True)
+            if architecture.cross_attn_norm
+            else ResidualWithoutNorm(dim)
+        )
         self.ffn = FeedForward(dim, architecture.ffn_dim)
-        self.norm3 = Float32LayerNorm(dim, eps, elementwise_affine=False)
+        self.norm3 = ResidualNorm(dim, eps)
+        self.residual = GatedResidual(dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(
@@ -192,15 +221,14 @@ class WanTransformerBlock(nn.Module):
             freqs_cis: complex64 [S, D/2].
 
         """
-        dtype, steering = hidden_states.dtype, self.scale_shift_table[:, None] + temb
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = steering[:, :, :, None].unbind(2)  # B G 1 C each
-        normed = modulate(grouped(self.norm1(hidden_states), temb), scale, shift).flatten(1, 2).to(dtype)
-        update = grouped(self.attn1(normed, freqs_cis).float(), temb)
-        hidden_states = gated_residual(grouped(hidden_states.float(), temb), gate, update).flatten(1, 2).to(dtype)
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states).to(dtype), text, images)
-        normed = modulate(grouped(self.norm3(hidden_states), temb), mlp_scale, mlp_shift).flatten(1, 2).to(dtype)
-        update = grouped(self.ffn(normed).float(), temb)
-        return gated_residual(grouped(hidden_states.float(), temb), mlp_gate, update).flatten(1, 2).to(dtype)
+        steering, group_size = self.scale_shift_table[:, None] + temb, tokens_of_group(hidden_states, temb)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = steering.unbind(2)  # B G C each
+        update = self.attn1(self.norm1(hidden_states, scale, shift, group_size), freqs_cis)
+        hidden_states, normed = self.norm2(hidden_states, gate, update, group_size=group_size)
+        update = self.attn2(normed, text, images)
+        hidden_states, normed = self.norm3(hidden_states, None, update, mlp_scale, mlp_shift, group_size)
+        ended: Tensor = self.residual(hidden_states, mlp_gate, self.ffn(normed), group_size)
+        return ended
 
 
 class WanTransformer3DModel(nn.Module):
@@ -226,7 +254,7 @@ class WanTransformer3DModel(nn.Module):
         self.patch_embedding = nn.Conv3d(architecture.in_channels, dim, self.patch_size, self.patch_size)
         self.condition_embedder = WanConditionEmbedding(architecture)
         self.blocks = nn.ModuleList(WanTransformerBlock(architecture) for _ in range(architecture.num_layers))
-        self.norm_out = Float32LayerNorm(dim, architecture.eps, elementwise_affine=False)
+        self.norm_out = NormModulate(dim, architecture.eps)
         self.proj_out = nn.Linear(dim, (architecture.out_channels or architecture.in_channels) * patch_volume)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
 
@@ -264,8 +292,8 @@ class WanTransformer3DModel(nn.Module):
         tokens = patches.flatten(2).transpose(1, 2).contiguous()
         for block in self.blocks:
             tokens = block(tokens, text, images, steering, freqs_cis)
-        shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None])[:, :, :, None].unbind(2)
-        tokens = modulate(grouped(self.norm_out(tokens), temb), scale, shift).flatten(1, 2).to(dtype)
+        shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).unbind(2)
+        tokens = self.norm_out(tokens, scale, shift, tokens_of_group(tokens, temb))
         return self.unpatchify(self.proj_out(tokens), patches.shape)
 
     def unpatchify(self, tokens: Tensor, grid: torch.Size) -> Tensor:
@@ -274,6 +302,6 @@ class WanTransformer3DModel(nn.Module):
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-def grouped(tokens: Tensor, temb: Tensor) -> Tensor:
-    """Return [B, G, S/G, C] of tokens [B, S, C], in the groups of [B, G, ...] that share a timestep."""
-    return tokens.view(tokens.shape[0], temb.shape[1], -1, tokens.shape[-1])
+def tokens_of_group(tokens: Tensor, temb: Tensor) -> int | None:
+    """Return how many of the tokens [B, S, C] share each timestep of [B, G, ...]; None where all share one."""
+    return None if temb.shape[1] == 1 else tokens.shape[1] // temb.shape[1]

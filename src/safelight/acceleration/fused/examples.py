@@ -1,0 +1,125 @@
+"""Arguments of the operations as models give them, on which a fused form is checked before it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safelight.layers import modulation, rotary
+
+NUM_TOKENS, NUM_TEXT = 771, 77
+"""Odd numbers: large enough that every part of a device works, small enough that a check takes milliseconds."""
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Source:
+    """Random tensors: activations in `dtype`, what steers them in `steering_dtype`."""
+
+    generator: torch.Generator
+    device: torch.device
+    dtype: torch.dtype
+    steering_dtype: torch.dtype
+    batch: int
+    num_groups: int
+
+    def values(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return normal random numbers, rounded to a dtype."""
+        drawn = torch.randn(shape, generator=self.generator)
+        return drawn.to(self.device, dtype or self.dtype)
+
+    def tokens(self, dim: int) -> Tensor:
+        """Return [B, S, C] in the middle of a longer sequence, off centre, and with channels of unlike size."""
+        rows = self.values(self.batch, NUM_TOKENS + 2, dim, dtype=torch.float32)
+        return (rows * torch.linspace(0.2, 8.0, dim, device=self.device) + 0.5).to(self.dtype)[:, 1:-1]
+
+    def steering(self, dim: int) -> tuple[Tensor, ...]:
+        """Return three of [B, G, C], as they lie in one projection's result."""
+        return self.values(self.batch, self.num_groups, 3 * dim, dtype=self.steering_dtype).chunk(3, dim=-1)
+
+    def heads(self, num_tokens: int, num_heads: int, head_dim: int) -> Tensor:
+        """Return [B, S, H, D]."""
+        return 3 * self.values(self.batch, num_tokens, num_heads, head_dim)
+
+    def rotations(self, num_tokens: int, head_dim: int) -> Tensor:
+        """Return complex64 [S, D/2]."""
+        angles = 100 * self.values(num_tokens, head_dim // 2, dtype=torch.float32)
+        return torch.polar(torch.ones_like(angles), angles)
+
+    def group_size(self) -> int | None:
+        """Return the tokens of a group."""
+        return None if self.num_groups == 1 else NUM_TOKENS // self.num_groups
+
+
+def norm_modulate_example(source: Source, dim: int) -> tuple[Any, ...]:
+    """Return arguments of `norm_modulate`."""
+    scale, shift, _ = source.steering(dim)
+    return source.tokens(dim), scale, shift, EPS, source.group_size()
+
+
+def gated_residual_example(source: Source, dim: int) -> tuple[Any, ...]:
+    """Return arguments of `gated_residual`."""
+    return source.tokens(dim), source.steering(dim)[0], source.tokens(dim), source.group_size()
+
+
+def residual_norm_example(source: Source, dim: int, affine: int) -> tuple[Any, ...]:
+    """Return arguments of `residual_norm`: one group takes a plain sum where the norm has weights, more take gates."""
+    gate, scale, shift = source.steering(dim)
+    residual, update, group_size = source.tokens(dim), source.tokens(dim), source.group_size()
+    if affine:
+        weight, bias = (source.values(dim, dtype=source.steering_dtype) for _ in range(2))
+        return residual, gate, update, weight, bias, None, None, EPS, group_size
+    given = None if source.batch > 1 else gate
+    return residual, given, update, None, None, scale, shift, EPS, group_size
+
+
+def qk_norm_rotary_example(source: Source, num_heads: int, head_dim: int, across_heads: int) -> tuple[Any, ...]:
+    """Return arguments of `qk_norm_rotary`."""
+    width = num_heads * head_dim if across_heads else head_dim
+    query, key = (source.heads(NUM_TOKENS, num_heads, head_dim) for _ in range(2))
+    weights = (1 + source.values(width) / 4 for _ in range(2))
+    return query, key, *weights, source.rotations(NUM_TOKENS, head_dim), EPS
+
+
+def joint_qk_norm_rotary_example(source: Source, num_heads: int, head_dim: int) -> tuple[Any, ...]:
+    """Return arguments of `joint_qk_norm_rotary`."""
+    text, image = (
+        [source.heads(num_tokens, num_heads, head_dim) for _ in range(3)] for num_tokens in (NUM_TEXT, NUM_TOKENS)
+    )
+    weights = (1 + source.values(head_dim) / 4 for _ in range(4))
+    return *text, *image, *weights, source.rotations(NUM_TEXT + NUM_TOKENS, head_dim), EPS
+
+
+EXAMPLES: Mapping[Callable[..., Any], Callable[..., tuple[Any, ...]]] = {
+    modulation.norm_modulate: norm_modulate_example,
+    modulation.gated_residual: gated_residual_example,
+    modulation.residual_norm: residual_norm_example,
+    rotary.qk_norm_rotary: qk_norm_rotary_example,
+    rotary.joint_qk_norm_rotary: joint_qk_norm_rotary_example,
+}
+"""For each operation in its plain form, what makes its arguments from a source and a layer's sizes."""
+
+
+def examples(
+    plain: Callable[..., Any], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the arguments to check an operation on.
+
+    One and two rows, one and three groups of tokens, and what steers in the activations' dtype and in float32.
+
+    Args:
+        plain: the operation in its plain form.
+        sizes: of the layer.
+        dtype: of activations.
+        device: where the arguments are.
+
+    """
+    generator = torch.Generator().manual_seed(0)
+    for steering_dtype in sorted({dtype, torch.float32}, key=str):
+        for batch, num_groups in ((1, 1), (2, 1), (1, 3), (2, 3)):
+            source = Source(generator, device, dtype, steering_dtype, batch, num_groups)
+            yield EXAMPLES[plain](source, *sizes)

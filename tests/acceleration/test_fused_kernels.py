@@ -1,0 +1,68 @@
+"""The Triton kernels without a GPU: what they compute, in Triton's interpreter, and that they compile for GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from safelight.acceleration.fused import kernels
+
+SUITE = Path(__file__).with_name("kernels_in_interpreter.py")
+
+
+def test_kernels_in_the_interpreter():
+    """In a process of its own: Triton is asked for its interpreter before it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(SUITE)]
+    suite = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert suite.returncode == 0, suite.stdout + suite.stderr
+    assert " passed" in suite.stdout and "skipped" not in suite.stdout
+
+
+def compiled(kernel, capability, constants):
+    """Return the PTX of a kernel on bfloat16, with rotations in float32, for rows that are aligned."""
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        is_number = name.startswith("num_") or name.endswith("stride") or name in NUMBERS
+        if name in constants:
+            signature[name] = "constexpr"
+        elif is_number:
+            signature[name] = NUMBERS.get(name, "i32")
+        else:
+            signature[name] = "*fp32" if name == "rotation" else "*bf16"
+        if name.endswith("stride") or name in ("dim", "head_dim") or signature[name].startswith("*"):
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm["ptx"]
+
+
+NUMBERS = {"eps": "fp32", "dim": "i32", "head_dim": "i32", "group_size": "i32", "last_group": "i32"}
+NORM = {"HAS_UPDATE": True, "HAS_GATE": True, "HAS_NORM": True, "ONE_PLUS": True, "BLOCK": 4096}
+HEADS = {"ACROSS_HEADS": False, "BLOCK_HEADS": 32, "BLOCK_DIM": 128}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        (kernels.residual_norm_kernel, NORM),
+        (kernels.residual_norm_kernel, {**NORM, "HAS_NORM": False}),
+        (kernels.qk_norm_rotary_kernel, HEADS),
+        (kernels.qk_norm_rotary_kernel, {**HEADS, "ACROSS_HEADS": True}),
+    ],
+    ids=["norm", "residual", "heads", "across heads"],
+)
+def test_kernels_compile_and_read_16_bytes_at_once(kernel, constants, capability, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx = compiled(kernel, capability, constants)
+    for line in ptx.splitlines():
+        if ".global" in line and ("ld." in line or "st." in line):
+            assert ".v4.b32" in line, line
