@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safelight.errors import InvalidParameterError
 
 if TYPE_CHECKING:
     import torch
 
+Mode = Literal["eager", "compiled"]
+"""How a request's model calls are made: chosen when it begins, and kept to its end, through a worker's death too."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "alternates")
+COMPILES = ("none", "blocks")
+CUDA_GRAPHS = ("none", "steps")
 BACKENDS = ("auto", "native", "diffusers")
 
 
@@ -39,6 +44,8 @@ class ServerArgs:
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
         offload: `none`, or `alternates`: of components of which a step needs one, the others wait on the host.
+        compile: `none`, or `blocks`: each class of the transformer's repeated blocks is compiled once.
+        cuda_graphs: `none`, or `steps`: model calls that are bound by launches are captured once a shape, and replayed.
 
     """
 
@@ -51,6 +58,8 @@ class ServerArgs:
     attention_backend: str = setting("auto", "auto, sdpa, math, flash, efficient or cudnn.  [default: auto]")
 
     offload: str = setting("none", "none, or alternates: of two transformers the one not in use waits on the host.")
+    compile: str = setting("none", "none, or blocks: compile the transformer's repeated blocks.  [default: none]")
+    cuda_graphs: str = setting("none", "none, or steps: replay steps that are bound by launches.  [default: none]")
 
     def __post_init__(self) -> None:
         """Refuse a dtype that there is not, by the name of its field."""
@@ -61,6 +70,10 @@ class ServerArgs:
             raise InvalidParameterError("backend", self.backend, ", ".join(BACKENDS))
         if self.offload not in OFFLOADS:
             raise InvalidParameterError("offload", self.offload, ", ".join(OFFLOADS))
+        if self.compile not in COMPILES:
+            raise InvalidParameterError("compile", self.compile, ", ".join(COMPILES))
+        if self.cuda_graphs not in CUDA_GRAPHS:
+            raise InvalidParameterError("cuda_graphs", self.cuda_graphs, ", ".join(CUDA_GRAPHS))
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)
