@@ -303,7 +303,7 @@ ENVIRONMENT_VARIABLES = {"SAFELIGHT_STATE_DIR", "SAFELIGHT_API_KEY_FILE"}
 
 
 def test_environment_variables_are_few():
-    """At most five, each for a setting that a flag names as well. Inductor knows its cache's place by one of its own."""
+    """At most five, each for a setting that a flag names as well; Inductor finds its cache by one of its own."""
     found = set()
     for path in FILES:
         found |= set(re.findall(r"SAFELIGHT_[A-Z_]+", path.read_text()))
