@@ -123,6 +123,20 @@ def test_a_request_that_runs_again_has_the_mode_that_it_began_with(pipeline, cal
     assert torch.equal(again.execution.req.outputs[0], expected[mode])
 
 
+def test_an_engine_whose_tasks_all_wait_for_the_form_is_not_busy(pipeline, callers):
+    """The scheduler sleeps between two looks at the process that compiles."""
+    callers.compilation.due = False
+    engine = Engine(pipeline, callers=callers)
+    engine.add(request(pipeline, request_id="again"), mode="compiled")
+    assert not engine.busy and not engine.tick()
+    callers.compilation.due = True
+    assert engine.busy
+    finish_compiling(engine)
+    assert engine.busy
+    drive(engine)
+    assert not engine.busy
+
+
 def test_who_waits_for_a_form_that_cannot_be_made_is_told(pipeline, callers):
     callers.compilation.fails = True
     engine = Engine(pipeline, callers=callers)

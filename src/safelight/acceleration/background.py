@@ -7,6 +7,7 @@ each class, makes the canonical calls on zeros, at the lowest priority, and ends
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -67,7 +68,7 @@ class Job(msgspec.Struct, frozen=True):
     Attributes:
         server_args: fields of `ServerArgs`.
         num_threads: of a kernel.
-        dtypes: of each component's weights, by their names.
+        dtypes: of each component's weights, by their names, those of other blocks left out.
         calls: canonical.
 
     """
@@ -99,8 +100,9 @@ class BackgroundCompiler:
         )
         assert self._process.stdin is not None
         # It stays open: when it closes, because we have ended, the other process ends too.
-        self._process.stdin.write(msgspec.json.encode(job_of(compilation)) + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has died already, and `poll` says so
+            self._process.stdin.write(msgspec.json.encode(job_of(compilation)) + b"\n")
+            self._process.stdin.flush()
 
     def poll(self) -> str | None:
         """Return None while it works, then why it failed; an empty string if it did not."""
@@ -136,12 +138,14 @@ def job_of(compilation: Compilation) -> Job:
         )
         for call in compilation.calls
     ]
-    modules = {name: module for name, module in own_modules(pipeline).items() if repeated_blocks(module)}
-    dtypes = {
-        name: {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in module.state_dict().items()}
-        for name, module in modules.items()
-    }
+    dtypes = {name: dtypes_of(module) for name, module in own_modules(pipeline).items() if repeated_blocks(module)}
     return Job(msgspec.to_builtins(pipeline.server_args), torch.get_num_threads(), dtypes, calls)
+
+
+def dtypes_of(module: nn.Module) -> dict[str, str]:
+    """Return the dtypes of a module's weights, with one block of each class."""
+    with one_block_each(module):
+        return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in module.state_dict().items()}
 
 
 def fill_cache(job: Job) -> None:
@@ -198,6 +202,10 @@ def main() -> int:
         fill_cache(job)
     except SafelightError as error:
         sys.stdout.write(str(error))
+        return 1
+    except Exception as error:  # the process's boundary: the log says the rest
+        logger.exception("the model cannot be compiled")
+        sys.stdout.write(f"the model cannot be compiled: {type(error).__name__}; the log says more")
         return 1
     return 0
 

@@ -19,7 +19,7 @@ class Callers:
         stacked: whether calls of several requests are made as one.
 
     Attributes:
-        compilation: the compiled form; None where the settings want none.
+        compilation: the compiled form; None where the settings have none.
 
     Raises:
         InvalidParameterError: if the model or the device cannot have what the settings say.

@@ -135,7 +135,7 @@ def compiling(classes: Sequence[BlockClass]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        # Complex products (rotary) run as they do eagerly, which is what is wanted.
+        # Complex products (rotary) run as they do eagerly, as they should.
         warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
         # Two sizes that happen to be equal are two sizes. Floats are constants of the architecture.
         stack.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
@@ -175,6 +175,7 @@ def missing_toolchain(device_type: str) -> str | None:
     return None if has_triton() else "Triton, and it is not here or does not run on this device"
 
 
+@functools.cache
 def warm_up_compiler() -> None:
     """Import and prepare what compiling needs, once a process; the graphs that follow then take a second each."""
     import torch._inductor.codecache

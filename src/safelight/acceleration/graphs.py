@@ -35,8 +35,8 @@ class Recorder(ABC):
     """Records what a function does on a device, and can do it again. The seam to CUDA."""
 
     @abstractmethod
-    def is_bound_by_launches(self, run: Callable[[], Prediction]) -> bool:
-        """Run a function that has run before, and say whether the device waited for the host."""
+    def measure(self, run: Callable[[], Prediction]) -> tuple[Prediction, bool]:
+        """Run a function that has run before; return its result, and whether the device waited for the host."""
 
     @abstractmethod
     def record(self, run: Callable[[], Prediction]) -> tuple[Callable[[], None], Prediction]:
@@ -60,13 +60,13 @@ class CudaRecorder(Recorder):
         self._pool = torch.cuda.graph_pool_handle()
         self._num_bytes = 0
 
-    def is_bound_by_launches(self, run: Callable[[], Prediction]) -> bool:
+    def measure(self, run: Callable[[], Prediction]) -> tuple[Prediction, bool]:
         torch.cuda.synchronize(self._device)
         begun = time.perf_counter()
-        run()
+        result = run()
         launched = time.perf_counter()
         torch.cuda.synchronize(self._device)
-        return launched - begun >= BOUND_BY_LAUNCHES * (time.perf_counter() - begun)
+        return result, launched - begun >= BOUND_BY_LAUNCHES * (time.perf_counter() - begun)
 
     def record(self, run: Callable[[], Prediction]) -> tuple[Callable[[], None], Prediction]:
         side = torch.cuda.Stream(self._device)
@@ -146,9 +146,8 @@ class StepGraphs:
         if shape.num_calls == 1:
             return make(call)
         if shape.num_calls == 2:
-            results: list[Prediction] = []
-            shape.bound = self._recorder.is_bound_by_launches(lambda: results.append(make(call)) or results[-1])
-            return results[-1]
+            result, shape.bound = self._recorder.measure(lambda: make(call))
+            return result
         if not shape.bound:
             return make(call)
         while len(self._graphs) >= self._max_graphs:

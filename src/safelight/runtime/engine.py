@@ -123,6 +123,11 @@ class Engine:
             self._resume(plan.resumed)
         return [*plan.dropped, *plan.resumed]
 
+    @property
+    def busy(self) -> bool:
+        """Whether a tick has something to do: not while all that live wait for the compiled form."""
+        return any(self._has_form(task) for task in self.tasks) or self._compiles_now()
+
     def plan(self) -> Plan:
         """Choose what the next tick does."""
         now = self.clock()

@@ -60,7 +60,7 @@ class Scheduler:
 
     def _take_all(self) -> bool:
         """Take every message that is there, and wait for one where there is nothing to do; False to stop."""
-        timeout = 0.0 if self.engine.tasks else IDLE_SECONDS
+        timeout = 0.0 if self.engine.busy else IDLE_SECONDS
         while (parcel := self.channel.receive(timeout)) is not None:
             message, frames = parcel
             if not self._take(message, frames):
