@@ -109,6 +109,12 @@ class CheckpointError(ModelError):
     """A checkpoint's files are missing, damaged, of a refused kind, or do not fit the model."""
 
 
+class CompilationError(ModelError):
+    """A model cannot be compiled, or a request that began in its compiled form cannot have it again."""
+
+    code = "compilation_failed"
+
+
 class NonFiniteOutputError(SafelightError):
     """Latents or pixels hold NaN or infinity; no picture is made of them."""
 

@@ -11,8 +11,9 @@ from typing import Any, Self
 
 import torch
 
+from safelight.acceleration.callers import Callers
 from safelight.client import RemoteEngine
-from safelight.core.executor import PipelineExecutor, SyncExecutor
+from safelight.core.executor import SyncExecutor
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req
@@ -33,7 +34,7 @@ class DiffusionGenerator:
 
     def __init__(self, engine: ComposedPipeline | RemoteEngine) -> None:
         self._engine: _LocalEngine | RemoteEngine | None
-        self._engine = engine if isinstance(engine, RemoteEngine) else _LocalEngine(SyncExecutor(engine))
+        self._engine = engine if isinstance(engine, RemoteEngine) else _LocalEngine(engine)
         self.schema: ModelSchema = engine.schema
 
     @classmethod
@@ -156,18 +157,22 @@ class DiffusionGenerator:
 
 
 class _LocalEngine:
-    """A pipeline in this process."""
+    """A pipeline in this process. Where its settings say so, the first call compiles it; then nothing runs eagerly."""
 
-    def __init__(self, executor: PipelineExecutor) -> None:
-        self._executor = executor
+    def __init__(self, pipeline: ComposedPipeline) -> None:
+        self._pipeline = pipeline
+        self._callers = Callers(pipeline)
+        if self._callers.compilation is not None:
+            self._callers.compilation.check_toolchain()
 
     def stream(self, each: list[SamplingParams]) -> Iterator[tuple[GenerationEvent, GenerationOutput | None]]:
         """Make one output after another, and yield how far they are; with an output's last event, the output."""
+        executor = SyncExecutor(self._pipeline, self._callers.finished())
         for index, single in enumerate(each):
             req = Req(request_id=uuid.uuid4().hex, params=single)
-            for _ in self._executor.execute(req):
+            for _ in executor.execute(req):
                 yield _progress(req, index, len(each)), None
-            made = make_output(req, self._executor.pipeline.schema.task.makes_video)
+            made = make_output(req, self._pipeline.schema.task.makes_video)
             yield _progress(req, index, len(each)), made
 
 

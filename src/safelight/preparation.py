@@ -13,6 +13,8 @@ from safelight.core.schema import ModelSchema
 
 SEED_RANGE = 2**53
 """Drawn seeds stay below it, so that a browser's JSON holds them."""
+WARM_UP_SIDE = 256
+"""Pixels of the first request's sides, where the model has no smaller default."""
 
 
 def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
@@ -38,6 +40,33 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
     if asked.image_mode == "RGB" and any(media.has_alpha(image) for image in images):
         warnings.append("image: its alpha channel is not used")
     return params, warnings
+
+
+def warm_up_params(schema: ModelSchema, num_steps: int = 1) -> SamplingParams:
+    """Return a small request that the model takes: few steps, few pixels, few frames, no image that it can do without.
+
+    Args:
+        schema: the model's.
+        num_steps: where the model does not have its own.
+
+    Raises:
+        UsageError: if the model does not take it.
+
+    """
+    from PIL import Image
+
+    options = schema.params_cls.options()
+    side = -(-WARM_UP_SIDE // schema.size_multiple) * schema.size_multiple
+    small: dict[str, Any] = {"prompt": "warm-up", "num_inference_steps": num_steps, "seed": 0, "output_type": "pil"}
+    small["n"] = 1
+    small |= {name: min(side, schema.defaults.get(name) or side) for name in ("height", "width")}
+    small["num_frames"] = 1 + schema.frame_step
+    if schema.num_input_images[0]:
+        small["image"] = [Image.new("RGB", (side, side), (128, 128, 128))] * schema.num_input_images[0]
+    kept = {name: value for name, value in small.items() if name in options}
+    if schema.params_cls.num_steps is not SamplingParams.num_steps:  # the model's steps are its own
+        kept.pop("num_inference_steps", None)
+    return prepare(schema, kept)[0]
 
 
 def _as_list(image: Any) -> list[Any]:

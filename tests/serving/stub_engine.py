@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema, ModelTaskType
+from safelight.core.server_args import Mode
 from safelight.errors import CancelledError, NotReadyError, QueueFullError, SafelightError, WorkerLostError, by_code
 from safelight.families.flux.params import FluxKontextSamplingParams, FluxSamplingParams
 from safelight.families.wan.params import WanImageToVideoSamplingParams, WanSamplingParams
@@ -88,6 +89,7 @@ class StubEngine(EngineClient):
 
     Attributes:
         step_seconds: how long a denoising step takes.
+        mode: of the requests that begin now, unless they began before.
         submitted: every request that was let in, in order.
         begun: ids of the requests whose first step began, in order.
 
@@ -103,6 +105,7 @@ class StubEngine(EngineClient):
         state: State = "ready",
     ) -> None:
         self.step_seconds = step_seconds
+        self.mode: Mode = "eager"
         self.submitted: list[GenerationRequest] = []
         self.begun: list[str] = []
         self._schema = schema
@@ -197,12 +200,14 @@ class StubEngine(EngineClient):
         parts = ticket.request.params.split()
         steps = parts[0].num_inference_steps or 1
         self.begun.append(ticket.request.request_id)
+        mode = ticket.request.mode or self.mode
         outputs = []
         for index, params in enumerate(parts):
             assert isinstance(params.prompt, str)
             for step in range(steps):
                 done = index * steps + step
-                ticket.advance(Progress("running", None, "denoising", done, steps * len(parts), index, len(parts)))
+                total, count = steps * len(parts), len(parts)
+                ticket.advance(Progress("running", None, "denoising", done, total, index, count, mode=mode))
                 await self._obey(params.prompt, step, steps)
                 await asyncio.sleep(self.step_seconds)
                 if self.on_step is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +13,9 @@ import torch
 
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import ModelCall, Prediction, Req
+
+CallMaker = Callable[[ModelCall], Prediction]
+"""Makes a model call: eagerly, compiled, or from a graph. Its caller is in `inference_mode`."""
 
 
 class Execution:
@@ -23,11 +27,13 @@ class Execution:
     Attributes:
         req: the request.
         started: whether its first unit has begun.
+        make_call: how its calls are made; set before its first unit, so that all are made alike.
 
     """
 
-    def __init__(self, pipeline: ComposedPipeline, req: Req) -> None:
+    def __init__(self, pipeline: ComposedPipeline, req: Req, call_maker: CallMaker | None = None) -> None:
         self.req = req
+        self.make_call = call_maker or functools.partial(make_call, pipeline)
         self._pipeline = pipeline
         self._steps = pipeline.run(req)
         self.started = False
@@ -75,7 +81,7 @@ class Execution:
     def _resume(self, results: Sequence[Prediction] | None) -> bool:
         """Make the pending calls and run the pipeline to its next yield; False at its end."""
         if results is None:
-            results = [make_call(self._pipeline, call) for call in self.req.pending]
+            results = [self.make_call(call) for call in self.req.pending]
         try:
             if self.started:
                 self._steps.send(list(results))
@@ -110,10 +116,20 @@ class PipelineExecutor(ABC):
 
 
 class SyncExecutor(PipelineExecutor):
-    """Drives one request to its end, in this thread."""
+    """Drives one request to its end, in this thread.
+
+    Args:
+        pipeline: whose requests they are.
+        call_maker: how their calls are made; eagerly if None.
+
+    """
+
+    def __init__(self, pipeline: ComposedPipeline, call_maker: CallMaker | None = None) -> None:
+        super().__init__(pipeline)
+        self._call_maker = call_maker
 
     def execute(self, req: Req) -> Generator[Req, None, None]:
         """Drive a request to its end, yielding after each unit. Closing the iterator stops the work."""
-        with Execution(self.pipeline, req) as execution:
+        with Execution(self.pipeline, req, self._call_maker) as execution:
             while execution.advance():
                 yield req

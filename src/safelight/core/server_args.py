@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safelight.core.sizes import parse_size
 from safelight.errors import InvalidParameterError
@@ -12,8 +12,13 @@ from safelight.errors import InvalidParameterError
 if TYPE_CHECKING:
     import torch
 
+Mode = Literal["eager", "compiled"]
+"""How a request's model calls are made: chosen when it begins, and kept to its end, through a worker's death too."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "alternates")
+COMPILES = ("none", "blocks")
+CUDA_GRAPHS = ("none", "steps")
 BACKENDS = ("auto", "native", "diffusers")
 
 
@@ -41,6 +46,8 @@ class ServerArgs:
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
         offload: `none`, or `alternates`: of components of which a step needs one, the others wait on the host.
         conditioning_cache: bytes of what encoders made that are kept for later requests, such as `256MiB`; `0` is none.
+        compile: `none`, or `blocks`: each class of the transformer's repeated blocks is compiled once.
+        cuda_graphs: `none`, or `steps`: model calls that are bound by launches are captured once a shape, and replayed.
 
     """
 
@@ -53,6 +60,8 @@ class ServerArgs:
     attention_backend: str = setting("auto", "auto, sdpa, math, flash, efficient or cudnn.  [default: auto]")
 
     offload: str = setting("none", "none, or alternates: of two transformers the one not in use waits on the host.")
+    compile: str = setting("none", "none, or blocks: compile the transformer's repeated blocks.  [default: none]")
+    cuda_graphs: str = setting("none", "none, or steps: replay steps that are bound by launches.  [default: none]")
 
     conditioning_cache: str = setting(
         "256MiB", "Bytes of prompt and image embeddings that are kept for later requests; 0 is none.  [default: 256MiB]"
@@ -68,6 +77,10 @@ class ServerArgs:
         if self.offload not in OFFLOADS:
             raise InvalidParameterError("offload", self.offload, ", ".join(OFFLOADS))
         self.conditioning_cache_bytes()
+        if self.compile not in COMPILES:
+            raise InvalidParameterError("compile", self.compile, ", ".join(COMPILES))
+        if self.cuda_graphs not in CUDA_GRAPHS:
+            raise InvalidParameterError("cuda_graphs", self.cuda_graphs, ", ".join(CUDA_GRAPHS))
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)

@@ -8,8 +8,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from safelight.core.executor import make_call
-from safelight.core.pipeline import ComposedPipeline
+from safelight.core.executor import CallMaker
 from safelight.core.request import ModelCall, Prediction
 
 StackKey = tuple[str, tuple[Hashable, ...]]
@@ -20,8 +19,8 @@ def stack_key(call: ModelCall) -> StackKey:
     return (call.component, call.signature)
 
 
-def run_stacked(pipeline: ComposedPipeline, requests: Sequence[Sequence[ModelCall]]) -> list[list[Prediction]]:
-    """Make the calls of several requests, those of one key in one forward; return each request's results."""
+def run_stacked(make: CallMaker, requests: Sequence[Sequence[ModelCall]]) -> list[list[Prediction]]:
+    """Make the calls of requests of one mode, those of one key in one forward; return each request's results."""
     groups: defaultdict[StackKey, list[ModelCall]] = defaultdict(list)
     for calls in requests:
         for call in calls:
@@ -29,7 +28,7 @@ def run_stacked(pipeline: ComposedPipeline, requests: Sequence[Sequence[ModelCal
     results: dict[tuple[str, str, int], Prediction] = {}
     with torch.inference_mode():
         for calls in groups.values():
-            stacked = make_call(pipeline, stack(calls))
+            stacked = make(stack(calls))
             for call, result in zip(calls, split(stacked, [num_rows(call) for call in calls]), strict=True):
                 results[call.key] = result
     return [[results[call.key] for call in calls] for calls in requests]

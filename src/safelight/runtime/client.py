@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.core.server_args import Mode
 from safelight.errors import SafelightError
 from safelight.runtime.spool import SpooledFrames
 
@@ -28,6 +29,7 @@ class GenerationRequest:
         params: resolved: checked, with the model's defaults and a seed; images are PIL images.
         priority: higher goes first, within the share that every request has.
         deadline: seconds from its submission after which it is not begun any more; None is no deadline.
+        mode: that it began with before, in another life of the server; None where it has not begun.
 
     """
 
@@ -35,6 +37,7 @@ class GenerationRequest:
     params: SamplingParams
     priority: int = 0
     deadline: float | None = None
+    mode: Mode | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Progress:
         output_index: which output is being made, from 0.
         num_outputs: how many there will be.
         seconds_left: the engine's estimate; None while there is none.
+        mode: how its model calls are made; None until it has begun.
 
     """
 
@@ -61,6 +65,7 @@ class Progress:
     output_index: int = 0
     num_outputs: int = 1
     seconds_left: float | None = None
+    mode: Mode | None = None
 
     @property
     def percent(self) -> int:
@@ -108,6 +113,7 @@ class EngineStats:
         device_memory_bytes: allocated by the worker on its device; 0 on the CPU.
         load_seconds: what loading the model took.
         num_restarts: workers started after the first.
+        compiled: whether what begins now runs compiled.
 
     """
 
@@ -116,6 +122,7 @@ class EngineStats:
     device_memory_bytes: int = 0
     load_seconds: float = 0.0
     num_restarts: int = 0
+    compiled: bool = False
 
 
 class Ticket:

@@ -11,10 +11,12 @@ from typing import Literal
 
 import torch
 
+from safelight.acceleration.callers import Callers
 from safelight.core.executor import Execution
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Prediction, Req, move
-from safelight.errors import CancelledError, DeadlineError
+from safelight.core.server_args import Mode
+from safelight.errors import CancelledError, CompilationError, DeadlineError, SafelightError
 from safelight.runtime.batching import run_stacked, stack_key
 from safelight.runtime.cost import step_cost
 from safelight.runtime.policy import Policy, Task
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 Batching = Literal["exact", "throughput"]
 HOST = torch.device("cpu")
+COMPILE_PATIENCE = 60.0
+"""Seconds for which the engine waits for a moment without requests before it compiles between two units."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Plan:
     Attributes:
         resumed: tasks that do a unit; several share their model calls.
         evicted: tasks that leave the device before.
-        dropped: tasks that are too late to begin.
+        dropped: tasks that are too late to begin, or began in a mode that cannot be had again.
 
     """
 
@@ -52,6 +56,7 @@ class Engine:
         batching: `exact` runs each model call alone; `throughput` stacks those of equal signature.
         clock: seconds; only differences count.
         watch: is told of every unit.
+        callers: make the model calls; None makes them as the pipeline's settings say.
 
     """
 
@@ -64,6 +69,7 @@ class Engine:
         batching: Batching = "exact",
         clock: Callable[[], float] = time.perf_counter,
         watch: Watch | None = None,
+        callers: Callers | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.policy = policy or Policy()
@@ -71,16 +77,19 @@ class Engine:
         self.batching = batching
         self.clock = clock
         self.watch = watch or Watch()
+        self.callers = callers or Callers(pipeline, stacked=batching == "throughput")
         self.tasks: list[Task] = []
         self._newcomer_was_last = False
+        self._compile_due: float | None = None
 
-    def add(self, req: Req, *, priority: int = 0, deadline: float | None = None) -> Task:
+    def add(self, req: Req, *, priority: int = 0, deadline: float | None = None, mode: Mode | None = None) -> Task:
         """Take a request's output in.
 
         Args:
             req: the output, whose parameters are resolved.
             priority: higher goes first.
             deadline: seconds from now after which it is not begun any more.
+            mode: that it began with in an engine before; None where it has not begun.
 
         """
         now, params = self.clock(), req.params
@@ -88,6 +97,8 @@ class Engine:
         task = Task(Execution(self.pipeline, req), cost, params.num_steps(), now, priority)
         if deadline is not None:
             task.deadline = now + deadline
+        if self.callers.compilation is not None:
+            task.mode = mode
         self.tasks.append(task)
         return task
 
@@ -100,20 +111,28 @@ class Engine:
 
     def tick(self) -> Sequence[Task]:
         """Resume some of the tasks by one unit; return those that something happened to."""
+        if self._compiles_now():
+            self._compile()
+            return []
         plan = self.plan()
         for task in plan.dropped:
-            self._end(task, DeadlineError("the request's deadline passed before it could begin"))
+            self._end(task, self._refusal(task))
         for task in plan.evicted:
             self._evict(task)
         if plan.resumed:
             self._resume(plan.resumed)
         return [*plan.dropped, *plan.resumed]
 
+    @property
+    def busy(self) -> bool:
+        """Whether a tick has something to do: not while all that live wait for the compiled form."""
+        return any(self._has_form(task) for task in self.tasks) or self._compiles_now()
+
     def plan(self) -> Plan:
         """Choose what the next tick does."""
         now = self.clock()
-        dropped = [task for task in self.tasks if now > task.deadline and not task.execution.started]
-        order = self.order([task for task in self.tasks if task not in dropped], now)
+        dropped = [task for task in self.tasks if self._is_lost(task, now)]
+        order = self.order([task for task in self.tasks if task not in dropped and self._has_form(task)], now)
         num_free = self.max_running - sum(task.on_device for task in order)
         movable = [task for task in reversed(order) if task.on_device and self.pipeline.movable]
         for head in order:
@@ -145,7 +164,55 @@ class Engine:
             return newcomers[:1]
         self._newcomer_was_last = False
         keys = {stack_key(call) for call in head.calls}
-        return [task for task in running if task is head or (keys and keys == {stack_key(c) for c in task.calls})]
+        alike = [task for task in running if task.mode == head.mode]
+        return [task for task in alike if task is head or (keys and keys == {stack_key(c) for c in task.calls})]
+
+    def _is_lost(self, task: Task, now: float) -> bool:
+        """Say whether a task cannot begin any more."""
+        return not task.execution.started and (now > task.deadline or not self._can_have_form(task))
+
+    def _can_have_form(self, task: Task) -> bool:
+        compilation = self.callers.compilation
+        return task.mode != "compiled" or (compilation is not None and compilation.state != "failed")
+
+    def _has_form(self, task: Task) -> bool:
+        """Say whether a task's mode is there: one that began compiled, in another worker, waits until it is."""
+        return task.mode != "compiled" or self.callers.mode == "compiled"
+
+    def _refusal(self, task: Task) -> SafelightError:
+        if not self._can_have_form(task):
+            return CompilationError("the request began in the model's compiled form, which cannot be made again")
+        return DeadlineError("the request's deadline passed before it could begin")
+
+    def _compiles_now(self) -> bool:
+        """Say whether it is time for a unit of compiling: between requests, or at last between two units.
+
+        It is when only tasks are left that wait for the compiled form.
+        """
+        compilation = self.callers.compilation
+        if compilation is None or compilation.state != "pending" or not compilation.is_due():
+            return False
+        now = self.clock()
+        self._compile_due = now if self._compile_due is None else self._compile_due
+        return now >= self._compile_due + COMPILE_PATIENCE or not any(self._has_form(task) for task in self.tasks)
+
+    def _compile(self) -> None:
+        """Do a unit of compiling. Each may take as long as a first unit, and is no request's."""
+        compilation = self.callers.compilation
+        assert compilation is not None
+        kind, begun = ("compilation", compilation.num_done), self.clock()
+        self.watch.begin(kind, ())
+        compilation.advance()
+        self.watch.end(kind, self.clock() - begun)
+
+    def _begin(self, task: Task) -> None:
+        """Choose how a request's calls are made, when the first of its outputs begins: alike for all."""
+        if task.mode is None:
+            for other in self.tasks:
+                if other.request_id == task.request_id:
+                    other.mode = self.callers.mode
+        assert task.mode is not None
+        task.execution.make_call = self.callers.of(task.mode)
 
     def _resume(self, tasks: Sequence[Task]) -> None:
         """Do a unit of each, the model calls of several in common."""
@@ -153,6 +220,8 @@ class Engine:
         self.watch.begin(kind, [task.request_id for task in tasks])
         begun = self.clock()
         for task in tasks:
+            if not task.execution.started:
+                self._begin(task)
             self._place(task)
         for task, results in zip(tasks, self._results(tasks), strict=True):
             self._advance(task, results)
@@ -177,7 +246,7 @@ class Engine:
         """Make the calls of the tasks in common; None leaves them to each task."""
         if self.batching == "throughput" and tasks[0].calls:
             try:
-                return list(run_stacked(self.pipeline, [task.calls for task in tasks]))
+                return list(run_stacked(tasks[0].execution.make_call, [task.calls for task in tasks]))
             except Exception:  # a request's boundary: apart, only the one at fault fails
                 logger.warning("a stacked forward failed; its %d calls are made apart", len(tasks), exc_info=True)
                 free_memory()

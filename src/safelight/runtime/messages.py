@@ -17,7 +17,7 @@ from PIL import Image
 from safelight.core.params import Option, SamplingParams, make_params_cls
 from safelight.core.registry import get_pipeline, pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
-from safelight.core.server_args import ServerArgs
+from safelight.core.server_args import Mode, ServerArgs
 from safelight.runtime.watch import UnitLimits
 
 SCHEMA_KEY = "x-safelight"
@@ -63,6 +63,7 @@ class Submit(Message, frozen=True):
         images: (field, mode, width, height) of each image.
         priority: higher goes first.
         deadline: seconds from now; None is no deadline.
+        mode: that it began with in a worker before; None where it has not begun.
 
     """
 
@@ -71,6 +72,7 @@ class Submit(Message, frozen=True):
     images: list[tuple[str, str, int, int]]
     priority: int = 0
     deadline: float | None = None
+    mode: Mode | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -105,6 +107,12 @@ class LoadFailed(Message, frozen=True):
     exit_code: int
 
 
+class Compiled(Message, frozen=True):
+    """From the worker, once: what begins now runs compiled; or, with a reason, eagerly as before."""
+
+    reason: str = ""
+
+
 class Heartbeat(Message, frozen=True):
     """From the worker, several times a second: its process runs.
 
@@ -134,6 +142,7 @@ class Progressed(Message, frozen=True):
         seconds_left: of this output, estimated.
         step_seconds: what the unit took, where it was a denoising step.
         batch_size: outputs that shared the unit.
+        mode: how the request's model calls are made.
 
     """
 
@@ -145,6 +154,7 @@ class Progressed(Message, frozen=True):
     seconds_left: float
     step_seconds: float | None = None
     batch_size: int = 1
+    mode: Mode = "eager"
 
 
 class OutputMade(Message, frozen=True):
@@ -218,7 +228,7 @@ class WireSchema(msgspec.Struct, frozen=True):
 
 
 ToWorker = Start | Submit | Cancel | Stop
-FromWorker = Loaded | LoadFailed | Heartbeat | Progressed | OutputMade | Failed
+FromWorker = Loaded | LoadFailed | Compiled | Heartbeat | Progressed | OutputMade | Failed
 
 
 def split_images(params: SamplingParams) -> tuple[dict[str, Any], list[tuple[str, Image.Image]]]:

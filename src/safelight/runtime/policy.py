@@ -10,6 +10,7 @@ from statistics import median
 
 from safelight.core.executor import Execution
 from safelight.core.request import ModelCall
+from safelight.core.server_args import Mode
 from safelight.runtime.durations import Durations
 
 EQUAL_WORK = 1.25
@@ -27,6 +28,7 @@ class Task:
         arrival: when it was added.
         priority: higher goes first.
         deadline: when it is too late to begin it.
+        mode: how its model calls are made; None until it begins.
         on_device: whether its tensors are on the device.
         step_seconds: what its last unit took, if that was a denoising step.
         tail_seconds: what it has needed since its last step: to decode, for example.
@@ -41,6 +43,7 @@ class Task:
     arrival: float
     priority: int = 0
     deadline: float = math.inf
+    mode: Mode | None = None
     on_device: bool = False
     step_seconds: float | None = None
     tail_seconds: float = 0.0

@@ -13,6 +13,7 @@ from safelight.errors import OutOfMemoryError, SafelightError
 from safelight.runtime.engine import Engine, is_out_of_memory
 from safelight.runtime.messages import (
     Cancel,
+    Compiled,
     Failed,
     Heartbeat,
     OutputMade,
@@ -46,6 +47,7 @@ class Scheduler:
         self.snapshot = Heartbeat(0, 0, 0, {})
         self._outputs: dict[str, list[Task]] = {}
         self._snapshot_at = 0.0
+        self._told_compiled = False
 
     def run(self) -> None:
         """Work until told to stop."""
@@ -53,11 +55,12 @@ class Scheduler:
             touched = self.engine.tick()
             for task in touched:
                 self._report(task, len(touched))
+            self._report_compiled()
             self._take_snapshot()
 
     def _take_all(self) -> bool:
         """Take every message that is there, and wait for one where there is nothing to do; False to stop."""
-        timeout = 0.0 if self.engine.tasks else IDLE_SECONDS
+        timeout = 0.0 if self.engine.busy else IDLE_SECONDS
         while (parcel := self.channel.receive(timeout)) is not None:
             message, frames = parcel
             if not self._take(message, frames):
@@ -88,7 +91,12 @@ class Scheduler:
             self.channel.send(Failed(message.request_id, error.code, str(error), error.param))
             return
         self._outputs[message.request_id] = [
-            self.engine.add(Req(message.request_id, single), priority=message.priority, deadline=message.deadline)
+            self.engine.add(
+                Req(message.request_id, single),
+                priority=message.priority,
+                deadline=message.deadline,
+                mode=message.mode,
+            )
             for single in params.split()
         ]
 
@@ -109,6 +117,7 @@ class Scheduler:
                 seconds_left=self.engine.policy.remaining(task),
                 step_seconds=task.step_seconds,
                 batch_size=batch_size,
+                mode=task.mode or "eager",
             )
             self.channel.send(progress)
             return
@@ -121,6 +130,14 @@ class Scheduler:
         self.channel.send(made, arrays)
         if all(other.done for other in self._outputs[task.request_id]):
             del self._outputs[task.request_id]
+
+    def _report_compiled(self) -> None:
+        """Tell once that the compiled form is there, or why it will not be."""
+        compilation = self.engine.callers.compilation
+        if compilation is None or compilation.state == "pending" or self._told_compiled:
+            return
+        self._told_compiled = True
+        self.channel.send(Compiled(compilation.reason))
 
     def _fail(self, task: Task) -> None:
         """End the task's request: its other outputs too, with one answer."""

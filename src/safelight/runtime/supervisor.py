@@ -12,14 +12,14 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from safelight.core.schema import ModelSchema
-from safelight.core.server_args import ServerArgs
+from safelight.core.server_args import Mode, ServerArgs
 from safelight.errors import (
     CancelledError,
     ModelError,
@@ -42,6 +42,7 @@ from safelight.runtime.client import (
 )
 from safelight.runtime.messages import (
     Cancel,
+    Compiled,
     Failed,
     FromWorker,
     Heartbeat,
@@ -98,10 +99,11 @@ class EngineSettings:
 
 @dataclass(eq=False)
 class _Live:
-    """A request that has no answer yet."""
+    """A request that has no answer yet. Its mode is None until it begins, and stays through a worker's death."""
 
     ticket: Ticket
     submitted: float
+    mode: Mode | None = None
     outputs: dict[int, Output] = field(default_factory=dict)
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
 
@@ -124,11 +126,16 @@ class Supervisor(EngineClient):
     Args:
         settings: of the engine.
 
+    Attributes:
+        gave_up: whether workers have died too often.
+        on_compiled: told, for each worker, that the model is compiled, by an empty string; or why it is not.
+
     """
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.gave_up = asyncio.Event()
+        self.on_compiled: Callable[[str], None] | None = None
         self._schema: ModelSchema | None = None
         self._state: State = "loading"
         self._stats = EngineStats()
@@ -200,7 +207,7 @@ class Supervisor(EngineClient):
         if self._num_waiting() >= self.settings.max_waiting:
             raise QueueFullError(f"{self.settings.max_waiting} requests wait already; try again later")
         assert request.request_id not in self._live, "two requests have one id"
-        live = _Live(Ticket(request), time.monotonic())
+        live = _Live(Ticket(request), time.monotonic(), request.mode)
         self._live[request.request_id] = live
         self._send_request(live)
         return live.ticket
@@ -327,6 +334,7 @@ class Supervisor(EngineClient):
             self._give_up()
             self._ready.set_exception(ModelError("the worker died while it loaded the model; the log says more"))
             return
+        self._stats = replace(self._stats, compiled=False)
         for request_id, live in list(self._live.items()):
             live.outputs.clear()
             live.steps.clear()
@@ -364,6 +372,8 @@ class Supervisor(EngineClient):
             self._take_heartbeat(message)
         elif isinstance(message, Loaded):
             self._take_loaded(message)
+        elif isinstance(message, Compiled):
+            self._take_compiled(message)
         elif isinstance(message, Progressed):
             self._take_progress(message)
         elif isinstance(message, OutputMade):
@@ -384,6 +394,13 @@ class Supervisor(EngineClient):
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
+    def _take_compiled(self, message: Compiled) -> None:
+        self._stats = replace(self._stats, compiled=not message.reason)
+        if message.reason:
+            logger.warning("the model is not compiled: %s", message.reason)
+        if self.on_compiled is not None:
+            self.on_compiled(message.reason)
+
     def _take_heartbeat(self, message: Heartbeat) -> None:
         self._stats = replace(self._stats, device_memory_bytes=message.device_memory_bytes)
         for request_id, position in message.positions.items():
@@ -399,6 +416,7 @@ class Supervisor(EngineClient):
             self.on_step(message.step_seconds, message.batch_size)
         if live is None:
             return
+        live.mode = message.mode
         live.steps[message.output_index] = (message.step, message.num_inference_steps)
         num_outputs = live.ticket.progress.num_outputs
         num_steps = max(total for _, total in live.steps.values())
@@ -412,6 +430,7 @@ class Supervisor(EngineClient):
             output_index=message.output_index,
             num_outputs=num_outputs,
             seconds_left=a_step * others if num_steps else None,
+            mode=message.mode,
         )
         live.ticket.advance(progress)
 
@@ -438,6 +457,7 @@ class Supervisor(EngineClient):
             images=[(name, image.mode, image.width, image.height) for name, image in images],
             priority=request.priority,
             deadline=deadline,
+            mode=live.mode,
         )
         self._send(submit, [image_to_array(image) for _, image in images])
 

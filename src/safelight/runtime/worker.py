@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safelight.core.params import SamplingParams
-from safelight.core.pipeline import ComposedPipeline
+from safelight.acceleration.background import BackgroundCompiler
+from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
 from safelight.core.request import Req
-from safelight.core.schema import ModelSchema
-from safelight.errors import ModelError, SafelightError, UsageError
+from safelight.errors import CompilationError, ModelError, SafelightError, UsageError
 from safelight.loading.loader import load_pipeline
-from safelight.preparation import prepare
+from safelight.preparation import warm_up_params
 from safelight.runtime.engine import Engine
 from safelight.runtime.messages import Heartbeat, Loaded, LoadFailed, Start, schema_to_wire
 from safelight.runtime.policy import Policy
@@ -26,8 +25,6 @@ from safelight.runtime.watch import Unit, UnitBoard, Watch
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
-WARM_UP_SIDE = 256
-"""Pixels of the first request's sides, where the model has no smaller default."""
 
 
 class GPUWorker:
@@ -76,6 +73,7 @@ class GPUWorker:
         begun = time.perf_counter()
         if start.warm_up:
             warm_up(engine)
+        compile_in_background(engine, start.limits.first)
         self.board.write(None)
         self.scheduler = Scheduler(engine, self.channel)
         warm_up_seconds = time.perf_counter() - begun if start.warm_up else 0.0
@@ -90,6 +88,25 @@ class GPUWorker:
         return self.scheduler.snapshot if self.scheduler is not None else Heartbeat(0, 0, 0, {})
 
 
+def compile_in_background(engine: Engine, limit: float) -> None:
+    """Begin to compile the model, where its settings say so, in a process of its own that may take `limit` seconds.
+
+    What this machine or this model cannot compile is told once, and runs eagerly.
+    """
+    compilation = engine.callers.compilation
+    if compilation is None:
+        return
+    missing = missing_toolchain(engine.pipeline.device.type)
+    if missing is not None:
+        compilation.fail(f"compiling needs {missing}")
+        return
+    warm_up_compiler()
+    try:
+        compilation.filler = BackgroundCompiler(compilation, limit)
+    except CompilationError as error:
+        compilation.fail(str(error))
+
+
 def warm_up(engine: Engine) -> None:
     """Run one small request, so that the first one of a user does not pay for what happens once.
 
@@ -98,7 +115,7 @@ def warm_up(engine: Engine) -> None:
 
     """
     try:
-        params = warm_up_params(engine.pipeline)
+        params = warm_up_params(engine.pipeline.schema)
     except UsageError as error:
         logger.warning("no warm-up: %s", error)
         return
@@ -109,24 +126,6 @@ def warm_up(engine: Engine) -> None:
         logger.warning("no warm-up: %s", task.error)
     elif task.error is not None:
         raise ModelError(f"the model fails on a first small request: {task.error}") from task.error
-
-
-def warm_up_params(pipeline: ComposedPipeline) -> SamplingParams:
-    """Return a small request that the model takes: one step, few pixels, few frames."""
-    from PIL import Image
-
-    schema: ModelSchema = pipeline.schema
-    options = schema.params_cls.options()
-    side = -(-WARM_UP_SIDE // schema.size_multiple) * schema.size_multiple
-    small: dict[str, Any] = {"prompt": "warm-up", "num_inference_steps": 1, "seed": 0, "output_type": "pil", "n": 1}
-    small |= {name: min(side, schema.defaults.get(name) or side) for name in ("height", "width")}
-    small["num_frames"] = 1 + schema.frame_step
-    if schema.num_input_images[0]:
-        small["image"] = [Image.new("RGB", (side, side), (128, 128, 128))] * schema.num_input_images[0]
-    kept = {name: value for name, value in small.items() if name in options}
-    if schema.params_cls.num_steps is not SamplingParams.num_steps:  # the model's steps are its own
-        kept.pop("num_inference_steps", None)
-    return prepare(schema, kept)[0]
 
 
 def main() -> None:

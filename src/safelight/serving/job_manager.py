@@ -333,7 +333,7 @@ class JobManager:
                     if schema is not None and self._num_submitted() < self._limits.max_submitted:
                         params = params or await self._read(run.job, schema)
                         name = f"{run.job.id}.{run.job.attempts + 1}"
-                        return self._engine.submit(GenerationRequest(name, params))
+                        return self._engine.submit(GenerationRequest(name, params, mode=run.job.mode))
                 # The engine tells nobody when it becomes ready, or when it has room after somebody else's request.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), self._limits.retry_seconds)
@@ -351,17 +351,17 @@ class JobManager:
         try:
             async for progress in ticket.changes():
                 if progress.state == "running" and not begun:
-                    begun = await self._advance(run, run.job.begun(self._clock()))
+                    begun = await self._advance(run, run.job.begun(self._clock(), progress.mode))
                 run.wake()
             outputs = await ticket.result()
         except WorkerLostError:  # it had begun, if only for a moment
-            begun = begun or await self._advance(run, run.job.begun(self._clock()))
+            begun = begun or await self._advance(run, run.job.begun(self._clock(), ticket.progress.mode))
             raise
         finally:
             self._left.set()
             self._engine.cancel(ticket.request.request_id)
         if not begun:
-            await self._advance(run, run.job.begun(self._clock()))
+            await self._advance(run, run.job.begun(self._clock(), ticket.progress.mode))
         return outputs
 
     async def _finish(self, run: _Run, outputs: Sequence[Output]) -> None:

@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from safelight.core.server_args import Mode
 from safelight.errors import ConflictError, InvalidParameterError, StateDirectoryError, StorageFullError
 
 Kind = Literal["image", "video"]
@@ -104,6 +105,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         state: one of four.
         attempts: how often its run has been recorded as begun; at most `MAX_ATTEMPTS`.
         started_at: when its first attempt began.
+        mode: how its model calls are made: chosen when its first attempt began, and kept by the second.
         completed_at: when it completed or failed.
         expires_at: when it may be removed; None before it has finished.
         inputs: stored input files, in their order.
@@ -128,6 +130,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     state: JobState = "queued"
     attempts: int = 0
     started_at: float | None = None
+    mode: Mode | None = None
     completed_at: float | None = None
     expires_at: float | None = None
     inputs: tuple[StoredFile, ...] = ()
@@ -152,10 +155,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         """The size of its files."""
         return sum(file.num_bytes for file in self.files)
 
-    def begun(self, at: float) -> Job:
-        """Return it as it is once its next attempt has begun."""
-        started_at = at if self.started_at is None else self.started_at
-        return msgspec.structs.replace(self, state="in_progress", attempts=self.attempts + 1, started_at=started_at)
+    def begun(self, at: float, mode: Mode | None = None) -> Job:
+        """Return it as it is once its next attempt has begun; the engine may have died before it told the mode."""
+        return msgspec.structs.replace(
+            self,
+            state="in_progress",
+            attempts=self.attempts + 1,
+            started_at=at if self.started_at is None else self.started_at,
+            mode=self.mode or mode,
+        )
 
     def completed(
         self,

@@ -16,6 +16,7 @@ _GAUGES: Mapping[str, tuple[str, Callable[[EngineStats], float]]] = {
     "requests_waiting": ("requests that have not begun", lambda stats: stats.num_waiting),
     "gpu_memory_bytes": ("allocated on the device", lambda stats: stats.device_memory_bytes),
     "model_load_seconds": ("what loading the model took", lambda stats: stats.load_seconds),
+    "compiled": ("1 when what begins runs compiled", lambda stats: stats.compiled),
     "worker_restarts": ("workers started after the first", lambda stats: stats.num_restarts),
 }
 

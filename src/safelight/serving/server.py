@@ -59,6 +59,7 @@ class Server:
         self.server_args, self.serve_args, self.say = server_args, serve_args, say
         self.model = served_names(server_args, serve_args)[0]
         self._deadline: float | None = None
+        self._told_compiled = False
         self._stopping = asyncio.Event()
 
     async def run(self) -> int:
@@ -72,6 +73,7 @@ class Server:
         with listen(self.serve_args.host, self.serve_args.port) as listener:
             state = self.serve_args.state_path()
             supervisor = Supervisor(engine_settings(self.server_args, self.serve_args))
+            supervisor.on_compiled = self._compiled
             jobs = JobManager(
                 SqliteJobStore(state), Outputs(state / "outputs"), supervisor, limits=job_limits(self.serve_args)
             )
@@ -98,6 +100,8 @@ class Server:
             address = f"http://{self.serve_args.host}:{listener.getsockname()[1]}"
             warm = ", warmed up with one small request" if self.serve_args.warm_up else ""
             self.say(f"{self.model} is ready after {time.monotonic() - begun:.1f} s{warm}: {address}")
+            if self.server_args.compile != "none" and not self._told_compiled:
+                self.say("the model is being compiled in the background; until then requests run eagerly")
             await self._before_stop(supervisor.gave_up.wait(), http)
             if supervisor.gave_up.is_set():
                 self.say("the engine's workers died again and again; the log says more")
@@ -109,6 +113,12 @@ class Server:
             server.should_exit = True
             await asyncio.gather(http, return_exceptions=True)
             await supervisor.close()
+
+    def _compiled(self, reason: str) -> None:
+        """Tell what became of compiling, of the first worker; a later one finds everything in the cache."""
+        if not self._told_compiled:
+            self._told_compiled = True
+            self.say(f"the model is not compiled, and runs eagerly: {reason}" if reason else "the model is compiled")
 
     async def _before_stop(self, work: object, http: asyncio.Task[None]) -> bool:
         """Wait for work, a stop, or the end of HTTP; say whether the work is done."""

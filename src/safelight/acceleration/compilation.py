@@ -1,0 +1,203 @@
+"""The compiled form of a whole pipeline's model calls: what it is made from, how it is made, and when it is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from safelight.acceleration.compile import (
+    BlockClass,
+    compile_blocks,
+    compiling,
+    in_form,
+    missing_toolchain,
+    one_block_each,
+    repeated_blocks,
+    use_cache,
+    warm_up_compiler,
+)
+from safelight.core.executor import make_call
+from safelight.core.pipeline import ComposedPipeline
+from safelight.core.request import ModelCall, Prediction, Req
+from safelight.errors import CompilationError, InvalidParameterError, UsageError
+from safelight.preparation import warm_up_params
+
+logger = logging.getLogger(__name__)
+
+State = Literal["pending", "ready", "failed"]
+
+
+class CacheFiller(Protocol):
+    """Something that compiles elsewhere, into the cache."""
+
+    def poll(self) -> str | None:
+        """Return None while it works, then why it failed; an empty string if it did not."""
+
+
+class Compilation:
+    """Makes the compiled form of a pipeline a unit at a time, and makes model calls in it.
+
+    A unit is one class of blocks in one canonical call: Dynamo traces it, Inductor compiles it, or finds it compiled.
+
+    Args:
+        pipeline: the loaded model.
+        stacked: whether calls of several rows will come too.
+
+    Attributes:
+        state: whether the compiled form is there.
+        reason: why it cannot be had, where it has failed.
+        num_done: units that are done.
+        filler: what fills the cache first, elsewhere; None compiles here.
+
+    Raises:
+        InvalidParameterError: if the model names no repeated blocks.
+
+    """
+
+    def __init__(self, pipeline: ComposedPipeline, stacked: bool = False) -> None:
+        self.pipeline = pipeline
+        self.state: State = "pending"
+        self.reason = ""
+        self._stacked = stacked
+        plans = {name: module for name, module in own_modules(pipeline).items() if repeated_blocks(module)}
+        if not plans:
+            takes = f"none for this model: {pipeline.schema.pipeline_name} has no transformer that names its blocks"
+            raise InvalidParameterError("compile", "blocks", takes)
+        use_cache()
+        self._classes: Mapping[str, Sequence[BlockClass]] = {name: compile_blocks(m) for name, m in plans.items()}
+        self.num_done = 0
+        self.filler: CacheFiller | None = None
+        self._units: deque[tuple[ModelCall, BlockClass]] | None = None
+        self._threads = torch.get_num_threads()
+
+    def check_toolchain(self) -> None:
+        """Refuse to go on where nothing can be compiled.
+
+        Raises:
+            InvalidParameterError: naming what is missing.
+
+        """
+        missing = missing_toolchain(self.pipeline.device.type)
+        if missing is not None:
+            raise InvalidParameterError("compile", "blocks", f"none here: compiling needs {missing}")
+
+    @functools.cached_property
+    def calls(self) -> list[ModelCall]:
+        """The canonical calls, for every component that is compiled.
+
+        Raises:
+            CompilationError: if the model refuses the small requests that they are of.
+
+        """
+        try:
+            calls = first_calls(self.pipeline, canonical_request(self.pipeline))
+        except UsageError as error:
+            raise CompilationError(f"the model refuses the small request that it is compiled for: {error}") from error
+        names = {call.component: self._alike(call.component) for call in calls}
+        each = [dataclasses.replace(call, component=name) for call in calls for name in names[call.component]]
+        return [*each, *(doubled(call) for call in each)] if self._stacked else each
+
+    def is_due(self) -> bool:
+        """Say whether the next unit can be done: not while the cache is being filled elsewhere."""
+        if self.filler is not None:
+            reason = self.filler.poll()
+            if reason is None:
+                return False
+            self.filler = None
+            if reason:
+                self.fail(reason)
+        return self.state == "pending"
+
+    def advance(self) -> bool:
+        """Do one unit; False when there is none left, or when it failed."""
+        self.num_done += 1
+        try:
+            if self._units is None:
+                warm_up_compiler()
+                self._units = deque((call, each) for call in self.calls for each in self._classes[call.component])
+            elif self._units:
+                call, each = self._units.popleft()
+                with torch.inference_mode():
+                    module = self.pipeline.residency.component(call.component)
+                    with one_block_each(module), compiling([each]):
+                        make_call(self.pipeline, call)
+        except CompilationError as error:
+            self.fail(str(error))
+        else:
+            if not self._units:
+                self.state = "ready"
+        return self.state == "pending"
+
+    def finish(self) -> None:
+        """Do every unit that is left; all of them again where the number of threads, which graphs hold, has changed.
+
+        Raises:
+            InvalidParameterError: if this machine cannot compile.
+            CompilationError: if the model cannot be compiled.
+
+        """
+        if self._threads != torch.get_num_threads():
+            self._threads, self._units, self.state = torch.get_num_threads(), None, "pending"
+        if self.state == "pending":
+            self.check_toolchain()
+            while self.advance():
+                pass
+        if self.state == "failed":
+            raise CompilationError(self.reason)
+
+    def fail(self, reason: str) -> None:
+        """Give up; everything runs eagerly from now on."""
+        self.state, self.reason = "failed", reason
+
+    def make_call(self, call: ModelCall) -> Prediction:
+        """Run the component that a call names in its compiled form; the caller is in `inference_mode`."""
+        with in_form(self._classes.get(call.component, ()), "compiled"):
+            return make_call(self.pipeline, call)
+
+    def _alike(self, component: str) -> list[str]:
+        """Return the components that are given such calls: of alternates, all."""
+        alternates = self.pipeline.alternates
+        names = alternates if component in alternates else (component,)
+        return [name for name in names if name in self._classes]
+
+
+def own_modules(pipeline: ComposedPipeline) -> dict[str, nn.Module]:
+    """Return a pipeline's components that are its family's own modules."""
+    targets = set(pipeline.component_classes.values())
+    return {
+        name: module
+        for name, module in pipeline.modules().items()
+        if f"{type(module).__module__}:{type(module).__qualname__}" in targets
+    }
+
+
+def canonical_request(pipeline: ComposedPipeline) -> Req:
+    """Return the smallest request that a model takes. Two steps: some schedules have no single one."""
+    return Req("compile", warm_up_params(pipeline.schema, num_steps=2).split()[0])
+
+
+def first_calls(pipeline: ComposedPipeline, req: Req) -> list[ModelCall]:
+    """Return the first model calls of a request, one a guidance branch, and end it there."""
+    steps = pipeline.run(req)
+    try:
+        with torch.inference_mode():
+            calls = next(steps)
+            while not calls:
+                calls = steps.send([])
+        return list(calls)
+    finally:
+        with torch.inference_mode():
+            steps.close()
+
+
+def doubled(call: ModelCall) -> ModelCall:
+    """Return a call with all rows twice."""
+    kwargs: dict[str, Tensor] = {name: torch.cat([rows, rows]) for name, rows in call.kwargs.items()}
+    return dataclasses.replace(call, kwargs=kwargs)

@@ -1,0 +1,197 @@
+"""Regional compilation: each class of a model's repeated blocks is compiled once, and runs in either form at any time.
+
+**The graphs are a closed set.** Inductor's code depends on the example that it was compiled for: the first sizes decide
+how loops are split, and so how sums are rounded. Compiling for whatever comes first would give a request other bytes in
+another process. So graphs are made from canonical calls alone: those of the smallest requests that the model takes.
+Batch apart, all their sizes are symbols, so that other sizes do not compile again. Afterwards nothing is compiled any
+more: a block that no graph takes runs eagerly, today and in every other process. Which form a block takes is thus a
+function of its arguments.
+
+**The cache is Inductor's own**, in the user's cache directory. A process that finds everything there only traces, about
+a second a class, and loads what another process compiled, which is why both give the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from safelight.errors import CompilationError
+
+Form = Literal["eager", "compiling", "compiled"]
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""By which Inductor is told where its cache is; whoever sets it before keeps it."""
+CACHE_DIRECTORY = "~/.cache/safelight/inductor"
+MAX_GRAPHS = 64
+"""Of one class of blocks; Dynamo's own limit is made for code that compiles as it goes."""
+MAX_REASON = 300
+"""Characters of torch's message that ours repeats."""
+
+
+class BlockClass:
+    """All blocks of one class in a module: they share their code, and so their graphs.
+
+    Args:
+        name: of the class.
+        blocks: modules whose `forward` is their class's.
+
+    """
+
+    def __init__(self, name: str, blocks: Sequence[nn.Module]) -> None:
+        self.name = name
+        forward = _own_code(type(blocks[0]).forward)
+        self._forms: dict[Form, Callable[..., Any]] = {
+            "eager": forward,
+            "compiling": torch.compile(forward, dynamic=True, fullgraph=True),
+            "compiled": torch._dynamo.run(forward),
+        }
+        self._forward = forward
+        for block in blocks:
+            assert "forward" not in vars(block), "another technique has taken this block's forward"
+            block.forward = functools.partial(self._call, block)  # type: ignore[method-assign]
+
+    def set(self, form: Form) -> None:
+        """Choose the form of the calls that come."""
+        self._forward = self._forms[form]
+
+    def _call(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(block, *args, **kwargs)
+
+
+def _own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of a function whose code object is its own: Dynamo keeps graphs by code object."""
+    assert isinstance(forward, types.FunctionType), "a block's forward is a plain method"
+    copied = types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
+
+
+def repeated_blocks(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return a module's blocks by the names of their classes in `_repeated_blocks`; empty where it has no such plan."""
+    names: tuple[str, ...] = vars(type(module)).get("_repeated_blocks", ())
+    blocks = {name: [each for each in module.modules() if type(each).__name__ == name] for name in names}
+    return {name: found for name, found in blocks.items() if found}
+
+
+def compile_blocks(module: nn.Module) -> list[BlockClass]:
+    """Make a module's repeated blocks ready to be compiled; nothing is compiled, and they run eagerly until told."""
+    return [BlockClass(name, blocks) for name, blocks in repeated_blocks(module).items()]
+
+
+@contextmanager
+def one_block_each(module: nn.Module) -> Iterator[None]:
+    """Leave a module one block of each list, for one call: the other blocks have the same graphs."""
+    names = repeated_blocks(module)
+    lists = [
+        (parent, key, child)
+        for parent in module.modules()
+        for key, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in names
+    ]
+    for parent, key, child in lists:
+        parent.register_module(key, child[:1])
+    try:
+        yield
+    finally:
+        for parent, key, child in lists:
+            parent.register_module(key, child)
+
+
+@contextmanager
+def in_form(classes: Sequence[BlockClass], form: Form) -> Iterator[None]:
+    """Let blocks run in a form, for as long as one call takes."""
+    for each in classes:
+        each.set(form)
+    try:
+        yield
+    finally:
+        for each in classes:
+            each.set("eager")
+
+
+@contextmanager
+def compiling(classes: Sequence[BlockClass]) -> Iterator[None]:
+    """Let blocks make the graphs that they lack, for one call in `inference_mode`.
+
+    Raises:
+        CompilationError: if torch cannot compile them.
+
+    """
+    import torch._inductor.config
+    import torch.fx.experimental._config as shapes
+    from torch._dynamo.exc import TorchDynamoException
+
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Complex products (rotary) run as they do eagerly, as they should.
+        warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
+        # Two sizes that happen to be equal are two sizes. Floats are constants of the architecture.
+        stack.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
+        stack.enter_context(
+            torch._dynamo.config.patch(
+                specialize_float=True, recompile_limit=MAX_GRAPHS, accumulated_recompile_limit=MAX_GRAPHS * 8
+            )
+        )
+        stack.enter_context(torch._inductor.config.patch(fx_graph_cache=True))
+        stack.enter_context(in_form(classes, "compiling"))
+        try:
+            yield
+        except (TorchDynamoException, OSError, RuntimeError) as error:
+            raise CompilationError(f"the model cannot be compiled: {reason_of(error)}") from error
+
+
+def use_cache() -> Path:
+    """Let Inductor keep what it compiles in the user's cache directory, of mode 0700: it loads code from there."""
+    path = Path(os.environ.setdefault(CACHE_VARIABLE, str(Path(CACHE_DIRECTORY).expanduser())))
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def missing_toolchain(device_type: str) -> str | None:
+    """Say what compiling for a device needs and this machine lacks; None if it has all."""
+    if device_type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "a C++ compiler (g++ or clang++), and there is none"
+        return None
+    from torch.utils._triton import has_triton
+
+    return None if has_triton() else "Triton, and it is not here or does not run on this device"
+
+
+@functools.cache
+def warm_up_compiler() -> None:
+    """Import and prepare what compiling needs, once a process; the graphs that follow then take a second each."""
+    import torch._inductor.codecache
+    import torch._inductor.compile_fx
+
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        torch._inductor.codecache.torch_key()
+        torch._inductor.codecache.CacheBase.get_system()
+        layer = nn.Linear(4, 4).requires_grad_(False)
+        torch.compile(lambda hidden: nn.functional.gelu(layer(hidden)), backend="aot_eager", dynamic=True)(
+            torch.zeros(3, 4)
+        )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error's first line."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:MAX_REASON]

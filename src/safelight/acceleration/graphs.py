@@ -1,0 +1,203 @@
+"""CUDA graphs of model calls that are bound by launches: captured once a shape, then replayed as one launch.
+
+A call of a small picture is hundreds of kernels that each take less than their launch does, so that the device waits
+for the host. A graph replays the same kernels on the same addresses: the bytes are equal. So nothing of this is a mode,
+and whether a shape has a graph may depend on a measurement.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from safelight.core.executor import CallMaker
+from safelight.core.pipeline import ComposedPipeline
+from safelight.core.request import ModelCall, Prediction
+from safelight.errors import InvalidParameterError
+
+MAX_GRAPHS = 16
+"""Graphs that are kept; the one that was not used for longest goes first."""
+MAX_SHAPES = 1024
+"""Shapes of which it is remembered whether they are bound by launches."""
+BOUND_BY_LAUNCHES = 0.75
+"""Share of a call's time that the host needs to launch it, from which it is bound by launches."""
+NUM_WARM_UPS = 2
+"""Calls before a capture, in which libraries choose algorithms and allocate workspaces."""
+
+
+class Recorder(ABC):
+    """Records what a function does on a device, and can do it again. The seam to CUDA."""
+
+    @abstractmethod
+    def measure(self, run: Callable[[], Prediction]) -> tuple[Prediction, bool]:
+        """Run a function that has run before; return its result, and whether the device waited for the host."""
+
+    @abstractmethod
+    def record(self, run: Callable[[], Prediction]) -> tuple[Callable[[], None], Prediction]:
+        """Record a function; return what does the same again, and the tensors that it writes its result to."""
+
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Return the memory that all recordings hold for their intermediate results."""
+
+
+class CudaRecorder(Recorder):
+    """Records CUDA graphs, which share one memory pool: they run one after another, and results are copied at once.
+
+    Args:
+        device: of CUDA.
+
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._num_bytes = 0
+
+    def measure(self, run: Callable[[], Prediction]) -> tuple[Prediction, bool]:
+        torch.cuda.synchronize(self._device)
+        begun = time.perf_counter()
+        result = run()
+        launched = time.perf_counter()
+        torch.cuda.synchronize(self._device)
+        return result, launched - begun >= BOUND_BY_LAUNCHES * (time.perf_counter() - begun)
+
+    def record(self, run: Callable[[], Prediction]) -> tuple[Callable[[], None], Prediction]:
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(NUM_WARM_UPS):
+                run()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        before = torch.cuda.memory_reserved(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+        self._num_bytes += torch.cuda.memory_reserved(self._device) - before
+        return graph.replay, result
+
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+
+@dataclass
+class _Shape:
+    """What is known of the calls of one shape: how many came, and whether they are bound by launches."""
+
+    num_calls: int = 0
+    bound: bool = False
+
+
+@dataclass
+class _Graph:
+    """A recorded call: the buffers that it reads, what runs it, and the tensors that it writes."""
+
+    inputs: Mapping[str, Tensor]
+    replay: Callable[[], None]
+    result: Prediction = field(repr=False)
+
+
+class StepGraphs:
+    """Graphs by shape. The first call of a shape runs as it is, the second is measured, the third is recorded.
+
+    Args:
+        device: of CUDA.
+        recorder: records; None is the device's.
+        max_graphs: that are kept.
+
+    """
+
+    def __init__(self, device: torch.device, recorder: Recorder | None = None, max_graphs: int = MAX_GRAPHS) -> None:
+        self._recorder = recorder or CudaRecorder(device)
+        self._max_graphs = max_graphs
+        self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._num_makers = 0
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that are kept now."""
+        return len(self._graphs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that they hold."""
+        inputs = [tensor for graph in self._graphs.values() for tensor in graph.inputs.values()]
+        return self._recorder.num_bytes() + sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+
+    def of(self, make: CallMaker) -> CallMaker:
+        """Return what makes calls as `make` does, from graphs where they pay."""
+        index, self._num_makers = self._num_makers, self._num_makers + 1
+        return lambda call: self._make(call, make, index)
+
+    def _make(self, call: ModelCall, make: CallMaker, maker: int) -> Prediction:
+        key = (maker, *shape_of(call))
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return _replayed(self._graphs[key], call)
+        shape = self._shape(key)
+        shape.num_calls += 1
+        if shape.num_calls == 1:
+            return make(call)
+        if shape.num_calls == 2:
+            result, shape.bound = self._recorder.measure(lambda: make(call))
+            return result
+        if not shape.bound:
+            return make(call)
+        while len(self._graphs) >= self._max_graphs:
+            self._graphs.popitem(last=False)
+        self._graphs[key] = self._recorded(call, make)
+        return _replayed(self._graphs[key], call)
+
+    def _shape(self, key: Hashable) -> _Shape:
+        shape = self._shapes.setdefault(key, _Shape())
+        self._shapes.move_to_end(key)
+        while len(self._shapes) > MAX_SHAPES:
+            self._shapes.popitem(last=False)
+        return shape
+
+    def _recorded(self, call: ModelCall, make: CallMaker) -> _Graph:
+        inputs = {name: tensor.clone() for name, tensor in {**call.kwargs, **call.shared_kwargs}.items()}
+        buffered = replace(
+            call,
+            kwargs={name: inputs[name] for name in call.kwargs},
+            shared_kwargs={name: inputs[name] for name in call.shared_kwargs},
+        )
+        replay, result = self._recorder.record(lambda: make(buffered))
+        return _Graph(inputs, replay, result)
+
+
+def shape_of(call: ModelCall) -> tuple[Hashable, ...]:
+    """Return what calls of one graph have in common: component, signature, and what their arguments look like."""
+    arguments = {**call.kwargs, **call.shared_kwargs}
+    layouts = tuple((name, tuple(each.shape), each.stride(), each.dtype) for name, each in sorted(arguments.items()))
+    return (call.component, call.signature, layouts)
+
+
+def refuse_graphs(pipeline: ComposedPipeline) -> None:
+    """Refuse what graphs cannot do.
+
+    Raises:
+        InvalidParameterError: on another device than CUDA, or where weights change their place.
+
+    """
+    if pipeline.device.type != "cuda":
+        raise InvalidParameterError("cuda_graphs", "steps", f"none on {pipeline.device.type}: graphs are CUDA's")
+    if pipeline.server_args.offload != "none":
+        raise InvalidParameterError("cuda_graphs", "steps", "none with offload: a graph holds the weights' addresses")
+
+
+def _replayed(graph: _Graph, call: ModelCall) -> Prediction:
+    """Run a graph on a call's arguments, and return copies of what it wrote."""
+    for name, tensor in {**call.kwargs, **call.shared_kwargs}.items():
+        graph.inputs[name].copy_(tensor)
+    graph.replay()
+    if isinstance(graph.result, Tensor):
+        return graph.result.clone()
+    return tuple(part.clone() for part in graph.result)

@@ -1,0 +1,253 @@
+"""Compiled blocks: near eager ones, one graph a class, both forms at any time, and a cache that lasts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from safelight import DiffusionGenerator, ServerArgs
+from safelight.acceleration import compile as compile_module
+from safelight.acceleration.background import BackgroundCompiler, job_of
+from safelight.acceleration.callers import Callers
+from safelight.acceleration.compilation import Compilation
+from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
+from safelight.core.executor import Execution, SyncExecutor
+from safelight.errors import CompilationError, InvalidParameterError
+from tests.families.conftest import requests
+from tests.recipes import all_recipes
+
+NEAR = 1e-5
+"""Of pixels in [0, 1]."""
+SECONDS = 300.0
+
+
+def alone(pipeline, fields, make=None):
+    (req,) = requests(pipeline, fields)
+    for _ in SyncExecutor(pipeline, make).execute(req):
+        pass
+    return req.outputs[0]
+
+
+def cases_of(pipeline_name):
+    """Return requests of several sizes, text lengths and branches."""
+    cases = [case for case in all_recipes()[pipeline_name].cases if case.variant == "default" and not case.slow]
+    return [{**case.fields, "n": 1} for case in cases if isinstance(case.fields["prompt"], str)]
+
+
+class PythonCalls:
+    """Counts the calls of a Python function: of an eager block there are some, of a compiled one none."""
+
+    def __init__(self, function):
+        self._code = function.__code__
+        self.count = 0
+
+    def __enter__(self):
+        sys.setprofile(self._profile)
+        return self
+
+    def __exit__(self, *_):
+        sys.setprofile(None)
+
+    def _profile(self, frame, event, _):
+        self.count += event == "call" and frame.f_code is self._code
+
+
+@pytest.fixture(scope="module")
+def flux(tiny_folder):
+    """Return a tiny model and its compiled form, and how many graphs that took."""
+    from safelight.loading.loader import load_pipeline
+
+    pipeline = load_pipeline(ServerArgs(str(tiny_folder("FluxPipeline")), device="cpu", compile="blocks"))
+    warm_up_compiler()
+    counters.clear()
+    compilation = Compilation(pipeline)
+    compilation.finish()
+    return pipeline, compilation, counters["stats"]["unique_graphs"]
+
+
+def test_a_class_of_blocks_is_compiled_once(flux):
+    """Two classes of two blocks each."""
+    pipeline, compilation, num_graphs = flux
+    assert len(compilation._classes["transformer"]) == 2
+    assert num_graphs == 2
+    assert len(pipeline.get_module("transformer").transformer_blocks) == 2, "the blocks are all there again"
+
+
+def test_compiled_blocks_are_near_and_no_size_compiles_again(flux):
+    from safelight.layers.modulation import Modulation
+
+    pipeline, compilation, _ = flux
+    before, sizes = counters["stats"]["unique_graphs"], set()
+    for fields in cases_of("FluxPipeline"):
+        expected = alone(pipeline, fields)
+        with PythonCalls(Modulation.forward) as eager:
+            made = alone(pipeline, fields, compilation.make_call)
+        assert eager.count == 0, "every block ran compiled"
+        assert (made - expected).abs().max() < NEAR
+        assert not torch.equal(made, expected), "no kernel of the two is the same"
+        sizes.add(made.shape)
+    assert len(sizes) >= 2 and counters["stats"]["unique_graphs"] == before
+
+
+def test_both_forms_take_turns_and_give_each_its_bytes(flux):
+    pipeline, compilation, _ = flux
+    first, second = cases_of("FluxPipeline")[:2]
+    asked = [(first, None), (first, compilation.make_call), (second, compilation.make_call), (second, None)]
+    expected = [alone(pipeline, fields, make) for fields, make in asked]
+    executions = [Execution(pipeline, requests(pipeline, fields)[0], make) for fields, make in asked]
+    running = list(executions)
+    while running:
+        running = [execution for execution in running if execution.advance()]
+    for execution, outputs in zip(executions, expected, strict=True):
+        assert torch.equal(execution.req.outputs[0], outputs)
+
+
+def test_what_no_graph_takes_runs_eagerly_and_compiles_nothing(flux):
+    """Two rows, where one was compiled for: the bytes are those of the eager form, today and tomorrow."""
+    from safelight.acceleration.compilation import doubled
+    from safelight.core.executor import make_call
+
+    pipeline, compilation, _ = flux
+    call, before = doubled(compilation.calls[0]), counters["stats"]["unique_graphs"]
+    with torch.inference_mode():
+        assert torch.equal(compilation.make_call(call), make_call(pipeline, call))
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_a_failed_call_leaves_the_blocks_eager(flux):
+    _, compilation, _ = flux
+    call = compilation.calls[0]
+    (each, *_) = compilation._classes["transformer"]
+    with torch.inference_mode(), pytest.raises(TypeError):
+        compilation.make_call(type(call)(call.component, {}, {}, call.signature, call.key))
+    assert each._forward is each._forms["eager"]
+
+
+SECOND_PROCESS = """
+import json, sys, torch
+torch.set_num_threads(1)
+from torch._dynamo.utils import counters
+from safelight import DiffusionGenerator
+with DiffusionGenerator.from_pretrained(sys.argv[1], device="cpu", compile="blocks") as generator:
+    made = generator.generate(**json.loads(sys.argv[2]), output_type="np").images[0]
+counted = counters["inductor"]
+print(json.dumps({
+    "hits": counted["fxgraph_cache_hit"], "misses": counted["fxgraph_cache_miss"], "bytes": made.tobytes().hex(),
+}))
+"""
+
+
+def test_a_second_process_finds_everything_in_the_cache(flux, tiny_folder):
+    """In process, with the same bytes: it is another first request than this process had."""
+    pipeline, compilation, _ = flux
+    fields = {"prompt": "a cat", "seed": 3, "height": 48, "width": 80, "num_inference_steps": 2}
+    expected = alone(pipeline, fields, compilation.make_call)
+    arguments = [str(tiny_folder("FluxPipeline")), json.dumps(fields)]
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND_PROCESS, *arguments], capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["hits"], said["misses"]) == (2, 0)
+    assert said["bytes"] == expected.contiguous().numpy().tobytes().hex()
+
+
+def test_the_cache_is_the_users_and_closed_to_others(tmp_path, monkeypatch):
+    monkeypatch.delenv(compile_module.CACHE_VARIABLE)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = compile_module.use_cache()
+    assert folder == tmp_path / ".cache" / "safelight" / "inductor" and os.environ[compile_module.CACHE_VARIABLE]
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_model_without_repeated_blocks_is_refused(fault_pipeline_of):
+    with pytest.raises(InvalidParameterError, match="compile: got 'blocks'; it takes none for this model"):
+        Callers(fault_pipeline_of(compile="blocks"))
+
+
+def test_without_a_compiler_it_is_refused_with_the_reason(tiny_folder, monkeypatch):
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    assert missing_toolchain("cpu") is not None
+    with pytest.raises(InvalidParameterError, match=r"compile: .* compiling needs a C\+\+ compiler"):
+        DiffusionGenerator.from_pretrained(tiny_folder("FluxPipeline"), device="cpu", compile="blocks")
+
+
+def test_what_torch_cannot_trace_fails_by_name(tiny_flux, monkeypatch):
+    from safelight.families.flux import transformer
+
+    forward = transformer.FluxTransformerBlock.forward
+
+    def breaks(self, image, *args):
+        torch._dynamo.graph_break()
+        return forward(self, image, *args)
+
+    monkeypatch.setattr(transformer.FluxTransformerBlock, "forward", breaks)
+    compilation = Compilation(tiny_flux())
+    with pytest.raises(CompilationError, match="the model cannot be compiled"):
+        compilation.finish()
+    assert compilation.state == "failed" and compilation.reason
+
+
+def test_the_job_of_the_other_process_says_everything_without_weights(flux):
+    _, compilation, _ = flux
+    job = job_of(compilation)
+    assert {call.component for call in job.calls} == set(job.dtypes) == {"transformer"}
+    (call,) = job.calls
+    assert call.arguments["freqs_cis"].dtype == "complex64"
+    assert set(job.dtypes["transformer"].values()) == {"float32"}
+
+
+def wait(filler):
+    end = time.monotonic() + SECONDS
+    while (reason := filler.poll()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FluxPipeline", "WanPipeline", "QwenImagePipeline", "WanImageToVideoPipeline"])
+def test_another_process_fills_the_cache_and_every_family_is_near(tiny, name, tmp_path, monkeypatch):
+    """Stacked calls too; this process only finds what the other compiled."""
+    monkeypatch.setenv(compile_module.CACHE_VARIABLE, str(tmp_path))
+    pipeline = tiny(name, compile="blocks")
+    compilation = Compilation(pipeline, stacked=True)
+    assert wait(BackgroundCompiler(compilation, SECONDS)) == ""
+    counters.clear()
+    compilation.finish()
+    assert counters["inductor"]["fxgraph_cache_hit"] >= 2 and counters["inductor"]["fxgraph_cache_miss"] == 0
+    for fields in cases_of(name)[:3]:
+        expected, made = alone(pipeline, fields), alone(pipeline, fields, compilation.make_call)
+        assert (made - expected).abs().max() < NEAR and not torch.equal(made, expected)
+
+
+@pytest.mark.slow
+def test_the_other_process_fails_with_a_reason_and_ends_with_us(tiny_flux):
+    compilation = Compilation(tiny_flux(compile="blocks"))
+    filler = BackgroundCompiler(compilation, limit=0.0)
+    assert "longer" in wait(filler)
+    filler = BackgroundCompiler(compilation, limit=SECONDS)
+    filler._process.stdin.close()
+    assert "exit code 1" in wait(filler)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_compiled_for_itself(tiny_flux):
+    pipeline = tiny_flux(compile="blocks", dtype="bfloat16")
+    callers = Callers(pipeline)
+    fields = cases_of("FluxPipeline")[0]
+    made, expected = alone(pipeline, fields, callers.finished()), alone(pipeline, fields)
+    assert (made - expected).abs().max() < 0.05 and not torch.equal(made, expected)
