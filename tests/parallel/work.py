@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from safelight.attention import Attention, AttentionMetadata
 from safelight.core.executor import PipelineExecutor, SyncExecutor
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import resolve_class
-from safelight.core.request import Req
+from safelight.core.request import ModelCall, Req
 from safelight.loading.checkpoint import load_weights
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import read_json
@@ -29,7 +31,7 @@ from safelight.parallel.collectives import Communicator
 from safelight.parallel.layout import ParallelLayout
 from safelight.parallel.mesh import Mesh, build_mesh
 from safelight.parallel.sequence import apply_sequence_parallel, piece_of
-from safelight.parallel.tensor import connect_shards, shard_parameters
+from safelight.parallel.tensor import connect_shards, library_plan, shard_parameters
 from safelight.parallel.vae import BandedCausalDecoder, RowBands, apply_vae_parallel, divide_decoder
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
@@ -65,7 +67,7 @@ def load_transformer(loaded: ComposedPipeline, folder: Path, ranks: Mesh) -> tor
     cls: Any = resolve_class(type(loaded).component_classes[config["_class_name"]])
     with torch.device("meta"):
         module: torch.nn.Module = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    shards = shard_parameters(module, ranks.tp)
+    shards = shard_parameters(module, ranks.tp.rank, ranks.tp.size)
     load_weights(module, folder, torch.float32, torch.device("cpu"), shards)
     connect_shards(module, ranks.tp)
     apply_sequence_parallel(module, ranks)
@@ -81,10 +83,10 @@ def divide(folder: str, ranks: Mesh) -> ComposedPipeline:
     return loaded
 
 
-def request(loaded: ComposedPipeline, recipe: str, case: str, output_type: str, **fields: Any) -> Req:
+def request(loaded: ComposedPipeline, recipe: str, case: str, output_type: str) -> Req:
     """Return the first output of a recipe's case."""
     (found,) = [entry for entry in all_recipes()[recipe].cases if entry.name == case]
-    return requests(loaded, {**found.fields, "output_type": output_type, **fields})[0]
+    return requests(loaded, {**found.fields, "output_type": output_type})[0]
 
 
 def finish(executor: PipelineExecutor, req: Req) -> torch.Tensor:
@@ -95,26 +97,33 @@ def finish(executor: PipelineExecutor, req: Req) -> torch.Tensor:
     return output.contiguous()
 
 
-def alone(folder: str, recipe: str, case: str, output_type: str = "latent", **fields: Any) -> torch.Tensor:
+def alone(folder: str, recipe: str, case: str, output_type: str = "latent") -> torch.Tensor:
     """Return what one rank makes of a case."""
     with patched(recipe):
         loaded = pipeline(folder)
-        return finish(SyncExecutor(loaded), request(loaded, recipe, case, output_type, **fields))
+        return finish(SyncExecutor(loaded), request(loaded, recipe, case, output_type))
 
 
 def together(
-    folder: str, recipe: str, case: str, layout: dict[str, int], out: str, output_type: str = "latent", **fields: Any
+    folder: str, recipe: str, case: str, layout: dict[str, Any], out: str, output_type: str = "latent"
 ) -> dict[str, Any]:
-    """Write what all ranks make of a case; return what was sent, and the parameters of the transformer here."""
-    ranks = mesh(**layout)
+    """Write what all ranks make of a case; return what was sent on each axis, and the calls of each step."""
+    ranks, steps = mesh(**layout), []
     with patched(recipe):
         loaded = divide(folder, ranks)
-        req = request(loaded, recipe, case, output_type, **fields)
+        req = request(loaded, recipe, case, output_type)
         before = {axis: (t.num_calls, t.num_bytes) for axis, t in ranks.traffic().items()}
-        output = finish(ParallelExecutor(loaded, ranks.cfg), req)
-    save_file({"output": output}, str(Path(out) / f"rank{ranks.world.rank}.safetensors"))
+        for _ in ParallelExecutor(loaded, ranks.cfg).execute(req):
+            if req.pending:
+                steps.append([described(call) for call in req.pending])
+    save_file({"output": req.outputs[0].contiguous()}, str(Path(out) / f"rank{ranks.world.rank}.safetensors"))
     sent = {axis: (t.num_calls - before[axis][0], t.num_bytes - before[axis][1]) for axis, t in ranks.traffic().items()}
-    return {"sent": sent, "steps": req.num_inference_steps}
+    return {"sent": {axis: counts for axis, counts in sent.items() if counts[0]}, "steps": steps}
+
+
+def described(call: ModelCall) -> dict[str, list[int]]:
+    """Return the shapes of a call's arguments."""
+    return {name: list(value.shape) for name, value in {**call.kwargs, **call.shared_kwargs}.items()}
 
 
 def patched(recipe: str) -> Any:
@@ -285,3 +294,57 @@ VAES: dict[str, Callable[[], torch.nn.Module]] = {
     "wan, residual": lambda: shake(wan_vae(True), 1),
     "qwen": lambda: shake(AutoencoderKLQwenImage(base_dim=4, z_dim=6, num_res_blocks=1), 1),
 }
+
+
+def text_encoder(folder: str) -> float:
+    """Return the largest difference of a language model divided by transformers' own plan, from itself undivided."""
+    ranks = mesh(tp=size()).tp
+    whole = pipeline(folder).get_module("text_encoder")
+    divided = copy.deepcopy(whole)
+    plan = library_plan(divided, ranks.size)
+    assert plan is not None
+    num_parameters = sum(parameter.numel() for parameter in divided.parameters())
+    shard_parameters(divided, ranks.rank, ranks.size, plan)
+    connect_shards(divided, ranks, plan)
+    assert sum(parameter.numel() for parameter in divided.parameters()) < num_parameters
+    ids = torch.randint(5, 200, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted, made = (model(input_ids=ids).last_hidden_state for model in (whole, divided))
+    return float((made - wanted).abs().max())
+
+
+def fused(parts: str) -> float:
+    """Return the largest difference of a fused projection and an output projection, divided, from themselves whole."""
+    ranks = mesh(tp=size()).tp
+    torch.manual_seed(0)
+    whole = torch.nn.ModuleDict({"qkv": torch.nn.Linear(8, 24), "out": torch.nn.Linear(16, 8)})
+    hidden_states = torch.randn(2, 5, 8)
+    plan = {"qkv": f"column of {parts}", "out": "row of 1:1"}
+
+    def forward(model: torch.nn.ModuleDict) -> torch.Tensor:
+        query, key, value = model["qkv"](hidden_states).chunk(3, dim=-1)
+        return model["out"](torch.cat((query * key, value.tanh()), dim=-1))
+
+    with torch.inference_mode():
+        wanted = forward(whole)
+        shard_parameters(whole, ranks.rank, ranks.size, plan)
+        connect_shards(whole, ranks, plan)
+        return float((forward(whole) - wanted).abs().max())
+
+
+def norm_over_ranks(dtype: str, eps: float | None, fault: bool = False) -> float:
+    """Return the largest difference of an RMS norm over the channels of all ranks from torch's."""
+    ranks = mesh(tp=size()).tp
+    torch.manual_seed(0)
+    norm = torch.nn.RMSNorm(24, eps=eps, dtype=vars(torch)[dtype])
+    torch.nn.init.normal_(norm.weight)
+    hidden_states = (3 * torch.randn(2, 7, 24)).to(vars(torch)[dtype])
+    model = torch.nn.Sequential(norm)
+    with torch.inference_mode():
+        wanted = norm(hidden_states).chunk(ranks.size, dim=-1)[ranks.rank]
+        shard_parameters(model, ranks.rank, ranks.size, {"0": "norm"})
+        connect_shards(model, ranks, {"0": "norm"})
+        if fault:
+            model[0].ranks = SimpleNamespace(size=ranks.size, all_reduce=lambda squares: squares)
+        made = model(hidden_states.chunk(ranks.size, dim=-1)[ranks.rank])
+    return float((made.float() - wanted.float()).abs().max() / wanted.float().abs().max())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from safelight.attention import Attention
+from safelight.parallel.layout import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,25 @@ def matching(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]
     for name, submodule in module.named_modules():
         if expression.fullmatch(name):
             yield name, submodule
+
+
+def model_facts(name: str, transformer: nn.Module, num_branches: int, row_parallel_vae: bool) -> ModelFacts:
+    """Return what a layout is checked against; the transformer may be on the meta device.
+
+    Args:
+        name: of the model.
+        transformer: with its plans.
+        num_branches: guidance branches of a step, at most.
+        row_parallel_vae: whether `vae.can_divide` its VAE.
+
+    """
+    heads = [layer.num_kv_heads for layer in transformer.modules() if isinstance(layer, Attention)]
+    return ModelFacts(
+        name=name,
+        num_heads=math.gcd(*heads),
+        num_branches=num_branches,
+        tensor_plan=tensor_plan(transformer) is not None,
+        sequence_plan=sequence_plan(transformer) is not None,
+        row_parallel_vae=row_parallel_vae,
+        parameter_bytes=sum(tensor.numel() * tensor.element_size() for tensor in transformer.parameters()),
+    )

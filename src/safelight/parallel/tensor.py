@@ -65,7 +65,9 @@ def parse_style(stated: Any) -> Style:
     return style
 
 
-def shard_parameters(module: nn.Module, ranks: Communicator, plan: Mapping[str, Any] | None = None) -> dict[str, Shard]:
+def shard_parameters(
+    module: nn.Module, rank: int, size: int, plan: Mapping[str, Any] | None = None
+) -> dict[str, Shard]:
     """Make a model's parameters this rank's shards; return them by name.
 
     On the meta device, before the weights are loaded, this costs nothing, and the result tells the loader what to read.
@@ -73,7 +75,8 @@ def shard_parameters(module: nn.Module, ranks: Communicator, plan: Mapping[str, 
 
     Args:
         module: changed in place.
-        ranks: along the axis `tp`.
+        rank: of `size`, along the axis `tp`.
+        size: number of ranks.
         plan: the model's own unless given.
 
     Raises:
@@ -81,26 +84,32 @@ def shard_parameters(module: nn.Module, ranks: Communicator, plan: Mapping[str, 
 
     """
     shards: dict[str, Shard] = {}
-    if ranks.size == 1:
+    if size == 1:
         return shards
-    for name, submodule, style in _planned(module, plan, ranks.size):
+    planned = list(_planned(module, plan, size))
+    _share_heads(module, size)
+    for name, submodule, style in planned:
         for kind, parameter in list(submodule.named_parameters(recurse=False)):
-            shard = _shard(style, kind, tuple(parameter.shape), ranks)
+            shard = _shard(style, kind, tuple(parameter.shape), rank, size)
             if shard is None:
                 length = parameter.shape[1 if style.kind == "row" and kind == "weight" else 0]
-                raise InvalidParameterError("tp_size", ranks.size, f"a divisor of the {length} channels of {name}")
+                raise InvalidParameterError("tp_size", size, f"a divisor of the {length} channels of {name}")
             kept = shard.read(parameter.detach()) if shard.pieces else torch.zeros_like(parameter)
-            setattr(submodule, kind, nn.Parameter(kept.clone(), requires_grad=False))
+            submodule.register_parameter(kind, nn.Parameter(kept.clone(), requires_grad=False))
             shards[f"{name}.{kind}"] = shard
         if isinstance(submodule, nn.Linear):
             submodule.out_features, submodule.in_features = submodule.weight.shape
-    for name, layer in module.named_modules():
-        if isinstance(layer, Attention):
-            if layer.num_kv_heads % ranks.size or layer.num_heads % ranks.size:
-                takes = f"a divisor of the {layer.num_kv_heads} heads of {name}"
-                raise InvalidParameterError("tp_size", ranks.size, takes)
-            layer.num_heads, layer.num_kv_heads = layer.num_heads // ranks.size, layer.num_kv_heads // ranks.size
     return shards
+
+
+def _share_heads(module: nn.Module, size: int) -> None:
+    """Tell the attention layers how many heads are here; refuse heads that do not divide."""
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, Attention)]
+    for name, layer in layers:
+        if layer.num_kv_heads % size:
+            raise InvalidParameterError("tp_size", size, f"a divisor of the {layer.num_kv_heads} heads of {name}")
+    for _, layer in layers:
+        layer.num_heads, layer.num_kv_heads = layer.num_heads // size, layer.num_kv_heads // size
 
 
 def connect_shards(module: nn.Module, ranks: Communicator, plan: Mapping[str, Any] | None = None) -> None:
@@ -149,13 +158,36 @@ class RMSNormOverRanks(nn.Module):
         return (exact * torch.rsqrt(squares / channels + eps) * self.weight).to(hidden_states.dtype)
 
 
-def library_plan(module: nn.Module) -> dict[str, str] | None:
-    """Return the plan that transformers states for the layers of one of its models, in our words; None without one."""
-    stated = vars(type(module)).get("_tp_plan") or getattr(module.config, "base_model_tp_plan", None)
-    if not stated:
-        return None
-    styles = {"colwise": "column", "rowwise": "row", "colwise_gather_output": "column, gathered"}
-    return {pattern: styles[style] for pattern, style in stated.items() if style in styles}
+LIBRARY_STYLES = {
+    "colwise": "column",
+    "rowwise": "row",
+    "colwise_gather_output": "column, gathered",
+    "replicated_with_grad_allreduce": None,
+}
+"""Styles of transformers' plans in our words; None leaves the weight whole."""
+
+
+def library_plan(module: nn.Module, size: int) -> dict[str, str] | None:
+    """Return the plan that transformers states for the layers of one of its models, in our words.
+
+    None where it states none, or one that so many ranks cannot follow: such a model runs on one rank.
+
+    Args:
+        module: the library's, a language model or one that has one inside.
+        size: number of ranks.
+
+    """
+    found: dict[str, str] = {}
+    for name, submodule in module.named_modules():
+        config = vars(submodule).get("config")
+        stated = None if config is None else vars(type(config)).get("base_model_tp_plan")
+        if not stated or not any(any(matching(submodule, pattern)) for pattern in stated):
+            continue
+        if config.num_key_value_heads % size or not set(stated.values()) <= LIBRARY_STYLES.keys():
+            return None
+        prefix = f"{name}." if name else ""
+        found |= {prefix + pattern: style for pattern, words in stated.items() if (style := LIBRARY_STYLES[words])}
+    return found or None
 
 
 def _planned(module: nn.Module, plan: Mapping[str, Any] | None, size: int) -> Iterator[tuple[str, nn.Module, Style]]:
@@ -168,8 +200,8 @@ def _planned(module: nn.Module, plan: Mapping[str, Any] | None, size: int) -> It
             yield name, submodule, parse_style(words)
 
 
-def _shard(style: Style, kind: str, shape: tuple[int, ...], ranks: Communicator) -> Shard | None:
+def _shard(style: Style, kind: str, shape: tuple[int, ...], rank: int, size: int) -> Shard | None:
     """Return this rank's shard of a parameter, `weight` or `bias`; None if it does not divide."""
     if style.kind == "row" and kind == "bias":  # the first rank brings it into the sum
-        return Shard(shape, 0, ((0, shape[0]),) if ranks.rank == 0 else ())
-    return divided(shape, 1 if style.kind == "row" else 0, style.parts, ranks.rank, ranks.size)
+        return Shard(shape, 0, ((0, shape[0]),) if rank == 0 else ())
+    return divided(shape, 1 if style.kind == "row" else 0, style.parts, rank, size)

@@ -40,12 +40,17 @@ def apply_vae_parallel(pipeline: ComposedPipeline, ranks: Communicator) -> None:
             stage.decoder = BandedCausalDecoder(stage.vae, ranks)
         elif isinstance(stage, DecodingStage):
             name = type(stage.vae).__name__
-            if name not in WHOLE_VAES | CAUSAL_VAES:
+            if not can_divide(name):
                 raise InvalidParameterError("vae_parallel", True, f"false: the decoder of {name} cannot be divided")
             if name in CAUSAL_VAES:
                 stage.vae = BandedCausalVAE(stage.vae, ranks)
             else:
                 divide_decoder(stage.vae.decoder, RowBands(ranks))
+
+
+def can_divide(class_name: str) -> bool:
+    """Say whether a VAE of the libraries, by the name of its class, can be decoded in bands."""
+    return class_name in WHOLE_VAES | CAUSAL_VAES
 
 
 WHOLE_VAES = frozenset({"AutoencoderKL"})
