@@ -94,3 +94,10 @@ def test_decoding_in_four_bands(pools, kind, height):
 def test_these_tests_see_a_missing_halo(pools, kind):
     differences = pools(2).run("decode", kind=kind, height=6, width=4, num_frames=1, fault=True)
     assert max(differences) > 1e-3
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"ulysses": 2}, {"ring": 2}, {"cfg": 2}], ids=str)
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "wan"])
+def test_the_benchmark_sends_what_it_predicts(pools, family, layout):
+    for answer in pools(2).run("benchmark_forward", family=family, layout=layout):
+        assert answer["counted"] == answer["predicted"]

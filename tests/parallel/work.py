@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from benchmarks import parallel
+from benchmarks.stacks import STACKS, Size
 from safelight import ServerArgs
 from safelight.attention import Attention, AttentionMetadata
 from safelight.core.executor import PipelineExecutor, SyncExecutor
@@ -348,3 +351,15 @@ def norm_over_ranks(dtype: str, eps: float | None, fault: bool = False) -> float
             model[0].ranks = SimpleNamespace(size=ranks.size, all_reduce=lambda squares: squares)
         made = model(hidden_states.chunk(ranks.size, dim=-1)[ranks.rank])
     return float((made.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+
+
+def benchmark_forward(family: str, layout: dict[str, int]) -> dict[str, list[float]]:
+    """Return calls and bytes of a step of the benchmark's tiny stack: as counted, and by formula."""
+    stack = replace(STACKS[family], tiny=with_four_heads(STACKS[family].tiny))
+    _, *sent = parallel.measured(stack, stack.tiny, mesh(**layout), torch.device("cpu"), rounds=1)
+    return {"counted": sent, "predicted": list(parallel.predicted(stack, stack.tiny, ParallelLayout(**layout), 4))}
+
+
+def with_four_heads(tiny: Size) -> Size:
+    """Return a size whose heads divide."""
+    return replace(tiny, architecture=replace(tiny.architecture, num_attention_heads=4))

@@ -23,7 +23,7 @@ class Mesh:
 
     Attributes:
         layout: the sizes of the axes.
-        device_mesh: torch's, with the same axes.
+        device_mesh: torch's, with the same axes; None for one device without a process group.
         cfg, ring, ulysses, tp: this rank's communicator along each axis.
         sequence: along ring and Ulysses together: the ranks that have tokens of one forward.
         world: all ranks; VAE bands lie along it.
@@ -32,7 +32,7 @@ class Mesh:
     """
 
     layout: ParallelLayout
-    device_mesh: DeviceMesh
+    device_mesh: DeviceMesh | None
     cfg: Communicator
     ring: Communicator
     ulysses: Communicator
@@ -71,6 +71,12 @@ def build_mesh(layout: ParallelLayout, device_type: str, timeout: timedelta = DE
     groups = [axes[axis].group for axis in AXES]
     mesh = DeviceMesh.from_group([group for group in groups if group], device_type, ranks, mesh_dim_names=AXES)
     return Mesh(layout, mesh, **axes, sequence=sequence, world=world, control=control)
+
+
+def lone_mesh() -> Mesh:
+    """Return the mesh of one device, for which no process group is needed."""
+    names = (*AXES, "sequence", "world", "control")
+    return Mesh(ParallelLayout(), None, **{name: Communicator(name) for name in names})
 
 
 def _communicator(axis: str, ranks: torch.Tensor, timeout: timedelta, backend: str | None = None) -> Communicator:
