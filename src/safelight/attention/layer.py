@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,9 +27,14 @@ class AttentionMetadata:
 
 NO_MASK = AttentionMetadata()
 
+AttentionStrategy = Callable[["Attention", Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attention of a layer to queries, keys and values of this device's tokens, each [B, S, H, D], with a mask or None."""
+
 
 class Attention(nn.Module):
-    """Scaled dot-product attention over [B, S, H, D]. It has no parameters; its backend is chosen from outside.
+    """Scaled dot-product attention over [B, S, H, D].
+
+    It has no parameters. Its backend is chosen from outside, and so is its strategy: where its tokens are.
 
     Args:
         num_heads: heads of the query.
@@ -56,10 +62,14 @@ class Attention(nn.Module):
         self.softmax_scale = softmax_scale
         self.backend = BACKENDS["sdpa"]
         self.masked_backend: AttentionBackend | None = BACKENDS["sdpa"]
+        self.strategy: AttentionStrategy = attend_locally
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata = NO_MASK) -> Tensor:
         """Return [B, S, H, D]."""
-        mask = metadata.attn_mask
+        return self.strategy(self, query, key, value, metadata.attn_mask)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Return [B, S, H, D], of queries to the keys that are here."""
         backend = self.backend if mask is None else self.masked_backend
         if backend is None:
             raise InvalidParameterError("attention_backend", self.backend.name, "one that takes a mask, for this model")
@@ -67,6 +77,11 @@ class Attention(nn.Module):
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, self.causal, self.softmax_scale
         )
         return attended.transpose(1, 2)
+
+
+def attend_locally(layer: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return [B, S, H, D] where all tokens are on this device."""
+    return layer.attend(query, key, value, mask)
 
 
 def set_attention_backend(module: nn.Module, name: str, device_type: str, dtype: torch.dtype) -> None:

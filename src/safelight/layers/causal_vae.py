@@ -58,7 +58,7 @@ class CausalDecoder:
         frame = self._conv(self.decoder.conv_in, frame, cache)
         frame = self._residual(mid.resnets[0], frame, cache)
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
-            frame = self._residual(resnet, attention(frame[:, :, None])[:, :, 0], cache)
+            frame = self._residual(resnet, self._attended(attention, frame), cache)
         for decoded in self._up(0, iter([frame]), first, cache):
             pixels = self._last_conv(activated(self.decoder.norm_out, decoded), cache)
             del decoded  # or it would be kept while the next is made
@@ -87,9 +87,18 @@ class CausalDecoder:
         for index in range(len(frames)):
             made = frames.pop(0)  # only now made larger, and not kept
             for upsampler in upsamplers:
-                made = doubled_conv(upsampler.resample[-1], made)
+                made = self._doubled(upsampler.resample[-1], made)
             yield made if shortcut is None else made.add_(shortcut[:, :, index])
             del made
+
+    def _attended(self, attention: Any, frame: Tensor) -> Tensor:
+        """Return what attention, each pixel with each, makes of a frame [1, C, H, W]."""
+        attended: Tensor = attention(frame[:, :, None])[:, :, 0]
+        return attended
+
+    def _doubled(self, conv: Any, frame: Tensor) -> Tensor:
+        """Return a convolution over a frame whose pixels are doubled, [1, C_out, 2H, 2W]."""
+        return doubled_conv(conv, frame)
 
     def _residual(self, block: Any, frame: Tensor, cache: FeatureCache) -> Tensor:
         """Return two convolutions, each of norm and activation, added to the frame, whose memory is used for others."""

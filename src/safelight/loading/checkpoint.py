@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safelight.errors import CheckpointError
+from safelight.parallel.shards import Shard
 
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -53,7 +54,13 @@ def checkpoint_files(folder: Path, stems: Sequence[str] = STEMS) -> list[Path]:
     return files
 
 
-def load_weights(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+def load_weights(
+    module: nn.Module,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    shards: Mapping[str, Shard] | None = None,
+) -> None:
     """Give a module that was built on the meta device its weights, in place.
 
     Two tables of its class, named as in Diffusers, may say more: parts of keys in `_keep_in_fp32_modules` are float32
@@ -61,6 +68,13 @@ def load_weights(module: nn.Module, folder: Path, dtype: torch.dtype, device: to
 
     On the CPU, in the checkpoint's own dtype, parameters are the mapped file itself: nothing is copied, and pages are
     read when they are first touched.
+
+    Args:
+        module: whose parameters are filled.
+        folder: the component's.
+        dtype: of the weights.
+        device: where they go.
+        shards: of tensors that are on several ranks, what this one has, by key: nothing else of them is read.
 
     Raises:
         CheckpointError: if a key is missing, unexpected or of another shape; it names them.
@@ -71,15 +85,17 @@ def load_weights(module: nn.Module, folder: Path, dtype: torch.dtype, device: to
     exact = frozenset(tables.get("_keep_in_fp32_modules", ()))
     unused = frozenset(tables.get("_keys_to_ignore_on_load_unexpected", ()))
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    divided = shards or {}
+    expected |= {key: shard.full_shape for key, shard in divided.items()}
     state: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        shards = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder)]
-        for key, path, shard in _keys(shards):
+        files = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder)]
+        for key, path, file in _keys(files):
             parts = frozenset(key.split("."))
             if parts & unused:
                 continue
-            _check_key(key, shard, expected, state, path)
-            tensor, own = shard.get_tensor(key), torch.float32 if parts & exact else dtype
+            _check_key(key, file, expected, state, path)
+            tensor, own = _read(file, key, divided.get(key)), torch.float32 if parts & exact else dtype
             state[key] = tensor.to(device, own) if tensor.is_floating_point() else tensor.to(device)
     missing = sorted(expected.keys() - state.keys())
     if missing:
@@ -87,19 +103,27 @@ def load_weights(module: nn.Module, folder: Path, dtype: torch.dtype, device: to
     module.load_state_dict(state, assign=True)
 
 
-def _keys(shards: list[tuple[Path, Any]]) -> Iterator[tuple[str, Path, Any]]:
-    for path, shard in shards:
-        for key in shard.keys():  # noqa: SIM118 - a safetensors file is no mapping
-            yield key, path, shard
+def _keys(files: list[tuple[Path, Any]]) -> Iterator[tuple[str, Path, Any]]:
+    for path, file in files:
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            yield key, path, file
 
 
-def _check_key(key: str, shard: Any, expected: dict[str, tuple[int, ...]], seen: dict[str, Tensor], path: Path) -> None:
+def _read(file: Any, key: str, shard: Shard | None) -> Tensor:
+    """Return a tensor, or this rank's shard of it."""
+    if shard is None:
+        whole: Tensor = file.get_tensor(key)
+        return whole
+    return shard.read(file.get_slice(key)) if shard.pieces else torch.zeros(shard.full_shape)
+
+
+def _check_key(key: str, file: Any, expected: dict[str, tuple[int, ...]], seen: dict[str, Tensor], path: Path) -> None:
     where = f"{path.parent.name}/{path.name}"
     if key not in expected:
         raise CheckpointError(f"{where}: unexpected key {key!r}")
     if key in seen:
         raise CheckpointError(f"{where}: key {key!r} is in two shards")
-    shape = tuple(shard.get_slice(key).get_shape())
+    shape = tuple(file.get_slice(key).get_shape())
     if shape != expected[key]:
         raise CheckpointError(f"{where}: {key!r} has shape {list(shape)}; the model takes {list(expected[key])}")
 

@@ -184,6 +184,35 @@ class FluxTransformer2DModel(nn.Module):
     """Predicts the velocity, noise minus picture, of packed latents."""
 
     _repeated_blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    _sp_plan: ClassVar[Mapping[str, object]] = {
+        "attention": ("transformer_blocks.*.attn.attention", "single_transformer_blocks.*.attn.attention"),
+        "rotary": "freqs_cis",
+        "tokens": ("hidden_states",),
+        "replicated": "encoder_hidden_states",
+    }
+    _tp_plan: ClassVar[Mapping[str, object]] = {
+        "transformer_blocks.*.norm1.linear": "column, gathered",
+        "transformer_blocks.*.norm1_context.linear": "column, gathered",
+        "transformer_blocks.*.attn.to_q": "column",
+        "transformer_blocks.*.attn.to_k": "column",
+        "transformer_blocks.*.attn.to_v": "column",
+        "transformer_blocks.*.attn.to_out.0": "row",
+        "transformer_blocks.*.attn.add_q_proj": "column",
+        "transformer_blocks.*.attn.add_k_proj": "column",
+        "transformer_blocks.*.attn.add_v_proj": "column",
+        "transformer_blocks.*.attn.to_add_out": "row",
+        "transformer_blocks.*.ff.net.0.proj": "column",
+        "transformer_blocks.*.ff.net.2": "row",
+        "transformer_blocks.*.ff_context.net.0.proj": "column",
+        "transformer_blocks.*.ff_context.net.2": "row",
+        "single_transformer_blocks.*.norm.linear": "column, gathered",
+        "single_transformer_blocks.*.attn.to_q": "column",
+        "single_transformer_blocks.*.attn.to_k": "column",
+        "single_transformer_blocks.*.attn.to_v": "column",
+        "single_transformer_blocks.*.proj_mlp": "column",
+        "single_transformer_blocks.*.proj_out": "row of 1:4",  # attention beside the MLP
+        "norm_out.linear": "column, gathered",
+    }
 
     def __init__(self, architecture: FluxArchitecture) -> None:
         super().__init__()

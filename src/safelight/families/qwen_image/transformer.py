@@ -177,6 +177,29 @@ class QwenImageTransformer2DModel(nn.Module):
     """Predicts the velocity, noise minus picture, of packed latents."""
 
     _repeated_blocks: ClassVar[tuple[str, ...]] = ("QwenImageTransformerBlock",)
+    _sp_plan: ClassVar[Mapping[str, object]] = {
+        "attention": ("transformer_blocks.*.attn.attention",),
+        "rotary": "freqs_cis",
+        "tokens": ("hidden_states", "condition_hidden_states"),
+        "replicated": "encoder_hidden_states",
+    }
+    _tp_plan: ClassVar[Mapping[str, object]] = {
+        "transformer_blocks.*.img_mod.1": "column, gathered",
+        "transformer_blocks.*.txt_mod.1": "column, gathered",
+        "transformer_blocks.*.attn.to_q": "column",
+        "transformer_blocks.*.attn.to_k": "column",
+        "transformer_blocks.*.attn.to_v": "column",
+        "transformer_blocks.*.attn.to_out.0": "row",
+        "transformer_blocks.*.attn.add_q_proj": "column",
+        "transformer_blocks.*.attn.add_k_proj": "column",
+        "transformer_blocks.*.attn.add_v_proj": "column",
+        "transformer_blocks.*.attn.to_add_out": "row",
+        "transformer_blocks.*.img_mlp.net.0.proj": "column",
+        "transformer_blocks.*.img_mlp.net.2": "row",
+        "transformer_blocks.*.txt_mlp.net.0.proj": "column",
+        "transformer_blocks.*.txt_mlp.net.2": "row",
+        "norm_out.linear": "column, gathered",
+    }
 
     def __init__(self, architecture: QwenImageArchitecture) -> None:
         super().__init__()

@@ -235,6 +235,33 @@ class WanTransformer3DModel(nn.Module):
     """Predicts the velocity, noise minus video, of latents."""
 
     _repeated_blocks: ClassVar[tuple[str, ...]] = ("WanTransformerBlock",)
+    _sp_plan: ClassVar[Mapping[str, object]] = {
+        "attention": ("blocks.*.attn1.attention",),
+        "rotary": "freqs_cis",
+        "first_block": "blocks.0",
+        "groups": ("timestep",),
+        "output": "proj_out",
+    }
+    _tp_plan: ClassVar[Mapping[str, object]] = {
+        "condition_embedder.time_proj": "column, gathered",
+        "blocks.*.attn1.to_q": "column",
+        "blocks.*.attn1.to_k": "column",
+        "blocks.*.attn1.to_v": "column",
+        "blocks.*.attn1.norm_q": "norm",
+        "blocks.*.attn1.norm_k": "norm",
+        "blocks.*.attn1.to_out.0": "row",
+        "blocks.*.attn2.to_q": "column",
+        "blocks.*.attn2.to_k": "column",
+        "blocks.*.attn2.to_v": "column",
+        "blocks.*.attn2.norm_q": "norm",
+        "blocks.*.attn2.norm_k": "norm",
+        "blocks.*.attn2.add_k_proj": "column",
+        "blocks.*.attn2.add_v_proj": "column",
+        "blocks.*.attn2.norm_added_k": "norm",
+        "blocks.*.attn2.to_out.0": "row",
+        "blocks.*.ffn.net.0.proj": "column",
+        "blocks.*.ffn.net.2": "row",
+    }
     _keep_in_fp32_modules: ClassVar[tuple[str, ...]] = (
         "time_embedder",
         "scale_shift_table",

@@ -1,0 +1,26 @@
+"""Tiny checkpoints of the recipes whose transformers have four heads, so that they divide."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+
+from tests.recipes.base import Recipe, shake
+
+NUM_HEADS = 4
+
+
+def build(recipe: Recipe, variant: str, folder: Path) -> Path:
+    """Write the checkpoint of a recipe's variant, with other transformers."""
+    recipe.build(folder, variant)
+    for config in sorted(folder.glob("transformer*/config.json")):
+        values = json.loads(config.read_text())
+        cls = getattr(diffusers, values["_class_name"])
+        wider = {"num_attention_heads": NUM_HEADS}
+        if values.get("added_kv_proj_dim") is not None:
+            wider["added_kv_proj_dim"] = NUM_HEADS * values["attention_head_dim"]
+        made = cls.from_config({**values, **wider})
+        shake(made, 7 + len(config.parent.name)).save_pretrained(config.parent)
+    return folder
