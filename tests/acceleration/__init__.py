@@ -1,0 +1,1 @@
+"""What is applied to models from outside."""
