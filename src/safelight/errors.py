@@ -121,6 +121,12 @@ class NonFiniteOutputError(SafelightError):
     code = "non_finite_output"
 
 
+class RankFailedError(SafelightError):
+    """Another of the ranks that work on this request failed at it, and has the reason."""
+
+    code = "rank_failed"
+
+
 class ServingError(SafelightError):
     """The server cannot do now what it was asked to do."""
 

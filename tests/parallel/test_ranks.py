@@ -101,3 +101,29 @@ def test_these_tests_see_a_missing_halo(pools, kind):
 def test_the_benchmark_sends_what_it_predicts(pools, family, layout):
     for answer in pools(2).run("benchmark_forward", family=family, layout=layout):
         assert answer["counted"] == answer["predicted"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "case"),
+    [("FluxPipeline", "dev, true CFG"), ("WanPipeline", "2.1"), ("QwenImageEditPipeline", "own height")],
+)
+def test_encoders_on_one_rank_give_all_ranks_their_embeddings(pools, folders, recipe, case):
+    assert pools(2).run("embeddings", folder=str(folders(recipe)), recipe=recipe, case=case) == [True, True]
+
+
+def test_an_encoder_that_fails_ends_the_request_on_every_rank_and_that_alone(pools):
+    assert pools(2).run("encoder_that_fails") == [
+        ["MemoryError: no room", "[[1.0, 1.0]]"],
+        ["RankFailedError: the rank that encodes failed: MemoryError('no room')", "[[1.0, 1.0]]"],
+    ]
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("recipe", "case"), [("FluxPipeline", "dev"), ("QwenImagePipeline", "48x80"), ("WanPipeline", "2.1")]
+)
+def test_requests_that_share_forwards_are_divided_too(pools, folders, recipe, case, layout):
+    """Texts of unequal length are padded and masked together where the family has a mask."""
+    folder = str(folders(recipe))
+    for differences in pools(2).run("stacked", folder=folder, recipe=recipe, case=case, layout=layout):
+        assert max(differences) < 1e-5

@@ -21,21 +21,25 @@ from benchmarks import parallel
 from benchmarks.stacks import STACKS, Size
 from safelight import ServerArgs
 from safelight.attention import Attention, AttentionMetadata
-from safelight.core.executor import PipelineExecutor, SyncExecutor
+from safelight.core.executor import Execution, PipelineExecutor, SyncExecutor, make_call
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import resolve_class
 from safelight.core.request import ModelCall, Req
+from safelight.core.stage import PipelineStage
+from safelight.errors import RankFailedError
 from safelight.loading.checkpoint import load_weights
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import read_json
 from safelight.parallel.attention import SequenceParallelAttention, TokenLayout
 from safelight.parallel.cfg import ParallelExecutor, run_calls
 from safelight.parallel.collectives import Communicator
+from safelight.parallel.encoding import EncoderOnOneRank
 from safelight.parallel.layout import ParallelLayout
-from safelight.parallel.mesh import Mesh, build_mesh
+from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.parallel.sequence import apply_sequence_parallel, piece_of
 from safelight.parallel.tensor import connect_shards, library_plan, shard_parameters
 from safelight.parallel.vae import BandedCausalDecoder, RowBands, apply_vae_parallel, divide_decoder
+from safelight.runtime.batching import run_stacked
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
 from tests.recipes.base import shake
@@ -86,10 +90,10 @@ def divide(folder: str, ranks: Mesh) -> ComposedPipeline:
     return loaded
 
 
-def request(loaded: ComposedPipeline, recipe: str, case: str, output_type: str) -> Req:
+def request(loaded: ComposedPipeline, recipe: str, case: str, output_type: str, **fields: Any) -> Req:
     """Return the first output of a recipe's case."""
     (found,) = [entry for entry in all_recipes()[recipe].cases if entry.name == case]
-    return requests(loaded, {**found.fields, "output_type": output_type})[0]
+    return requests(loaded, {**found.fields, "output_type": output_type, **fields})[0]
 
 
 def finish(executor: PipelineExecutor, req: Req) -> torch.Tensor:
@@ -363,3 +367,67 @@ def benchmark_forward(family: str, layout: dict[str, int]) -> dict[str, list[flo
 def with_four_heads(tiny: Size) -> Size:
     """Return a size whose heads divide."""
     return replace(tiny, architecture=replace(tiny.architecture, num_attention_heads=4))
+
+
+def embeddings(folder: str, recipe: str, case: str) -> bool:
+    """Say whether encoders that rank 0 alone has give every rank the embeddings that its own would."""
+    ranks = mesh(tp=size()).world
+    with patched(recipe):
+        loaded = pipeline(folder)
+        stage: Any = loaded.stages["text_encoding"]
+        spread = copy.copy(stage)
+        spread.text_encoders = [
+            EncoderOnOneRank(encoder if ranks.rank == 0 else None, ranks, torch.device("cpu"))
+            for encoder in stage.text_encoders
+        ]
+        wanted, made = (encoded(each, request(loaded, recipe, case, "np")) for each in (stage, spread))
+    return len(wanted) > 0 and all(torch.equal(*pair) for pair in zip(wanted, made, strict=True))
+
+
+def encoded(stage: PipelineStage, req: Req) -> list[torch.Tensor]:
+    """Return the embeddings that a stage makes."""
+    with torch.inference_mode():
+        for _ in stage.run(req, ServerArgs()):
+            pass
+    return [*req.prompt_embeds, *req.negative_prompt_embeds]
+
+
+def encoder_that_fails() -> list[str]:
+    """Return what each rank raises when the one that has the encoder fails, and whether the next request works."""
+    ranks, told = mesh(tp=size()).world, []
+
+    def encoder(fails: bool) -> dict[str, torch.Tensor]:
+        if fails:
+            raise MemoryError("no room")
+        return {"last_hidden_state": torch.ones(1, 2)}
+
+    shared = EncoderOnOneRank(encoder if ranks.rank == 0 else None, ranks, torch.device("cpu"))
+    try:
+        shared(fails=True)
+    except (MemoryError, RankFailedError) as error:
+        told.append(f"{type(error).__name__}: {error}")
+    return [*told, str(shared(fails=False).last_hidden_state.tolist())]
+
+
+def stacked(folder: str, recipe: str, case: str, layout: dict[str, int]) -> list[float]:
+    """Return the largest difference of each request's first prediction when they share forwards in a layout."""
+    ranks = mesh(**layout)
+    with patched(recipe):
+        whole, wanted = divide(folder, lone_mesh()), []
+        reqs = [request(whole, recipe, case, "latent", seed=seed, prompt=prompt) for seed, prompt in enumerate(TEXTS)]
+        for number, req in enumerate(reqs):
+            req.request_id = f"r{number}"
+            with Execution(whole, req) as execution:
+                while not req.pending:
+                    execution.advance()
+                with torch.inference_mode():
+                    wanted.append((list(req.pending), [make_call(whole, call) for call in req.pending]))
+        calls, alone = [entry[0] for entry in wanted], [entry[1] for entry in wanted]
+        made = run_stacked(divide(folder, ranks), calls)
+    return [
+        max(float((one - other).abs().max()) for one, other in zip(left, right, strict=True))
+        for left, right in zip(made, alone, strict=True)
+    ]
+
+
+TEXTS = ("a cat", "an old map of the world, drawn in ink")

@@ -65,7 +65,7 @@ def model_facts(name: str, transformer: nn.Module, num_branches: int, row_parall
         name: of the model.
         transformer: with its plans.
         num_branches: guidance branches of a step, at most.
-        row_parallel_vae: whether `vae.can_divide` its VAE.
+        row_parallel_vae: whether its VAE can be decoded in bands.
 
     """
     heads = [layer.num_kv_heads for layer in transformer.modules() if isinstance(layer, Attention)]

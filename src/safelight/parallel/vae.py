@@ -36,27 +36,28 @@ def apply_vae_parallel(pipeline: ComposedPipeline, ranks: Communicator) -> None:
     if ranks.size == 1:
         return
     for stage in pipeline.stages.values():
+        if not isinstance(stage, DecodingStage):
+            continue
+        if not can_divide(stage):
+            name = type(stage.vae).__name__
+            raise InvalidParameterError("vae_parallel", True, f"false: the decoder of {name} cannot be divided")
         if isinstance(stage, CausalVAEDecodingStage):
             stage.decoder = BandedCausalDecoder(stage.vae, ranks)
-        elif isinstance(stage, DecodingStage):
-            name = type(stage.vae).__name__
-            if not can_divide(name):
-                raise InvalidParameterError("vae_parallel", True, f"false: the decoder of {name} cannot be divided")
-            if name in CAUSAL_VAES:
-                stage.vae = BandedCausalVAE(stage.vae, ranks)
-            else:
-                divide_decoder(stage.vae.decoder, RowBands(ranks))
+        elif type(stage.vae).__name__ in CAUSAL_VAES:
+            stage.vae = BandedCausalVAE(stage.vae, ranks)
+        else:
+            divide_decoder(stage.vae.decoder, RowBands(ranks))
 
 
-def can_divide(class_name: str) -> bool:
-    """Say whether a VAE of the libraries, by the name of its class, can be decoded in bands."""
-    return class_name in WHOLE_VAES | CAUSAL_VAES
+def can_divide(stage: DecodingStage) -> bool:
+    """Say whether a stage can decode in bands."""
+    return isinstance(stage, CausalVAEDecodingStage) or type(stage.vae).__name__ in IMAGE_VAES | CAUSAL_VAES
 
 
-WHOLE_VAES = frozenset({"AutoencoderKL"})
+IMAGE_VAES = frozenset({"AutoencoderKL"})
 """VAEs of the libraries whose decoder is made of the modules that `divide_decoder` knows."""
-CAUSAL_VAES = frozenset({"AutoencoderKLQwenImage", "AutoencoderKLWan"})
-"""VAEs of the libraries whose decoder is one that `CausalDecoder` walks."""
+CAUSAL_VAES = frozenset({"AutoencoderKLQwenImage"})
+"""VAEs of the libraries whose decoder is one that `CausalDecoder` walks, and whose stage decodes all frames at once."""
 
 
 class RowBands:
