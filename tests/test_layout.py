@@ -86,15 +86,16 @@ LAYERS = {
     "attention": {"errors", "attention"},
     "families": {"errors", "core", "stages", "layers", "attention", "families"},
     "backends": {"errors", "core", "backends"},
-    "acceleration": {"errors", "core", "attention", "loading", "preparation", "acceleration"},
-    "loading": {"errors", "core", "attention", "backends", "loading"},
+    "acceleration": {"errors", "core", "stages", "layers", "attention", "parallel", "preparation", "acceleration"},
+    "parallel": {"errors", "core", "stages", "layers", "attention", "parallel"},
+    "loading": {"errors", "core", "attention", "acceleration", "backends", "parallel", "loading"},
     "media": {"errors"},
     "video": {"errors", "media"},
     "results": {"errors", "core", "media", "video", "version"},
     "preparation": {"errors", "core", "media"},
     "client": {"errors", "core", "results", "runtime"},
     "generator": {"errors", "acceleration", "client", "core", "loading", "preparation", "results"},
-    "runtime": {"errors", "version", "acceleration", "core", "loading", "media", "preparation", "runtime"},
+    "runtime": {"errors", "version", "acceleration", "parallel", "core", "loading", "media", "preparation", "runtime"},
     "serving": {"errors", "version", "core", "loading", "media", "video", "preparation", "runtime", "serving"},
     "checking": {"errors", "core", "backends", "loading", "generator", "preparation", "checking"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
@@ -281,7 +282,7 @@ SERVE_ARGS = (
 )
 SERVER_ARGS = (
     "model revision device dtype component_dtypes backend attention_backend offload compile cuda_graphs "
-    "conditioning_cache"
+    "devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel conditioning_cache"
 )
 
 

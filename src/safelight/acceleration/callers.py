@@ -6,7 +6,8 @@ import functools
 
 from safelight.acceleration.compilation import Compilation
 from safelight.acceleration.graphs import StepGraphs, refuse_graphs
-from safelight.core.executor import CallMaker, make_call
+from safelight.core.executor import make_call
+from safelight.core.request import CallMaker
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.server_args import Mode
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from safelight.core.executor import CallMaker
+from safelight.core.request import CallMaker
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import ModelCall, Prediction
 from safelight.errors import InvalidParameterError

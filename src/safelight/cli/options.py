@@ -80,6 +80,7 @@ def given(params_cls: type[SamplingParams], values: Mapping[str, Any]) -> dict[s
     return {name: options[name].check(name, value) for name, value in fields.items()}
 
 
+CLICK_KINDS: Mapping[type, Any] = {int: click.INT, float: click.FLOAT}
 ENGINE_FIELDS = {field.name: field for field in dataclasses.fields(ServerArgs)}
 
 
@@ -89,7 +90,10 @@ def engine_options() -> list[click.Parameter]:
     for name, field in ENGINE_FIELDS.items():
         flag = f"--{name.replace('_', '-')}"
         several = field.default_factory is dict
-        kind = key_value if several else click.STRING
+        if type(field.default) is bool:
+            options.append(click.Option([f"{flag}/--no-{flag[2:]}", name], help=field.metadata["help"], default=None))
+            continue
+        kind = key_value if several else CLICK_KINDS.get(type(field.default), click.STRING)
         options.append(click.Option([flag, name], help=field.metadata["help"], multiple=several, type=kind))
     return options
 

@@ -12,10 +12,7 @@ from typing import Self
 import torch
 
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import ModelCall, Prediction, Req
-
-CallMaker = Callable[[ModelCall], Prediction]
-"""Makes a model call: eagerly, compiled, or from a graph. Its caller is in `inference_mode`."""
+from safelight.core.request import CallMaker, ModelCall, Prediction, Req
 
 
 class Execution:
@@ -81,7 +78,7 @@ class Execution:
     def _resume(self, results: Sequence[Prediction] | None) -> bool:
         """Make the pending calls and run the pipeline to its next yield; False at its end."""
         if results is None:
-            results = [self.make_call(call) for call in self.req.pending]
+            results = self._pipeline.run_calls(self.req.pending, self.make_call)
         try:
             if self.started:
                 self._steps.send(list(results))

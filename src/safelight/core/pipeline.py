@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
 from safelight.core.conditioning_cache import ConditioningCache
 from safelight.core.config import PipelineConfig
-from safelight.core.request import Req
+from safelight.core.request import CallMaker, ModelCall, Prediction, Req
 from safelight.core.residency import Residency
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
@@ -30,6 +30,12 @@ class ComposedPipeline:
     """A model's stages, in order, over its components. It holds nothing of any request.
 
     A family subclasses it, names its components, and adds its stages in `create_pipeline_stages`.
+
+    Attributes:
+        stages: by name, in order.
+        shared_stages: names of those in which several ranks wait for each other, model calls aside.
+        run_calls: makes the calls of a step, given how one is made; over several ranks, where a step is shared.
+
     """
 
     pipeline_name: ClassVar[str]
@@ -55,6 +61,8 @@ class ComposedPipeline:
         self.server_args = server_args
         self.device = server_args.torch_device()
         self.stages: dict[str, PipelineStage] = {}
+        self.shared_stages: frozenset[str] = frozenset()
+        self.run_calls: Callable[[Sequence[ModelCall], CallMaker], list[Prediction]] = run_in_turn
         self._modules = dict(modules)
         self.create_pipeline_stages(server_args)
         self.conditioning_cache = ConditioningCache(server_args.conditioning_cache_bytes())
@@ -149,3 +157,8 @@ class ComposedPipeline:
         self.add_stage(LatentPreparationStage(self.config), "latent_preparation")
         self.add_stage(ConditioningStage(self.config), "conditioning")
         self.add_stage(loop or DenoisingStage(self.config), "denoising")
+
+
+def run_in_turn(calls: Sequence[ModelCall], make: CallMaker) -> list[Prediction]:
+    """Make the calls of a step one after another."""
+    return [make(call) for call in calls]

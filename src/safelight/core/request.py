@@ -36,6 +36,10 @@ class ModelCall:
     key: tuple[str, str, int]
 
 
+CallMaker = Callable[[ModelCall], Prediction]
+"""Makes a model call: eagerly, compiled, or from a graph. Its caller is in `inference_mode`."""
+
+
 @dataclass(slots=True, eq=False)
 class Req:
     """The state of one generation of one seed; `batch` in stages.

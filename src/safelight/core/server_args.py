@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "alternates")
 COMPILES = ("none", "blocks")
 CUDA_GRAPHS = ("none", "steps")
+PARALLEL_SIZES = ("cfg_parallel_size", "ring_degree", "ulysses_degree", "tp_size")
+"""Settings whose product is the number of devices, from the slowest link to the fastest."""
 BACKENDS = ("auto", "native", "diffusers")
 
 
@@ -45,6 +48,10 @@ class ServerArgs:
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
         offload: `none`, or `alternates`: of components of which a step needs one, the others wait on the host.
+        devices: for one request; the product of the next four, or, alone, a number for which a planner chooses them.
+        cfg_parallel_size, ring_degree, ulysses_degree, tp_size: how devices share a request: guidance branches, parts
+            of the tokens in a ring, tokens for heads, weights.
+        vae_parallel: whether devices share the decoding too.
         conditioning_cache: bytes of what encoders made that are kept for later requests, such as `256MiB`; `0` is none.
         compile: `none`, or `blocks`: each class of the transformer's repeated blocks is compiled once.
         cuda_graphs: `none`, or `steps`: model calls that are bound by launches are captured once a shape, and replayed.
@@ -63,6 +70,12 @@ class ServerArgs:
     compile: str = setting("none", "none, or blocks: compile the transformer's repeated blocks.  [default: none]")
     cuda_graphs: str = setting("none", "none, or steps: replay steps that are bound by launches.  [default: none]")
 
+    devices: int = setting(1, "Devices for one request; a planner chooses how they share it.  [default: 1]")
+    cfg_parallel_size: int = setting(1, "Groups of devices that share the guidance branches of a step.  [default: 1]")
+    ring_degree: int = setting(1, "Devices around which keys and values of a part of the tokens go.  [default: 1]")
+    ulysses_degree: int = setting(1, "Devices that exchange tokens for attention heads.  [default: 1]")
+    tp_size: int = setting(1, "Devices that share each weight of the transformer.  [default: 1]")
+    vae_parallel: bool = setting(False, "Decode in bands, one a device.")
     conditioning_cache: str = setting(
         "256MiB", "Bytes of prompt and image embeddings that are kept for later requests; 0 is none.  [default: 256MiB]"
     )
@@ -77,6 +90,7 @@ class ServerArgs:
         if self.offload not in OFFLOADS:
             raise InvalidParameterError("offload", self.offload, ", ".join(OFFLOADS))
         self.conditioning_cache_bytes()
+        self.num_devices()
         if self.compile not in COMPILES:
             raise InvalidParameterError("compile", self.compile, ", ".join(COMPILES))
         if self.cuda_graphs not in CUDA_GRAPHS:
@@ -84,6 +98,24 @@ class ServerArgs:
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)
+
+    def num_devices(self) -> int:
+        """Return how many devices share a request.
+
+        Raises:
+            InvalidParameterError: if the sizes do not fit each other.
+
+        """
+        sizes = {name: vars(self)[name] for name in (*PARALLEL_SIZES, "devices")}
+        for name, size in sizes.items():
+            if type(size) is not int or size < 1:
+                raise InvalidParameterError(name, size, "a whole number from 1")
+        devices = sizes.pop("devices")
+        product = math.prod(sizes.values())
+        if product > 1 and devices not in (1, product):
+            factors = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+            raise InvalidParameterError("devices", devices, f"{product}, which is {factors}; or nothing")
+        return max(product, devices)
 
     def conditioning_cache_bytes(self) -> int:
         """Return how many bytes of embeddings are kept.

@@ -19,6 +19,10 @@ HEADER_BYTES = 1024
 LENGTH_BYTES = 8
 
 
+class DesynchronisedError(Exception):
+    """A rank failed where others wait for it in a collective: the group cannot go on, and must not be repaired."""
+
+
 @dataclass
 class Traffic:
     """What one rank has sent over an axis.

@@ -40,7 +40,7 @@ class EncoderOnOneRank:
         """Return the encoder's outputs, as attributes.
 
         Raises:
-            RankFailedError: on the other ranks, if the encoder failed; on its own, what it raised.
+            RankFailedError: on all ranks, if the encoder failed; on its own, from what it raised.
 
         """
         if self.encoder is None:
@@ -49,7 +49,7 @@ class EncoderOnOneRank:
             made = self.encoder(**inputs)
         except Exception as error:  # the others wait for a result, or to hear that there is none
             self.ranks.broadcast_bytes(msgspec.msgpack.encode({"error": repr(error)}), self.source, self.device)
-            raise
+            raise RankFailedError("this rank's encoder failed") from error
         outputs = {name: made[name] for name in OUTPUTS if made.get(name) is not None}
         self.ranks.broadcast_bytes(msgspec.msgpack.encode({"outputs": list(outputs)}), self.source, self.device)
         self.ranks.broadcast_tensors(list(outputs.values()), self.device, self.source)

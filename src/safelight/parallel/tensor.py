@@ -8,6 +8,7 @@ A model's plan is a table, `_tp_plan` of its class: patterns of module names to 
 | `column, gathered` | divided by outputs | every channel: the weight is divided for memory alone |
 | `row` | divided by inputs | the sum over ranks; the bias is in it once |
 | `norm` | divided by channels | an RMS norm over the channels of all ranks |
+| `rotary` | none | queries and keys normed over the heads of all ranks, and turned |
 
 `of 1:4` behind `column` or `row` names parts, in proportion, that are divided each by itself: queries, keys and values
 of one weight are `column of 1:1:1`. What is not in the table is whole on every rank.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +27,12 @@ from torch import Tensor, nn
 
 from safelight.attention import Attention
 from safelight.errors import InvalidParameterError
+from safelight.layers.rotary import QKNormRotary, apply_rotary_emb
 from safelight.parallel.collectives import Communicator
 from safelight.parallel.plans import matching, tensor_plan
 from safelight.parallel.shards import Shard, divided
 
-STYLE = re.compile(r"(?P<kind>column|row|norm)(?: of (?P<parts>\d+(?::\d+)+))?(?P<gathered>, gathered)?")
+STYLE = re.compile(r"(?P<kind>column|row|norm|rotary)(?: of (?P<parts>\d+(?::\d+)+))?(?P<gathered>, gathered)?")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Style:
     """One entry of a plan.
 
     Attributes:
-        kind: `column`, `row` or `norm`.
+        kind: `column`, `row`, `norm` or `rotary`.
         parts: of the divided dimension, in proportion.
         gathered: whether the results of all ranks are put together.
 
@@ -129,6 +132,9 @@ def connect_shards(module: nn.Module, ranks: Communicator, plan: Mapping[str, An
         if style.kind == "norm":
             assert isinstance(submodule, nn.RMSNorm), f"{name} is no RMS norm"
             module.set_submodule(name, RMSNormOverRanks(submodule, ranks))
+        elif style.kind == "rotary":
+            assert isinstance(submodule, QKNormRotary), f"{name} does not norm and turn"
+            submodule.operation = partial(qk_norm_rotary_over_ranks, ranks)
         elif style.kind == "row":
             submodule.register_forward_hook(lambda _module, _args, partial: ranks.all_reduce(partial))
         elif style.gathered:
@@ -152,10 +158,33 @@ class RMSNormOverRanks(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return [..., C] of this rank's channels, C of C * ranks; computed in float32."""
-        exact, channels = hidden_states.float(), hidden_states.shape[-1] * self.ranks.size
-        squares = self.ranks.all_reduce(exact.square().sum(-1, keepdim=True))
         eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
-        return (exact * torch.rsqrt(squares / channels + eps) * self.weight).to(hidden_states.dtype)
+        return rms_norm_over_ranks(self.ranks, hidden_states, self.weight, eps)
+
+
+def rms_norm_over_ranks(ranks: Communicator, hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return the norm of [..., C] over the channels of all ranks, C of C * ranks; computed in float32."""
+    exact, channels = hidden_states.float(), hidden_states.shape[-1] * ranks.size
+    squares = ranks.all_reduce(exact.square().sum(-1, keepdim=True))
+    return (exact * torch.rsqrt(squares / channels + eps) * weight).to(hidden_states.dtype)
+
+
+def qk_norm_rotary_over_ranks(
+    ranks: Communicator,
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    freqs_cis: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return query and key of this rank's heads, normed over those of all and then turned; as `qk_norm_rotary`."""
+    normed = (
+        rms_norm_over_ranks(ranks, states.flatten(2), weight, eps).view(states.shape)
+        for states, weight in ((query, query_weight), (key, key_weight))
+    )
+    turned_query, turned_key = (apply_rotary_emb(states, freqs_cis) for states in normed)
+    return turned_query, turned_key
 
 
 LIBRARY_STYLES = {

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from safelight.core.executor import CallMaker
+from safelight.core.request import CallMaker
 from safelight.core.request import ModelCall, Prediction
 
 StackKey = tuple[str, tuple[Hashable, ...]]

@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,10 +16,12 @@ from safelight.core.executor import Execution
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Prediction, Req, move
 from safelight.core.server_args import Mode
-from safelight.errors import CancelledError, CompilationError, DeadlineError, SafelightError
+from safelight.errors import CancelledError, CompilationError, DeadlineError, RankFailedError, SafelightError
+from safelight.parallel.collectives import DesynchronisedError
 from safelight.runtime.batching import run_stacked, stack_key
 from safelight.runtime.cost import step_cost
 from safelight.runtime.policy import Policy, Task
+from safelight.runtime.ranks import Ranks
 from safelight.runtime.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -38,12 +40,14 @@ class Plan:
         resumed: tasks that do a unit; several share their model calls.
         evicted: tasks that leave the device before.
         dropped: tasks that are too late to begin, or began in a mode that cannot be had again.
+        compiles: whether it is a unit of compiling instead.
 
     """
 
     resumed: Sequence[Task] = ()
     evicted: Sequence[Task] = ()
-    dropped: Sequence[Task] = field(default_factory=list)
+    dropped: Sequence[Task] = ()
+    compiles: bool = False
 
 
 class Engine:
@@ -57,6 +61,7 @@ class Engine:
         clock: seconds; only differences count.
         watch: is told of every unit.
         callers: make the model calls; None makes them as the pipeline's settings say.
+        ranks: that carry out the same plans; None for one.
 
     """
 
@@ -70,6 +75,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         watch: Watch | None = None,
         callers: Callers | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.policy = policy or Policy()
@@ -78,7 +84,9 @@ class Engine:
         self.clock = clock
         self.watch = watch or Watch()
         self.callers = callers or Callers(pipeline, stacked=batching == "throughput")
+        self.ranks = ranks or Ranks()
         self.tasks: list[Task] = []
+        self._num_added = 0
         self._newcomer_was_last = False
         self._compile_due: float | None = None
 
@@ -94,7 +102,8 @@ class Engine:
         """
         now, params = self.clock(), req.params
         cost = step_cost(params, self.pipeline.schema)
-        task = Task(Execution(self.pipeline, req), cost, params.num_steps(), now, priority)
+        task = Task(Execution(self.pipeline, req), cost, params.num_steps(), now, self._num_added, priority)
+        self._num_added += 1
         if deadline is not None:
             task.deadline = now + deadline
         if self.callers.compilation is not None:
@@ -111,10 +120,12 @@ class Engine:
 
     def tick(self) -> Sequence[Task]:
         """Resume some of the tasks by one unit; return those that something happened to."""
-        if self._compiles_now():
+        return self.carry_out(self.plan())
+
+    def carry_out(self, plan: Plan) -> Sequence[Task]:
+        """Do what a plan says; return the tasks that something happened to."""
+        if plan.compiles:
             self._compile()
-            return []
-        plan = self.plan()
         for task in plan.dropped:
             self._end(task, self._refusal(task))
         for task in plan.evicted:
@@ -130,6 +141,8 @@ class Engine:
 
     def plan(self) -> Plan:
         """Choose what the next tick does."""
+        if self._compiles_now():
+            return Plan(compiles=True)
         now = self.clock()
         dropped = [task for task in self.tasks if self._is_lost(task, now)]
         order = self.order([task for task in self.tasks if task not in dropped and self._has_form(task)], now)
@@ -212,7 +225,7 @@ class Engine:
                 if other.request_id == task.request_id:
                     other.mode = self.callers.mode
         assert task.mode is not None
-        task.execution.make_call = self.callers.of(task.mode)
+        task.execution.make_call = self.ranks.measured(self.callers.of(task.mode))
 
     def _resume(self, tasks: Sequence[Task]) -> None:
         """Do a unit of each, the model calls of several in common."""
@@ -223,8 +236,15 @@ class Engine:
             if not task.execution.started:
                 self._begin(task)
             self._place(task)
-        for task, results in zip(tasks, self._results(tasks), strict=True):
-            self._advance(task, results)
+        no_room = self.ranks.check_room([call for task in tasks for call in task.calls])
+        if no_room is None:
+            ended = [self._advance(task, results) for task, results in zip(tasks, self._results(tasks), strict=True)]
+            errors = self.ranks.agree([error for _, error in ended])
+        else:
+            ended, errors = [(False, None)] * len(tasks), [no_room] * len(tasks)
+        for task, (is_over, _), error in zip(tasks, ended, errors, strict=True):
+            if is_over or error is not None:
+                self._end(task, error)
         now = self.clock()
         seconds = now - begun  # each had the device for all of it, alone or with others
         self.policy.record(tasks, now, seconds)
@@ -247,17 +267,24 @@ class Engine:
         if self.batching == "throughput" and tasks[0].calls:
             try:
                 return list(run_stacked(tasks[0].execution.make_call, [task.calls for task in tasks]))
-            except Exception:  # a request's boundary: apart, only the one at fault fails
+            except Exception as error:  # a request's boundary: apart, only the one at fault fails
+                if self.ranks.size > 1:
+                    raise DesynchronisedError("a forward that several ranks share failed on one") from error
                 logger.warning("a stacked forward failed; its %d calls are made apart", len(tasks), exc_info=True)
                 free_memory()
         return [None] * len(tasks)
 
-    def _advance(self, task: Task, results: list[Prediction] | None) -> None:
+    def _advance(self, task: Task, results: list[Prediction] | None) -> tuple[bool, Exception | None]:
+        """Do a task's unit; return whether the task is over, and what it raised."""
+        shared = self.ranks.size > 1 and task.execution.req.stage in self.pipeline.shared_stages
         try:
-            if not task.execution.advance(results):
-                self._end(task)
+            return not task.execution.advance(results), None
+        except DesynchronisedError:
+            raise
         except Exception as error:  # a request's boundary: nothing else holds its state
-            self._end(task, error)
+            if shared and not isinstance(error, RankFailedError):
+                raise DesynchronisedError("a stage that several ranks share failed on one") from error
+            return True, error
 
     def _evict(self, task: Task) -> None:
         with torch.inference_mode():

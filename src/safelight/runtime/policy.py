@@ -26,6 +26,7 @@ class Task:
         step_cost: latent tokens x branches of a step.
         num_steps: denoising steps; 0 while that is not known.
         arrival: when it was added.
+        number: of tasks added before it, the same on every rank.
         priority: higher goes first.
         deadline: when it is too late to begin it.
         mode: how its model calls are made; None until it begins.
@@ -41,6 +42,7 @@ class Task:
     step_cost: int
     num_steps: int
     arrival: float
+    number: int = 0
     priority: int = 0
     deadline: float = math.inf
     mode: Mode | None = None

@@ -32,8 +32,87 @@ IDLE_SECONDS = 1.0
 SNAPSHOT_SECONDS = 0.2
 
 
+class Intake:
+    """Gives an engine what comes from the API process.
+
+    Args:
+        engine: whose pipeline is loaded.
+
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.outputs: dict[str, list[Task]] = {}
+
+    def take(self, message: ToWorker, arrays: Sequence[bytes]) -> list[tuple[str, SafelightError]]:
+        """Take a message; return the requests that it ends, each with its error."""
+        if isinstance(message, Submit):
+            return self._submit(message, arrays)
+        assert isinstance(message, Cancel)
+        self.outputs.pop(message.request_id, None)
+        cancelled = self.engine.cancel(message.request_id)
+        return [(message.request_id, CancelledError("the request was cancelled"))] if cancelled else []
+
+    def _submit(self, message: Submit, arrays: Sequence[bytes]) -> list[tuple[str, SafelightError]]:
+        """Give the engine a task for each output."""
+        schema = self.engine.pipeline.schema
+        images = [
+            (field, array_to_image(data, mode, width, height))
+            for (field, mode, width, height), data in zip(message.images, arrays, strict=True)
+        ]
+        try:
+            params = join_images(schema.params_cls, message.fields, images)
+        except SafelightError as error:
+            return [(message.request_id, error)]
+        self.outputs[message.request_id] = [
+            self.engine.add(
+                Req(message.request_id, single),
+                priority=message.priority,
+                deadline=message.deadline,
+                mode=message.mode,
+            )
+            for single in params.split()
+        ]
+        return []
+
+    def end(self, task: Task) -> Exception | None:
+        """Forget a task's request when it is over, its other outputs too where one failed; return what ended it."""
+        error, task.error = task.error, None  # its traceback would keep what the unit held
+        if error is not None:
+            self.engine.cancel(task.request_id)
+        if error is not None or all(other.done for other in self.outputs.get(task.request_id, ())):
+            self.outputs.pop(task.request_id, None)
+        return error
+
+
+class Follower:
+    """Carries out on another rank what rank 0 plans.
+
+    Args:
+        engine: this rank's.
+
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._intake = Intake(engine)
+
+    def run(self) -> None:
+        """Follow until told to stop."""
+        while not (order := self.engine.ranks.follow()).stops:
+            for message, arrays in decoded(order):
+                self._intake.take(message, arrays)
+            tasks = {task.number: task for task in self.engine.tasks}
+            resumed, evicted, dropped = (
+                [tasks[number] for number in numbers] for numbers in (order.resumed, order.evicted, order.dropped)
+            )
+            for task in self.engine.carry_out(Plan(resumed, evicted, dropped)):
+                if task.done:
+                    self._intake.end(task)
+
+
 class Scheduler:
-    """Joins a channel to an engine.
+    """Joins a channel to an engine, on rank 0.
 
     Args:
         engine: whose pipeline is loaded.
@@ -45,60 +124,41 @@ class Scheduler:
         self.engine = engine
         self.channel = channel
         self.snapshot = Heartbeat(0, 0, 0, {})
-        self._outputs: dict[str, list[Task]] = {}
+        self._intake = Intake(engine)
         self._snapshot_at = 0.0
         self._told_compiled = False
 
     def run(self) -> None:
         """Work until told to stop."""
-        while self._take_all():
-            touched = self.engine.tick()
+        while (parcels := self._take_all()) is not None:
+            plan = self.engine.plan()
+            self.engine.ranks.lead(
+                Order(
+                    messages=[(encoded(message), arrays) for message, arrays in parcels],
+                    resumed=[task.number for task in plan.resumed],
+                    evicted=[task.number for task in plan.evicted],
+                    dropped=[task.number for task in plan.dropped],
+                )
+            )
+            touched = self.engine.carry_out(plan)
             for task in touched:
                 self._report(task, len(touched))
             self._report_compiled()
             self._take_snapshot()
+        self.engine.ranks.lead(Order(stops=True))
 
-    def _take_all(self) -> bool:
-        """Take every message that is there, and wait for one where there is nothing to do; False to stop."""
+    def _take_all(self) -> list[tuple[ToWorker, list[bytes]]] | None:
+        """Take every message that is there, and wait for one where there is nothing to do; None to stop."""
+        parcels: list[tuple[ToWorker, list[bytes]]] = []
         timeout = 0.0 if self.engine.busy else IDLE_SECONDS
         while (parcel := self.channel.receive(timeout)) is not None:
-            message, frames = parcel
-            if not self._take(message, frames):
-                return False
+            if isinstance(parcel[0], Stop):
+                return None
+            parcels.append(parcel)
+            for request_id, error in self._intake.take(*parcel):
+                self.channel.send(Failed(request_id, error.code, str(error), error.param))
             timeout = 0.0
-        return True
-
-    def _take(self, message: ToWorker, frames: Sequence[bytes]) -> bool:
-        if isinstance(message, Submit):
-            self._submit(message, frames)
-        elif isinstance(message, Cancel):
-            for task in self.engine.cancel(message.request_id)[:1]:
-                self._fail(task)
-        else:
-            return False
-        return True
-
-    def _submit(self, message: Submit, frames: Sequence[bytes]) -> None:
-        """Give the engine a task for each output."""
-        schema = self.engine.pipeline.schema
-        images = [
-            (field, array_to_image(data, mode, width, height))
-            for (field, mode, width, height), data in zip(message.images, frames, strict=True)
-        ]
-        try:
-            params = join_images(schema.params_cls, message.fields, images)
-        except SafelightError as error:
-            self.channel.send(Failed(message.request_id, error.code, str(error), error.param))
-            return
-        self._outputs[message.request_id] = [
-            self.engine.add(
-                Req(message.request_id, single),
-                priority=message.priority,
-                deadline=message.deadline,
-                mode=message.mode,
-            )
-            for single in params.split()
-        ]
+        return parcels
 
     def _report(self, task: Task, batch_size: int) -> None:
         """Tell what a tick did to a task, which shared it with others."""
@@ -106,7 +166,7 @@ class Scheduler:
             self._fail(task)
             return
         req = task.execution.req
-        index = self._outputs[task.request_id].index(task)
+        index = self._intake.outputs[task.request_id].index(task)
         if not task.done:
             progress = Progressed(
                 request_id=req.request_id,
@@ -128,8 +188,7 @@ class Scheduler:
         assert seed is not None
         made = OutputMade(req.request_id, index, shapes, seed, params, req.timings, req.warnings)
         self.channel.send(made, arrays)
-        if all(other.done for other in self._outputs[task.request_id]):
-            del self._outputs[task.request_id]
+        self._intake.end(task)
 
     def _report_compiled(self) -> None:
         """Tell once that the compiled form is there, or why it will not be."""
@@ -141,10 +200,8 @@ class Scheduler:
 
     def _fail(self, task: Task) -> None:
         """End the task's request: its other outputs too, with one answer."""
-        error, task.error = task.error, None  # its traceback would keep what the unit held
+        error = self._intake.end(task)
         assert error is not None
-        self.engine.cancel(task.request_id)
-        self._outputs.pop(task.request_id, None)
         known = answerable(error)
         if not isinstance(error, SafelightError):
             logger.error("request %s failed", task.request_id, exc_info=error)

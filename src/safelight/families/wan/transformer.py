@@ -249,6 +249,7 @@ class WanTransformer3DModel(nn.Module):
         "blocks.*.attn1.to_v": "column",
         "blocks.*.attn1.norm_q": "norm",
         "blocks.*.attn1.norm_k": "norm",
+        "blocks.*.attn1.rotary": "rotary",
         "blocks.*.attn1.to_out.0": "row",
         "blocks.*.attn2.to_q": "column",
         "blocks.*.attn2.to_k": "column",

@@ -1,0 +1,139 @@
+"""All that several ranks do to one pipeline, in one visible order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from safelight.core.pipeline import ComposedPipeline
+from safelight.core.request import CallMaker, ModelCall, Prediction
+from safelight.core.schema import ModelSchema
+from safelight.core.server_args import PARALLEL_SIZES, ServerArgs
+from safelight.errors import InvalidParameterError
+from safelight.parallel.cfg import run_calls
+from safelight.parallel.collectives import Communicator, DesynchronisedError
+from safelight.parallel.encoding import EncoderOnOneRank
+from safelight.parallel.layout import Choice, ModelFacts, ParallelLayout, choose_layout
+from safelight.parallel.mesh import Mesh
+from safelight.parallel.plans import sequence_plan
+from safelight.parallel.sequence import apply_sequence_parallel
+from safelight.parallel.tensor import connect_shards, library_plan, shard_parameters
+from safelight.parallel.vae import apply_vae_parallel
+from safelight.stages.decoding import DecodingStage
+from safelight.stages.text_encoding import TextEncodingStage
+
+EXCLUDED = {"offload": "none", "compile": "none", "cuda_graphs": "none", "vae_tiling": "none"}
+"""Settings that one device alone can have, and the value that they have with several."""
+
+
+def refuse_excluded(server_args: ServerArgs) -> None:
+    """Refuse what cannot be had with several devices.
+
+    Raises:
+        InvalidParameterError: naming the setting.
+
+    """
+    if server_args.num_devices() == 1:
+        return
+    for name, value in EXCLUDED.items():
+        if vars(server_args)[name] != value:
+            takes = f"{value} with {server_args.num_devices()} devices for a request"
+            raise InvalidParameterError(name, vars(server_args)[name], takes)
+
+
+def choose(server_args: ServerArgs, facts: ModelFacts, device_bytes: int | None = None) -> Choice:
+    """Return the layout that the settings ask for, or the planner's where they give a number of devices alone.
+
+    Args:
+        server_args: the settings.
+        facts: of the model.
+        device_bytes: memory of one device; None is no bound.
+
+    Raises:
+        InvalidParameterError: if the model cannot have it; with the numbers.
+
+    """
+    sizes = [vars(server_args)[name] for name in PARALLEL_SIZES]
+    if max(sizes) > 1 or server_args.num_devices() == 1:
+        layout = ParallelLayout(*sizes, vae=server_args.vae_parallel)
+        layout.check(facts)
+        return Choice(layout, ())
+    return choose_layout(server_args.num_devices(), facts, device_bytes=device_bytes)
+
+
+def max_branches(schema: ModelSchema) -> int:
+    """Return the guidance branches that a step of this model can have at most."""
+    asked = {"prompt": "a", "negative_prompt": "b", "true_cfg_scale": 4.0, "guidance_scale": 4.0}
+    fields = {name: value for name, value in asked.items() if name in schema.params_cls.options()}
+    return schema.params_cls(**{**schema.defaults, **fields}).num_branches()
+
+
+def share(pipeline: ComposedPipeline, mesh: Mesh) -> None:
+    """Let a pipeline's requests be made by all ranks of a mesh; every rank calls it, and then does the same.
+
+    Its transformers have this rank's shards already, connected.
+
+    Args:
+        pipeline: this rank's.
+        mesh: as this rank sees it.
+
+    Raises:
+        InvalidParameterError: if the model cannot be divided so.
+
+    """
+    if mesh.layout.num_devices == 1:
+        return
+    for module in pipeline.modules().values():
+        if sequence_plan(module) is not None:
+            apply_sequence_parallel(module, mesh)
+    shared = {name for name, stage in pipeline.stages.items() if share_encoders(stage, mesh, pipeline)}
+    if mesh.layout.vae:
+        apply_vae_parallel(pipeline, mesh.world)
+        shared |= {name for name, stage in pipeline.stages.items() if isinstance(stage, DecodingStage)}
+    pipeline.shared_stages = frozenset(shared)
+    pipeline.run_calls = partial(run_shared, mesh.cfg)
+
+
+def share_encoders(stage: Any, mesh: Mesh, pipeline: ComposedPipeline) -> bool:
+    """Divide the weights of a stage's text encoders, or let one rank run them; False if it has none."""
+    found = False
+    for part in (stage, *stage.parts()):
+        if isinstance(part, TextEncodingStage):
+            own = {id(module) for module in pipeline.modules().values()}
+            part.text_encoders = [_shared_encoder(encoder, mesh, id(encoder) in own) for encoder in part.text_encoders]
+            found = True
+    return found
+
+
+def _shared_encoder(encoder: nn.Module, mesh: Mesh, is_whole: bool) -> Any:
+    """Return what stands for an encoder: itself with this rank's shards, or one rank's.
+
+    An encoder that is a part of a component is needed by others too, and stays on every rank.
+    """
+    plan = library_plan(encoder, mesh.tp.size) if mesh.tp.size > 1 else None
+    if plan is not None:
+        shard_parameters(encoder, mesh.tp.rank, mesh.tp.size, plan)
+        connect_shards(encoder, mesh.tp, plan)
+        return encoder
+    if not is_whole:
+        return encoder
+    device = next(encoder.parameters()).device
+    return EncoderOnOneRank(encoder if mesh.world.rank == 0 else None, mesh.world, device)
+
+
+def run_shared(
+    ranks: Communicator, calls: Sequence[ModelCall], make: CallMaker
+) -> list[Prediction]:
+    """Make the calls of a step over all ranks.
+
+    Raises:
+        DesynchronisedError: if that fails here, where others wait.
+
+    """
+    try:
+        return run_calls(calls, make, ranks)
+    except Exception as error:
+        raise DesynchronisedError("a forward that several ranks share failed on one") from error
