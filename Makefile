@@ -10,7 +10,7 @@ DEMO := outputs/demo.png
 PROMPT ?= a large red circle at the left on a white background
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-reliability lint types parity bench clean
+.PHONY: help demo test test-all test-reliability test-parallel lint types parity bench clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | sort
@@ -44,6 +44,9 @@ test-all: lint types  ## as test, with the slow tests
 
 test-reliability: $(READY)  ## the tests of faults: deaths, hangs, kill -9, full disks
 	@$(BIN)/python -m pytest -q --slow tests/reliability tests/serving tests/runtime
+
+test-parallel: $(READY)  ## every layout of devices on ranks of the CPU; writes docs/parallel.md
+	@$(BIN)/python -m pytest -q --slow tests/parallel --parallel-report docs/parallel.md
 
 parity: $(READY)  ## compare with Diffusers, and write docs/parity.md
 	@$(BIN)/python -m pytest -q tests/families/test_parity.py --slow --parity-report docs/parity.md

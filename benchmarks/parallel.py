@@ -41,7 +41,7 @@ def possible_layouts(num_devices: int, facts: ModelFacts) -> Iterator[ParallelLa
     """Yield every layout of so many devices that the model can have."""
     sizes = [size for size in range(1, num_devices + 1) if num_devices % size == 0]
     for combination in product(sizes, repeat=len(AXES)):
-        layout = ParallelLayout(*combination)
+        layout = ParallelLayout(**dict(zip(AXES, combination, strict=True)))  # type: ignore[arg-type]
         if layout.num_devices == num_devices and is_possible(layout, facts):
             yield layout
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 
@@ -17,10 +18,11 @@ def build(recipe: Recipe, variant: str, folder: Path) -> Path:
     recipe.build(folder, variant)
     for config in sorted(folder.glob("transformer*/config.json")):
         values = json.loads(config.read_text())
-        cls = getattr(diffusers, values["_class_name"])
+        cls: Any = vars(diffusers)[values["_class_name"]]
         wider = {"num_attention_heads": NUM_HEADS}
         if values.get("added_kv_proj_dim") is not None:
             wider["added_kv_proj_dim"] = NUM_HEADS * values["attention_head_dim"]
-        made = cls.from_config({**values, **wider})
-        shake(made, 7 + len(config.parent.name)).save_pretrained(config.parent)
+        made: Any = cls.from_config({**values, **wider})
+        shake(made, 7 + len(config.parent.name))
+        made.save_pretrained(config.parent)
     return folder

@@ -17,7 +17,7 @@ from tests.parallel.pool import RankPool
 from tests.parallel.report import LayoutRow, markdown
 from tests.recipes import all_recipes
 
-ROWS = pytest.StashKey[list[LayoutRow]]()
+ROWS = pytest.StashKey[dict[tuple[str, str, str], LayoutRow]]()
 
 
 def pytest_addoption(parser):
@@ -25,19 +25,19 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows, target = config.stash.get(ROWS, []), config.getoption("--parallel-report", None)
+    rows, target = list(config.stash.get(ROWS, {}).values()), config.getoption("--parallel-report", None)
     if rows:
         largest = max(rows, key=lambda row: row.difference)
         terminalreporter.section("layouts: largest difference from one rank")
         terminalreporter.write_line(f"{len(rows)} compared; the largest: {' | '.join(largest.cells())}")
     if rows and target:
         formulas = (traffic.__doc__ or "").partition("\n\n")[2].strip()
-        target.write_text(markdown(rows, formulas))
+        target.write_text(markdown(sorted(rows, key=lambda row: (row.pipeline, row.case)), formulas))
 
 
 @pytest.fixture(scope="session")
 def pools(tmp_path_factory):
-    made = {}
+    made: dict[int, RankPool] = {}
 
     def pool(size):
         if size not in made or made[size].broken:
@@ -65,7 +65,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def compare(pools, folders, tmp_path_factory, pytestconfig):
     """Run a case on one rank and in a layout; return the row of the table."""
-    rows = pytestconfig.stash.setdefault(ROWS, [])
+    rows = pytestconfig.stash.setdefault(ROWS, {})
 
     @cache
     def expected(recipe, case, variant, output_type):
@@ -83,7 +83,7 @@ def compare(pools, folders, tmp_path_factory, pytestconfig):
         assert all(output.shape == wanted.shape for output in outputs)
         difference = max(float((output - wanted).abs().max()) for output in outputs)
         row = make_row(recipe, case, divided, told, difference, folder)
-        rows.append(row)
+        rows[row.pipeline, row.case, row.layout] = row
         return row
 
     return run
@@ -96,7 +96,8 @@ def make_row(recipe, case, layout, told, difference, folder):
     predicted = predict(layout, told["steps"], folder)
     assert sent == predicted
     if layout.vae:
-        return LayoutRow(recipe, case, f"{name}, VAE", "pixels", difference, *decoded, None)
+        calls, num_bytes = decoded
+        return LayoutRow(recipe, case, f"{name}, VAE", "pixels", difference, calls, num_bytes, None)
     calls, num_bytes = (sum(counts) / len(told["steps"]) for counts in zip(*sent.values(), (0, 0), strict=True))
     formula = sum(counts[1] for counts in predicted.values()) / len(told["steps"])
     return LayoutRow(recipe, case, name, "latents", difference, calls, num_bytes, formula)
@@ -105,7 +106,8 @@ def make_row(recipe, case, layout, told, difference, folder):
 def predict(layout, steps, folder):
     """Return calls and bytes of each axis by formula, over all steps."""
     config = json.loads(next(folder.glob("transformer*/config.json")).read_text())
-    shape, total = traffic.Shape.of(config), {}
+    shape = traffic.Shape.of(config)
+    total: dict[str, tuple[int, float]] = {}
     for calls in steps:
         made = [calls[begin] for begin in range(0, len(calls), layout.cfg)]  # by rank 0
         parts = [traffic.sent_by_forward(shape, forward_of(call, shape, config), layout) for call in made]

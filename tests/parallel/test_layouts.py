@@ -11,7 +11,7 @@ TOLERANCE = 1e-5
 QUICK_CASES = [
     ("FluxPipeline", "dev, true CFG"),
     ("QwenImageEditPlusPipeline", "time 0 for images, true CFG"),
-    ("WanPipeline", "TI2V-5B"),
+    ("WanImageToVideoPipeline", "TI2V-5B"),
 ]
 TWO = [{"tp": 2}, {"ulysses": 2}, {"ring": 2}, {"cfg": 2}, {"cfg": 2, "vae": True}]
 FOUR = [{"ring": 2, "ulysses": 2}, {"cfg": 2, "ulysses": 2}, {"ulysses": 2, "tp": 2}, {"cfg": 4, "vae": True}]

@@ -127,3 +127,26 @@ def test_requests_that_share_forwards_are_divided_too(pools, folders, recipe, ca
     folder = str(folders(recipe))
     for differences in pools(2).run("stacked", folder=folder, recipe=recipe, case=case, layout=layout):
         assert max(differences) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_mesh_is_torch_s_and_neighbours_are_of_the_last_axis(pools):
+    answers = pools(4).run("mesh_of", layout={"cfg": 2, "tp": 2})
+    assert [answer["place"] for answer in answers] == [[0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 1]]
+    assert all(answer["torch"] == answer["own"] and answer["at"] == answer["place"] for answer in answers)
+    assert answers[3]["own"] == {"cfg": [1, 3], "ring": [3], "ulysses": [3], "tp": [2, 3]}
+    answers = pools(4).run("mesh_of", layout={"ring": 2, "ulysses": 2})
+    assert all(answer["sequence"] == [0, 1, 2, 3] and answer["torch"] == answer["own"] for answer in answers)
+
+
+def test_a_mesh_of_more_ranks_than_there_are_is_refused(pools):
+    told, _ = pools(2).run("too_few", layout={"cfg": 2, "tp": 2})
+    assert told == "devices: got 2; it takes 4, the product of 2 x 1 x 1 x 2 (cfg x ring x ulysses x tp)"
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize(("recipe", "case"), [("FluxPipeline", "dev"), ("WanImageToVideoPipeline", "TI2V-5B")])
+def test_layouts_stand_in_bfloat16(pools, folders, recipe, case, layout):
+    variant = "ti2v" if "TI2V" in case else "default"
+    asked = {"folder": str(folders(recipe, variant)), "recipe": recipe, "case": case, "layout": layout}
+    assert max(pools(2).run("in_bfloat16", **asked)) < 0.05

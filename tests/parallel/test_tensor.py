@@ -13,6 +13,7 @@ from safelight.core.registry import resolve_class
 from safelight.errors import CheckpointError, InvalidParameterError
 from safelight.loading import checkpoint
 from safelight.loading.checkpoint import load_weights
+from safelight.loading.repository import read_json
 from safelight.parallel.plans import matching, tensor_plan
 from safelight.parallel.tensor import parse_style, shard_parameters
 
@@ -46,15 +47,18 @@ def test_every_entry_of_a_plan_names_a_module():
     """A misspelled name would leave weights whole."""
     for family, config in (("flux", {}), ("qwen_image", {}), ("wan", {"image_dim": 1280, "added_kv_proj_dim": 5120})):
         module = on_meta(family, num_layers=1, **config)
-        for pattern, style in tensor_plan(module).items():
+        plan = tensor_plan(module)
+        assert plan is not None
+        for pattern, style in plan.items():
             assert parse_style(style) and list(matching(module, pattern)), pattern
 
 
 def test_a_rank_reads_its_shards_and_nothing_else(folders, monkeypatch):
     folder = folders("FluxPipeline") / "transformer"
     whole = load_file(folder / "diffusion_pytorch_model.safetensors")
-    config = checkpoint.json.loads((folder / "config.json").read_text())
-    read, parts = [], []
+    config = read_json(folder / "config.json")
+    read: list[int] = []
+    parts = []
     monkeypatch.setattr(checkpoint, "_opened", counting(checkpoint._opened, read))
     for rank in range(2):
         read.clear()
@@ -175,5 +179,5 @@ def test_a_plan_of_a_library_that_ranks_cannot_follow_is_none():
     model.config = config
     assert library_plan(model, 2) == {"layers.*": "column"}
     assert library_plan(model, 4) is None
-    model.config = SimpleNamespace()
+    model.config = SimpleNamespace()  # type: ignore[assignment]
     assert library_plan(model, 2) is None

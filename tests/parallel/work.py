@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -24,9 +25,10 @@ from safelight.attention import Attention, AttentionMetadata
 from safelight.core.executor import Execution, PipelineExecutor, SyncExecutor, make_call
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import resolve_class
-from safelight.core.request import ModelCall, Req
+from safelight.core.request import ModelCall, Prediction, Req
 from safelight.core.stage import PipelineStage
-from safelight.errors import RankFailedError
+from safelight.errors import InvalidParameterError, RankFailedError
+from safelight.layers.causal_vae import FeatureCache
 from safelight.loading.checkpoint import load_weights
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import read_json
@@ -68,14 +70,16 @@ def divided_vae(folder: str, ranks: Mesh) -> ComposedPipeline:
     return loaded
 
 
-def load_transformer(loaded: ComposedPipeline, folder: Path, ranks: Mesh) -> torch.nn.Module:
+def load_transformer(
+    loaded: ComposedPipeline, folder: Path, ranks: Mesh, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     """Load a transformer for this rank, as the loader does."""
     config = read_json(folder / "config.json")
     cls: Any = resolve_class(type(loaded).component_classes[config["_class_name"]])
     with torch.device("meta"):
         module: torch.nn.Module = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
     shards = shard_parameters(module, ranks.tp.rank, ranks.tp.size)
-    load_weights(module, folder, torch.float32, torch.device("cpu"), shards)
+    load_weights(module, folder, dtype, torch.device("cpu"), shards)
     connect_shards(module, ranks.tp)
     apply_sequence_parallel(module, ranks)
     return module.eval()
@@ -93,7 +97,8 @@ def divide(folder: str, ranks: Mesh) -> ComposedPipeline:
 def request(loaded: ComposedPipeline, recipe: str, case: str, output_type: str, **fields: Any) -> Req:
     """Return the first output of a recipe's case."""
     (found,) = [entry for entry in all_recipes()[recipe].cases if entry.name == case]
-    return requests(loaded, {**found.fields, "output_type": output_type, **fields})[0]
+    req: Req = requests(loaded, {**found.fields, "output_type": output_type, **fields})[0]
+    return req
 
 
 def finish(executor: PipelineExecutor, req: Req) -> torch.Tensor:
@@ -267,7 +272,8 @@ def decode(kind: str, height: int, width: int, num_frames: int, seed: int = 0, f
             forget_neighbour(bands, fault)
             made = vae.decode(latents, return_dict=False)[0]
         else:
-            decoder, cache = BandedCausalDecoder(vae, ranks), {}
+            decoder = BandedCausalDecoder(vae, ranks)
+            cache: FeatureCache = {}
             forget_neighbour(decoder.bands, fault)
             frames = [f for index in range(num_frames) for f in decoder.decode(latents[:, :, index : index + 1], cache)]
             made = torch.stack(frames, dim=2)
@@ -330,7 +336,8 @@ def fused(parts: str) -> float:
 
     def forward(model: torch.nn.ModuleDict) -> torch.Tensor:
         query, key, value = model["qkv"](hidden_states).chunk(3, dim=-1)
-        return model["out"](torch.cat((query * key, value.tanh()), dim=-1))
+        projected: torch.Tensor = model["out"](torch.cat((query * key, value.tanh()), dim=-1))
+        return projected
 
     with torch.inference_mode():
         wanted = forward(whole)
@@ -352,12 +359,14 @@ def norm_over_ranks(dtype: str, eps: float | None, fault: bool = False) -> float
         shard_parameters(model, ranks.rank, ranks.size, {"0": "norm"})
         connect_shards(model, ranks, {"0": "norm"})
         if fault:
-            model[0].ranks = SimpleNamespace(size=ranks.size, all_reduce=lambda squares: squares)
+            model[0].ranks = SimpleNamespace(  # type: ignore[assignment]
+                size=ranks.size, all_reduce=lambda squares: squares
+            )
         made = model(hidden_states.chunk(ranks.size, dim=-1)[ranks.rank])
     return float((made.float() - wanted.float()).abs().max() / wanted.float().abs().max())
 
 
-def benchmark_forward(family: str, layout: dict[str, int]) -> dict[str, list[float]]:
+def benchmark_forward(family: str, layout: dict[str, Any]) -> dict[str, Any]:
     """Return calls and bytes of a step of the benchmark's tiny stack: as counted, and by formula."""
     stack = replace(STACKS[family], tiny=with_four_heads(STACKS[family].tiny))
     _, *sent = parallel.measured(stack, stack.tiny, mesh(**layout), torch.device("cpu"), rounds=1)
@@ -396,17 +405,17 @@ def encoder_that_fails() -> list[str]:
     """Return what each rank raises when the one that has the encoder fails, and whether the next request works."""
     ranks, told = mesh(tp=size()).world, []
 
-    def encoder(fails: bool) -> dict[str, torch.Tensor]:
-        if fails:
+    def encoder(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not input_ids.any():
             raise MemoryError("no room")
         return {"last_hidden_state": torch.ones(1, 2)}
 
     shared = EncoderOnOneRank(encoder if ranks.rank == 0 else None, ranks, torch.device("cpu"))
     try:
-        shared(fails=True)
+        shared(input_ids=torch.zeros(1))
     except (MemoryError, RankFailedError) as error:
         told.append(f"{type(error).__name__}: {error}")
-    return [*told, str(shared(fails=False).last_hidden_state.tolist())]
+    return [*told, str(shared(input_ids=torch.ones(1)).last_hidden_state.tolist())]
 
 
 def stacked(folder: str, recipe: str, case: str, layout: dict[str, int]) -> list[float]:
@@ -425,9 +434,63 @@ def stacked(folder: str, recipe: str, case: str, layout: dict[str, int]) -> list
         calls, alone = [entry[0] for entry in wanted], [entry[1] for entry in wanted]
         made = run_stacked(divide(folder, ranks), calls)
     return [
-        max(float((one - other).abs().max()) for one, other in zip(left, right, strict=True))
+        max(largest_difference(one, other) for one, other in zip(left, right, strict=True))
         for left, right in zip(made, alone, strict=True)
     ]
 
 
+def largest_difference(one: Prediction, other: Prediction) -> float:
+    """Return the largest absolute difference of two results that are tensors."""
+    assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return float((one - other).abs().max())
+
+
 TEXTS = ("a cat", "an old map of the world, drawn in ink")
+
+
+def mesh_of(layout: dict[str, Any]) -> dict[str, Any]:
+    """Return this rank's place on the mesh: as torch's has it, and the ranks of each communicator."""
+    made = mesh(**layout)
+    assert made.device_mesh is not None
+    place, names = made.device_mesh.get_coordinate(), made.device_mesh.mesh_dim_names
+    axes = {axis: dist.get_process_group_ranks(made.device_mesh.get_group(axis)) for axis in names or ()}
+    communicators = (made.cfg, made.ring, made.ulysses, made.tp)
+    return {
+        "place": place,
+        "torch": axes,
+        "own": {each.axis: list(each.ranks) for each in communicators},
+        "at": [each.rank for each in communicators],
+        "sequence": list(made.sequence.ranks),
+    }
+
+
+def too_few(layout: dict[str, Any]) -> str:
+    """Return what a mesh of more ranks than there are is refused with."""
+    try:
+        build_mesh(ParallelLayout(**layout), "cpu", TIMEOUT)
+    except InvalidParameterError as error:
+        return str(error)
+    return ""
+
+
+def in_bfloat16(folder: str, recipe: str, case: str, layout: dict[str, Any]) -> float:
+    """Return the largest difference of a first prediction in bfloat16 in a layout, over the largest value."""
+    with patched(recipe):
+        loaded = divide(folder, lone_mesh())
+        with Execution(loaded, request(loaded, recipe, case, "latent")) as execution:
+            while not execution.req.pending:
+                execution.advance()
+            call = execution.req.pending[0]
+            is_half = {name: tensor.ndim > 1 and name != "timestep" for name, tensor in call.kwargs.items()}
+            half = {name: tensor.bfloat16() if is_half[name] else tensor for name, tensor in call.kwargs.items()}
+            call = replace(call, kwargs=half)
+            made = []
+            for ranks in (lone_mesh(), mesh(**layout)):
+                path = Path(folder) / call.component
+                loaded._modules[call.component] = load_transformer(loaded, path, ranks, torch.bfloat16)
+                with torch.inference_mode():
+                    predicted = make_call(loaded, call)
+                assert isinstance(predicted, torch.Tensor)
+                made.append(predicted)
+    assert made[1].dtype == torch.bfloat16
+    return float((made[1].float() - made[0].float()).abs().max() / made[0].float().abs().max())

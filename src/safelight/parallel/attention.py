@@ -225,9 +225,10 @@ def heads_for_tokens(states: Sequence[Tensor], num_replicated: int, ranks: Commu
     if ranks.size == 1:
         return list(states)
     num_heads = [tensor.shape[2] // ranks.size for tensor in states]
-    divided = [tensor[:, num_replicated:].unflatten(2, (ranks.size, -1)) for tensor in states]  # B S ranks H/ranks D
+    # Each B S ranks H/ranks D.
+    divided = [torch.unflatten(tensor[:, num_replicated:], 2, (ranks.size, -1)) for tensor in states]
     received = ranks.all_to_all(torch.cat(divided, dim=3).permute(2, 0, 1, 3, 4))  # ranks B S H/ranks D
-    tokens = received.transpose(0, 1).flatten(1, 2).split(num_heads, dim=2)
+    tokens = torch.split(received.transpose(0, 1).flatten(1, 2), num_heads, dim=2)
     own = [slice(ranks.rank * heads, (ranks.rank + 1) * heads) for heads in num_heads]
     return [
         torch.cat((tensor[:, :num_replicated, heads], other), dim=1)
@@ -239,7 +240,7 @@ def tokens_for_heads(states: Tensor, num_replicated: int, ranks: Communicator) -
     """Exchange heads for tokens: [B, S_all, H/ranks, D] to [B, S, H, D], the inverse of `heads_for_tokens`."""
     if ranks.size == 1:
         return states
-    tokens = states[:, num_replicated:].unflatten(1, (ranks.size, -1)).transpose(0, 1)  # ranks B S H/ranks D
+    tokens = torch.unflatten(states[:, num_replicated:], 1, (ranks.size, -1)).transpose(0, 1)  # ranks B S H/ranks D
     replicated = states[:, :num_replicated].expand(ranks.size, -1, -1, -1, -1)
     received = ranks.all_to_all(torch.cat((replicated, tokens), dim=2))
     return received.permute(1, 2, 0, 3, 4).flatten(2, 3)

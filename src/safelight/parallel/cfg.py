@@ -44,9 +44,8 @@ def _joined(own: Prediction, ranks: Communicator) -> list[Prediction]:
     sizes = [tensor.numel() for tensor in own]
     assert len({tensor.dtype for tensor in own}) == 1, "the tensors of a result have one dtype"
     gathered = ranks.all_gather_list(torch.cat([tensor.flatten() for tensor in own]))
-    return [
-        tuple(piece.view(like.shape) for piece, like in zip(flat.split(sizes), own, strict=True)) for flat in gathered
-    ]
+    pieces = [zip(torch.split(flat, sizes), own, strict=True) for flat in gathered]
+    return [tuple(piece.view(like.shape) for piece, like in result) for result in pieces]
 
 
 class ParallelExecutor(PipelineExecutor):

@@ -102,7 +102,7 @@ class DividedForward:
 
     def _rotary(self, table: Tensor) -> Tensor:
         """Return the rows of the replicated tokens, and of this rank's tokens of each part."""
-        replicated, *parts = table.split((self.layout.num_replicated, *self.layout.lengths))
+        replicated, *parts = torch.split(table, [self.layout.num_replicated, *self.layout.lengths])
         return torch.cat((replicated, *(self._piece(part, 0) for part in parts)))
 
     def _groups(self, values: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class RowBands:
 
     def __init__(self, ranks: Communicator) -> None:
         self.ranks = ranks
-        self.edges = (0, 1)  # of the latents: rank r has the rows from edges[r] to edges[r + 1]
+        self.edges: tuple[int, ...] = (0, 1)  # of the latents: rank r has the rows from edges[r] to edges[r + 1]
 
     def begin(self, height: int) -> None:
         """Take in the height of the latents that are decoded next."""
@@ -251,9 +251,9 @@ class BandedCausalVAE:
         """Return the pixels [B, C, T, H, W] of latents of the same form, in a tuple."""
         assert not return_dict, "pixels come in a tuple"
         videos = []
-        for video in latents.split(1):
+        for video in torch.split(latents, 1):
             cache: FeatureCache = {}
-            frames = [frame for latent in video.split(1, dim=2) for frame in self.decoder.decode(latent, cache)]
+            frames = [frame for latent in torch.split(video, 1, dim=2) for frame in self.decoder.decode(latent, cache)]
             videos.append(torch.stack(frames, dim=2))
         return (torch.cat(videos),)
 
