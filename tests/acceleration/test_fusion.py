@@ -161,11 +161,12 @@ def test_models_give_equal_bytes_with_operators(stack, dtype):
         assert all(layer.operation is layer.plain for layer in layers)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
-def test_operators_are_part_of_one_graph(stack):
-    """Compilation sees through no operator and breaks at none."""
+def test_both_forms_are_part_of_one_graph(stack, fused):
     transformer, inputs = tiny_transformer(stack, torch.float32)
-    use_operators(transformer)
+    if fused:
+        use_operators(transformer)
     with torch.no_grad():
         compiled = torch.compile(transformer, fullgraph=True, backend="eager")
         assert torch.equal(compiled(**inputs), transformer(**inputs))
