@@ -10,6 +10,9 @@ from torch.nn import functional as F
 
 from safelight.layers.fusable import FusableLayer
 
+PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+"""The dtype of the real and the imaginary part of rotations."""
+
 
 def rotary_table(
     ids: Tensor, axes_dims: Sequence[int], theta: float = 10_000.0, dtype: torch.dtype = torch.float64
@@ -41,7 +44,7 @@ def apply_rotary_emb(hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
         freqs_cis: complex64 [S, D/2]; it is computed in the dtype of its parts.
 
     """
-    states = hidden_states.to(freqs_cis.dtype.to_real())
+    states = hidden_states.to(PARTS[freqs_cis.dtype])
     pairs = torch.view_as_complex(states.reshape(*hidden_states.shape[:-1], -1, 2))  # B S H D/2
     turned = torch.view_as_real(pairs * freqs_cis[:, None, :])
     return turned.flatten(-2).to(hidden_states.dtype)

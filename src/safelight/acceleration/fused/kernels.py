@@ -67,7 +67,7 @@ def residual_norm_kernel(
             factor += 1.0
         start = shift + batch * shift_batch_stride + group * shift_group_stride
         offset = tl.load(start + channels, mask=inside, other=0.0).to(tl.float32)
-        steered = centred * (1.0 / tl.sqrt(variance + eps)) * factor + offset
+        steered = centred * tl.div_rn(1.0, tl.sqrt_rn(variance + eps)) * factor + offset
         tl.store(normed + row * dim + channels, steered.to(normed.dtype.element_ty), mask=inside)
 
 
@@ -92,11 +92,11 @@ def norm_rotary_heads(
     if ACROSS_HEADS:
         mean = tl.sum(tl.sum(states * states, axis=1), axis=0) / (num_heads * head_dim)
         factor = tl.load(weight + heads * head_dim + channels, mask=inside, other=0.0).to(tl.float32)
-        normed = states * (1.0 / tl.sqrt(mean + eps)) * factor
+        normed = states * tl.div_rn(1.0, tl.sqrt_rn(mean + eps)) * factor
     else:
         means = tl.sum(states * states, axis=1) / head_dim
         factor = tl.load(weight + channels, mask=channels < head_dim, other=0.0).to(tl.float32)
-        normed = states * (1.0 / tl.sqrt(means + eps))[:, None] * factor
+        normed = states * tl.div_rn(1.0, tl.sqrt_rn(means + eps))[:, None] * factor
     angles = tl.load(rotation + channels, mask=channels < head_dim, other=0.0)
     cosine, sine = tl.split(tl.reshape(angles, (1, BLOCK_DIM // 2, 2)))
     real, imaginary = tl.split(tl.reshape(normed, (BLOCK_HEADS, BLOCK_DIM // 2, 2)))
