@@ -86,7 +86,8 @@ LAYERS = {
     "attention": {"errors", "attention"},
     "families": {"errors", "core", "stages", "layers", "attention", "families"},
     "backends": {"errors", "core", "backends"},
-    "loading": {"errors", "core", "attention", "backends", "loading"},
+    "acceleration": {"errors", "core", "stages", "layers", "acceleration"},
+    "loading": {"errors", "core", "attention", "backends", "acceleration", "loading"},
     "media": {"errors"},
     "video": {"errors", "media"},
     "results": {"errors", "core", "media", "video", "version"},
@@ -278,7 +279,7 @@ SERVE_ARGS = (
     "host port state_dir api_key_file served_model_name public_url max_running max_waiting max_cost batching share "
     "warm_up keep_hours max_storage drain_seconds unit_limit first_unit_limit heartbeat_limit"
 )
-SERVER_ARGS = "model revision device dtype component_dtypes backend attention_backend offload"
+SERVER_ARGS = "model revision device dtype component_dtypes backend attention_backend offload vae_tiling"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "alternates")
+VAE_TILINGS = ("none", "exact")
 BACKENDS = ("auto", "native", "diffusers")
 
 
@@ -39,6 +40,7 @@ class ServerArgs:
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
         offload: `none`, or `alternates`: of components of which a step needs one, the others wait on the host.
+        vae_tiling: `none`, or `exact`: decode by bands, of equal pixels within rounding.
 
     """
 
@@ -51,6 +53,9 @@ class ServerArgs:
     attention_backend: str = setting("auto", "auto, sdpa, math, flash, efficient or cudnn.  [default: auto]")
 
     offload: str = setting("none", "none, or alternates: of two transformers the one not in use waits on the host.")
+    vae_tiling: str = setting(
+        "none", "none, or exact: decode by bands, of equal pixels within rounding and less than half the memory."
+    )
 
     def __post_init__(self) -> None:
         """Refuse a dtype that there is not, by the name of its field."""
@@ -61,6 +66,8 @@ class ServerArgs:
             raise InvalidParameterError("backend", self.backend, ", ".join(BACKENDS))
         if self.offload not in OFFLOADS:
             raise InvalidParameterError("offload", self.offload, ", ".join(OFFLOADS))
+        if self.vae_tiling not in VAE_TILINGS:
+            raise InvalidParameterError("vae_tiling", self.vae_tiling, ", ".join(VAE_TILINGS))
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)
