@@ -282,7 +282,8 @@ SERVE_ARGS = (
 )
 SERVER_ARGS = (
     "model revision device dtype component_dtypes backend attention_backend offload compile cuda_graphs "
-    "devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel conditioning_cache"
+    "devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel vae_tiling "
+    "conditioning_cache"
 )
 
 

@@ -22,6 +22,7 @@ COMPILES = ("none", "blocks")
 CUDA_GRAPHS = ("none", "steps")
 PARALLEL_SIZES = ("cfg_parallel_size", "ring_degree", "ulysses_degree", "tp_size")
 """Settings whose product is the number of devices, from the slowest link to the fastest."""
+VAE_TILINGS = ("none", "exact")
 BACKENDS = ("auto", "native", "diffusers")
 
 
@@ -55,6 +56,7 @@ class ServerArgs:
         conditioning_cache: bytes of what encoders made that are kept for later requests, such as `256MiB`; `0` is none.
         compile: `none`, or `blocks`: each class of the transformer's repeated blocks is compiled once.
         cuda_graphs: `none`, or `steps`: model calls that are bound by launches are captured once a shape, and replayed.
+        vae_tiling: `none`, or `exact`: decode by bands, of equal pixels within rounding.
 
     """
 
@@ -76,6 +78,9 @@ class ServerArgs:
     ulysses_degree: int = setting(1, "Devices that exchange tokens for attention heads.  [default: 1]")
     tp_size: int = setting(1, "Devices that share each weight of the transformer.  [default: 1]")
     vae_parallel: bool = setting(False, "Decode in bands, one a device.")
+    vae_tiling: str = setting(
+        "none", "none, or exact: decode by bands, of equal pixels within rounding and less than half the memory."
+    )
     conditioning_cache: str = setting(
         "256MiB", "Bytes of prompt and image embeddings that are kept for later requests; 0 is none.  [default: 256MiB]"
     )
@@ -95,6 +100,8 @@ class ServerArgs:
             raise InvalidParameterError("compile", self.compile, ", ".join(COMPILES))
         if self.cuda_graphs not in CUDA_GRAPHS:
             raise InvalidParameterError("cuda_graphs", self.cuda_graphs, ", ".join(CUDA_GRAPHS))
+        if self.vae_tiling not in VAE_TILINGS:
+            raise InvalidParameterError("vae_tiling", self.vae_tiling, ", ".join(VAE_TILINGS))
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)
