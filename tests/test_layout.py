@@ -86,7 +86,8 @@ LAYERS = {
     "attention": {"errors", "attention"},
     "families": {"errors", "core", "stages", "layers", "attention", "families"},
     "backends": {"errors", "core", "backends"},
-    "loading": {"errors", "core", "attention", "backends", "loading"},
+    "acceleration": {"errors", "core", "acceleration"},
+    "loading": {"errors", "core", "acceleration", "attention", "backends", "loading"},
     "media": {"errors"},
     "video": {"errors", "media"},
     "results": {"errors", "core", "media", "video", "version"},
@@ -97,7 +98,7 @@ LAYERS = {
     "serving": {"errors", "version", "core", "loading", "media", "video", "preparation", "runtime", "serving"},
     "checking": {"errors", "core", "backends", "loading", "generator", "preparation", "checking"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
-    | {"client", "generator", "checking", "serving", "cli"},
+    | {"acceleration", "client", "generator", "checking", "serving", "cli"},
 }
 """For each part, the parts that it may import."""
 
@@ -151,6 +152,7 @@ TORCHLESS = [
     "safelight.core.schema",
     "safelight.core.registry",
     "safelight.core.server_args",
+    "safelight.core.sizes",
     "safelight.loading.repository",
     "safelight.loading.hub",
     "safelight.cli.check",
@@ -278,7 +280,7 @@ SERVE_ARGS = (
     "host port state_dir api_key_file served_model_name public_url max_running max_waiting max_cost batching share "
     "warm_up keep_hours max_storage drain_seconds unit_limit first_unit_limit heartbeat_limit"
 )
-SERVER_ARGS = "model revision device dtype component_dtypes backend attention_backend offload"
+SERVER_ARGS = "model revision device dtype component_dtypes backend attention_backend offload memory_limit"
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from safelight.core.sizes import parse_size
 from safelight.errors import InvalidParameterError
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-OFFLOADS = ("none", "alternates")
+OFFLOADS = ("none", "alternates", "components", "blocks", "auto")
 BACKENDS = ("auto", "native", "diffusers")
 
 
@@ -38,7 +39,10 @@ class ServerArgs:
         component_dtypes: exceptions, by the component's name.
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
-        offload: `none`, or `alternates`: of components of which a step needs one, the others wait on the host.
+        offload: what waits on the host until it is used: `none`; `alternates`, of components of which a step needs one
+            the others; `components`, whichever have no room; `blocks`, and of the transformer those blocks that have
+            none; `auto`, the first of these that fits the memory limit.
+        memory_limit: bytes of the device's memory that may be used, or such as `24GiB`; None is what is free.
 
     """
 
@@ -50,7 +54,12 @@ class ServerArgs:
     backend: str = setting("auto", "auto (a family of ours, or else diffusers), native or diffusers.  [default: auto]")
     attention_backend: str = setting("auto", "auto, sdpa, math, flash, efficient or cudnn.  [default: auto]")
 
-    offload: str = setting("none", "none, or alternates: of two transformers the one not in use waits on the host.")
+    offload: str = setting(
+        "none", "What waits on the host: none, alternates, components, blocks, or auto.  [default: none]"
+    )
+    memory_limit: int | str | None = setting(
+        None, "Of the device, such as 24GiB, 500MB, or bytes.  [default: what is free]"
+    )
 
     def __post_init__(self) -> None:
         """Refuse a dtype that there is not, by the name of its field."""
@@ -61,9 +70,19 @@ class ServerArgs:
             raise InvalidParameterError("backend", self.backend, ", ".join(BACKENDS))
         if self.offload not in OFFLOADS:
             raise InvalidParameterError("offload", self.offload, ", ".join(OFFLOADS))
+        self.memory_limit_bytes()
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)
+
+    def memory_limit_bytes(self) -> int | None:
+        """Return the memory limit in bytes.
+
+        Raises:
+            InvalidParameterError: if it is none.
+
+        """
+        return None if self.memory_limit is None else parse_size(self.memory_limit, "memory_limit")
 
     def torch_device(self) -> torch.device:
         """Return the device to compute on.

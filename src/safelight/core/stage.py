@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+
+from torch import nn
 
 from safelight.core.request import ModelCall, Prediction, Req
 from safelight.core.server_args import ServerArgs
@@ -13,6 +15,14 @@ Steps = Generator[list[ModelCall], list[Prediction], None]
 
 class PipelineStage:
     """One piece of work in `forward`, or a loop in an overridden `run`. A stage keeps nothing of a request."""
+
+    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
+        """Return the modules that the next unit of this stage runs for a request.
+
+        Whoever drives has them on the device. They follow from the request alone; those that calls name are not among
+        them.
+        """
+        return ()
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
         """Do the whole work of the stage on `batch`, in place, and return it."""

@@ -1,0 +1,80 @@
+"""How many bytes of activations a piece of work needs, without doing it where its tensors are on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ONE_KERNEL = frozenset({torch.ops.aten.scaled_dot_product_attention.default})
+"""Operations that torch would compose of others on the meta device, and that are one kernel where it computes."""
+
+
+def count_peak(fn: Callable[[], object]) -> int:
+    """Return the most bytes that were alive at one time in storages that a call allocated, what it returns among them.
+
+    What lies outside, such as weights and arguments, is not counted, nor what a kernel needs for itself and gives back
+    before it returns. Attention counts as one kernel.
+
+    Args:
+        fn: called once, in inference mode. Its tensors may be on the meta device, where nothing is computed, or on any
+            other; the count is the same.
+
+    """
+    with torch.inference_mode(), LiveStorages() as live:
+        fn()
+    return live.peak
+
+
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages that operations allocate, each once however many tensors are views of it.
+
+    Attributes:
+        peak: the most bytes that were alive after an operation, its inputs among them.
+
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self._outside: dict[int, StorageWeakRef] = {}
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        # A weak reference keeps the address, not the memory: no address stands for two storages.
+
+    def __enter__(self) -> LiveStorages:
+        """Begin to follow."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, in its parts if torch composes it, and count what it allocates."""
+        kwargs = kwargs or {}
+        if func not in ONE_KERNEL:
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        for storage in storages((args, kwargs)):
+            if storage._cdata not in self._live:
+                self._outside.setdefault(storage._cdata, StorageWeakRef(storage))
+        made = func(*args, **kwargs)
+        for storage in storages(made):
+            if storage._cdata not in self._outside:
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return made
+
+
+def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the storage of each tensor in nested containers."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf.untyped_storage()
