@@ -157,6 +157,7 @@ TORCHLESS = [
     "safelight.loading.hub",
     "safelight.cli.check",
     "safelight.cli.main",
+    "safelight.cli.plan",
     "safelight.cli.generate",
     "safelight.cli.inspect",
     "safelight.cli.options",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from itertools import pairwise
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -128,8 +130,7 @@ def test_weights_that_wait_are_the_mapped_files(model):
     """Nothing of a component that comes and goes has a private copy on the host, but for what a VAE rearranges."""
     folder, _, _ = model
     pipeline = load(folder, "components", least_limit(folder, "components"), HostMemory())
-    with open("/proc/self/maps", encoding="utf-8") as maps:
-        lines = [line.split() for line in maps if ".safetensors" in line]
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
     ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
     for name, module in pipeline.modules().items():
         private = sum(
@@ -153,7 +154,7 @@ def test_no_room_and_failing_copies_leave_it_consistent(model, mode):
     for left in (0, 1, 3):
         pipeline.residency.clear()
         memory.allocations_left, memory.copies_left = (left, UNLIMITED) if mode == "components" else (UNLIMITED, left)
-        with pytest.raises((torch.OutOfMemoryError, RuntimeError), match="no room|the copy failed"):
+        with pytest.raises((torch.OutOfMemoryError, RuntimeError), match=r"no room|the copy failed"):
             alone(pipeline, asked[0])
         memory.allocations_left = memory.copies_left = UNLIMITED
         assert same(alone(pipeline, asked[1]), expected[1])
@@ -289,5 +290,5 @@ def test_a_module_comes_whole():
 def test_resident_blocks_are_spread(count, total):
     chosen = sorted(spread(count, total))
     assert len(chosen) == count
-    gaps = [after - before for before, after in zip(chosen, chosen[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1

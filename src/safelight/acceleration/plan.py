@@ -42,13 +42,13 @@ class StageFootprint:
 
     Attributes:
         stage: its name in the pipeline.
-        component: which runs; None where the stage runs none.
+        component: which runs.
         activations: the most bytes that are alive on the device besides weights, what the request holds among them.
 
     """
 
     stage: str
-    component: str | None
+    component: str
     activations: int
 
 
@@ -331,5 +331,5 @@ def simulate(
 def run(stages: Sequence[StageFootprint], residency: Residency, fixed: Mapping[str, int]) -> Iterator[PlannedStage]:
     """Yield what lies on the device at each stage of one request."""
     for stage in stages:
-        residency.bring([stage.component] if stage.component is not None else [])
+        residency.bring([stage.component])
         yield PlannedStage(stage, (*fixed, *residency.resident()), sum(fixed.values()) + residency.num_bytes)
