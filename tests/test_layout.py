@@ -99,7 +99,7 @@ LAYERS = {
     "serving": {"errors", "version", "core", "loading", "media", "video", "preparation", "runtime", "serving"},
     "checking": {"errors", "core", "backends", "loading", "generator", "preparation", "checking"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
-    | {"client", "generator", "checking", "serving", "cli"},
+    | {"acceleration", "client", "generator", "checking", "serving", "cli"},
 }
 """For each part, the parts that it may import."""
 
@@ -153,10 +153,12 @@ TORCHLESS = [
     "safelight.core.schema",
     "safelight.core.registry",
     "safelight.core.server_args",
+    "safelight.core.sizes",
     "safelight.loading.repository",
     "safelight.loading.hub",
     "safelight.cli.check",
     "safelight.cli.main",
+    "safelight.cli.plan",
     "safelight.cli.generate",
     "safelight.cli.inspect",
     "safelight.cli.options",
@@ -281,7 +283,7 @@ SERVE_ARGS = (
     "warm_up keep_hours max_storage drain_seconds unit_limit first_unit_limit heartbeat_limit"
 )
 SERVER_ARGS = (
-    "model revision device dtype component_dtypes backend attention_backend offload compile cuda_graphs "
+    "model revision device dtype component_dtypes backend attention_backend offload memory_limit compile cuda_graphs "
     "devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel vae_tiling "
     "conditioning_cache"
 )

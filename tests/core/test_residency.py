@@ -1,46 +1,89 @@
-"""Alternates come to the device when a call names them, and leave it for the next, with their weights unchanged."""
+"""Components come to the device when a unit needs them, and the least recently used leave it for others."""
 
 import pytest
-import torch
 from torch import nn
 
 from safelight.core.residency import Residency
 
 
-def weights(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+class Counted:
+    """A placement that is only counted, and may fail to enter."""
+
+    def __init__(self, num_bytes):
+        self.num_bytes = num_bytes
+        self.inside = False
+        self.fails = False
+
+    def enter(self):
+        assert not self.inside
+        if self.fails:
+            raise MemoryError
+        self.inside = True
+
+    def leave(self):
+        assert self.inside
+        self.inside = False
 
 
 @pytest.fixture
 def modules():
-    return {"transformer": nn.BatchNorm1d(3), "transformer_2": nn.Linear(3, 2), "vae": nn.Linear(2, 2)}
+    return {name: nn.Sequential(nn.Linear(1, 1)) for name in ("text_encoder", "transformer", "vae", "fixed")}
 
 
-def test_one_alternate_at_a_time_is_on_the_device(modules):
-    """The meta device stands for an accelerator: what lies there is not on the host."""
-    host = {name: [tensor.data_ptr() for tensor in weights(module)] for name, module in modules.items()}
-    values = {name: [tensor.detach().clone() for tensor in weights(module)] for name, module in modules.items()}
-    residency = Residency(modules, ("transformer", "transformer_2"), torch.device("meta"))
-    on_device = lambda name: {tensor.device.type for tensor in weights(modules[name])} == {"meta"}  # noqa: E731
-    assert [residency.is_resident(name) for name in modules] == [False, False, True]
-    with torch.inference_mode():
-        assert residency.component("transformer") is modules["transformer"]
-        assert on_device("transformer") and not on_device("transformer_2") and not on_device("vae")
+@pytest.fixture
+def placements():
+    return {"text_encoder": Counted(40), "transformer": Counted(70), "vae": Counted(10)}
+
+
+def test_the_least_recently_used_leave(modules, placements):
+    residency = Residency(modules, placements, dict.fromkeys(placements, 100))
+    assert [residency.is_resident(name) for name in modules] == [False, False, False, True]
+    assert residency.component("vae") is modules["vae"]
+    residency.bring(["text_encoder"])
+    residency.bring(["vae"])
+    assert residency.resident() == ("text_encoder", "vae") and residency.num_bytes == 50
+    residency.bring(["transformer"])  # 120 with both: the text encoder was used before the VAE
+    assert residency.resident() == ("vae", "transformer")
+    residency.bring(["transformer"])
+    residency.bring(["fixed"])
+    residency.bring([])
+    assert (residency.num_swaps, residency.bytes_brought) == (3, 120)
+    assert [placement.inside for placement in placements.values()] == [False, True, True]
+    residency.clear()
+    assert residency.num_bytes == 0 and not any(placement.inside for placement in placements.values())
+
+
+def test_room_is_that_of_what_runs(modules, placements):
+    """The VAE needs much room for what it computes: others leave although it is on the device already."""
+    residency = Residency(modules, placements, {"text_encoder": 115, "transformer": 120, "vae": 60})
+    residency.bring(["vae"])
+    residency.bring(["transformer"])
+    residency.bring(["text_encoder"])
+    assert residency.resident() == ("transformer", "text_encoder")
+    residency.bring(["vae"])
+    assert residency.resident() == ("text_encoder", "vae")
+
+
+def test_several_at_one_time(modules, placements):
+    residency = Residency(modules, placements, {"text_encoder": 80, "transformer": 120, "vae": 80})
+    residency.bring(["transformer"])
+    residency.bring(["vae", "text_encoder"])
+    assert set(residency.resident()) == {"vae", "text_encoder"}
+
+
+def test_one_that_cannot_come_leaves_the_others_right(modules, placements):
+    residency = Residency(modules, placements, dict.fromkeys(placements, 75))
+    residency.bring(["text_encoder"])
+    placements["transformer"].fails = True
+    with pytest.raises(MemoryError):
         residency.component("transformer")
-        residency.component("vae")
-        assert residency.num_swaps == 1
-        residency.component("transformer_2")
-    assert residency.num_swaps == 2
-    assert on_device("transformer_2") and not on_device("transformer")
-    # The host's memory is the one it had: nothing was copied back.
-    assert [tensor.data_ptr() for tensor in weights(modules["transformer"])] == host["transformer"]
-    for tensor, value in zip(weights(modules["transformer"]), values["transformer"], strict=True):
-        assert torch.equal(tensor, value)
-
-
-def test_without_alternates_everything_stays(modules):
-    residency = Residency(modules, (), torch.device("meta"))
-    assert all(residency.is_resident(name) for name in modules)
+    assert residency.resident() == ()
+    placements["transformer"].fails = False
     residency.component("transformer")
-    assert residency.num_swaps == 0
-    assert {tensor.device.type for tensor in weights(modules["transformer"])} == {"cpu"}
+    assert residency.resident() == ("transformer",)
+
+
+def test_owners_are_found_by_their_parts(modules):
+    residency = Residency(modules, {}, {})
+    assert residency.owners([modules["vae"][0], modules["fixed"]]) == ("vae", "fixed")
+    assert all(residency.is_resident(name) for name in modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from safelight import ServerArgs
+from safelight.acceleration.memory import HostMemory
 from safelight.core.request import map_tensors
 from safelight.errors import InvalidParameterError, ModelIndexError, UnknownParameterError
 from safelight.layers.causal_vae import CausalDecoder
@@ -28,7 +30,8 @@ from tests.recipes.wan import DMD, IMAGE_TO_VIDEO, SMALL, WAN, patch_cleaning, v
 def test_the_transformer_not_in_use_waits_on_the_host(models, tmp_path):
     """The bytes are those of both being on the device, and each is brought there once."""
     folder = models.folder(WAN, "2.2")
-    waiting = load_pipeline(ServerArgs(str(folder), offload="alternates"))
+    args = ServerArgs(str(folder), device="cpu", dtype="float32", offload="alternates", memory_limit="8GiB")
+    waiting = load_pipeline(args, HostMemory())
     fields = {"prompt": "a cat", **SMALL, "num_inference_steps": 4}
     first, second = (
         run_alone(pipeline, requests(pipeline, fields)[0]) for pipeline in (models.ours(WAN, "2.2"), waiting)
@@ -36,7 +39,7 @@ def test_the_transformer_not_in_use_waits_on_the_host(models, tmp_path):
     assert torch.equal(first, second)
     assert waiting.residency.num_swaps == 2
     with pytest.raises(InvalidParameterError, match="offload"):
-        load_pipeline(ServerArgs(str(models.folder(WAN)), offload="alternates"))
+        load_pipeline(dataclasses.replace(args, model=str(models.folder(WAN))), HostMemory())
 
 
 @pytest.mark.parametrize("seed", [0, 5])

@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("safelight.cli.serve:serve", "Serve a model over HTTP, behind OpenAI's API."),
     "models": ("safelight.cli.inspect:models", "List the pipelines that run here, and known models of each."),
     "schema": ("safelight.cli.inspect:schema", "Print what a model takes, as JSON Schema; loads no weights."),
+    "plan": ("safelight.cli.plan:plan", "Print how a model fits into a device's memory; loads no weights."),
     "info": ("safelight.cli.inspect:info", "Print how a picture or video was made."),
     "check-model": ("safelight.cli.check:check_model", "Compare a model with Diffusers, tensor by tensor."),
     "env": ("safelight.cli.inspect:env", "Print versions, devices and processor features, for a report."),
@@ -59,6 +60,7 @@ class LazyGroup(click.Group):
 def cli(verbose: bool) -> None:
     """Run diffusion models: `safelight generate "a large red circle at the left on a white background"`."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    logging.getLogger("safelight.memory").setLevel(logging.INFO)  # of a plan that was asked for
 
 
 def main(args: list[str] | None = None) -> None:

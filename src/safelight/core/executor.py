@@ -79,6 +79,7 @@ class Execution:
         """Make the pending calls and run the pipeline to its next yield; False at its end."""
         if results is None:
             results = self._pipeline.run_calls(self.req.pending, self.make_call)
+        self._pipeline.residency.bring(self._pipeline.stage_components(self.req))
         try:
             if self.started:
                 self._steps.send(list(results))

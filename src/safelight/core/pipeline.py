@@ -69,7 +69,7 @@ class ComposedPipeline:
         for stage in self.stages.values():
             for each in (stage, *stage.parts()):
                 each.cache = self.conditioning_cache
-        self.residency = Residency(self._modules, self.swapped_components(server_args), self.device)
+        self.residency = Residency(self._modules, {}, {})
 
     @classmethod
     def component_names(cls) -> tuple[str, ...]:
@@ -80,11 +80,6 @@ class ComposedPipeline:
     def is_optional(cls, component: str) -> bool:
         """Say whether the model runs without this component."""
         return component in cls._optional_config_modules
-
-    @classmethod
-    def swapped_components(cls, server_args: ServerArgs) -> tuple[str, ...]:
-        """Return the components that are loaded to the host and brought to the device when a step needs them."""
-        return cls.alternates if server_args.offload == "alternates" else ()
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the stages, in the order in which they run."""
@@ -103,6 +98,16 @@ class ComposedPipeline:
     def get_module(self, name: str) -> Any:
         """Return a component by its name in `model_index.json`."""
         return self._modules[name]
+
+    def stage_components(self, batch: Req) -> tuple[str, ...]:
+        """Return the names of the components that the request's stage runs itself in the next unit."""
+        needed = self.stages[batch.stage].needed_modules(batch) if batch.stage else ()
+        return self.residency.owners(needed)
+
+    def needed_components(self, batch: Req) -> tuple[str, ...]:
+        """Return the names of all components that the request's next unit runs: the stage's, and those of its calls."""
+        called = dict.fromkeys(call.component for call in batch.pending)
+        return (*called, *self.stage_components(batch))
 
     def run(self, batch: Req) -> Steps:
         """Run every stage on a request, with a boundary before each."""

@@ -1,49 +1,103 @@
-"""Which of a pipeline's components lie on the device. Of alternates, of which a step needs one, the others may wait."""
+"""Which of a pipeline's components lie on the device: each comes when a unit needs it, and leaves for another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+from torch import nn
+
+
+class Placement(Protocol):
+    """How one component comes to the device and leaves it. Its weights keep their place on the host meanwhile."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes on the device."""
+
+    def enter(self) -> None:
+        """Bring it to the device; if that fails, it is where it was."""
+
+    def leave(self) -> None:
+        """Let it go from the device."""
 
 
 class Residency:
-    """Brings the component that a call names to the device, and lets its alternates wait on the host.
-
-    Their weights keep their place on the host (a mapped file, where they were loaded from one), so that leaving the
-    device copies nothing.
+    """Brings the components that a unit needs to the device; for them the least recently used leave it.
 
     Args:
-        modules: the pipeline's components, by name; alternates lie on the host.
-        alternates: names of those of which one at a time is on the device; empty keeps all where they are.
-        device: where components run.
+        modules: the pipeline's components, by name.
+        placements: of the components that come and go; the others are where they run for good.
+        rooms: for each of these, the bytes that placed components may take on the device while it runs, itself among
+            them: the rest of the memory is for what it computes.
+
+    Attributes:
+        num_swaps: how often a component was brought.
+        bytes_brought: the sum of their sizes.
 
     """
 
-    def __init__(self, modules: Mapping[str, Any], alternates: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, modules: Mapping[str, Any], placements: Mapping[str, Placement], rooms: Mapping[str, int]
+    ) -> None:
         self._modules = modules
-        self._device = device
-        self._hosted: dict[str, dict[str, Tensor]] = {name: modules[name].state_dict() for name in alternates}
-        self._current: str | None = None
+        self._placements = placements
+        self._rooms = rooms
+        self._owners = {
+            part: name for name, module in modules.items() if isinstance(module, nn.Module) for part in module.modules()
+        }
+        self._resident: dict[str, Placement] = {}
+        """On the device; the least recently used first."""
         self.num_swaps = 0
+        self.bytes_brought = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that placed components take on the device now."""
+        return sum(placement.num_bytes for placement in self._resident.values())
+
+    def resident(self) -> tuple[str, ...]:
+        """Return the placed components that are on the device, the least recently used first."""
+        return tuple(self._resident)
+
+    def owners(self, parts: Iterable[nn.Module]) -> tuple[str, ...]:
+        """Return the names of the components that modules are, or are parts of."""
+        return tuple(self._owners[part] for part in parts)
 
     def is_resident(self, name: str) -> bool:
         """Say whether a component can run at once."""
-        return name not in self._hosted or name == self._current
+        return name not in self._placements or name in self._resident
 
     def component(self, name: str) -> Any:
         """Return a component, on the device."""
-        if not self.is_resident(name):
-            self._swap_in(name)
+        self.bring([name])
         return self._modules[name]
 
-    def _swap_in(self, name: str) -> None:
-        if self._current is not None:
-            self._modules[self._current].load_state_dict(self._hosted[self._current], assign=True)
-        self._current = name
-        with torch.inference_mode(False):  # weights are ordinary tensors, whoever drives
-            on_device = {key: tensor.to(self._device) for key, tensor in self._hosted[name].items()}
-        self._modules[name].load_state_dict(on_device, assign=True)
-        self.num_swaps += 1
+    def bring(self, names: Iterable[str]) -> None:
+        """Have components on the device at one time, with room for what they compute.
+
+        Raises:
+            Exception: whatever bringing one raised; what is on the device then is what can run.
+
+        """
+        wanted = {name: self._placements[name] for name in names if name in self._placements}
+        if not wanted:
+            return
+        room = min(self._rooms[name] for name in wanted)
+        needed = sum(placement.num_bytes for placement in wanted.values())
+        for name in [name for name in self._resident if name not in wanted]:
+            others = sum(self._resident[other].num_bytes for other in self._resident if other not in wanted)
+            if needed + others <= room:
+                break
+            self._resident.pop(name).leave()
+        for name, placement in wanted.items():
+            if self._resident.pop(name, None) is None:
+                placement.enter()
+                self.num_swaps += 1
+                self.bytes_brought += placement.num_bytes
+            self._resident[name] = placement
+
+    def clear(self) -> None:
+        """Let every placed component leave the device."""
+        while self._resident:
+            self._resident.popitem()[1].leave()

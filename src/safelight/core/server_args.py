@@ -17,7 +17,7 @@ Mode = Literal["eager", "compiled"]
 """How a request's model calls are made: chosen when it begins, and kept to its end, through a worker's death too."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-OFFLOADS = ("none", "alternates")
+OFFLOADS = ("none", "alternates", "components", "blocks", "auto")
 COMPILES = ("none", "blocks")
 CUDA_GRAPHS = ("none", "steps")
 PARALLEL_SIZES = ("cfg_parallel_size", "ring_degree", "ulysses_degree", "tp_size")
@@ -48,7 +48,6 @@ class ServerArgs:
         component_dtypes: exceptions, by the component's name.
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
-        offload: `none`, or `alternates`: of components of which a step needs one, the others wait on the host.
         devices: for one request; the product of the next four, or, alone, a number for which a planner chooses them.
         cfg_parallel_size, ring_degree, ulysses_degree, tp_size: how devices share a request: guidance branches, parts
             of the tokens in a ring, tokens for heads, weights.
@@ -57,6 +56,10 @@ class ServerArgs:
         compile: `none`, or `blocks`: each class of the transformer's repeated blocks is compiled once.
         cuda_graphs: `none`, or `steps`: model calls that are bound by launches are captured once a shape, and replayed.
         vae_tiling: `none`, or `exact`: decode by bands, of equal pixels within rounding.
+        offload: what waits on the host until it is used: `none`; `alternates`, of components of which a step needs one
+            the others; `components`, whichever have no room; `blocks`, and of the transformer those blocks that have
+            none; `auto`, the first of these that fits the memory limit.
+        memory_limit: bytes of the device's memory that may be used, or such as `24GiB`; None is what is free.
 
     """
 
@@ -68,7 +71,12 @@ class ServerArgs:
     backend: str = setting("auto", "auto (a family of ours, or else diffusers), native or diffusers.  [default: auto]")
     attention_backend: str = setting("auto", "auto, sdpa, math, flash, efficient or cudnn.  [default: auto]")
 
-    offload: str = setting("none", "none, or alternates: of two transformers the one not in use waits on the host.")
+    offload: str = setting(
+        "none", "What waits on the host: none, alternates, components, blocks, or auto.  [default: none]"
+    )
+    memory_limit: int | str | None = setting(
+        None, "Of the device, such as 24GiB, 500MB, or bytes.  [default: what is free]"
+    )
     compile: str = setting("none", "none, or blocks: compile the transformer's repeated blocks.  [default: none]")
     cuda_graphs: str = setting("none", "none, or steps: replay steps that are bound by launches.  [default: none]")
 
@@ -102,6 +110,7 @@ class ServerArgs:
             raise InvalidParameterError("cuda_graphs", self.cuda_graphs, ", ".join(CUDA_GRAPHS))
         if self.vae_tiling not in VAE_TILINGS:
             raise InvalidParameterError("vae_tiling", self.vae_tiling, ", ".join(VAE_TILINGS))
+        self.memory_limit_bytes()
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
                 raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)
@@ -132,6 +141,15 @@ class ServerArgs:
 
         """
         return 0 if self.conditioning_cache == "0" else parse_size(self.conditioning_cache, "conditioning_cache")
+
+    def memory_limit_bytes(self) -> int | None:
+        """Return the memory limit in bytes.
+
+        Raises:
+            InvalidParameterError: if it is none.
+
+        """
+        return None if self.memory_limit is None else parse_size(self.memory_limit, "memory_limit")
 
     def torch_device(self) -> torch.device:
         """Return the device to compute on.

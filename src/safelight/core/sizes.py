@@ -13,7 +13,7 @@ UNITS = {
     **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
 }
 BY_LOWER = {unit.lower(): factor for unit, factor in UNITS.items()}
-PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 
 
 def parse_size(value: int | str, field: str) -> int:

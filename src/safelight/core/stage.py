@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+from torch import nn
+
 from safelight.core.conditioning_cache import ConditioningCache
 from safelight.core.request import ModelCall, Prediction, Req
 from safelight.core.server_args import ServerArgs
@@ -20,6 +22,14 @@ class PipelineStage:
 
     def parts(self) -> Sequence[PipelineStage]:
         """Return the stages that this one consists of, where it does."""
+        return ()
+
+    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
+        """Return the modules that the next unit of this stage runs for a request.
+
+        Whoever drives has them on the device. They follow from the request alone; those that calls name are not among
+        them.
+        """
         return ()
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:

@@ -81,9 +81,8 @@ def load_weights(
 
     """
     module.requires_grad_(False)
-    tables = vars(type(module))
-    exact = frozenset(tables.get("_keep_in_fp32_modules", ()))
-    unused = frozenset(tables.get("_keys_to_ignore_on_load_unexpected", ()))
+    exact = float32_parts(type(module))
+    unused = frozenset(vars(type(module)).get("_keys_to_ignore_on_load_unexpected", ()))
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     divided = shards or {}
     expected |= {key: shard.full_shape for key, shard in divided.items()}
@@ -101,6 +100,12 @@ def load_weights(
     if missing:
         raise CheckpointError(f"{folder.name}: missing {listed(missing)}")
     module.load_state_dict(state, assign=True)
+
+
+def float32_parts(cls: type[nn.Module]) -> frozenset[str]:
+    """Return the parts of keys that a class keeps in float32 whatever the rest is."""
+    found = (vars(base).get("_keep_in_fp32_modules") for base in cls.__mro__)
+    return frozenset(next((parts for parts in found if parts), ()))
 
 
 def _keys(files: list[tuple[Path, Any]]) -> Iterator[tuple[str, Path, Any]]:

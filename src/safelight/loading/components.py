@@ -14,7 +14,7 @@ from torch import nn
 
 from safelight.core.registry import resolve_class
 from safelight.errors import CheckpointError, ModelError, ModelIndexError, nearest
-from safelight.loading.checkpoint import checkpoint_files, listed, load_weights
+from safelight.loading.checkpoint import checkpoint_files, float32_parts, listed, load_weights
 from safelight.loading.repository import Repository, read_json
 
 LIBRARY_CLASSES: Mapping[str, str] = {
@@ -115,6 +115,37 @@ def load_component(folder: Path, target: str, dtype: torch.dtype, device: torch.
         return cls.from_pretrained(folder, local_files_only=True)
 
 
+def empty_component(folder: Path, target: str, dtype: torch.dtype) -> nn.Module:
+    """Return a module as `load_component` would load it, on the meta device: from its JSON alone.
+
+    Raises:
+        ModelError: if it cannot be built.
+
+    """
+    cls = resolve_class(target)
+    if library_of(target) is None:
+        module = _build_native(cls, folder)
+        kept = float32_parts(cls)
+        state = {
+            key: tensor.to(torch.float32 if kept & frozenset(key.split(".")) else dtype)
+            if tensor.is_floating_point()
+            else tensor
+            for key, tensor in module.state_dict().items()
+        }
+        module.load_state_dict(state, assign=True)
+        return module.eval().requires_grad_(False)
+    with in_words(f"{folder.name}: {cls.__name__}"), quiet(), torch.device("meta"):
+        if library_of(target) == "transformers":
+            built: nn.Module = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+        else:
+            built = cls.from_config(cls.load_config(folder, local_files_only=True))
+    # Half precision alone has exceptions, in the text encoders that would overflow.
+    exceptions = float32_parts(cls) if dtype == torch.float16 else frozenset()
+    for name, parameter in built.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if exceptions & frozenset(name.split(".")) else dtype)
+    return built.eval().requires_grad_(False)
+
+
 def check_library_files(folder: Path, stem: str) -> None:
     """Refuse weights that a library would read from elsewhere, or from anything but whole safetensors files.
 
@@ -144,14 +175,20 @@ def in_words(what: str) -> Iterator[None]:
 
 
 def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    module = _build_native(cls, folder)
+    load_weights(module, folder, dtype, device)
+    return module.eval()
+
+
+def _build_native(cls: Any, folder: Path) -> nn.Module:
+    """Build one of our modules on the meta device."""
     config = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
     try:
         with torch.device("meta"):
             module: nn.Module = cls.from_config(config)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelIndexError(f"{folder.name}/config.json: {' '.join(str(error).split())[:MAX_REASON]}") from error
-    load_weights(module, folder, dtype, device)
-    return module.eval()
+    return module
 
 
 def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, stem: str) -> nn.Module:

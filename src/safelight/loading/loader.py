@@ -10,42 +10,93 @@ from typing import Any
 import torch
 from torch import nn
 
+from safelight.acceleration.memory import CudaMemory, DeviceMemory
+from safelight.acceleration.offload import offload
+from safelight.acceleration.plan import MemoryPlan, make_plan
 from safelight.attention import set_attention_backend
 from safelight.backends import diffusers
-from safelight.core.config import PipelineConfig
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
-from safelight.errors import InvalidParameterError, ModelIndexError
+from safelight.errors import InvalidParameterError
 from safelight.loading.checkpoint import WEIGHT_SUFFIXES
 from safelight.loading.components import (
     LIBRARY_STEMS,
     check_library_files,
-    component_target,
     in_words,
     library_of,
     load_component,
     quiet,
 )
 from safelight.loading.digest import weights_digest
+from safelight.loading.description import configure, targets
+from safelight.loading.footprint import measure
 from safelight.loading.repository import Repository, open_repository
 
 logger = logging.getLogger(__name__)
+memory_logger = logging.getLogger("safelight.memory")
+"""Of the plan at start, which the commands print."""
+HOST = torch.device("cpu")
 
 
-def load_pipeline(server_args: ServerArgs) -> ComposedPipeline:
+def load_pipeline(server_args: ServerArgs, memory: DeviceMemory | None = None) -> ComposedPipeline:
     """Load the model that `server_args` names.
+
+    Args:
+        server_args: what is set for the engine.
+        memory: where components run that wait on the host until they are used; the device's unless given.
 
     Raises:
         ModelError: if it cannot be loaded.
         InvalidParameterError: if a setting does not fit this machine or this model.
 
     """
-    server_args.torch_device()  # a device that there is not is refused before anything is downloaded
+    memory = memory or device_memory(server_args)
     repository = open_repository(server_args.model, server_args.revision, backend=server_args.backend)
     for note in repository.notes:
         logger.warning("%s", note)
-    return _LOADERS[repository.pipeline.backend](repository, server_args)
+    limit = server_args.memory_limit_bytes()
+    if memory is not None and limit is not None:
+        memory.limit(limit)
+    return _LOADERS[repository.pipeline.backend](repository, server_args, memory)
+
+
+def device_memory(server_args: ServerArgs) -> DeviceMemory | None:
+    """Return the memory of the device that is computed on; None on the CPU, whose memory is the host's.
+
+    Raises:
+        InvalidParameterError: if there is no such device, or a setting is of a device's memory and there is none.
+
+    """
+    device = server_args.torch_device()
+    if device.type == "cuda":
+        return CudaMemory(device)
+    own = f"on {device.type}: there is no memory but the host's, where weights are mapped files that may leave it"
+    if server_args.offload != "none":
+        raise InvalidParameterError("offload", server_args.offload, f"none {own}")
+    if server_args.memory_limit is not None:
+        raise InvalidParameterError("memory_limit", server_args.memory_limit, f"nothing {own}")
+    return None
+
+
+def plan_memory(
+    repository: Repository, server_args: ServerArgs, limit: int, fields: Mapping[str, Any] | None = None
+) -> MemoryPlan:
+    """Return what of a model lies on the device at each stage, from its JSON alone: no weights are read.
+
+    Args:
+        repository: the model.
+        server_args: dtypes, and which offload.
+        limit: bytes of the device that may be used.
+        fields: sampling parameters of the request that must fit; what is not there takes the model's defaults.
+
+    Raises:
+        InvalidParameterError: if nothing fits, or the model has no such offload.
+
+    """
+    if repository.pipeline.backend != "native":
+        raise InvalidParameterError("model", repository.name, "one of our families: others cannot be planned")
+    return make_plan(measure(repository, server_args, fields or {}), limit, server_args.offload)
 
 
 def describe(repository: Repository) -> ModelSchema:
@@ -56,13 +107,13 @@ def describe(repository: Repository) -> ModelSchema:
 
     """
     if repository.pipeline.backend == "native":
-        return _configure(repository)[1]
+        return configure(repository)[1]
     return diffusers.describe(
         repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.notes
     )
 
 
-def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
+def _load_diffusers(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> ComposedPipeline:
     for name in repository.component_names():
         entry, folder = repository.index[name], repository.path / name
         diffusers.check_component(repository.path, name, entry)
@@ -74,68 +125,44 @@ def _load_diffusers(repository: Repository, server_args: ServerArgs) -> Composed
         return diffusers.load(repository.path, describe(repository), server_args)
 
 
-def _load_native(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
+def _load_native(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> ComposedPipeline:
     device = server_args.torch_device()
     pipeline_cls = repository.pipeline.pipeline_cls()
     names = pipeline_cls.component_names()
     for component in server_args.component_dtypes:
         if component not in names:
             raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
-    targets = _targets(repository, pipeline_cls)
-    config, schema = _configure(repository)
-    swapped = pipeline_cls.swapped_components(server_args)
-    if server_args.offload != "none" and not (swapped and targets.keys() >= set(swapped)):
-        raise InvalidParameterError("offload", server_args.offload, "none for this model, which has one transformer")
+    config, schema = configure(repository)
+    plan = _plan_for_device(repository, server_args, memory)
     modules: dict[str, Any] = {}
     # Our own classes first: they are mapped in no time, and tell whether the settings fit the model.
-    for name, target in sorted(targets.items(), key=lambda item: library_of(item[1]) is not None):
+    by_library = sorted(targets(repository, pipeline_cls).items(), key=lambda item: library_of(item[1]) is not None)
+    for name, target in by_library:
         begun = time.perf_counter()
         dtype = server_args.component_dtype(name, config.precisions.get(name))
-        modules[name] = load_component(
-            repository.path / name, target, dtype, torch.device("cpu") if name in swapped else device
-        )
+        home = HOST if plan is not None and name in plan.placed else device
+        modules[name] = load_component(repository.path / name, target, dtype, home)
         if isinstance(modules[name], nn.Module):
             set_attention_backend(modules[name], server_args.attention_backend, device.type, dtype)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
     pipeline = pipeline_cls(modules, config, schema, server_args)
     pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in pipeline.modules()}
+    if plan is not None and memory is not None:
+        pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
     return pipeline
 
 
-def _configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
-    """Return a model's configuration and schema, from its JSON alone: no weights are read.
-
-    Raises:
-        ModelIndexError: if a component that the pipeline needs is not there, or is described by wrong values.
-
-    """
-    pipeline_cls = repository.pipeline.pipeline_cls()
-    configs = {name: repository.component_config(name) for name in _targets(repository, pipeline_cls)}
-    configs["model_index"] = dict(repository.index)
-    try:
-        config = repository.pipeline.pipeline_config_cls().from_model(configs)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelIndexError(f"{repository.name}: a component's configuration has a wrong value: {reason}") from error
-    schema = config.model_schema(
-        repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.sampling_defaults()
-    )
-    return config, schema
+def _plan_for_device(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> MemoryPlan | None:
+    """Return the plan for the memory that there is, and log it; None where nothing is asked of it."""
+    if memory is None or (server_args.offload == "none" and server_args.memory_limit is None):
+        return None
+    plan = plan_memory(repository, server_args, server_args.memory_limit_bytes() or memory.free())
+    for line in plan.lines():
+        memory_logger.info("%s", line)
+    return plan
 
 
-def _targets(repository: Repository, pipeline_cls: type[ComposedPipeline]) -> dict[str, str]:
-    """Return `module:Class` of every component that there is."""
-    targets: dict[str, str] = {}
-    for name in pipeline_cls.component_names():
-        target = component_target(repository, name, pipeline_cls.component_classes)
-        if target is not None:
-            targets[name] = target
-        elif not pipeline_cls.is_optional(name):
-            raise ModelIndexError(f"model_index.json: {name} is missing, and {pipeline_cls.pipeline_name} needs it")
-    return targets
-
-
-_LOADERS: Mapping[str, Callable[[Repository, ServerArgs], ComposedPipeline]] = {
+_LOADERS: Mapping[str, Callable[[Repository, ServerArgs, DeviceMemory | None], ComposedPipeline]] = {
     "native": _load_native,
     diffusers.FAMILY: _load_diffusers,
 }

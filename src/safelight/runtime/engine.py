@@ -158,8 +158,8 @@ class Engine:
 
     def order(self, tasks: Sequence[Task], now: float) -> list[Task]:
         """Return tasks in the order in which they are to be resumed."""
-        is_resident = self.pipeline.residency.is_resident
-        resident = {task: all(is_resident(call.component) for call in task.calls) for task in tasks}
+        is_resident, needed = self.pipeline.residency.is_resident, self.pipeline.needed_components
+        resident = {task: all(map(is_resident, needed(task.execution.req))) for task in tasks}
         return self.policy.order(tasks, resident, now)
 
     def _with_companions(self, head: Task, order: Sequence[Task], num_free: int) -> list[Task]:

@@ -131,6 +131,7 @@ def warm_up(engine: Engine) -> None:
 def main() -> None:
     """Run a worker: the arguments are the socket, the board and the supervisor's process id."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s worker %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("safelight.memory").setLevel(logging.INFO)  # of a plan that was asked for
     for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, or for a whole group: the supervisor decides
         signal.signal(number, signal.SIG_IGN)
     channel_path, board_path, parent = sys.argv[1:]

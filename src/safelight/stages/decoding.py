@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safelight.core.config import PipelineConfig
 from safelight.core.request import Req
@@ -20,6 +21,10 @@ class DecodingStage(PipelineStage):
     def __init__(self, vae: Any, config: PipelineConfig) -> None:
         self.vae = vae
         self.config = config
+
+    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
+        """Return the VAE, unless latents are asked for."""
+        return () if batch.params.output_type == "latent" else (self.vae,)
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
         """Fill `outputs`: pictures [H, W, C] or videos [T, H, W, C], uint8 for `pil` and float32 in [0, 1] otherwise.

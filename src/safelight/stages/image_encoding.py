@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 from safelight.core.config import PipelineConfig
 from safelight.core.request import Req
@@ -17,6 +20,10 @@ class ImageEncodingStage(PipelineStage):
         self.image_encoder = image_encoder
         self.image_processor = image_processor
         self.config = config
+
+    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
+        """Return the image encoder, where there are images for it."""
+        return (self.image_encoder,) if self.config.images_to_embed(batch) else ()
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
         """Fill `image_embeds` with the encoder's last hidden states but one, [N, S, C]."""

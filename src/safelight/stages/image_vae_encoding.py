@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from safelight.core.config import PipelineConfig
 from safelight.core.request import Req
@@ -18,6 +19,11 @@ class ImageVAEEncodingStage(PipelineStage):
     def __init__(self, vae: Any, config: PipelineConfig) -> None:
         self.vae = vae
         self.config = config
+
+    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
+        """Return the VAE, while an input image is still to be encoded."""
+        encoding = bool(batch.feature_cache) or len(batch.image_latents) < self.config.num_vae_inputs(batch)
+        return (self.vae,) if encoding else ()
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill `image_latents`, with a boundary between two encodings."""

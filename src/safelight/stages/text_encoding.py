@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safelight.core.config import PipelineConfig, PromptSpec
 from safelight.core.request import Req
@@ -33,6 +33,12 @@ class TextEncodingStage(PipelineStage):
         self.tokenizers = tokenizers
         self.processor = processor
         self.config = config
+
+    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
+        """Return the text encoder that is next."""
+        guided = self.config.should_use_guidance(batch)
+        index = len(batch.negative_prompt_embeds if guided else batch.prompt_embeds)
+        return self.text_encoders[index : index + 1]
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill `prompt_embeds` and `negative_prompt_embeds`, with a boundary between two encodings."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from safelight.core.request import Req
@@ -68,6 +68,11 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
     def parts(self) -> Sequence[PipelineStage]:
         """Return the standard stages within."""
         return self.preparations
+
+    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
+        """Return what is next: the text encoder, which writes the caption too, and then the VAE."""
+        needed = (stage.needed_modules(batch) for stage in self.preparations)
+        return next(filter(None, needed), ())
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill all that the loop needs, with a boundary before each piece of work."""

@@ -1,0 +1,43 @@
+"""What a repository's JSON says of its model: components, configuration and schema, without weights."""
+
+from __future__ import annotations
+
+from safelight.core.config import PipelineConfig
+from safelight.core.pipeline import ComposedPipeline
+from safelight.core.schema import ModelSchema
+from safelight.errors import ModelIndexError
+from safelight.loading.components import component_target
+from safelight.loading.repository import Repository
+
+
+def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
+    """Return a model's configuration and schema, from its JSON alone: no weights are read.
+
+    Raises:
+        ModelIndexError: if a component that the pipeline needs is not there, or is described by wrong values.
+
+    """
+    pipeline_cls = repository.pipeline.pipeline_cls()
+    configs = {name: repository.component_config(name) for name in targets(repository, pipeline_cls)}
+    configs["model_index"] = dict(repository.index)
+    try:
+        config = repository.pipeline.pipeline_config_cls().from_model(configs)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelIndexError(f"{repository.name}: a component's configuration has a wrong value: {reason}") from error
+    schema = config.model_schema(
+        repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.sampling_defaults()
+    )
+    return config, schema
+
+
+def targets(repository: Repository, pipeline_cls: type[ComposedPipeline]) -> dict[str, str]:
+    """Return `module:Class` of every component that there is."""
+    found: dict[str, str] = {}
+    for name in pipeline_cls.component_names():
+        target = component_target(repository, name, pipeline_cls.component_classes)
+        if target is not None:
+            found[name] = target
+        elif not pipeline_cls.is_optional(name):
+            raise ModelIndexError(f"model_index.json: {name} is missing, and {pipeline_cls.pipeline_name} needs it")
+    return found

@@ -1,0 +1,209 @@
+"""What a model needs for a request, from its JSON alone: its stages run with every component on the meta device."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from safelight.acceleration.activations import LiveStorages
+from safelight.acceleration.offload import packed_bytes, repeated_blocks, tensors_of
+from safelight.acceleration.plan import ComponentFootprint, Footprint, StageFootprint
+from safelight.core.executor import Execution, make_call
+from safelight.core.params import SamplingParams
+from safelight.core.pipeline import ComposedPipeline
+from safelight.core.registry import resolve_class
+from safelight.core.request import ModelCall, Prediction, Req, map_tensors
+from safelight.core.schema import ModelSchema
+from safelight.core.server_args import ServerArgs
+from safelight.loading.components import empty_component, load_component
+from safelight.loading.description import configure, targets
+from safelight.loading.repository import Repository
+
+META, HOST = torch.device("meta"), torch.device("cpu")
+TOKEN = re.compile(r"<\|\w+\|>|\S+")
+UNCUT = 4096
+"""Tokens of a text that is not cut."""
+NUM_STEPS = 4
+"""Denoising steps that are run: as much memory as any number of them, and each transformer has its turn."""
+NUM_REPEATED = 2
+"""Units that need no more than those before, after which the others will not either."""
+SIDE = 1024
+"""Of the input images of a request that says nothing of its size, in pixels."""
+
+
+def measure(repository: Repository, server_args: ServerArgs, fields: Mapping[str, Any]) -> Footprint:
+    """Return what a model needs for one output of a request. No weights are read.
+
+    Args:
+        repository: the model.
+        server_args: dtypes; where none is set, bfloat16, as on an accelerator.
+        fields: sampling parameters; what is not there takes the model's defaults. Input images may be of any content.
+
+    Raises:
+        UsageError: for a field that the model does not take.
+        ModelError: if its JSON describes no model.
+
+    """
+    pipeline = empty_pipeline(repository, server_args)
+    req = request(pipeline.schema, fields)
+    peaks: dict[tuple[str, str], int] = {}
+    with LiveStorages() as live:
+
+        def record(stage: str, component: str) -> bool:
+            before = peaks.get((stage, component), 0)
+            peaks[stage, component], live.peak = max(live.peak, before), 0
+            return peaks[stage, component] > before
+
+        rehearse(pipeline, req, record)
+    components = {
+        name: component_footprint(module, name in pipeline.alternates) for name, module in pipeline.modules().items()
+    }
+    stages = [StageFootprint(stage, name, peak) for (stage, name), peak in peaks.items()]
+    return Footprint(components, stages, req.params.num_branches(), in_words(pipeline.schema, req))
+
+
+def empty_pipeline(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
+    """Return a pipeline that is whole but for its components' weights, which are on the meta device."""
+    dtype = "bfloat16" if server_args.dtype == "auto" else server_args.dtype
+    # What is not a component's work is done for real, on the host.
+    args = dataclasses.replace(server_args, device="cpu", dtype=dtype, offload="none", memory_limit=None)
+    config, schema = configure(repository)
+    pipeline_cls = repository.pipeline.pipeline_cls()
+    modules: dict[str, Any] = {}
+    for name, target in targets(repository, pipeline_cls).items():
+        if name.startswith("tokenizer"):
+            modules[name] = LongestText()
+        elif issubclass(resolve_class(target), nn.Module):
+            modules[name] = empty_component(
+                repository.path / name, target, args.component_dtype(name, config.precisions.get(name))
+            )
+        else:
+            modules[name] = load_component(repository.path / name, target, torch.float32, HOST)
+    for name, module in modules.items():
+        if name.startswith("text_encoder"):
+            module.register_forward_pre_hook(tokens_alone, with_kwargs=True)
+    return pipeline_cls(modules, config, schema, args)
+
+
+class LongestText:
+    """Stands for a tokenizer: every text is as long as the encoder takes it; where all of it is, its words count."""
+
+    def __call__(self, text: str, max_length: int | None = None, **_: Any) -> SimpleNamespace:
+        """Return ids and mask, int64 [1, S]."""
+        ids = torch.zeros(1, min(max_length or len(TOKEN.findall(text)), UNCUT), dtype=torch.int64)
+        return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def tokens_alone(encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give a text encoder its tokens alone: of images, which it would look at, their places among the tokens count."""
+    return args, {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
+
+
+def request(schema: ModelSchema, fields: Mapping[str, Any]) -> Req:
+    """Return a request for one output, with grey input images where the model needs them."""
+    given: dict[str, Any] = {"prompt": "a", "seed": 0, "n": 1, "output_type": "pil", **fields}
+    if schema.num_input_images[0] and "image" not in given:
+        given["image"] = blank_images(schema.num_input_images[0], given.get("height"), given.get("width"))
+    if schema.params_cls.num_steps is SamplingParams.num_steps and "num_inference_steps" in schema.params_cls.options():
+        given["num_inference_steps"] = NUM_STEPS
+    params = schema.params_cls.from_fields(given).resolve(schema)
+    return Req(request_id="plan", params=params.split()[0])
+
+
+def blank_images(count: int, height: int | None, width: int | None) -> list[Image.Image]:
+    """Return grey pictures."""
+    return [Image.new("RGB", (width or SIDE, height or SIDE), (128, 128, 128)) for _ in range(count)]
+
+
+def rehearse(pipeline: ComposedPipeline, req: Req, record: Callable[[str, str], bool]) -> None:
+    """Run a request through all stages, its components on the meta device and everything else on the host.
+
+    The last stage is left when it has repeated itself: a video's frames are decoded alike, but for the first.
+
+    Args:
+        pipeline: its components are on the meta device.
+        req: the request.
+        record: called after each unit, or call, of a component, with the names of stage and component; says whether it
+            needed more than those before.
+
+    """
+    made: dict[tuple[str, str], Prediction] = {}
+    with Valueless(), torch.inference_mode(), Execution(pipeline, req) as execution:
+        more, last, repeated = True, list(pipeline.stages)[-1], 0
+        while more and repeated < NUM_REPEATED:
+            stage, names = req.stage, pipeline.stage_components(req)
+            results = []
+            for call in req.pending:
+                results.append(rehearse_call(pipeline, call, made))
+                record(stage, call.component)
+            outputs, req.outputs = req.outputs, []  # they are on the host already
+            map_tensors(req, on_meta if names else on_host)
+            req.outputs = outputs
+            more = execution.advance(results or None)
+            grew = [record(stage, name) for name in names]
+            repeated = repeated + 1 if stage == last and grew and not any(grew) else 0
+
+
+def rehearse_call(pipeline: ComposedPipeline, call: ModelCall, made: dict[tuple[str, str], Prediction]) -> Prediction:
+    """Return what a call would, as zeros on the host; each component runs once for each branch."""
+    key = (call.component, call.key[1])
+    if key not in made:
+        kwargs = {name: on_meta(tensor) for name, tensor in call.kwargs.items()}
+        shared = {name: on_meta(tensor) for name, tensor in call.shared_kwargs.items()}
+        predicted = make_call(pipeline, dataclasses.replace(call, kwargs=kwargs, shared_kwargs=shared))
+        is_tuple = isinstance(predicted, tuple)
+        made[key] = tuple(map(on_host, predicted)) if is_tuple else on_host(predicted)
+    return made[key]
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same form without memory."""
+    return tensor.to(META)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor that has values: its own, or zeros where it has none."""
+    return torch.zeros_like(tensor, device=HOST) if tensor.device == META else tensor
+
+
+class Valueless(TorchFunctionMode):
+    """Answers for tensors on the meta device, which have no values: what is asked of them is true, or 1."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer, or let torch."""
+        if args and isinstance(args[0], Tensor) and args[0].device == META:
+            if func is Tensor.__bool__:
+                return True
+            if func is Tensor.item:
+                return 1
+            if func is Tensor.cpu:
+                return on_host(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def component_footprint(module: nn.Module, is_alternate: bool) -> ComponentFootprint:
+    """Return what a component takes."""
+    by_dtype: Counter[str] = Counter()
+    for tensor in tensors_of(module):
+        by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    blocks = tuple(map(packed_bytes, repeated_blocks(module)))
+    dtypes = tuple(name for name, num_bytes in by_dtype.most_common() if num_bytes)
+    return ComponentFootprint(packed_bytes(module), dtypes, blocks, is_alternate)
+
+
+def in_words(schema: ModelSchema, req: Req) -> str:
+    """Return the size of a request, such as `1280x720, 81 frames`."""
+    height, width = req.params.output_size(schema)
+    frames = f", {req.params.num_frames} frames" if req.params.num_frames else ""
+    return f"{width}x{height}{frames}"

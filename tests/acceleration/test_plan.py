@@ -1,0 +1,210 @@
+"""The plan: what it chooses, what it refuses, and its peak against the bytes that are counted as the model runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from safelight import ServerArgs
+from safelight.acceleration.activations import LiveStorages
+from safelight.acceleration.memory import HostMemory
+from safelight.acceleration.offload import offload, tensors_of
+from safelight.acceleration.plan import (
+    WORKSPACE,
+    ComponentFootprint,
+    Footprint,
+    StageFootprint,
+    Streamed,
+    make_plan,
+    plan_mode,
+)
+from safelight.errors import InvalidParameterError
+from safelight.loading.footprint import empty_pipeline, measure, rehearse, request
+from safelight.loading.loader import load_pipeline
+from safelight.loading.repository import open_repository
+from tests.families.conftest import Models
+from tests.recipes import all_recipes
+
+GIB = 2**30
+PUBLISHED = Path(__file__).parent / "published"
+
+
+def stage(name, component, activations):
+    return StageFootprint(name, component, activations * GIB)
+
+
+TWO_TRANSFORMERS = Footprint(
+    components={
+        "text_encoder": ComponentFootprint(10 * GIB),
+        "transformer": ComponentFootprint(20 * GIB, (), (GIB,) * 18, is_alternate=True),
+        "transformer_2": ComponentFootprint(20 * GIB, (), (GIB,) * 18, is_alternate=True),
+        "vae": ComponentFootprint(1 * GIB),
+    },
+    stages=[
+        stage("text_encoding", "text_encoder", 1),
+        stage("denoising", "transformer", 3),
+        stage("denoising", "transformer_2", 3),
+        stage("decoding", "vae", 12),
+    ],
+    tiled=[
+        stage("text_encoding", "text_encoder", 1),
+        stage("denoising", "transformer", 3),
+        stage("denoising", "transformer_2", 3),
+        stage("decoding", "vae", 5),
+    ],
+    num_branches=2,
+    request="1024x1024",
+)
+
+
+@pytest.mark.parametrize(
+    ("limit", "mode", "tiled", "peak"),
+    [
+        (64, "none", False, 63),
+        (63, "none", True, 56),
+        (50, "alternates", False, 43),
+        (40, "alternates", True, 36),
+        # The second transformer stays while the VAE decodes, where there is room.
+        (34, "components", False, 33),
+        (25, "components", False, 23),
+        (20, "blocks", False, 19),
+        (13, "blocks", True, 12),
+    ],
+)
+def test_the_cheapest_that_fits_is_chosen(limit, mode, tiled, peak):
+    plan = make_plan(TWO_TRANSFORMERS, limit * GIB)
+    assert (plan.offload, plan.tiled) == (mode, tiled)
+    assert plan.peak == peak * GIB and plan.fits
+    assert make_plan(TWO_TRANSFORMERS, limit * GIB, mode).peak == plan.peak
+    assert all(planned.peak <= limit * GIB - WORKSPACE for planned in plan.stages)
+
+
+def test_what_fits_in_no_way_is_refused_with_the_numbers():
+    with pytest.raises(InvalidParameterError) as caught:
+        make_plan(TWO_TRANSFORMERS, 11 * GIB)
+    assert caught.value.param == "memory_limit"
+    assert "got '11.00 GiB'; it takes 11.25 GiB or more for 1024x1024 with offload=blocks and tiles" in str(
+        caught.value
+    )
+    assert "text_encoding needs 10.00 GiB of weights (text_encoder) and 1.00 GiB of activations" in str(caught.value)
+
+
+def test_a_mode_that_the_model_does_not_have_is_refused():
+    one = Footprint({"transformer": ComponentFootprint(GIB)}, [stage("denoising", "transformer", 1)], 1, "64x64")
+    for mode, why in (("alternates", "one transformer"), ("blocks", "no repeated blocks")):
+        with pytest.raises(InvalidParameterError, match=why):
+            make_plan(one, 100 * GIB, mode)
+
+
+@pytest.mark.parametrize("room", [0, 5, 9, 12, 17, 100])
+def test_as_many_blocks_stay_as_fit(room):
+    """Against trying each number: the next one would not fit."""
+    component = ComponentFootprint(43, (), (3, 3, 3, 5, 5, 5, 5, 5, 5))
+    footprint = Footprint({"transformer": component}, [StageFootprint("denoising", "transformer", 2)], 3, "64x64")
+    plan = plan_mode(footprint, WORKSPACE + room + 2, "blocks", False)
+    count = plan.resident_blocks["transformer"]
+    assert Streamed.of(component, count).num_bytes <= max(room, Streamed.of(component, 0).num_bytes)
+    assert count == 6 or Streamed.of(component, count + 1).num_bytes > room
+    assert plan.bytes_a_step == 3 * Streamed.of(component, count).bytes_a_call
+    assert plan.pinned == 2 * Streamed.of(component, count).slot_bytes
+
+
+class MetaMemory(HostMemory):
+    """A device whose buffers have no memory: what is alive of them can be counted."""
+
+    def allocate(self, num_bytes):
+        return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+
+    pin = allocate
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Return what opens a repository that has the published JSON of a model, and nothing else."""
+
+    def opened(name):
+        folder = tmp_path_factory.mktemp(name)
+        for path, content in json.loads((PUBLISHED / f"{name}.json").read_text()).items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(json.dumps(content))
+        return open_repository(folder, weights=False)
+
+    return opened
+
+
+def counted_peaks(repository, plan, fields):
+    """Run two requests by a plan with every tensor on the meta device; return the bytes alive in each stage."""
+    pipeline = empty_pipeline(repository, ServerArgs())
+    modules = pipeline.modules()
+    resident = [name for name in modules if name not in plan.placed]
+    fixed = sum(tensor.nbytes for name in resident for tensor in tensors_of(modules[name]))
+    pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, MetaMemory())
+    peaks = {}
+    with LiveStorages() as live:
+
+        def record(name, component):
+            before = peaks.get((name, component), 0)
+            peaks[name, component], live.peak = max(live.peak + fixed, before), 0
+            return peaks[name, component] > before
+
+        for _ in range(2):
+            rehearse(pipeline, request(pipeline.schema, fields), record)
+    return peaks
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "fields", "mode"),
+    [
+        ("flux_1_dev", 24, {}, "components"),
+        pytest.param("flux_1_dev", 16, {"height": 768, "width": 1360}, "blocks", marks=pytest.mark.slow),
+        pytest.param("wan_2_2_t2v_a14b", 24, {}, "blocks", marks=pytest.mark.slow),
+        pytest.param("wan_2_2_t2v_a14b", 80, {"height": 720, "width": 1280}, "alternates", marks=pytest.mark.slow),
+    ],
+)
+def test_the_peak_of_real_shapes_is_what_is_counted(published, name, limit, fields, mode):
+    """Never less than counted in any stage, and within 5% of it where it is most."""
+    repository = published(name)
+    plan = make_plan(measure(repository, ServerArgs(), fields), limit * GIB)
+    assert plan.offload == mode
+    assert plan.peak + WORKSPACE <= limit * GIB
+    counted = counted_peaks(repository, plan, fields)
+    for planned in plan.stages:
+        seen = counted[planned.footprint.stage, planned.footprint.component]
+        print(f"{name} {planned.footprint.stage} {planned.footprint.component}: planned {planned.peak}, counted {seen}")
+        assert seen <= planned.peak
+    assert max(counted.values()) <= plan.peak <= 1.05 * max(counted.values())
+
+
+SIZES = {
+    # Parameters of the published files, by their own indices.
+    "flux_1_dev": {"text_encoder_2": 4_762_310_656, "transformer": 11_901_408_320, "vae": 83_819_683},
+    "wan_2_2_t2v_a14b": {"text_encoder": 5_680_910_336, "transformer": 14_288_491_584, "vae": 126_892_531},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_models_have_their_published_sizes(published, name):
+    pipeline = empty_pipeline(published(name), ServerArgs())
+    for component, size in SIZES[name].items():
+        assert sum(parameter.numel() for parameter in pipeline.get_module(component).parameters()) == size
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return Models(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImageEditPipeline", "WanImageToVideoPipeline"])
+def test_planned_components_have_the_tensors_that_are_loaded(models, name, dtype):
+    """Names, shapes and dtypes, those that stay in float32 among them."""
+    args = ServerArgs(str(models.folder(all_recipes()[name])), device="cpu", dtype=dtype)
+    planned, loaded = empty_pipeline(open_repository(args.model), args).modules(), load_pipeline(args).modules()
+    assert planned.keys() == loaded.keys()
+    for component, module in loaded.items():
+        expected = {key: (tensor.shape, tensor.dtype) for key, tensor in module.named_parameters()}
+        assert {key: (tensor.shape, tensor.dtype) for key, tensor in planned[component].named_parameters()} == expected
+        assert {tensor.device.type for tensor in tensors_of(planned[component])} == {"meta"}
