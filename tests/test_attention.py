@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
-from safelight.attention import BACKENDS, Attention, AttentionMetadata, select_backend, set_attention_backend
+from safelight.attention import (
+    BACKENDS,
+    Attention,
+    AttentionMetadata,
+    backends,
+    chunked,
+    select_backend,
+    set_attention_backend,
+)
 from safelight.attention.backends import HALF
 from safelight.errors import InvalidParameterError
 
@@ -25,7 +34,7 @@ def formula(query, key, value, mask, causal, scale):
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-CPU_BACKENDS = [name for name, backend in BACKENDS.items() if "cpu" in backend.dtypes]
+CPU_BACKENDS = [name for name, backend in BACKENDS.items() if torch.float32 in backend.dtypes.get("cpu", ())]
 
 
 @pytest.mark.parametrize("backend", ["auto", *CPU_BACKENDS])
@@ -64,7 +73,8 @@ def test_a_mask_hides_keys():
         ("flash", "cuda", torch.float32, False, 64, "does not take torch.float32 on cuda"),
         ("flash", "cuda", torch.float16, True, 64, "takes no attention mask"),
         ("efficient", "cuda", torch.float32, True, 512, "efficient"),
-        ("nonsense", "cpu", torch.float32, False, 64, "auto, sdpa, math, flash"),
+        ("nonsense", "cpu", torch.float32, False, 64, "auto, chunked, sdpa, math, flash"),
+        ("chunked", "cpu", torch.float32, False, 64, "does not take torch.float32 on cpu"),
     ],
 )
 def test_the_table(requested, device, dtype, masked, head_size, expected):
@@ -103,3 +113,25 @@ def test_a_backend_that_cannot_is_refused_when_it_is_set():
     with pytest.raises(InvalidParameterError, match="attention_backend"):
         set_attention_backend(torch.nn.Sequential(Attention(2, 64)), "cudnn", "cpu", torch.float32)
     assert {torch.float16, torch.bfloat16} == HALF
+
+
+@pytest.mark.parametrize(
+    ("has_bfloat16", "has_matrix_unit", "expected"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+    ids=["Zen 5", "Sapphire Rapids", "Cascade Lake"],
+)
+def test_auto_takes_chunks_where_they_win(monkeypatch, has_bfloat16, has_matrix_unit, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_matrix_unit)
+    assert chunked.wins_here() is expected
+
+
+@pytest.mark.parametrize(("in_auto", "expected"), [(True, "chunked"), (False, "sdpa")])
+def test_auto_leaves_out_what_is_taken_by_name_alone(monkeypatch, in_auto, expected):
+    offered = {**BACKENDS, "chunked": replace(BACKENDS["chunked"], in_auto=in_auto)}
+    monkeypatch.setattr(backends, "BACKENDS", offered)
+    select_backend.cache_clear()
+    assert select_backend("auto", "cpu", torch.bfloat16, False, 64).name == expected
+    assert select_backend("chunked", "cpu", torch.bfloat16, True, 64).name == "chunked"
+    assert select_backend("auto", "cpu", torch.float32, False, 64).name == "sdpa"
+    select_backend.cache_clear()

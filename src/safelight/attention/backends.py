@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from safelight.attention.chunked import chunked_attention, wins_here
 from safelight.errors import InvalidParameterError
 
 logger = logging.getLogger(__name__)
@@ -20,24 +21,30 @@ HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor]
+"""Query, key and value [B, H, S, D], mask, whether causal, and scale, to [B, H, S, D]."""
+
+
 @dataclass(frozen=True)
 class AttentionBackend:
     """One way to compute attention, and where it can.
 
     Attributes:
         name: as in `--attention-backend`.
-        kernel: torch's kernel; None leaves the choice to torch, call by call.
+        kernel: torch's kernel, or one of ours; None leaves the choice to torch, call by call.
         dtypes: for each device type that it runs on, the dtypes.
         takes_mask: whether it takes an attention mask.
         max_head_size: the largest head size; None where there is no limit.
+        in_auto: whether `auto` may take it; otherwise it is taken only when asked for by name.
 
     """
 
     name: str
-    kernel: SDPBackend | None
+    kernel: SDPBackend | Kernel | None
     dtypes: Mapping[str, frozenset[torch.dtype]]
     takes_mask: bool = True
     max_head_size: int | None = None
+    in_auto: bool = True
 
     def refusal(self, device_type: str, dtype: torch.dtype, has_mask: bool, head_size: int) -> str | None:
         """Say why it cannot compute this; None if it can."""
@@ -55,6 +62,8 @@ class AttentionBackend:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> Tensor:
         """Compute attention on [B, H, S, D]; keys and values may have fewer heads, by a whole factor."""
+        if callable(self.kernel):
+            return self.kernel(query, key, value, mask, causal, scale)
         grouped = query.shape[1] != key.shape[1]
         if self.kernel is None:
             return F.scaled_dot_product_attention(
@@ -66,9 +75,17 @@ class AttentionBackend:
             )
 
 
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
 BACKENDS: Mapping[str, AttentionBackend] = {
     backend.name: backend
     for backend in (
+        AttentionBackend(
+            "chunked",
+            chunked_attention,
+            {"cpu": frozenset({torch.bfloat16})} if HAS_ONEDNN else {},
+            in_auto=wins_here(),
+        ),
         AttentionBackend("sdpa", None, {"cpu": FLOATS, "cuda": FLOATS, "mps": FLOATS, "xpu": FLOATS, "meta": FLOATS}),
         AttentionBackend("math", SDPBackend.MATH, {"cpu": FLOATS, "cuda": FLOATS, "mps": FLOATS, "xpu": FLOATS}),
         AttentionBackend(
@@ -100,7 +117,8 @@ def select_backend(
     """
     if requested != "auto" and requested not in BACKENDS:
         raise InvalidParameterError("attention_backend", requested, f"auto, {', '.join(BACKENDS)}")
-    candidates = list(BACKENDS.values()) if requested == "auto" else [BACKENDS[requested]]
+    offered = [backend for backend in BACKENDS.values() if backend.in_auto]
+    candidates = offered if requested == "auto" else [BACKENDS[requested]]
     refusals = []
     for backend in candidates:
         refusal = backend.refusal(device_type, dtype, has_mask, head_size)

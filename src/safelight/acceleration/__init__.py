@@ -1,0 +1,1 @@
+"""Techniques that make a model faster or smaller, applied from outside."""
