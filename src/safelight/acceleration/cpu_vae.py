@@ -23,7 +23,8 @@ class WidenedConv2d(nn.Conv2d):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return [B, C_out, H, W], bfloat16."""
         bias = None if self.bias is None else self.bias.float()
-        return self._conv_forward(pixels.float(), self.weight.float(), bias).to(pixels.dtype)
+        convolved: Tensor = self._conv_forward(pixels.float(), self.weight.float(), bias)
+        return convolved.to(pixels.dtype)
 
 
 class WinogradConv2d(WidenedConv2d):
@@ -60,7 +61,7 @@ class InPlaceResidual(nn.Module):
         return total
 
 
-def channels_last(vae: nn.Module) -> None:
+def channels_last(vae: Any) -> None:
     """Lay the weights of convolutions so that activations have their channels last in memory. Values stay."""
     vae.to(memory_format=torch.channels_last)
 
