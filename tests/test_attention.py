@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from safelight.attention import BACKENDS, Attention, AttentionMetadata, backends, select_backend, set_attention_backend
+from safelight.attention import (
+    BACKENDS,
+    Attention,
+    AttentionMetadata,
+    backends,
+    chunked,
+    select_backend,
+    set_attention_backend,
+)
 from safelight.attention.backends import HALF, AttentionBackend
 from safelight.attention.hub import hub_kernel
 from safelight.attention.layer import backend_for_masks
@@ -43,7 +51,7 @@ def formula(query, key, value, mask, causal, scale):
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-CPU_BACKENDS = [name for name, backend in BACKENDS.items() if "cpu" in backend.dtypes]
+CPU_BACKENDS = [name for name, backend in BACKENDS.items() if torch.float32 in backend.dtypes.get("cpu", ())]
 
 
 @pytest.mark.parametrize("backend", ["auto", *CPU_BACKENDS])
@@ -89,7 +97,8 @@ def test_a_mask_hides_keys():
         ("sage", "cuda", torch.bfloat16, False, 160, "heads of at most 128, not 160"),
         ("sage", "cuda", torch.bfloat16, False, 64, "compute capability 8.x or 9.x or 12.x, not none"),
         ("sage", "cpu", torch.bfloat16, False, 64, "does not run on cpu"),
-        ("nonsense", "cpu", torch.float32, False, 64, "auto, sdpa, math, flash"),
+        ("nonsense", "cpu", torch.float32, False, 64, "auto, chunked, sdpa, math, flash"),
+        ("chunked", "cpu", torch.float32, False, 64, "does not take torch.float32 on cpu"),
     ],
 )
 def test_the_table(requested, device, dtype, masked, head_size, expected):
@@ -276,3 +285,25 @@ def test_a_kernel_that_cannot_be_had_is_refused(table, hub, monkeypatch):
         MissingDependencyError, match=r"sage needs the package kernels: pip install 'safelight\[kernels\]'"
     ):
         select_backend("sage", "cuda", torch.bfloat16, False, 64)
+
+
+@pytest.mark.parametrize(
+    ("has_bfloat16", "has_matrix_unit", "expected"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+    ids=["Zen 5", "Sapphire Rapids", "Cascade Lake"],
+)
+def test_auto_takes_chunks_where_they_win(monkeypatch, has_bfloat16, has_matrix_unit, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_matrix_unit)
+    assert chunked.wins_here() is expected
+
+
+@pytest.mark.parametrize(("in_auto", "expected"), [(True, "chunked"), (False, "sdpa")])
+def test_auto_leaves_out_what_is_taken_by_name_alone(monkeypatch, in_auto, expected):
+    offered = {**BACKENDS, "chunked": replace(BACKENDS["chunked"], in_auto=in_auto)}
+    monkeypatch.setattr(backends, "BACKENDS", offered)
+    select_backend.cache_clear()
+    assert select_backend("auto", "cpu", torch.bfloat16, False, 64).name == expected
+    assert select_backend("chunked", "cpu", torch.bfloat16, True, 64).name == "chunked"
+    assert select_backend("auto", "cpu", torch.float32, False, 64).name == "sdpa"
+    select_backend.cache_clear()

@@ -7,8 +7,8 @@ import functools
 from safelight.acceleration.compilation import Compilation
 from safelight.acceleration.graphs import StepGraphs, refuse_graphs
 from safelight.core.executor import make_call
-from safelight.core.request import CallMaker
 from safelight.core.pipeline import ComposedPipeline
+from safelight.core.request import CallMaker
 from safelight.core.server_args import Mode
 
 

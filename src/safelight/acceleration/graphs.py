@@ -16,9 +16,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from safelight.core.request import CallMaker
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import ModelCall, Prediction
+from safelight.core.request import CallMaker, ModelCall, Prediction
 from safelight.errors import InvalidParameterError
 
 MAX_GRAPHS = 16

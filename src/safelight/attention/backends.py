@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from safelight.attention.check import AttentionFunction, is_present, largest_error, relative_error
+from safelight.attention.chunked import chunked_attention, wins_here
 from safelight.attention.hub import load_flash3, load_sage
 from safelight.errors import InvalidParameterError
 
@@ -60,6 +61,7 @@ class AttentionBackend:
         lossy: whether it computes in fewer bits than query, key and value have.
         load: fetches the kernel from the Hub, in place of `kernel`. Such a backend, and a lossy one, is taken only if
             it is asked for by its name.
+        in_auto: whether `auto` may take it.
 
     """
 
@@ -71,6 +73,7 @@ class AttentionBackend:
     capabilities: frozenset[int] | None = None
     lossy: bool = False
     load: Callable[[], AttentionFunction] | None = None
+    in_auto: bool = True
 
     def refusal(self, kind: AttentionKind) -> str | None:
         """Say why it cannot compute this; None if it can."""
@@ -117,6 +120,7 @@ class AttentionBackend:
 BACKENDS: Mapping[str, AttentionBackend] = {
     backend.name: backend
     for backend in (
+        AttentionBackend("chunked", chunked_attention, {"cpu": frozenset({torch.bfloat16})}, in_auto=wins_here()),
         AttentionBackend("sdpa", None, {"cpu": FLOATS, "cuda": FLOATS, "mps": FLOATS, "xpu": FLOATS, "meta": FLOATS}),
         AttentionBackend("math", SDPBackend.MATH, {"cpu": FLOATS, "cuda": FLOATS, "mps": FLOATS, "xpu": FLOATS}),
         AttentionBackend(
@@ -165,7 +169,8 @@ def candidates(requested: str, kind: AttentionKind) -> list[AttentionBackend]:
         return [BACKENDS[requested]]
     first = FIRST_ON.get(kind.capability, ()) if kind.capability is not None else ()
     names = [*first, *(name for name in BACKENDS if name not in first)]
-    return [BACKENDS[name] for name in names if not BACKENDS[name].lossy and BACKENDS[name].load is None]
+    offered = [BACKENDS[name] for name in names]
+    return [backend for backend in offered if backend.in_auto and not backend.lossy and backend.load is None]
 
 
 def disagreement(backend: AttentionBackend, kind: AttentionKind) -> str | None:

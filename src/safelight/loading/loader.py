@@ -28,8 +28,8 @@ from safelight.loading.components import (
     load_component,
     quiet,
 )
-from safelight.loading.digest import weights_digest
 from safelight.loading.description import configure, targets
+from safelight.loading.digest import weights_digest
 from safelight.loading.footprint import measure
 from safelight.loading.repository import Repository, open_repository
 

@@ -124,9 +124,7 @@ def _shared_encoder(encoder: nn.Module, mesh: Mesh, is_whole: bool) -> Any:
     return EncoderOnOneRank(encoder if mesh.world.rank == 0 else None, mesh.world, device)
 
 
-def run_shared(
-    ranks: Communicator, calls: Sequence[ModelCall], make: CallMaker
-) -> list[Prediction]:
+def run_shared(ranks: Communicator, calls: Sequence[ModelCall], make: CallMaker) -> list[Prediction]:
     """Make the calls of a step over all ranks.
 
     Raises:

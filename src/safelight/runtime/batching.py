@@ -8,8 +8,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from safelight.core.request import CallMaker
-from safelight.core.request import ModelCall, Prediction
+from safelight.core.request import CallMaker, ModelCall, Prediction
 
 StackKey = tuple[str, tuple[Hashable, ...]]
 

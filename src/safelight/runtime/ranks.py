@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from safelight.core.request import CallMaker
-from safelight.core.request import ModelCall
+from safelight.core.request import CallMaker, ModelCall
 from safelight.errors import OutOfMemoryError, RankFailedError, SafelightError
 from safelight.parallel.collectives import Communicator
 from safelight.runtime.messages import ToWorker
@@ -128,5 +127,3 @@ def encoded(message: ToWorker) -> bytes:
 def decoded(order: Order) -> list[tuple[ToWorker, list[bytes]]]:
     """Return an order's messages."""
     return [(_MESSAGE.decode(message), arrays) for message, arrays in order.messages]
-
-

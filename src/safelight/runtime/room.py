@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from safelight.core.request import CallMaker
-from safelight.core.request import ModelCall, Prediction
+from safelight.core.request import CallMaker, ModelCall, Prediction
 
 
 class Memory(ABC):

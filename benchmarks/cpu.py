@@ -1,0 +1,147 @@
+"""The CPU's plan beside Diffusers' default: a small FLUX-like transformer, and the decoder of a VAE for pictures.
+
+Errors are relative to Diffusers in float32 on the same weights and inputs, whatever dtype they were rounded to. The VAE
+is compared with its float32 default in both dtypes. `--compile` adds rows with the transformer's repeated blocks
+compiled by `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import (
+    as_diffusers_calls,
+    as_safelight_calls,
+    as_tensor,
+    begin,
+    interleaved,
+    print_table,
+    relative_error,
+)
+from benchmarks.stacks import STACKS, Grid
+from safelight.acceleration.cpu import PLAIN, accelerate_on_cpu, cpu_plan
+from safelight.attention import set_attention_backend
+
+QUICK: Grid = (1, 8, 8)
+WANTED = {
+    ("transformer", torch.float32): 1.8,
+    ("transformer", torch.bfloat16): 1.4,
+    ("VAE", torch.float32): 1.2,
+    ("VAE", torch.bfloat16): 2.2,
+}
+WIDTHS, QUICK_WIDTHS = (128, 256, 512, 512), (32, 32, 64, 64)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to compute: what to call, and the error of what it made."""
+
+    run: Callable[[], object]
+    error: float
+
+
+def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[str, Side]:
+    """Return Diffusers' transformer and ours in `dtype`."""
+    stack = STACKS["flux"]
+    architecture = stack.small.architecture
+    reference = stack.diffusers_transformer(architecture, dtype)
+    inputs = stack.inputs(stack.small, grid, dtype)
+    yardstick = as_diffusers_calls(stack.diffusers_transformer(architecture, dtype).float())
+    exact = as_tensor(yardstick(**inputs.to(torch.float32).for_diffusers()))
+    ours = stack.our_transformer(architecture, reference.state_dict())
+    set_attention_backend(ours, "auto", "cpu", dtype)
+    accelerate_on_cpu(ours, cpu_plan())
+    if compiled:
+        for block in (block for kind in stack.blocks for block in getattr(ours, kind.attribute)):
+            block.compile()
+    calls: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "Diffusers": (as_diffusers_calls(reference), inputs.for_diffusers()),
+        "Safelight": (as_safelight_calls(ours), inputs.for_safelight()),
+    }
+    return {
+        name: Side(lambda call=call, kwargs=kwargs: call(**kwargs), relative_error(as_tensor(call(**kwargs)), exact))
+        for name, (call, kwargs) in calls.items()
+    }
+
+
+def make_vae(widths: tuple[int, ...]) -> Any:
+    """Return an `AutoencoderKL` of FLUX's kind with random weights, in float32."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return vae.eval().requires_grad_(False)
+
+
+def vae_sides(dtype: torch.dtype, size: int, widths: tuple[int, ...]) -> dict[str, Side]:
+    """Return Diffusers' float32 decode and ours in `dtype`, of a square picture."""
+    reference = make_vae(widths)
+    ours = deepcopy(reference).to(dtype)
+    accelerate_on_cpu(ours, cpu_plan())
+    latents = torch.randn(1, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
+
+    def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+        decoded: Tensor = vae.decode(latents, return_dict=False)[0]
+        return decoded
+
+    theirs = torch.no_grad()(lambda: decode(reference, latents))
+    mine = torch.inference_mode()(lambda: decode(ours, latents.to(dtype)))
+    exact = theirs()
+    return {"Diffusers": Side(theirs, 0.0), "Safelight": Side(mine, relative_error(mine(), exact))}
+
+
+def row(what: str, dtype: torch.dtype, label: str, sides: Mapping[str, Side], rounds: int) -> list[str]:
+    """Measure both sides and return the table's row."""
+    seconds = interleaved({name: side.run for name, side in sides.items()}, rounds)
+    times = [f"{seconds[name] * 1000:.0f} ms" for name in sides]
+    ratio = f"{seconds['Diffusers'] / seconds['Safelight']:.2f}"
+    return [label, *times, ratio, f"{WANTED[what, dtype]:.1f}", *(f"{side.error:.1e}" for side in sides.values())]
+
+
+def main() -> None:
+    """Measure the rows that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of A B B A")
+    parser.add_argument("--only", choices=("transformer", "VAE", "all"), default="all")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--size", type=int, default=512, help="of the decoded picture")
+    parser.add_argument("--compile", action="store_true", help="add rows with compiled blocks")
+    arguments = begin(parser)
+    plan = cpu_plan()
+    chosen = [field.name for field in fields(plan) if vars(plan)[field.name]]
+    print(f"plan: {', '.join(chosen) if plan != PLAIN else 'as torch computes'}", end="\n\n", flush=True)
+    rounds = 1 if arguments.quick else arguments.rounds
+    grid = QUICK if arguments.quick else next(iter(STACKS["flux"].small.grids.values()))
+    size, widths = (64, QUICK_WIDTHS) if arguments.quick else (arguments.size, WIDTHS)
+    rows = []
+    for dtype in (vars(torch)[name] for name in arguments.dtypes):
+        name = str(dtype).removeprefix("torch.")
+        if arguments.only != "VAE":
+            for compiled in (False, True) if arguments.compile else (False,):
+                label = f"FLUX-like, {name}{', blocks compiled' if compiled else ''}"
+                rows.append(row("transformer", dtype, label, transformer_sides(dtype, grid, compiled), rounds))
+        if arguments.only != "transformer":
+            label = f"AutoencoderKL decode {size}x{size}, {name} (Diffusers: float32)"
+            rows.append(row("VAE", dtype, label, vae_sides(dtype, size, widths), rounds))
+    print_table(
+        ["", "Diffusers", "Safelight", "times faster", "wanted", "error of Diffusers", "error of Safelight"], rows
+    )
+
+
+if __name__ == "__main__":
+    main()

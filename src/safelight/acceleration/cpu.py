@@ -1,0 +1,184 @@
+"""What makes a model faster on the CPU: the plan for this processor, and its application to a module.
+
+The plan is a function of the processor's maker and flags, and of a check of exactness whose sizes and numbers are
+always the same. Nothing is timed at start: a timing on a busy machine could fall out otherwise at the next start, and
+then a job that is run again would not give its bytes. The rules were found by `python -m benchmarks.cpu`, and by the
+measurements named beside them; where none was made, the processor computes as torch does.
+
+No setting of the process is changed: other threads, other models and the caller's own code find torch as they left it.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safelight.acceleration.cpu_products import (
+    FusedGELUProjection,
+    OneDNNLinear,
+    Product,
+    WidenedLinear,
+    is_float32,
+    onednn_linear,
+    sharing,
+)
+from safelight.acceleration.cpu_vae import channels_last, residuals_in_place, route_convolutions
+from safelight.layers.linear import GELUProjection
+
+logger = logging.getLogger(__name__)
+
+X86 = frozenset({"x86_64", "amd64"})
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+"""Flags of x86 processors that multiply bfloat16 in hardware."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What the plan depends on.
+
+    Attributes:
+        architecture: such as `x86_64` or `aarch64`.
+        vendor: as the processor names its maker: `GenuineIntel`, `AuthenticAMD`; empty where unknown.
+        flags: as Linux names them; empty where unknown.
+
+    """
+
+    architecture: str
+    vendor: str
+    flags: frozenset[str]
+
+
+@dataclass(frozen=True)
+class CpuPlan:
+    """What is computed otherwise than torch would by itself.
+
+    Attributes:
+        onednn_products: float32 linear layers by oneDNN. torch's MKL runs at half rate on AMD's processors with
+            AVX-512: 118 GFLOP/s a thread against 248 (Zen 5). On Intel's they are equal.
+        fused_gelu: linear layers with GELU as one operator of oneDNN; GELU's tanh costs a quarter of the product.
+        widened_bfloat16: bfloat16 linear layers and convolutions in float32, rounded once, where the processor has no
+            bfloat16 instructions: 26 GFLOP/s against 105 (Cascade Lake).
+        winograd: large float32 convolutions with a quarter of the multiplications.
+        channels_last: VAEs for pictures with channels last in memory, without needless copies.
+
+    """
+
+    onednn_products: bool = False
+    fused_gelu: bool = False
+    widened_bfloat16: bool = False
+    winograd: bool = False
+    channels_last: bool = False
+
+
+PLAIN = CpuPlan()
+"""Everything as torch does it."""
+
+
+def this_processor() -> Processor:
+    """Return what Linux says of the first processor; elsewhere the architecture alone."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").partition("\n\n")[0].splitlines() if path.is_file() else []
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = said.get("flags") or said.get("Features") or ""
+    return Processor(platform.machine().lower(), said.get("vendor_id", ""), frozenset(flags.split()))
+
+
+def make_plan(processor: Processor, has_onednn: bool, is_exact: Callable[[Product], bool] = is_float32) -> CpuPlan:
+    """Return the plan for a processor.
+
+    Args:
+        processor: its maker and flags.
+        has_onednn: whether torch was built with oneDNN.
+        is_exact: says of a float32 product whether it is one.
+
+    """
+    if processor.architecture not in X86 or not has_onednn:
+        return PLAIN
+    has_avx512 = "avx512f" in processor.flags
+    exact = has_avx512 and is_exact(onednn_linear)
+    return CpuPlan(
+        onednn_products=exact and processor.vendor == "AuthenticAMD",
+        fused_gelu=exact,
+        widened_bfloat16="avx2" in processor.flags and BFLOAT16_FLAGS.isdisjoint(processor.flags),
+        winograd=has_avx512,
+        channels_last=has_avx512,
+    )
+
+
+@cache
+def cpu_plan() -> CpuPlan:
+    """Return the plan for this processor; made, and logged, once a process."""
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    plan = make_plan(this_processor(), has_onednn)
+    chosen = [field.name for field in fields(plan) if vars(plan)[field.name]]
+    logger.info("on the CPU: %s", ", ".join(chosen) or "as torch computes")
+    return plan
+
+
+def route_products(module: nn.Module, plan: CpuPlan) -> int:
+    """Replace linear layers below `module` by faster ones over the same parameters; return how many.
+
+    Names in the state dict, and the parameters themselves, stay. Layers of other classes than `nn.Linear` itself, such
+    as quantised ones, are left alone.
+    """
+    layers = dict(module.named_modules())
+    inside = {id(layer.proj) for layer in layers.values() if plan.fused_gelu and isinstance(layer, GELUProjection)}
+    faster = {name: _faster(layer, plan) for name, layer in layers.items() if id(layer) not in inside}
+    replacements = {name: layer for name, layer in faster.items() if layer is not None}
+    for name, layer in replacements.items():
+        module.set_submodule(name, layer)
+    return len(replacements)
+
+
+def accelerate_on_cpu(module: nn.Module, plan: CpuPlan) -> None:
+    """Apply a plan to a component that was loaded onto the CPU, in place.
+
+    Args:
+        module: a transformer, a text encoder or a VAE, with its weights in their final dtype.
+        plan: `cpu_plan()`, or `PLAIN`, which changes nothing.
+
+    """
+    routed = route_products(module, plan)
+    logger.debug("%s: %d linear layers routed", type(module).__name__, routed)
+    if plan.channels_last and is_picture_vae(module):
+        accelerate_vae(module, plan)
+
+
+def is_picture_vae(module: nn.Module) -> bool:
+    """Return whether a module is an `AutoencoderKL`; only the library's own modules make it import the library."""
+    if not type(module).__module__.startswith("diffusers."):
+        return False
+    from diffusers import AutoencoderKL
+
+    return isinstance(module, AutoencoderKL)
+
+
+def accelerate_vae(vae: Any, plan: CpuPlan) -> None:
+    """Apply a plan to the convolutions and residual blocks of an `AutoencoderKL`, in place."""
+    channels_last(vae)
+    route_convolutions(vae, winograd=plan.winograd, widen=plan.widened_bfloat16)
+    residuals_in_place(vae)
+
+
+def _faster(layer: nn.Module, plan: CpuPlan) -> nn.Module | None:
+    """Return what computes a layer faster; None where it stays."""
+    if isinstance(layer, GELUProjection) and plan.fused_gelu:
+        return FusedGELUProjection(layer).train(layer.training) if _is_routed(layer.proj, plan) else None
+    if type(layer) is not nn.Linear or not _is_routed(layer, plan):
+        return None
+    if layer.weight.dtype is torch.bfloat16:
+        return sharing(layer, WidenedLinear)
+    return sharing(layer, OneDNNLinear) if plan.onednn_products else None
+
+
+def _is_routed(layer: nn.Linear, plan: CpuPlan) -> bool:
+    dtype = layer.weight.dtype
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and plan.widened_bfloat16)

@@ -1,0 +1,106 @@
+"""Linear layers on the CPU by the faster of torch's libraries, with no setting of the process touched.
+
+torch gives float32 products to MKL, or to oneDNN where a setting of the whole process asks for it. Here oneDNN is
+called by its operator instead: nothing has to be set, restored, or kept from other threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from safelight.layers.linear import GELUProjection
+
+MAX_ERROR = 2.0
+"""An operator's error against float64 may be this many times that of torch's float32."""
+
+CHECKED_SIZES = ((3, 64, 32), (64, 768, 96), (257, 131, 515), (96, 3072, 768))
+"""Rows, input channels and output channels at which an operator is checked."""
+
+MIN_WIDENED_ROWS = 16
+"""Of fewer rows, the cast of the weights would take longer than bfloat16's own product."""
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`x @ weight.T + bias`: of [..., C], [C_out, C] and [C_out]."""
+
+
+def onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `hidden_states @ weight.T + bias`, float32, by oneDNN."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "none", [], "")
+    return product
+
+
+def onednn_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """Return the GELU of `onednn_linear`, made of each part of the product as it is finished: next to free."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "gelu", [], approximate)
+    return product
+
+
+def is_float32(product: Product) -> bool:
+    """Return whether a product is as exact as torch's float32 is, on sizes and numbers that are always the same.
+
+    A processor with matrix units may round to bfloat16 on the way; that is a hundred times float32's error.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for rows, channels, out_channels in CHECKED_SIZES:
+        hidden_states = torch.randn(rows, channels, generator=generator)
+        weight = torch.randn(out_channels, channels, generator=generator) * channels**-0.5
+        bias = torch.randn(out_channels, generator=generator)
+        exact = F.linear(hidden_states.double(), weight.double(), bias.double())
+        error, allowed = (
+            float((computed.double() - exact).norm() / exact.norm())
+            for computed in (product(hidden_states, weight, bias), F.linear(hidden_states, weight, bias))
+        )
+        if not error <= MAX_ERROR * allowed:
+            return False
+    return True
+
+
+class OneDNNLinear(nn.Linear):
+    """A float32 linear layer by oneDNN."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return [..., C_out]."""
+        return onednn_linear(hidden_states, self.weight, self.bias)
+
+
+class WidenedLinear(nn.Linear):
+    """A bfloat16 linear layer computed in float32 and rounded once, never less exact than bfloat16's own product.
+
+    The weights are cast at each call: no more memory is taken than one layer's, for as long as it runs.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return [..., C_out], bfloat16."""
+        if hidden_states.shape[:-1].numel() < MIN_WIDENED_ROWS:
+            return super().forward(hidden_states)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden_states.float(), self.weight.float(), bias).to(hidden_states.dtype)
+
+
+class FusedGELUProjection(nn.Module):
+    """A linear layer and its GELU as one operator of oneDNN, in float32; bfloat16 is cast and rounded once."""
+
+    def __init__(self, projection: GELUProjection) -> None:
+        super().__init__()
+        self.proj = projection.proj
+        self.approximate = projection.act.approximate
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return [..., C_out]."""
+        bias = None if self.proj.bias is None else self.proj.bias.float()
+        activated = onednn_linear_gelu(hidden_states.float(), self.proj.weight.float(), bias, self.approximate)
+        return activated.to(hidden_states.dtype)
+
+
+def sharing(linear: nn.Linear, cls: type[nn.Linear]) -> nn.Linear:
+    """Return a layer of another class over the very parameters of `linear`."""
+    with torch.device("meta"):
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    layer.weight = linear.weight
+    if linear.bias is not None:
+        layer.bias = linear.bias
+    return layer.train(linear.training)

@@ -1,0 +1,154 @@
+"""The libraries' VAE for pictures on the CPU: channels last, fewer multiplications, and no needless copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safelight.acceleration.group_norm import group_norm_silu
+from safelight.acceleration.winograd import TILE, winograd_conv2d
+
+MIN_CHANNELS = 128
+"""Fewer channels, of input or output, are convolved by the definition: turning windows would cost what it saves."""
+
+MIN_TILES = 256
+"""So are pictures of fewer tiles, for which turning the weights would."""
+
+
+class WidenedConv2d(nn.Conv2d):
+    """A bfloat16 convolution computed in float32 and rounded once. Weights are cast at each call."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return [B, C_out, H, W], bfloat16."""
+        bias = None if self.bias is None else self.bias.float()
+        convolved: Tensor = self._conv_forward(pixels.float(), self.weight.float(), bias)
+        return convolved.to(pixels.dtype)
+
+
+class WinogradConv2d(WidenedConv2d):
+    """A convolution of 3 by 3 with a quarter of the multiplications where the picture is large, in float32."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return [B, C_out, H, W], in the dtype of the pixels."""
+        height, width = pixels.shape[2:]
+        if (-(-height // TILE)) * (-(-width // TILE)) < MIN_TILES:
+            return super().forward(pixels)
+        return winograd_conv2d(pixels, self.weight, self.bias)
+
+
+class InPlaceResidual(nn.Module):
+    """The libraries' residual block without needless copies: the sum is made in place, activations with the norm.
+
+    Args:
+        block: a `ResnetBlock2D` without embedded time, whose parts are taken by the names that they have.
+
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = block.norm1, block.conv1
+        self.norm2, self.conv2 = block.norm2, block.conv2
+        self.conv_shortcut = block.conv_shortcut
+
+    def forward(self, input_tensor: Tensor, temb: None = None) -> Tensor:
+        """Return [B, C_out, H, W]."""
+        hidden_states = self.conv1(group_norm_silu(input_tensor, self.norm1))
+        hidden_states = self.conv2(group_norm_silu(hidden_states, self.norm2))
+        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        total: Tensor = hidden_states.add_(shortcut)
+        return total
+
+
+def channels_last(vae: Any) -> None:
+    """Lay the weights of convolutions so that activations have their channels last in memory. Values stay."""
+    vae.to(memory_format=torch.channels_last)
+
+
+def route_convolutions(module: nn.Module, winograd: bool, widen: bool) -> int:
+    """Replace convolutions by faster ones over the same parameters; return how many.
+
+    Args:
+        module: whose convolutions, at any depth, are replaced.
+        winograd: whether 3 by 3 may be computed with fewer multiplications.
+        widen: whether bfloat16 is computed in float32; without it, bfloat16 convolutions stay torch's.
+
+    """
+    replaced = 0
+    for name, conv in list(module.named_modules()):
+        if type(conv) is not nn.Conv2d or not (
+            conv.weight.dtype is torch.float32 or (widen and conv.weight.dtype is torch.bfloat16)
+        ):
+            continue
+        if winograd and _is_plain_3x3(conv):
+            module.set_submodule(name, _sharing(conv, WinogradConv2d))
+        elif conv.weight.dtype is torch.bfloat16:
+            module.set_submodule(name, _sharing(conv, WidenedConv2d))
+        else:
+            continue
+        replaced += 1
+    return replaced
+
+
+class NormSiLU(nn.GroupNorm):
+    """A group norm and its SiLU, over channels last.
+
+    Args:
+        norm: whose parameters are taken.
+
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        with torch.device("meta"):
+            super().__init__(norm.num_groups, norm.num_channels, norm.eps)
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return [B, C, H, W]."""
+        return group_norm_silu(pixels, self)
+
+
+def residuals_in_place(vae: Any) -> int:
+    """Replace residual blocks and last norms of an `AutoencoderKL` by ones that copy less; return how many blocks."""
+    if vae.config.act_fn != "silu":
+        return 0
+    parts = [block for half in (vae.encoder.down_blocks, vae.decoder.up_blocks) for block in half]
+    parts += [vae.encoder.mid_block, vae.decoder.mid_block]
+    for part in parts:
+        part.resnets = nn.ModuleList(InPlaceResidual(block) for block in part.resnets).train(vae.training)
+    for half in (vae.encoder, vae.decoder):
+        half.conv_norm_out, half.conv_act = NormSiLU(half.conv_norm_out), nn.Identity()
+    return sum(len(part.resnets) for part in parts)
+
+
+def _is_plain_3x3(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution is of 3 by 3, makes as many pixels as it is given, and has channels enough."""
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.groups == 1
+        and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+    )
+
+
+def _sharing(conv: nn.Conv2d, cls: type[nn.Conv2d]) -> nn.Conv2d:
+    """Return a convolution of another class over the very parameters of `conv`."""
+    with torch.device("meta"):
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+        )
+    layer.weight = conv.weight
+    if conv.bias is not None:
+        layer.bias = conv.bias
+    return layer.train(conv.training)
