@@ -62,7 +62,8 @@ class OneKernel(TorchFunctionMode):
         self.counter.paused = True
         try:
             if func is F.scaled_dot_product_attention:
-                return torch.empty_like(args[0])  # a GPU's kernels lay their result out as the query is
+                query = args[0] if args else (kwargs or {})["query"]
+                return torch.empty_like(query)  # a GPU's kernels lay their result out as the query is
             return func(*args, **(kwargs or {}))
         finally:
             self.counter.paused = False

@@ -161,7 +161,7 @@ def test_models_give_equal_bytes_with_operators(stack, dtype):
         assert all(layer.operation is layer.plain for layer in layers)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
 def test_both_forms_are_part_of_one_graph(stack, fused):
     transformer, inputs = tiny_transformer(stack, torch.float32)
