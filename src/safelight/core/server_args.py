@@ -23,6 +23,7 @@ CUDA_GRAPHS = ("none", "steps")
 PARALLEL_SIZES = ("cfg_parallel_size", "ring_degree", "ulysses_degree", "tp_size")
 """Settings whose product is the number of devices, from the slowest link to the fastest."""
 VAE_TILINGS = ("none", "exact")
+KERNELS = ("auto", "plain")
 BACKENDS = ("auto", "native", "diffusers")
 
 
@@ -48,6 +49,8 @@ class ServerArgs:
         component_dtypes: exceptions, by the component's name.
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         attention_backend: `auto`, or a name from the table in `safelight.attention`.
+        kernels: `auto`, operations that are fast on this device where a check has shown them as exact as torch's own,
+            or `plain`, torch's own.
         devices: for one request; the product of the next four, or, alone, a number for which a planner chooses them.
         cfg_parallel_size, ring_degree, ulysses_degree, tp_size: how devices share a request: guidance branches, parts
             of the tokens in a ring, tokens for heads, weights.
@@ -69,7 +72,10 @@ class ServerArgs:
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16.  [default: auto]")
     component_dtypes: Mapping[str, str] = settings_per_component("A component's own, as vae=float32; may be repeated.")
     backend: str = setting("auto", "auto (a family of ours, or else diffusers), native or diffusers.  [default: auto]")
-    attention_backend: str = setting("auto", "auto, sdpa, math, flash, efficient or cudnn.  [default: auto]")
+    attention_backend: str = setting(
+        "auto", "auto, chunked, sdpa, math, flash, efficient, cudnn, flash3 or sage.  [default: auto]"
+    )
+    kernels: str = setting("auto", "auto: fused and fast operations where they are checked, or plain.  [default: auto]")
 
     offload: str = setting(
         "none", "What waits on the host: none, alternates, components, blocks, or auto.  [default: none]"
@@ -100,6 +106,8 @@ class ServerArgs:
             raise InvalidParameterError("dtype", self.dtype, f"auto, {takes}")
         if self.backend not in BACKENDS:
             raise InvalidParameterError("backend", self.backend, ", ".join(BACKENDS))
+        if self.kernels not in KERNELS:
+            raise InvalidParameterError("kernels", self.kernels, ", ".join(KERNELS))
         if self.offload not in OFFLOADS:
             raise InvalidParameterError("offload", self.offload, ", ".join(OFFLOADS))
         self.conditioning_cache_bytes()

@@ -92,7 +92,9 @@ def library_of(target: str) -> str | None:
     return package if package in LIBRARY_STEMS else None
 
 
-def load_component(folder: Path, target: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_component(
+    folder: Path, target: str, dtype: torch.dtype, device: torch.device, share: tuple[int, int] = (0, 1)
+) -> Any:
     """Load one component.
 
     Args:
@@ -100,6 +102,7 @@ def load_component(folder: Path, target: str, dtype: torch.dtype, device: torch.
         target: `module:Class`, from the tables.
         dtype: of its weights.
         device: where they go.
+        share: this rank and the number of ranks that share the weights of a model with a tensor-parallel plan.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -108,7 +111,7 @@ def load_component(folder: Path, target: str, dtype: torch.dtype, device: torch.
     library = library_of(target)
     cls = resolve_class(target)
     if library is None:
-        return _load_native(cls, folder, dtype, device)
+        return _load_native(cls, folder, dtype, device, share)
     with in_words(f"{folder.name}: {cls.__name__}"), quiet():
         if issubclass(cls, nn.Module):
             return _load_library_module(cls, folder, dtype, device, LIBRARY_STEMS[library])

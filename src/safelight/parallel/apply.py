@@ -58,7 +58,8 @@ def choose(server_args: ServerArgs, facts: ModelFacts, device_bytes: int | None 
     """
     sizes = [vars(server_args)[name] for name in PARALLEL_SIZES]
     if max(sizes) > 1 or server_args.num_devices() == 1:
-        layout = ParallelLayout(*sizes, vae=server_args.vae_parallel)
+        cfg, ring, ulysses, tp = sizes
+        layout = ParallelLayout(cfg, ring, ulysses, tp, server_args.vae_parallel)
         layout.check(facts)
         return Choice(layout, ())
     return choose_layout(server_args.num_devices(), facts, device_bytes=device_bytes)

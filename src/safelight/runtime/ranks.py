@@ -108,8 +108,9 @@ def vote_of(error: Exception | None) -> int:
 
 def reason_of(error: Exception | None) -> Exception | None:
     """Return what made a shared piece of work fail, on the rank that knows it."""
-    known = isinstance(error, RankFailedError) and isinstance(error.__cause__, Exception)
-    return error.__cause__ if known and isinstance(error.__cause__, Exception) else error
+    if isinstance(error, RankFailedError) and isinstance(error.__cause__, Exception):
+        return error.__cause__
+    return error
 
 
 def failure_of(verdict: int) -> SafelightError | None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from safelight.core.request import Req
-from safelight.errors import OutOfMemoryError, SafelightError
-from safelight.runtime.engine import Engine, is_out_of_memory
+from safelight.errors import CancelledError, OutOfMemoryError, SafelightError
+from safelight.runtime.engine import Engine, Plan, is_out_of_memory
 from safelight.runtime.messages import (
     Cancel,
     Compiled,
@@ -18,12 +18,14 @@ from safelight.runtime.messages import (
     Heartbeat,
     OutputMade,
     Progressed,
+    Stop,
     Submit,
     ToWorker,
     array_to_image,
     join_images,
 )
 from safelight.runtime.policy import Task
+from safelight.runtime.ranks import Order, decoded, encoded
 from safelight.runtime.transport import WorkerChannel
 
 logger = logging.getLogger(__name__)
