@@ -16,6 +16,8 @@ from safelight.core.registry import resolve_class
 from safelight.errors import CheckpointError, ModelError, ModelIndexError, nearest
 from safelight.loading.checkpoint import checkpoint_files, float32_parts, listed, load_weights
 from safelight.loading.repository import Repository, read_json
+from safelight.parallel.plans import tensor_plan
+from safelight.parallel.tensor import shard_parameters
 
 LIBRARY_CLASSES: Mapping[str, str] = {
     "AutoencoderKL": "diffusers:AutoencoderKL",
@@ -177,9 +179,10 @@ def in_words(what: str) -> Iterator[None]:
         raise ModelError(f"{what} cannot be loaded: {reason}") from error
 
 
-def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, share: tuple[int, int]) -> nn.Module:
     module = _build_native(cls, folder)
-    load_weights(module, folder, dtype, device)
+    shards = shard_parameters(module, *share) if tensor_plan(module) is not None else {}
+    load_weights(module, folder, dtype, device, shards)
     return module.eval()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from safelight.acceleration.apply import accelerate
 from safelight.acceleration.memory import CudaMemory, DeviceMemory
 from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan, make_plan
@@ -18,11 +19,12 @@ from safelight.backends import diffusers
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
-from safelight.errors import InvalidParameterError
+from safelight.errors import InvalidParameterError, UsageError
 from safelight.loading.checkpoint import WEIGHT_SUFFIXES
 from safelight.loading.components import (
     LIBRARY_STEMS,
     check_library_files,
+    empty_component,
     in_words,
     library_of,
     load_component,
@@ -32,6 +34,12 @@ from safelight.loading.description import configure, targets
 from safelight.loading.digest import weights_digest
 from safelight.loading.footprint import measure
 from safelight.loading.repository import Repository, open_repository
+from safelight.parallel.apply import choose, max_branches, refuse_excluded, share
+from safelight.parallel.layout import Choice
+from safelight.parallel.mesh import Mesh, lone_mesh
+from safelight.parallel.plans import model_facts, tensor_plan
+from safelight.parallel.tensor import connect_shards
+from safelight.parallel.vae import can_divide
 
 logger = logging.getLogger(__name__)
 memory_logger = logging.getLogger("safelight.memory")
@@ -39,12 +47,15 @@ memory_logger = logging.getLogger("safelight.memory")
 HOST = torch.device("cpu")
 
 
-def load_pipeline(server_args: ServerArgs, memory: DeviceMemory | None = None) -> ComposedPipeline:
+def load_pipeline(
+    server_args: ServerArgs, memory: DeviceMemory | None = None, mesh: Mesh | None = None
+) -> ComposedPipeline:
     """Load the model that `server_args` names.
 
     Args:
         server_args: what is set for the engine.
         memory: where components run that wait on the host until they are used; the device's unless given.
+        mesh: of the ranks that load it together; None for one device.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -58,7 +69,33 @@ def load_pipeline(server_args: ServerArgs, memory: DeviceMemory | None = None) -
     limit = server_args.memory_limit_bytes()
     if memory is not None and limit is not None:
         memory.limit(limit)
-    return _LOADERS[repository.pipeline.backend](repository, server_args, memory)
+    if (mesh or lone_mesh()).layout.num_devices != server_args.num_devices():
+        raise UsageError("a model on several devices is loaded by as many ranks, which this process does not belong to")
+    return _LOADERS[repository.pipeline.backend](repository, server_args, memory, mesh or lone_mesh())
+
+
+def choose_layout(server_args: ServerArgs) -> Choice:
+    """Return how the devices that the settings ask for share a request, from the model's JSON alone.
+
+    Raises:
+        InvalidParameterError: if the model cannot be divided so; with the numbers.
+
+    """
+    refuse_excluded(server_args)
+    repository = open_repository(server_args.model, server_args.revision, backend=server_args.backend)
+    if repository.pipeline.backend != "native":
+        raise InvalidParameterError("devices", server_args.num_devices(), "1 for a model run by the diffusers package")
+    pipeline_cls = repository.pipeline.pipeline_cls()
+    config, schema = configure(repository)
+    found = targets(repository, pipeline_cls)
+    name = next(name for name in found if name.startswith("transformer"))
+    dtype = server_args.component_dtype(name, config.precisions.get(name))
+    transformer = empty_component(repository.path / name, found[name], dtype)
+    divides_vae = can_divide(pipeline_cls.decoding_stage, found["vae"].rpartition(":")[2])
+    facts = model_facts(repository.name, transformer, max_branches(schema), divides_vae)
+    device = server_args.torch_device()
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return choose(server_args, facts, memory)
 
 
 def device_memory(server_args: ServerArgs) -> DeviceMemory | None:
@@ -113,7 +150,9 @@ def describe(repository: Repository) -> ModelSchema:
     )
 
 
-def _load_diffusers(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> ComposedPipeline:
+def _load_diffusers(
+    repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None, mesh: Mesh
+) -> ComposedPipeline:
     for name in repository.component_names():
         entry, folder = repository.index[name], repository.path / name
         diffusers.check_component(repository.path, name, entry)
@@ -125,7 +164,9 @@ def _load_diffusers(repository: Repository, server_args: ServerArgs, memory: Dev
         return diffusers.load(repository.path, describe(repository), server_args)
 
 
-def _load_native(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> ComposedPipeline:
+def _load_native(
+    repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None, mesh: Mesh
+) -> ComposedPipeline:
     device = server_args.torch_device()
     pipeline_cls = repository.pipeline.pipeline_cls()
     names = pipeline_cls.component_names()
@@ -141,12 +182,18 @@ def _load_native(repository: Repository, server_args: ServerArgs, memory: Device
         begun = time.perf_counter()
         dtype = server_args.component_dtype(name, config.precisions.get(name))
         home = HOST if plan is not None and name in plan.placed else device
-        modules[name] = load_component(repository.path / name, target, dtype, home)
+        modules[name] = load_component(repository.path / name, target, dtype, home, (mesh.tp.rank, mesh.tp.size))
         if isinstance(modules[name], nn.Module):
             set_attention_backend(modules[name], server_args.attention_backend, device.type, dtype)
+            in_bands = name == "vae" and (server_args.vae_tiling != "none" or mesh.layout.vae)
+            # Bands walk the library's own modules, which faster ones would replace.
+            accelerate(modules[name], "plain" if in_bands else server_args.kernels, device, dtype)
+            if tensor_plan(modules[name]) is not None:
+                connect_shards(modules[name], mesh.tp)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
     pipeline = pipeline_cls(modules, config, schema, server_args)
     pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in pipeline.modules()}
+    share(pipeline, mesh)
     if plan is not None and memory is not None:
         pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
     return pipeline
@@ -162,7 +209,7 @@ def _plan_for_device(repository: Repository, server_args: ServerArgs, memory: De
     return plan
 
 
-_LOADERS: Mapping[str, Callable[[Repository, ServerArgs, DeviceMemory | None], ComposedPipeline]] = {
+_LOADERS: Mapping[str, Callable[[Repository, ServerArgs, DeviceMemory | None, Mesh], ComposedPipeline]] = {
     "native": _load_native,
     diffusers.FAMILY: _load_diffusers,
 }

@@ -38,8 +38,8 @@ def apply_vae_parallel(pipeline: ComposedPipeline, ranks: Communicator) -> None:
     for stage in pipeline.stages.values():
         if not isinstance(stage, DecodingStage):
             continue
-        if not can_divide(stage):
-            name = type(stage.vae).__name__
+        name = type(stage.vae).__name__
+        if not can_divide(type(stage), name):
             raise InvalidParameterError("vae_parallel", True, f"false: the decoder of {name} cannot be divided")
         if isinstance(stage, CausalVAEDecodingStage):
             stage.decoder = BandedCausalDecoder(stage.vae, ranks)
@@ -49,9 +49,9 @@ def apply_vae_parallel(pipeline: ComposedPipeline, ranks: Communicator) -> None:
             divide_decoder(stage.vae.decoder, RowBands(ranks))
 
 
-def can_divide(stage: DecodingStage) -> bool:
-    """Say whether a stage can decode in bands."""
-    return isinstance(stage, CausalVAEDecodingStage) or type(stage.vae).__name__ in IMAGE_VAES | CAUSAL_VAES
+def can_divide(stage: type[DecodingStage], vae: str) -> bool:
+    """Say whether a kind of stage can decode in bands with a VAE of this class."""
+    return issubclass(stage, CausalVAEDecodingStage) or vae in IMAGE_VAES | CAUSAL_VAES
 
 
 IMAGE_VAES = frozenset({"AutoencoderKL"})

@@ -39,6 +39,8 @@ class Start(Message, frozen=True):
         share: of device time for the oldest task.
         limits: how long units may take.
         warm_up: whether one small request is run before the worker calls itself ready.
+        rank, num_ranks: which of the processes this is that share every request.
+        store: name of the file through which they meet; None where `torchrun` started them.
 
     """
 
@@ -48,6 +50,9 @@ class Start(Message, frozen=True):
     share: float
     limits: UnitLimits
     warm_up: bool
+    rank: int = 0
+    num_ranks: int = 1
+    store: str | None = None
 
     def args(self) -> ServerArgs:
         """Return the settings."""

@@ -72,6 +72,11 @@ def _kilobytes(path: Path, name: str) -> int:
     return int(found[1])
 
 
+def memory_of(device: torch.device) -> Memory:
+    """Return a device's memory."""
+    return CudaMemory(device) if device.type == "cuda" else HostMemory()
+
+
 class Room:
     """Learns what a component's forward takes for each token, and says whether the next one fits.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -65,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.1
 STOP_SECONDS = 5.0
+GROUP_SILENCE = 1.5
+"""Seconds of silence after which one of several ranks counts as stopped: the others wait for it."""
 MAX_DEATHS = 3
 DEATHS_WINDOW = 300.0
 
@@ -83,6 +86,7 @@ class EngineSettings:
         warm_up: whether the worker runs one small request before it is ready.
         unit_limits: how long units of work may take.
         heartbeat_limit: seconds of silence after which a worker counts as stopped.
+        is_first_of_torchrun: whether `torchrun` starts the other ranks, on this machine and on others.
 
     """
 
@@ -95,6 +99,7 @@ class EngineSettings:
     warm_up: bool = True
     unit_limits: UnitLimits = field(default_factory=UnitLimits)
     heartbeat_limit: float = 10.0
+    is_first_of_torchrun: bool = False
 
 
 @dataclass(eq=False)
@@ -109,15 +114,32 @@ class _Live:
 
 
 @dataclass(eq=False)
-class _Worker:
-    """One worker process, and the ways to it."""
+class _Rank:
+    """One process of a worker, and the way to it."""
 
     process: asyncio.subprocess.Process
     channel: ServerChannel
+    heard: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """The processes that share every request; the first speaks for all."""
+
+    ranks: list[_Rank]
     board: UnitBoard
     outgoing: asyncio.Queue[Parcel] = field(default_factory=asyncio.Queue)
-    heard: float = field(default_factory=time.monotonic)
     ready: bool = False
+
+    @property
+    def process(self) -> asyncio.subprocess.Process:
+        """The first one's process."""
+        return self.ranks[0].process
+
+    @property
+    def channel(self) -> ServerChannel:
+        """The way to the first one."""
+        return self.ranks[0].channel
 
 
 class Supervisor(EngineClient):
@@ -237,34 +259,47 @@ class Supervisor(EngineClient):
             worker.board.remove()
 
     async def _spawn(self) -> _Worker:
-        number = self._stats.num_restarts
-        socket, board = self._folder / f"{number}.ipc", self._folder / f"{number}.unit"
+        number, num_ranks = self._stats.num_restarts, self.settings.server_args.num_devices()
+        board = self._folder / f"{number}.unit"
+        # The ranks of other machines are started there; this process has the first one's alone.
+        local = 1 if self.settings.is_first_of_torchrun else num_ranks
+        ranks = [await self._start_rank(self._folder / f"{number}.{rank}.ipc", board) for rank in range(local)]
+        worker = _Worker(ranks, UnitBoard(board))
+        for index, rank in enumerate(ranks):
+            start = Start(
+                server_args=asdict(self.settings.server_args),
+                max_running=self.settings.max_running,
+                batching=self.settings.batching,
+                share=self.settings.share,
+                limits=self.settings.unit_limits,
+                warm_up=self.settings.warm_up,
+                rank=index,
+                num_ranks=num_ranks,
+                store=None if local < num_ranks else f"{number}.store",
+            )
+            await rank.channel.send(start)
+        return worker
+
+    async def _start_rank(self, socket: Path, board: Path) -> _Rank:
         channel = ServerChannel(socket)
         command = [sys.executable, "-m", "safelight.runtime.worker", str(socket), str(board), str(os.getpid())]
         # A session of its own: an interrupt at the terminal is the supervisor's, who decides when the worker ends.
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
-        worker = _Worker(process, channel, UnitBoard(board))
-        start = Start(
-            server_args=asdict(self.settings.server_args),
-            max_running=self.settings.max_running,
-            batching=self.settings.batching,
-            share=self.settings.share,
-            limits=self.settings.unit_limits,
-            warm_up=self.settings.warm_up,
-        )
-        worker.outgoing.put_nowait((start, ()))
-        return worker
+        return _Rank(process, channel)
 
     async def _serve(self, worker: _Worker) -> str:
         """Exchange messages until the worker dies, hangs or gives up; return which."""
         parts: dict[asyncio.Task[object], str] = {
-            asyncio.create_task(worker.process.wait()): "died",
             asyncio.create_task(self._send_all(worker)): "cannot be reached",
             asyncio.create_task(self._receive_all(worker)): "gave up",
             asyncio.create_task(self._watch(worker)): "hung",
         }
+        for rank in worker.ranks:
+            parts[asyncio.create_task(rank.process.wait())] = "died"
+        for rank in worker.ranks[1:]:
+            parts[asyncio.create_task(self._hear(rank))] = "gave up"
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             part = next(iter(done))
@@ -277,6 +312,15 @@ class Supervisor(EngineClient):
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
 
+    async def _hear(self, rank: _Rank) -> None:
+        """Take what a rank beside the first says: that it runs, until it says that it cannot load."""
+        while True:
+            message, _ = await rank.channel.receive()
+            rank.heard = time.monotonic()
+            if isinstance(message, LoadFailed):
+                self._load_failed(message)
+                return
+
     async def _send_all(self, worker: _Worker) -> None:
         while True:
             message, arrays = await worker.outgoing.get()
@@ -286,7 +330,7 @@ class Supervisor(EngineClient):
         """Take messages until the worker says that it cannot load."""
         while True:
             message, arrays = await worker.channel.receive()
-            worker.heard = time.monotonic()
+            worker.ranks[0].heard = time.monotonic()
             if isinstance(message, LoadFailed):
                 self._load_failed(message)
                 return
@@ -307,23 +351,28 @@ class Supervisor(EngineClient):
             if unit is not None and unit.is_late():
                 logger.error("the worker takes more than %.0f s for a unit of %s", unit.limit, unit.kind)
                 return
-            silence = self.settings.heartbeat_limit if worker.ready else self.settings.unit_limits.first
-            if time.monotonic() > worker.heard + silence:
+            silence = self.settings.unit_limits.first
+            if worker.ready:
+                silence = min(self.settings.heartbeat_limit, GROUP_SILENCE if len(worker.ranks) > 1 else math.inf)
+            if time.monotonic() > min(rank.heard for rank in worker.ranks) + silence:
                 logger.error("the worker has been silent for %.1f s", silence)
                 return
 
     async def _reap(self, worker: _Worker) -> None:
-        """End the worker's process: kindly if it is idle and we stop, else at once."""
-        process = worker.process
-        if self._closing and process.returncode is None:
+        """End the worker's processes: kindly if it is idle and we stop, else at once."""
+        if self._closing and worker.process.returncode is None:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(worker.channel.send(Stop()), 1)
-                await asyncio.wait_for(process.wait(), STOP_SECONDS)
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
-        await process.wait()
-        worker.channel.close()
+                await asyncio.wait_for(asyncio.gather(*(rank.process.wait() for rank in worker.ranks)), STOP_SECONDS)
+        for rank in worker.ranks:
+            if rank.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    rank.process.send_signal(signal.SIGKILL)
+        for rank in worker.ranks:
+            await rank.process.wait()
+            rank.channel.close()
+        for store in self._folder.glob("*.store"):
+            store.unlink()
 
     def _mourn(self, worker: _Worker, reason: str) -> None:
         """Answer the request whose unit ran; let all others wait for the next worker."""

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from safelight.acceleration.background import BackgroundCompiler
 from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
 from safelight.core.request import Req
+from safelight.core.server_args import ServerArgs
 from safelight.errors import CompilationError, ModelError, SafelightError, UsageError
-from safelight.loading.loader import load_pipeline
+from safelight.loading.loader import choose_layout, load_pipeline
+from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.preparation import warm_up_params
 from safelight.runtime.engine import Engine
 from safelight.runtime.messages import Heartbeat, Loaded, LoadFailed, Start, schema_to_wire
 from safelight.runtime.policy import Policy
-from safelight.runtime.scheduler import Scheduler
+from safelight.runtime.ranks import Ranks
+from safelight.runtime.room import Room, memory_of
+from safelight.runtime.scheduler import Follower, Scheduler
 from safelight.runtime.transport import WorkerChannel
 from safelight.runtime.watch import Unit, UnitBoard, Watch
 
 logger = logging.getLogger(__name__)
 
+layout_logger = logging.getLogger("safelight.layout")
+"""Of how devices share a request, which the commands print."""
 START_SECONDS = 60.0
+GROUP_LOST = 71
+"""Exit code of a rank that cannot go on with the others."""
+MEETING = timedelta(seconds=300)
+"""For which ranks wait for each other when they start."""
 
 
 class GPUWorker:
@@ -38,7 +54,8 @@ class GPUWorker:
     """
 
     def __init__(self, channel_path: str, board_path: str, parent: int) -> None:
-        self.scheduler: Scheduler | None = None
+        self.scheduler: Scheduler | Follower | None = None
+        self.channel_path = Path(channel_path)
         self.board = UnitBoard(Path(board_path))
         self.channel = WorkerChannel(channel_path, parent, self._heartbeat)
 
@@ -57,27 +74,29 @@ class GPUWorker:
             return self._give_up(f"the model cannot be loaded: {type(error).__name__}; the log says more", 3)
         self.channel.send(loaded)
         assert self.scheduler is not None
-        self.scheduler.run()
+        try:
+            self.scheduler.run()
+        except Exception:
+            if start.num_ranks == 1:
+                raise
+            logger.exception("this rank cannot go on with the others")
+            os._exit(GROUP_LOST)  # what waits in a collective would hold the process
         self.channel.close()
         return 0
 
     def _load(self, start: Start) -> Loaded:
         self.board.write(Unit("load", (), time.monotonic(), start.limits.first))
         begun = time.perf_counter()
-        pipeline = load_pipeline(start.args())
+        engine = build_engine(start, self.channel_path.parent, self.board if start.rank == 0 else None)
         load_seconds = time.perf_counter() - begun
-        watch = Watch(self.board, start.limits)
-        batching: Any = start.batching
-        policy = Policy(share=start.share)
-        engine = Engine(pipeline, policy, max_running=start.max_running, batching=batching, watch=watch)
         begun = time.perf_counter()
         if start.warm_up:
             warm_up(engine)
         compile_in_background(engine, start.limits.first)
         self.board.write(None)
-        self.scheduler = Scheduler(engine, self.channel)
+        self.scheduler = Scheduler(engine, self.channel) if engine.ranks.leads else Follower(engine)
         warm_up_seconds = time.perf_counter() - begun if start.warm_up else 0.0
-        return Loaded(schema_to_wire(pipeline.schema), load_seconds, warm_up_seconds)
+        return Loaded(schema_to_wire(engine.pipeline.schema), load_seconds, warm_up_seconds)
 
     def _give_up(self, message: str, exit_code: int) -> int:
         self.channel.send(LoadFailed(" ".join(message.split()), exit_code))
@@ -85,7 +104,61 @@ class GPUWorker:
         return exit_code
 
     def _heartbeat(self) -> Heartbeat:
-        return self.scheduler.snapshot if self.scheduler is not None else Heartbeat(0, 0, 0, {})
+        return self.scheduler.snapshot if isinstance(self.scheduler, Scheduler) else Heartbeat(0, 0, 0, {})
+
+
+def build_engine(start: Start, folder: Path, board: UnitBoard | None) -> Engine:
+    """Load the model, with other ranks where there are some, and return an engine on it.
+
+    Args:
+        start: what the supervisor says.
+        folder: where ranks of one machine meet.
+        board: where units are announced; on rank 0.
+
+    """
+    args = local_args(start)
+    mesh = join(start, args, folder) if start.num_ranks > 1 else lone_mesh()
+    pipeline = load_pipeline(args, mesh=mesh)
+    batching: Any = start.batching
+    return Engine(
+        pipeline,
+        Policy(share=start.share),
+        max_running=start.max_running,
+        batching=batching,
+        watch=Watch(board, start.limits),
+        ranks=Ranks(mesh.control, Room(memory_of(pipeline.device))),
+    )
+
+
+def local_args(start: Start) -> ServerArgs:
+    """Return the settings with this rank's own device: one after another on one machine, from the one that is named."""
+    args = start.args()
+    device = args.torch_device()
+    if start.num_ranks == 1 or device.type != "cuda":
+        return args
+    number = start.rank if start.store is not None else int(os.environ["LOCAL_RANK"])
+    return dataclasses.replace(args, device=f"cuda:{(device.index or 0) + number}")
+
+
+def join(start: Start, args: ServerArgs, folder: Path) -> Mesh:
+    """Join the ranks that share every request, and return how they lie.
+
+    Ranks on one machine meet through a file in the sockets' folder; those that `torchrun` started, as it says.
+    """
+    device = args.torch_device()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if start.store is None:
+        dist.init_process_group(backend, timeout=MEETING)
+    else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = dist.FileStore(str(folder / start.store), start.num_ranks)
+        dist.init_process_group(backend, store=store, rank=start.rank, world_size=start.num_ranks, timeout=MEETING)
+    choice = choose_layout(args)
+    if start.rank == 0:
+        layout_logger.info("%s", choice)
+    return build_mesh(choice.layout, device.type, timedelta(seconds=start.limits.first))
 
 
 def compile_in_background(engine: Engine, limit: float) -> None:
