@@ -13,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import begin, print_table, relative_error
+from safelight.acceleration.activations import count_peak
 from safelight.layers.causal_vae import CausalDecoder
 
 SIDES = ("diffusers", "safelight")
@@ -98,44 +96,12 @@ def run_one(arguments: argparse.Namespace) -> None:
     print(json.dumps({"bytes": peak, "seconds": seconds}))
 
 
-class CountedTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that operations make, while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak: int = 0
-        self._now: int = 0
-        self._references: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operation and count what it makes."""
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                self._now += 0 if self._references.get(key) else size
-                self._references[key] = self._references.get(key, 0) + 1
-                weakref.finalize(tensor, self._forget, key, size)
-        self.peak = max(self.peak, self._now)
-        return made
-
-    def _forget(self, key: int, size: int) -> None:
-        self._references[key] -= 1
-        self._now -= 0 if self._references[key] else size
-
-
 def counted(side: str, arguments: argparse.Namespace, model: str) -> int:
     """Return the most bytes in tensors, weights not counted."""
     with torch.device("meta"):
         vae = make_vae(model, arguments.quick)
     decode, latents = decoding(side, vae), latents_of(vae, arguments.frames, arguments.size, "meta")
-    with torch.no_grad(), CountedTensors() as mode:
-        decode(latents)
-    peak: int = mode.peak
-    return peak
+    return count_peak(lambda: decode(latents))
 
 
 @contextmanager

@@ -128,10 +128,10 @@ def test_channels_last(vaes, kind):
 SIZES = [
     ("AutoencoderKL", 512, 512, 1),
     ("AutoencoderKL", 256, 328, 1),
-    ("AutoencoderKL", 1024, 768, 1),
+    pytest.param("AutoencoderKL", 1024, 768, 1, marks=pytest.mark.slow),
     ("Wan 2.1", 256, 256, 9),
     ("Wan 2.1", 480, 832, 1),
-    ("Wan 2.1", 136, 200, 17),
+    pytest.param("Wan 2.1", 136, 200, 17, marks=pytest.mark.slow),
     ("Wan 2.2", 256, 256, 9),
     ("Qwen-Image", 512, 512, 1),
     ("Qwen-Image", 1024, 1024, 1),
@@ -157,7 +157,7 @@ def test_the_count_is_that_of_a_real_decode(vaes):
     decoder = bands_of(vaes["AutoencoderKL"])
     counted = peak_activation_bytes(meta, shape, torch.float32, BandPlan())
     latents = noise(shape)
-    assert count_peak(lambda: decoded(decoder, latents)) == counted
+    assert count_peak(lambda: decoded(decoder, latents)) == pytest.approx(counted, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,8 +166,8 @@ def test_units_are_bounded_and_their_cost_is_that_of_the_work(kind):
     from torch.utils.flop_counter import FlopCounterMode
 
     vae = wide(kind)
-    shape = latent_shape(vae, 512, 512, 5)
-    decoder = decode_in_bands(vae)
+    shape = latent_shape(vae, 256, 256, 5)
+    decoder = decode_in_bands(vae, BandPlan(64))
     costs = [unit.cost for unit in decoder.units(shape)]
     latents = torch.empty(shape, device="meta")
     with FlopCounterMode(display=False) as counter:

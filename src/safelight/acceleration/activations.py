@@ -65,12 +65,17 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if storage._cdata not in self._live:
                 self._outside.setdefault(storage._cdata, weak(storage))
         made = func(*args, **kwargs)
-        for storage in storages(made):
-            if storage._cdata not in self._outside:
-                self._live[storage._cdata] = (weak(storage), storage.nbytes())
-        self._live = {key: entry for key, entry in self._live.items() if not expired(entry[0])}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        new = [storage for storage in storages(made) if storage._cdata not in self._outside]
+        if any(self._size_of(storage) != storage.nbytes() for storage in new):  # no more live after any other operation
+            self._live.update({storage._cdata: (weak(storage), storage.nbytes()) for storage in new})
+            self._live = {key: entry for key, entry in self._live.items() if not expired(entry[0])}
+            self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return made
+
+    def _size_of(self, storage: torch.UntypedStorage) -> int | None:
+        """Return the bytes that a storage had when it was last seen; None if it is new."""
+        entry = self._live.get(storage._cdata)
+        return None if entry is None else entry[1]
 
 
 def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
