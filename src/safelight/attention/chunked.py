@@ -68,7 +68,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bo
 
 
 def _empty_like_heads(query: Tensor, value: Tensor) -> Tensor:
-    """Return memory for [B, H, S, D_v] in which the heads of a token lie together, as the next layer wants them."""
+    """Return memory for [B, H, S, D_v] in which the heads of a token lie together, as the next layer reads them."""
     batch, num_heads, num_queries, _ = query.shape
     return query.new_empty(batch, num_queries, num_heads, value.shape[-1]).transpose(1, 2)
 
