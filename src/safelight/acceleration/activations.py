@@ -63,12 +63,12 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return made
         for storage in storages((args, kwargs)):
             if storage._cdata not in self._live:
-                self._outside.setdefault(storage._cdata, StorageWeakRef(storage))
+                self._outside.setdefault(storage._cdata, weak(storage))
         made = func(*args, **kwargs)
         for storage in storages(made):
             if storage._cdata not in self._outside:
-                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+                self._live[storage._cdata] = (weak(storage), storage.nbytes())
+        self._live = {key: entry for key, entry in self._live.items() if not expired(entry[0])}
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return made
 
@@ -78,3 +78,14 @@ def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             yield leaf.untyped_storage()
+
+
+def weak(storage: torch.UntypedStorage) -> StorageWeakRef:
+    """Return a reference that does not keep the storage alive."""
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
+def expired(reference: StorageWeakRef) -> bool:
+    """Say whether the storage was freed."""
+    gone: bool = reference.expired()  # type: ignore[no-untyped-call]
+    return gone
