@@ -50,7 +50,9 @@ def deepen(folder):
             config = json.loads(path.read_text())
             torch.manual_seed(0)
             cls = getattr(diffusers, config["_class_name"])
-            shake(cls.from_config({**config, "num_layers": NUM_LAYERS}), 6).save_pretrained(folder / name)
+            deeper = cls.from_config({**config, "num_layers": NUM_LAYERS})
+            shake(deeper, 6)
+            deeper.save_pretrained(folder / name)
 
 
 def fields_of(recipe, variant):
@@ -212,12 +214,12 @@ class Blocks(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Linear(8, 8)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)) for _ in range(count)
-        )
-        for block in self.blocks:
-            block[0].weight.data = block[0].weight.data.contiguous(memory_format=torch.channels_last)
-            block[1].running_mean.copy_(torch.randn(8))
+        self.blocks = nn.ModuleList()
+        for _ in range(count):
+            convolution, norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
+            torch.nn.init.normal_(norm.running_mean)
+            self.blocks.append(nn.Sequential(convolution, norm))
         self.last = nn.Linear(8, 8)
         self.last.weight = self.first.weight
 
@@ -283,7 +285,7 @@ def test_a_module_comes_whole():
     with torch.inference_mode():
         placed.enter()
         assert torch.equal(module(x), expected)
-        assert module.blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert module.get_parameter("blocks.0.0.weight").is_contiguous(memory_format=torch.channels_last)
         placed.leave()
     assert memory.live == 0
 

@@ -160,8 +160,7 @@ def rehearse_call(pipeline: ComposedPipeline, call: ModelCall, made: dict[CallKe
         kwargs = {name: on_meta(tensor) for name, tensor in call.kwargs.items()}
         shared = {name: on_meta(tensor) for name, tensor in call.shared_kwargs.items()}
         predicted = make_call(pipeline, dataclasses.replace(call, kwargs=kwargs, shared_kwargs=shared))
-        is_tuple = isinstance(predicted, tuple)
-        made[key] = tuple(map(on_host, predicted)) if is_tuple else on_host(predicted)
+        made[key] = tuple(map(on_host, predicted)) if isinstance(predicted, tuple) else on_host(predicted)
     return made[key]
 
 
