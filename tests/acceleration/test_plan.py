@@ -173,10 +173,11 @@ def test_the_peak_of_real_shapes_is_what_is_counted(published, name, limit, fiel
     assert plan.offload == mode
     assert plan.peak + WORKSPACE <= limit * GIB
     counted = counted_peaks(repository, plan, fields)
-    for planned in plan.stages:
+    for before, planned in zip((plan.stages[-1], *plan.stages), plan.stages, strict=False):
         seen = counted[planned.footprint.stage, planned.footprint.component]
         print(f"{name} {planned.footprint.stage} {planned.footprint.component}: planned {planned.peak}, counted {seen}")
-        assert seen <= planned.peak + SOLVER_TABLES
+        # Until a stage's component comes, the one of the stage before may still be there.
+        assert seen <= max(before.peak, planned.peak) + SOLVER_TABLES
     assert max(counted.values()) <= plan.peak <= 1.05 * max(counted.values())
 
 
