@@ -92,7 +92,7 @@ class CudaMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def free(self) -> int:
         """Return the bytes of the device that nobody uses."""
@@ -115,7 +115,7 @@ class CudaMemory:
 
         """
         pages = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
-        runtime: Any = torch.cuda.cudart()
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         failed = int(runtime.cudaHostRegister(pages.data_ptr(), num_bytes, 0))
         if failed:
             raise SafelightError(f"{num_bytes:,} bytes of the host cannot be pinned (CUDA error {failed})")
@@ -125,7 +125,7 @@ class CudaMemory:
 
     def mark(self) -> torch.cuda.Event:
         """Return a mark behind the work of the current stream."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 
@@ -134,7 +134,7 @@ class CudaMemory:
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(after)
             target.copy_(source, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._copies)
         return done
 

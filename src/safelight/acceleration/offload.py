@@ -35,10 +35,10 @@ class Packed:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
-        self._host = [tensor.detach() for tensor in tensors]
+        self._host = [tensor.detach() if is_dense(tensor) else tensor.detach().contiguous() for tensor in tensors]
         self._offsets: list[int] = []
         self.num_bytes = 0
-        for tensor in tensors:
+        for tensor in self._host:
             self._offsets.append(self.num_bytes)
             self.num_bytes += aligned(tensor.nbytes)
 
@@ -47,7 +47,7 @@ class Packed:
         views = []
         for tensor, offset in zip(self._host, self._offsets, strict=True):
             flat = buffer[offset : offset + tensor.nbytes].view(tensor.dtype)
-            views.append(flat.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()))
+            views.append(flat.as_strided(tensor.shape, tensor.stride()))
         return views
 
     def fill(self, views: Sequence[Tensor]) -> None:
@@ -63,6 +63,16 @@ class Packed:
     def restore(self) -> None:
         """Let the module's tensors be those on the host."""
         self.use(self._host)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Say whether a tensor's elements lie side by side, in whatever order of its dimensions."""
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != span:
+            return False
+        span *= size
+    return True
 
 
 def aligned(num_bytes: int) -> int:

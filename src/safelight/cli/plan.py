@@ -77,6 +77,8 @@ def _plan(server_args: ServerArgs, sides: tuple[int, int] | None, frames: int | 
 
 
 def _show(made: MemoryPlan, console: Console) -> None:
+    from safelight.acceleration.plan import HOST_BANDWIDTH
+
     components = Table("component", "dtype", "weights", "blocks", "lies", title="components", title_justify="left")
     for name, component in made.footprint.components.items():
         kept = made.resident_blocks.get(name)
@@ -100,7 +102,7 @@ def _show(made: MemoryPlan, console: Console) -> None:
     for line in made.lines():
         console.print(line, highlight=False, soft_wrap=True)
     if made.bytes_a_step:
-        bound = f"at 25 GB/s from the host a step takes {made.seconds_a_step():.2f} s or more"
+        bound = f"at {HOST_BANDWIDTH / 1e9:.0f} GB/s from the host a step takes {made.seconds_a_step():.2f} s or more"
         console.print(bound, highlight=False)
 
 

@@ -80,17 +80,17 @@ class Residency:
             Exception: whatever bringing one raised; what is on the device then is what can run.
 
         """
-        wanted = {name: self._placements[name] for name in names if name in self._placements}
-        if not wanted:
+        asked = {name: self._placements[name] for name in names if name in self._placements}
+        if not asked:
             return
-        room = min(self._rooms[name] for name in wanted)
-        needed = sum(placement.num_bytes for placement in wanted.values())
-        for name in [name for name in self._resident if name not in wanted]:
-            others = sum(self._resident[other].num_bytes for other in self._resident if other not in wanted)
+        room = min(self._rooms[name] for name in asked)
+        needed = sum(placement.num_bytes for placement in asked.values())
+        for name in [name for name in self._resident if name not in asked]:
+            others = sum(self._resident[other].num_bytes for other in self._resident if other not in asked)
             if needed + others <= room:
                 break
             self._resident.pop(name).leave()
-        for name, placement in wanted.items():
+        for name, placement in asked.items():
             if self._resident.pop(name, None) is None:
                 placement.enter()
                 self.num_swaps += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,14 +28,13 @@ from safelight.loading.components import empty_component, load_component
 from safelight.loading.description import configure, targets
 from safelight.loading.repository import Repository
 
+CallKey = tuple[str, tuple[Hashable, ...]]
 META, HOST = torch.device("meta"), torch.device("cpu")
 TOKEN = re.compile(r"<\|\w+\|>|\S+")
 UNCUT = 4096
 """Tokens of a text that is not cut."""
 NUM_STEPS = 4
 """Denoising steps that are run: as much memory as any number of them, and each transformer has its turn."""
-NUM_REPEATED = 2
-"""Units that need no more than those before, after which the others will not either."""
 SIDE = 1024
 """Of the input images of a request that says nothing of its size, in pixels."""
 
@@ -127,7 +126,8 @@ def blank_images(count: int, height: int | None, width: int | None) -> list[Imag
 def rehearse(pipeline: ComposedPipeline, req: Req, record: Callable[[str, str], bool]) -> None:
     """Run a request through all stages, its components on the meta device and everything else on the host.
 
-    The last stage is left when it has repeated itself: a video's frames are decoded alike, but for the first.
+    The last stage is left when a unit needs no more than those before: a video's frames are decoded alike, once what is
+    remembered of earlier ones is complete.
 
     Args:
         pipeline: its components are on the meta device.
@@ -136,10 +136,10 @@ def rehearse(pipeline: ComposedPipeline, req: Req, record: Callable[[str, str], 
             needed more than those before.
 
     """
-    made: dict[tuple[str, str], Prediction] = {}
+    made: dict[CallKey, Prediction] = {}
     with Valueless(), torch.inference_mode(), Execution(pipeline, req) as execution:
-        more, last, repeated = True, list(pipeline.stages)[-1], 0
-        while more and repeated < NUM_REPEATED:
+        more, last, repeats = True, list(pipeline.stages)[-1], False
+        while more and not repeats:
             stage, names = req.stage, pipeline.stage_components(req)
             results = []
             for call in req.pending:
@@ -150,18 +150,17 @@ def rehearse(pipeline: ComposedPipeline, req: Req, record: Callable[[str, str], 
             req.outputs = outputs
             more = execution.advance(results or None)
             grew = [record(stage, name) for name in names]
-            repeated = repeated + 1 if stage == last and grew and not any(grew) else 0
+            repeats = stage == last and bool(grew) and not any(grew)
 
 
-def rehearse_call(pipeline: ComposedPipeline, call: ModelCall, made: dict[tuple[str, str], Prediction]) -> Prediction:
-    """Return what a call would, as zeros on the host; each component runs once for each branch."""
-    key = (call.component, call.key[1])
+def rehearse_call(pipeline: ComposedPipeline, call: ModelCall, made: dict[CallKey, Prediction]) -> Prediction:
+    """Return what a call would, as zeros on the host; a component runs once for calls of one signature."""
+    key = (call.component, call.signature)
     if key not in made:
         kwargs = {name: on_meta(tensor) for name, tensor in call.kwargs.items()}
         shared = {name: on_meta(tensor) for name, tensor in call.shared_kwargs.items()}
         predicted = make_call(pipeline, dataclasses.replace(call, kwargs=kwargs, shared_kwargs=shared))
-        is_tuple = isinstance(predicted, tuple)
-        made[key] = tuple(map(on_host, predicted)) if is_tuple else on_host(predicted)
+        made[key] = tuple(map(on_host, predicted)) if isinstance(predicted, tuple) else on_host(predicted)
     return made[key]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
@@ -40,6 +41,10 @@ class ToyBeforeDenoisingStage(PipelineStage):
         self.image_encoding = ImageVAEEncodingStage(vae, config)
         self.timestep_preparation = TimestepPreparationStage(scheduler, config)
         self.conditioning = ConditioningStage(config)
+
+    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
+        """Return what is next: the text encoder, then the VAE."""
+        return self.text_encoding.needed_modules(batch) or self.image_encoding.needed_modules(batch)
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill all that the loop needs, with a boundary before each piece of work."""

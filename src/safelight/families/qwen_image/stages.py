@@ -71,8 +71,7 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
 
     def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
         """Return what is next: the text encoder, which writes the caption too, and then the VAE."""
-        needed = (stage.needed_modules(batch) for stage in self.preparations)
-        return next(filter(None, needed), ())
+        return next(filter(None, (stage.needed_modules(batch) for stage in self.preparations)), ())
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill all that the loop needs, with a boundary before each piece of work."""
