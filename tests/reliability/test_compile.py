@@ -80,7 +80,7 @@ def test_a_job_that_runs_again_has_its_mode_and_its_bytes(folder, expected, tmp_
     async def test():
         args = ServerArgs(str(folder), device="cpu", compile="blocks")
         supervisor = Supervisor(EngineSettings(server_args=args, warm_up=False))
-        told = []
+        told: list[str] = []
         supervisor.on_compiled = told.append
         await asyncio.wait_for(supervisor.start(), SECONDS)
         manager = JobManager(SqliteJobStore(tmp_path), Outputs(tmp_path / "outputs"), supervisor)

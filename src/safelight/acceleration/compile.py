@@ -58,7 +58,7 @@ class BlockClass:
         self._forward = forward
         for block in blocks:
             assert "forward" not in vars(block), "another technique has taken this block's forward"
-            block.forward = functools.partial(self._call, block)  # type: ignore[method-assign]
+            block.forward = functools.partial(self._call, block)
 
     def set(self, form: Form) -> None:
         """Choose the form of the calls that come."""
@@ -87,7 +87,18 @@ def repeated_blocks(module: nn.Module) -> dict[str, list[nn.Module]]:
 
 def compile_blocks(module: nn.Module) -> list[BlockClass]:
     """Make a module's repeated blocks ready to be compiled; nothing is compiled, and they run eagerly until told."""
+    import_compiler()
     return [BlockClass(name, blocks) for name, blocks in repeated_blocks(module).items()]
+
+
+@functools.cache
+def import_compiler() -> None:
+    """Import what of torch compiling needs: seconds, and deprecations of torch's own that nobody here can act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch._inductor.compile_fx
+        import torch._inductor.cpp_builder
+        import torch.fx.experimental._config  # noqa: F401 - imported for those that follow
 
 
 @contextmanager
@@ -137,6 +148,7 @@ def compiling(classes: Sequence[BlockClass]) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         # Complex products (rotary) run as they do eagerly, as they should.
         warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
+        warnings.simplefilter("ignore", DeprecationWarning)
         # Two sizes that happen to be equal are two sizes. Floats are constants of the architecture.
         stack.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
         stack.enter_context(
@@ -161,6 +173,7 @@ def use_cache() -> Path:
 
 def missing_toolchain(device_type: str) -> str | None:
     """Say what compiling for a device needs and this machine lacks; None if it has all."""
+    import_compiler()
     if device_type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -178,8 +191,8 @@ def missing_toolchain(device_type: str) -> str | None:
 @functools.cache
 def warm_up_compiler() -> None:
     """Import and prepare what compiling needs, once a process; the graphs that follow then take a second each."""
+    import_compiler()
     import torch._inductor.codecache
-    import torch._inductor.compile_fx
 
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")

@@ -68,7 +68,7 @@ class CudaRecorder(Recorder):
         return result, launched - begun >= BOUND_BY_LAUNCHES * (time.perf_counter() - begun)
 
     def record(self, run: Callable[[], Prediction]) -> tuple[Callable[[], None], Prediction]:
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(NUM_WARM_UPS):
