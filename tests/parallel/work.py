@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -432,7 +432,7 @@ def stacked(folder: str, recipe: str, case: str, layout: dict[str, int]) -> list
                 with torch.inference_mode():
                     wanted.append((list(req.pending), [make_call(whole, call) for call in req.pending]))
         calls, alone = [entry[0] for entry in wanted], [entry[1] for entry in wanted]
-        made = run_stacked(divide(folder, ranks), calls)
+        made = run_stacked(partial(make_call, divide(folder, ranks)), calls)
     return [
         max(largest_difference(one, other) for one, other in zip(left, right, strict=True))
         for left, right in zip(made, alone, strict=True)

@@ -59,8 +59,7 @@ def test_long_videos_do_not_pass_through_the_api_processs_memory(tmp_path):
     with serving(tmp_path, fault_model(tmp_path / "model", "FaultVideoPipeline")) as server, server.http() as http:
         asked = {"prompt": "a cat", "num_frames": 81, "height": 480, "width": 832, "num_inference_steps": 1}
         paths = [f"/v1/videos/{http.post('/v1/videos', json=asked).json()['id']}" for _ in range(2)]
-        for path in paths:
-            until(lambda path=path: http.get(path).json()["status"] == "completed", 60)
+        until(lambda: all(http.get(path).json()["status"] == "completed" for path in paths), 60)
         assert peak_memory(server) < 200 << 20
         assert not list(tmp_path.glob("safelight-*/*.frames"))
 

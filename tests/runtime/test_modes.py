@@ -194,4 +194,4 @@ def test_a_unit_of_compiling_may_take_as_long_as_a_first_one(pipeline, callers, 
     announced = [(unit.kind, unit.requests, unit.limit) for unit in seen if unit is not None]
     assert announced == [("compilation", (), 900.0)] * NUM_UNITS
     assert board.read() is None
-    board.close()
+    board.remove()

@@ -135,11 +135,11 @@ class ServerArgs:
             if type(size) is not int or size < 1:
                 raise InvalidParameterError(name, size, "a whole number from 1")
         devices = sizes.pop("devices")
-        product = math.prod(sizes.values())
+        product: int = math.prod(sizes.values())
         if product > 1 and devices not in (1, product):
             factors = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
             raise InvalidParameterError("devices", devices, f"{product}, which is {factors}; or nothing")
-        return max(product, devices)
+        return max(product, int(devices))
 
     def conditioning_cache_bytes(self) -> int:
         """Return how many bytes of embeddings are kept.

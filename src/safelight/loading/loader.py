@@ -88,10 +88,11 @@ def choose_layout(server_args: ServerArgs) -> Choice:
     pipeline_cls = repository.pipeline.pipeline_cls()
     config, schema = configure(repository)
     found = targets(repository, pipeline_cls)
-    name = next(name for name in found if name.startswith("transformer"))
-    dtype = server_args.component_dtype(name, config.precisions.get(name))
-    transformer = empty_component(repository.path / name, found[name], dtype)
-    divides_vae = can_divide(pipeline_cls.decoding_stage, found["vae"].rpartition(":")[2])
+    transformer: nn.Module | None = None
+    for name in [name for name in found if name.startswith("transformer")][:1]:
+        dtype = server_args.component_dtype(name, config.precisions.get(name))
+        transformer = empty_component(repository.path / name, found[name], dtype)
+    divides_vae = "vae" in found and can_divide(pipeline_cls.decoding_stage, found["vae"].rpartition(":")[2])
     facts = model_facts(repository.name, transformer, max_branches(schema), divides_vae)
     device = server_args.torch_device()
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -192,7 +193,8 @@ def _load_native(
                 connect_shards(modules[name], mesh.tp)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
     pipeline = pipeline_cls(modules, config, schema, server_args)
-    pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in pipeline.modules()}
+    weights = [name for name, component in modules.items() if isinstance(component, nn.Module)]
+    pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in weights}
     share(pipeline, mesh)
     if plan is not None and memory is not None:
         pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)

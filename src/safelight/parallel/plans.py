@@ -58,16 +58,18 @@ def matching(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]
             yield name, submodule
 
 
-def model_facts(name: str, transformer: nn.Module, num_branches: int, row_parallel_vae: bool) -> ModelFacts:
+def model_facts(name: str, transformer: nn.Module | None, num_branches: int, row_parallel_vae: bool) -> ModelFacts:
     """Return what a layout is checked against; the transformer may be on the meta device.
 
     Args:
         name: of the model.
-        transformer: with its plans.
+        transformer: with its plans; None for a model that has none of ours, whose guidance branches alone divide.
         num_branches: guidance branches of a step, at most.
         row_parallel_vae: whether its VAE can be decoded in bands.
 
     """
+    if transformer is None:
+        return ModelFacts(name, 1, num_branches, False, False, row_parallel_vae)
     heads = [layer.num_kv_heads for layer in transformer.modules() if isinstance(layer, Attention)]
     return ModelFacts(
         name=name,

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from safelight.core.pipeline import ComposedPipeline
 from safelight.errors import InvalidParameterError
-from safelight.layers.causal_vae import CausalDecoder, FeatureCache, doubled_conv
+from safelight.layers.causal_vae import CausalDecoder, FeatureCache
+from safelight.layers.convolution import doubled_conv
 from safelight.parallel.collectives import Communicator
 from safelight.stages.causal_vae import CausalVAEDecodingStage
 from safelight.stages.decoding import DecodingStage
@@ -194,8 +195,9 @@ class BandedCausalDecoder(CausalDecoder):
         super().__init__(vae)
         self.bands = RowBands(ranks)
 
-    def decode(self, latents: Tensor, cache: FeatureCache) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor, cache: FeatureCache | None) -> Iterator[Tensor]:
         """Yield the frames [1, C, H, W], in [-1, 1], of one latent frame [1, C, 1, H, W]."""
+        cache = {} if cache is None else cache
         self.bands.begin(latents.shape[3])
         own = self.bands.own(latents[:, :, 0])[:, :, None]
         for frame in super().decode(own, cache):
@@ -209,8 +211,9 @@ class BandedCausalDecoder(CausalDecoder):
         """Convolve doubled pixels; a neighbour's row is two of them."""
         return doubled_conv(conv, self.bands.framed(frame, 1))[:, :, 2:-2]
 
-    def _of_earlier(self, conv: Any, like: Tensor, cache: FeatureCache) -> Tensor:
+    def _of_earlier(self, conv: Any, like: Tensor, cache: FeatureCache | None) -> Tensor:
         """Return the bias and what the remembered frames add to this one, of the size of `like`; forget the oldest."""
+        assert cache is not None
         before, num_taps = cache.setdefault(self.names[conv], []), conv.weight.shape[2]
         bias: Tensor = conv.bias[:, None, None]
         convolved = bias.expand(1, -1, *like.shape[2:]).contiguous(memory_format=torch.channels_last)
@@ -220,14 +223,15 @@ class BandedCausalDecoder(CausalDecoder):
             del before[:1]
         return convolved
 
-    def _add(self, convolved: Tensor, conv: Any, frame: Tensor, cache: FeatureCache) -> None:
+    def _add(self, convolved: Tensor, conv: Any, frame: Tensor, cache: FeatureCache | None) -> None:
         """Add what this frame itself adds, in place, and remember the frame if the convolution looks back."""
         framed = self.bands.framed(frame, conv.weight.shape[3] // 2)
         convolved += conv_of_framed(framed, conv.weight[:, :, -1])
         if conv.weight.shape[2] > 1:
+            assert cache is not None
             cache[self.names[conv]].append(framed)
 
-    def _last_conv(self, frame: Tensor, cache: FeatureCache) -> Tensor:
+    def _last_conv(self, frame: Tensor, cache: FeatureCache | None) -> Tensor:
         """Return the last convolution at this frame, [1, C, rows, W]; it remembers as the others do."""
         conv = self.decoder.conv_out
         return self._conv(conv, frame, cache)

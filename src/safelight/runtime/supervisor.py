@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
+import msgspec
 
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import Mode, ServerArgs
@@ -42,6 +42,7 @@ from safelight.runtime.client import (
     Ticket,
 )
 from safelight.runtime.messages import (
+    Array,
     Cancel,
     Compiled,
     Failed,
@@ -119,6 +120,7 @@ class _Rank:
 
     process: asyncio.subprocess.Process
     channel: ServerChannel
+    start: Start
     heard: float = field(default_factory=time.monotonic)
 
 
@@ -263,31 +265,30 @@ class Supervisor(EngineClient):
         board = self._folder / f"{number}.unit"
         # The ranks of other machines are started there; this process has the first one's alone.
         local = 1 if self.settings.is_first_of_torchrun else num_ranks
-        ranks = [await self._start_rank(self._folder / f"{number}.{rank}.ipc", board) for rank in range(local)]
+        first = Start(
+            server_args=asdict(self.settings.server_args),
+            max_running=self.settings.max_running,
+            batching=self.settings.batching,
+            share=self.settings.share,
+            limits=self.settings.unit_limits,
+            warm_up=self.settings.warm_up,
+            num_ranks=num_ranks,
+            store=None if local < num_ranks else f"{number}.store",
+        )
+        starts = [msgspec.structs.replace(first, rank=rank) for rank in range(local)]
+        ranks = [await self._start_rank(self._folder / f"{number}.{start.rank}.ipc", board, start) for start in starts]
         worker = _Worker(ranks, UnitBoard(board))
-        for index, rank in enumerate(ranks):
-            start = Start(
-                server_args=asdict(self.settings.server_args),
-                max_running=self.settings.max_running,
-                batching=self.settings.batching,
-                share=self.settings.share,
-                limits=self.settings.unit_limits,
-                warm_up=self.settings.warm_up,
-                rank=index,
-                num_ranks=num_ranks,
-                store=None if local < num_ranks else f"{number}.store",
-            )
-            await rank.channel.send(start)
+        worker.outgoing.put_nowait((first, ()))
         return worker
 
-    async def _start_rank(self, socket: Path, board: Path) -> _Rank:
+    async def _start_rank(self, socket: Path, board: Path, start: Start) -> _Rank:
         channel = ServerChannel(socket)
         command = [sys.executable, "-m", "safelight.runtime.worker", str(socket), str(board), str(os.getpid())]
         # A session of its own: an interrupt at the terminal is the supervisor's, who decides when the worker ends.
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
-        return _Rank(process, channel)
+        return _Rank(process, channel, start)
 
     async def _serve(self, worker: _Worker) -> str:
         """Exchange messages until the worker dies, hangs or gives up; return which."""
@@ -313,7 +314,8 @@ class Supervisor(EngineClient):
             await asyncio.gather(*parts, return_exceptions=True)
 
     async def _hear(self, rank: _Rank) -> None:
-        """Take what a rank beside the first says: that it runs, until it says that it cannot load."""
+        """Tell a rank beside the first to start, and hear that it runs, until it says that it cannot load."""
+        await rank.channel.send(rank.start)
         while True:
             message, _ = await rank.channel.receive()
             rank.heard = time.monotonic()
@@ -510,7 +512,7 @@ class Supervisor(EngineClient):
         )
         self._send(submit, [image_to_array(image) for _, image in images])
 
-    def _send(self, message: ToWorker, arrays: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = ()) -> None:
+    def _send(self, message: ToWorker, arrays: Sequence[Array] = ()) -> None:
         """Queue a message for the worker that is ready; without one, the next is sent every live request."""
         if self._worker is not None and self._worker.ready:
             self._worker.outgoing.put_nowait((message, arrays))

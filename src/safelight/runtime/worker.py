@@ -153,8 +153,10 @@ def join(start: Start, args: ServerArgs, folder: Path) -> Mesh:
         dist.init_process_group(backend, timeout=MEETING)
     else:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = dist.FileStore(str(folder / start.store), start.num_ranks)
-        dist.init_process_group(backend, store=store, rank=start.rank, world_size=start.num_ranks, timeout=MEETING)
+        meeting = f"file://{folder / start.store}"
+        dist.init_process_group(
+            backend, init_method=meeting, rank=start.rank, world_size=start.num_ranks, timeout=MEETING
+        )
     choice = choose_layout(args)
     if start.rank == 0:
         layout_logger.info("%s", choice)
