@@ -7,6 +7,7 @@ import json
 import pytest
 
 from safelight import ServerArgs
+from safelight.core.executor import SyncExecutor
 from safelight.core.request import Req
 from safelight.loading.loader import load_pipeline
 
@@ -34,6 +35,20 @@ def fault_pipeline(fault_family, fault_model):
         return load_pipeline(ServerArgs(str(fault_model(pipeline_name, step_seconds, **details)), device="cpu"))
 
     return load
+
+
+@pytest.fixture
+def expected(fault_pipeline):
+    """Return a function: the picture that a request gives alone, in process."""
+    pipeline = fault_pipeline()
+
+    def make(**fields):
+        req = request(pipeline, **fields)
+        for _ in SyncExecutor(pipeline).execute(req):
+            pass
+        return req.outputs[0].numpy()
+
+    return make
 
 
 def request(pipeline, prompt="a cat", request_id="r0", **fields):

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safelight.core.executor import SyncExecutor
 from safelight.core.server_args import ServerArgs
 from safelight.errors import (
     CancelledError,
@@ -30,7 +29,6 @@ from safelight.runtime.client import GenerationRequest
 from safelight.runtime.messages import Heartbeat, OutputMade, Progressed
 from safelight.runtime.supervisor import EngineSettings, Supervisor
 from safelight.runtime.watch import UnitLimits
-from tests.runtime.conftest import request
 
 ANSWER = 20.0
 """Seconds after which a test gives up waiting."""
@@ -67,20 +65,6 @@ async def pid_of(supervisor):
 def drive(test):
     """Run a coroutine to its end."""
     asyncio.run(asyncio.wait_for(test, 120))
-
-
-@pytest.fixture
-def expected(fault_pipeline):
-    """Return a function: the picture that a request gives alone, in process."""
-    pipeline = fault_pipeline()
-
-    def make(**fields):
-        req = request(pipeline, **fields)
-        for _ in SyncExecutor(pipeline).execute(req):
-            pass
-        return req.outputs[0].numpy()
-
-    return make
 
 
 def test_outputs_progress_and_images_cross_the_socket(fault_family, fault_model, expected):

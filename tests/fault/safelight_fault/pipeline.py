@@ -21,16 +21,28 @@ from safelight.stages.denoising import DenoisingStage
 from safelight_fault.config import FaultConfig
 
 DIRECTIVE = re.compile(r"\[(\w+)@(\w+)(?::(\d+))?(?:=([\w.]+))?\]")
+RANK_1 = "rank1_"
+"""Before a deed that the second rank alone does."""
 COST_WIDTH = 4
 TOKENS = 64
 """Of which a step takes `step_seconds`: those of a picture of 64x64."""
 
 
 def obey(batch: Any) -> None:
-    """Do what the prompt says for this stage and step."""
+    """Do what the prompt says for this stage and step; of `forward`, when the model is called next."""
     for what, stage, step, value in DIRECTIVE.findall(batch.params.prompt):
-        if stage == batch.stage and int(step or 0) == batch.step_index:
-            DEEDS[what](batch, value)
+        if int(step or 0) != batch.step_index or (what.startswith(RANK_1) and rank() != 1):
+            continue
+        deed = DEEDS[what.removeprefix(RANK_1)]
+        if stage == batch.stage:
+            deed(batch, value)
+        elif (stage, batch.stage) == ("forward", "denoising"):
+            Transformer.pending.append(lambda deed=deed, value=value: deed(batch, value))
+
+
+def rank() -> int:
+    """Return which of the ranks of a request this is."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def oom(batch: Any, value: str) -> None:
@@ -77,6 +89,8 @@ DEEDS: dict[str, Callable[[Any, str], Any]] = {
 class Transformer(nn.Module):
     """One linear layer that takes its time: in proportion to the tokens of a row, as long whatever the rows."""
 
+    pending: ClassVar[list[Callable[[], Any]]] = []
+
     def __init__(self, step_seconds: float) -> None:
         super().__init__()
         self.step_seconds = step_seconds
@@ -87,6 +101,8 @@ class Transformer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Any:
         """Return a prediction, [B, S, 4] from [B, S, 4]."""
+        if self.pending:
+            self.pending.pop()()
         FaultPipeline.sleep(self.step_seconds * hidden_states.shape[1] / TOKENS)
         return self.layer(hidden_states)
 

@@ -1,0 +1,197 @@
+"""Several ranks behind one supervisor: they make the bytes of one, and fail as one group or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from safelight.core.request import ModelCall
+from safelight.core.server_args import ServerArgs
+from safelight.errors import InvalidParameterError, OutOfMemoryError, RankFailedError, SafelightError, WorkerLostError
+from safelight.runtime.ranks import Ranks, reason_of, vote_of
+from safelight.runtime.room import HostMemory, Memory, Room
+from tests.runtime.test_supervisor import answer, ask, drive, pid_of, running
+
+TWO = {"cfg_parallel_size": 2}
+
+
+def on_two(folder, **settings):
+    return running(folder, server_args=ServerArgs(str(folder), device="cpu", **TWO), **settings)
+
+
+def test_two_ranks_give_the_bytes_of_one(fault_family, fault_model, expected):
+    async def test():
+        async with on_two(fault_model(name="served")) as supervisor:
+            asked = [("a cat", 1.0, 4), ("a dog", 3.0, 6), ("an owl", 2.0, 2)]
+            tickets = [
+                ask(supervisor, prompt, f"r{index}", guidance_scale=scale, num_inference_steps=steps)
+                for index, (prompt, scale, steps) in enumerate(asked)
+            ]
+            for ticket, (prompt, scale, steps) in zip(tickets, asked, strict=True):
+                made = (await answer(ticket))[0].media[0]
+                assert np.array_equal(made, expected(prompt=prompt, guidance_scale=scale, num_inference_steps=steps))
+            cancelled = ask(supervisor, "[sleep@denoising:1=0.5] a cat", "gone", num_inference_steps=100)
+            await asyncio.sleep(0.3)
+            supervisor.cancel("gone")
+            assert cancelled.done
+            assert np.array_equal((await answer(ask(supervisor)))[0].media[0], expected())
+
+    drive(test())
+
+
+@pytest.mark.parametrize(
+    ("directive", "error"),
+    [
+        ("raise@encoding", RankFailedError),
+        ("oom@encoding", OutOfMemoryError),
+        ("raise@denoising:2", RankFailedError),
+        ("oom@denoising:1", OutOfMemoryError),
+        ("raise@decoding", RankFailedError),
+    ],
+)
+def test_what_fails_outside_a_shared_forward_on_one_rank_ends_that_request_alone(
+    fault_family, fault_model, expected, directive, error
+):
+    """Rank 1 alone fails; all vote, and go on together."""
+
+    async def test():
+        async with on_two(fault_model(name="served")) as supervisor:
+            pid = await pid_of(supervisor)
+            bad = ask(supervisor, f"[rank1_{directive}] a cat", "bad")
+            good = [ask(supervisor, request_id=f"good{index}") for index in range(2)]
+            with pytest.raises(error):
+                await answer(bad)
+            for ticket in good:
+                assert np.array_equal((await answer(ticket))[0].media[0], expected())
+            assert await pid_of(supervisor) == pid
+
+    drive(test())
+
+
+@pytest.mark.parametrize("directive", ["raise@forward:1", "oom@forward:2", "exit@denoising:1", "stop@denoising:1"])
+def test_a_rank_lost_where_others_wait_for_it_takes_the_group_down(fault_family, fault_model, expected, directive):
+    """The request whose unit ran is answered; the group restarts, and the others run again."""
+
+    async def test():
+        async with on_two(fault_model(name="served"), max_running=1) as supervisor:
+            pid = await pid_of(supervisor)
+            begun = time.monotonic()
+            bad = ask(supervisor, f"[rank1_{directive}] a cat", "bad")
+            good = [ask(supervisor, request_id=f"good{index}") for index in range(2)]
+            with pytest.raises(WorkerLostError):
+                await answer(bad)
+            assert time.monotonic() - begun < 20
+            for ticket in good:
+                assert np.array_equal((await answer(ticket))[0].media[0], expected())
+            assert await pid_of(supervisor) != pid
+            assert len(supervisor._worker.ranks) == 2
+
+    drive(test())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_killed_in_mid_denoise(fault_family, fault_model, expected, number):
+    async def test():
+        async with on_two(fault_model(name="served", step_seconds=0.05)) as supervisor:
+            await pid_of(supervisor)
+            first, second = (rank.process for rank in supervisor._worker.ranks)
+            tickets = [ask(supervisor, request_id=f"r{index}", num_inference_steps=20) for index in range(3)]
+            while not tickets[0].progress.step:
+                await asyncio.sleep(0.01)
+            os.kill(second.pid, number)
+            begun, lost = time.monotonic(), 0
+            for ticket in tickets:
+                try:
+                    made = (await answer(ticket))[0].media[0]
+                    assert np.array_equal(made, expected(num_inference_steps=20))
+                except WorkerLostError:
+                    lost += 1
+                    assert time.monotonic() - begun < 5
+            assert lost == 1
+            assert first.returncode is not None and second.returncode is not None
+
+    drive(test())
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "numbers"),
+    [
+        ({"cfg_parallel_size": 3}, "cfg_parallel_size", "at most 2"),
+        ({"tp_size": 2}, "tp_size", "no tensor-parallel plan"),
+        ({"ring_degree": 2}, "ring_degree", "no sequence-parallel plan"),
+        ({"devices": 4}, "devices", "1 or 2"),
+        ({"cfg_parallel_size": 2, "compile": "blocks"}, "compile", "none with 2 devices"),
+        ({"cfg_parallel_size": 2, "vae_parallel": True}, "vae_parallel", "cannot be divided"),
+    ],
+)
+def test_what_a_model_cannot_have_is_refused_at_start(fault_family, fault_model, settings, field, numbers):
+    folder = fault_model(name="served")
+
+    async def test():
+        args = ServerArgs(str(folder), device="cpu", **settings)
+        with pytest.raises(SafelightError, match=f"(?s){field}.*{numbers}"):
+            async with running(folder, server_args=args):
+                pass
+
+    drive(test())
+
+
+@pytest.mark.parametrize("settings", [{"tp_size": 0}, {"devices": 3, "tp_size": 2}, {"ulysses_degree": True}])
+def test_sizes_that_do_not_fit_are_refused(settings):
+    with pytest.raises(InvalidParameterError):
+        ServerArgs(**settings)
+
+
+class SmallMemory(Memory):
+    """Where a forward takes ten bytes an element of what it is given."""
+
+    def __init__(self) -> None:
+        self.left = 1000
+        self.elements = 0
+
+    def free(self):
+        return self.left
+
+    def begin(self):
+        return 500
+
+    def peak(self):
+        return 500 + 10 * self.elements
+
+
+def call_of(elements):
+    return ModelCall("transformer", {"hidden_states": torch.zeros(1, elements)}, {}, (), ("r", "cond", 0))
+
+
+def test_room_is_learnt_from_what_forwards_took():
+    memory = SmallMemory()
+    room = Room(memory)
+    assert room.has_room(call_of(10**6)), "nothing is known of the first"
+    memory.elements = 50
+    room.measured(call_of(50), lambda call: call.kwargs["hidden_states"])
+    assert room.has_room(call_of(100)) and not room.has_room(call_of(101))
+    memory.left = 2000
+    assert room.has_room(call_of(200)) and not room.has_room(call_of(201))
+
+
+def test_the_hosts_memory_is_what_linux_says():
+    memory = HostMemory()
+    before = memory.begin()
+    held = bytearray(64 << 20)
+    assert 60 << 20 < memory.peak() - before < 200 << 20
+    assert memory.free() > 0 and held[0] == 0
+
+
+def test_votes():
+    assert [vote_of(error) for error in (None, ValueError(), torch.OutOfMemoryError(), MemoryError())] == [0, 1, 2, 2]
+    shared = RankFailedError("here")
+    shared.__cause__ = MemoryError()
+    assert vote_of(shared) == 2 and isinstance(reason_of(shared), MemoryError)
+    errors = [None, ValueError("own")]
+    assert Ranks().agree(errors) == errors and Ranks().leads
