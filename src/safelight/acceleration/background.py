@@ -98,6 +98,7 @@ class BackgroundCompiler:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+        give_way(self._process.pid)
         assert self._process.stdin is not None
         # It stays open: when it closes, because we have ended, the other process ends too.
         with contextlib.suppress(BrokenPipeError):  # it has died already, and `poll` says so
@@ -127,6 +128,13 @@ class BackgroundCompiler:
         assert self._process.stdout is not None
         said = self._process.stdout.read(MAX_MESSAGE).decode(errors="replace").strip()
         return said or f"the compiling process ended with exit code {code}"
+
+
+def give_way(pid: int) -> None:
+    """Let a process, and those that it starts, run on idle cores alone, from the first import on."""
+    os.setpriority(os.PRIO_PROCESS, pid, LOWEST_PRIORITY)
+    if sys.platform == "linux":
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 def job_of(compilation: Compilation) -> Job:
@@ -195,7 +203,6 @@ def _end_with_parent(lifeline: BinaryIO) -> None:
 def main() -> int:
     """Do the job on standard input; a failure's reason goes to standard output."""
     warnings.simplefilter("ignore")  # what it would warn of is no matter, or fails
-    os.nice(LOWEST_PRIORITY)
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
     threading.Thread(target=_end_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
     try:
