@@ -1,7 +1,7 @@
 """Decoding in bands beside Diffusers' undivided decode and its tiling: time, live bytes and error, on the same weights.
 
-Tiles are half a side. Time is process CPU time, one thread, A B B A, medians. Bytes are those of tensors alive at one time, weights not
-counted, on the meta device: without what a kernel needs for itself.
+Tiles are half a side. Time is process CPU time, one thread, A B B A, medians. Bytes are those of tensors alive at one
+time, weights not counted, on the meta device: without what a kernel needs for itself.
 """
 
 from __future__ import annotations
