@@ -8,7 +8,7 @@ compiled by `torch.compile`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any
@@ -110,7 +110,8 @@ def row(what: str, dtype: torch.dtype, label: str, sides: Mapping[str, Side], ro
     seconds = interleaved({name: side.run for name, side in sides.items()}, rounds)
     times = [f"{seconds[name] * 1000:.0f} ms" for name in sides]
     ratio = f"{seconds['Diffusers'] / seconds['Safelight']:.2f}"
-    return [label, *times, ratio, f"{WANTED[what, dtype]:.1f}", *(f"{side.error:.1e}" for side in sides.values())]
+    name = str(dtype).removeprefix("torch.")
+    return [label, name, *times, ratio, f"{WANTED[what, dtype]:.1f}", *(f"{side.error:.1e}" for side in sides.values())]
 
 
 def main() -> None:
@@ -128,19 +129,27 @@ def main() -> None:
     rounds = 1 if arguments.quick else arguments.rounds
     grid = QUICK if arguments.quick else next(iter(STACKS["flux"].small.grids.values()))
     size, widths = (64, QUICK_WIDTHS) if arguments.quick else (arguments.size, WIDTHS)
-    rows = []
-    for dtype in (vars(torch)[name] for name in arguments.dtypes):
-        name = str(dtype).removeprefix("torch.")
-        if arguments.only != "VAE":
-            for compiled in (False, True) if arguments.compile else (False,):
-                label = f"FLUX-like, {name}{', blocks compiled' if compiled else ''}"
-                rows.append(row("transformer", dtype, label, transformer_sides(dtype, grid, compiled), rounds))
-        if arguments.only != "transformer":
-            label = f"AutoencoderKL decode {size}x{size}, {name} (Diffusers: float32)"
-            rows.append(row("VAE", dtype, label, vae_sides(dtype, size, widths), rounds))
-    print_table(
-        ["", "Diffusers", "Safelight", "times faster", "wanted", "error of Diffusers", "error of Safelight"], rows
-    )
+    dtypes = [vars(torch)[name] for name in arguments.dtypes]
+    compiled = (False, True) if arguments.compile else (False,)
+    if arguments.only != "VAE":
+        show(
+            row("transformer", dtype, f"FLUX-like{', blocks compiled' * compile}", sides, rounds)
+            for dtype in dtypes
+            for compile in compiled
+            for sides in [transformer_sides(dtype, grid, compile)]
+        )
+    if arguments.only != "transformer":
+        show(
+            row("VAE", dtype, f"AutoencoderKL decode {size}x{size}", vae_sides(dtype, size, widths), rounds)
+            for dtype in dtypes
+        )
+
+
+def show(rows: Iterable[list[str]]) -> None:
+    """Print a table."""
+    sides = ["Diffusers", "Safelight"]
+    header = ["", "dtype", *sides, "times faster", "wanted", *(f"error of {side}" for side in sides)]
+    print_table(header, list(rows))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,15 @@ from torch.nn import functional as F
 CHUNK_VALUES = 65_536
 """Values of a chunk: a quarter of a megabyte."""
 
+MIN_PIXELS = 4096
+"""Smaller pictures are laid with their channels first for torch's kernel: chunks would cost more than the copies."""
+
 
 def group_norm_silu(pixels: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Return SiLU of the norm of [B, C, H, W], channels last in memory, in the dtype of the pixels."""
+    if pixels.shape[2] * pixels.shape[3] < MIN_PIXELS:
+        normed = F.group_norm(pixels.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return F.silu(normed, inplace=True).contiguous(memory_format=torch.channels_last)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     activated = torch.empty_like(pixels)
     weight, bias = norm.weight.float(), norm.bias.float()
