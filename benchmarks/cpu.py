@@ -8,6 +8,7 @@ compiled by `torch.compile`.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -59,14 +60,15 @@ def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[st
     set_attention_backend(ours, "auto", "cpu", dtype)
     accelerate_on_cpu(ours, cpu_plan())
     if compiled:
-        for block in (block for kind in stack.blocks for block in getattr(ours, kind.attribute)):
-            block.compile()
+        for kind in stack.blocks:
+            for block in ours.get_submodule(kind.attribute).children():
+                block.compile()  # type: ignore[no-untyped-call]
     calls: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "Diffusers": (as_diffusers_calls(reference), inputs.for_diffusers()),
         "Safelight": (as_safelight_calls(ours), inputs.for_safelight()),
     }
     return {
-        name: Side(lambda call=call, kwargs=kwargs: call(**kwargs), relative_error(as_tensor(call(**kwargs)), exact))
+        name: Side(functools.partial(call, **kwargs), relative_error(as_tensor(call(**kwargs)), exact))
         for name, (call, kwargs) in calls.items()
     }
 
@@ -99,8 +101,14 @@ def vae_sides(dtype: torch.dtype, size: int, widths: tuple[int, ...]) -> dict[st
         decoded: Tensor = vae.decode(latents, return_dict=False)[0]
         return decoded
 
-    theirs = torch.no_grad()(lambda: decode(reference, latents))
-    mine = torch.inference_mode()(lambda: decode(ours, latents.to(dtype)))
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            return decode(reference, latents)
+
+    def mine() -> Tensor:
+        with torch.inference_mode():
+            return decode(ours, latents.to(dtype))
+
     exact = theirs()
     return {"Diffusers": Side(theirs, 0.0), "Safelight": Side(mine, relative_error(mine(), exact))}
 

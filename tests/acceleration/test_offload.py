@@ -217,6 +217,7 @@ class Blocks(nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(count):
             convolution, norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            assert norm.running_mean is not None
             convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
             torch.nn.init.normal_(norm.running_mean)
             self.blocks.append(nn.Sequential(convolution, norm))

@@ -18,11 +18,9 @@ from safelight.runtime.ranks import Ranks, reason_of, vote_of
 from safelight.runtime.room import HostMemory, Memory, Room
 from tests.runtime.test_supervisor import answer, ask, drive, pid_of, running
 
-TWO = {"cfg_parallel_size": 2}
-
 
 def on_two(folder, **settings):
-    return running(folder, server_args=ServerArgs(str(folder), device="cpu", **TWO), **settings)
+    return running(folder, server_args=ServerArgs(str(folder), device="cpu", cfg_parallel_size=2), **settings)
 
 
 def test_two_ranks_give_the_bytes_of_one(fault_family, fault_model, expected):

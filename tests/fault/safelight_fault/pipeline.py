@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -37,7 +38,7 @@ def obey(batch: Any) -> None:
         if stage == batch.stage:
             deed(batch, value)
         elif (stage, batch.stage) == ("forward", "denoising"):
-            Transformer.pending.append(lambda deed=deed, value=value: deed(batch, value))
+            Transformer.pending.append(functools.partial(deed, batch, value))
 
 
 def rank() -> int:
