@@ -62,7 +62,7 @@ def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[st
     if compiled:
         for kind in stack.blocks:
             for block in ours.get_submodule(kind.attribute).children():
-                block.compile()  # type: ignore[no-untyped-call]
+                block.compile()
     calls: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "Diffusers": (as_diffusers_calls(reference), inputs.for_diffusers()),
         "Safelight": (as_safelight_calls(ours), inputs.for_safelight()),

@@ -20,6 +20,7 @@ from safelight.core.request import Req
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
+from safelight.group import GroupEngine
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
 from safelight.results import GenerationEvent, GenerationOutput, GenerationResult, make_output
@@ -32,9 +33,9 @@ class DiffusionGenerator:
     ...     generator.generate("a large red circle at the left on a white background").images[0].save("circle.png")
     """
 
-    def __init__(self, engine: ComposedPipeline | RemoteEngine) -> None:
-        self._engine: _LocalEngine | RemoteEngine | None
-        self._engine = engine if isinstance(engine, RemoteEngine) else _LocalEngine(engine)
+    def __init__(self, engine: ComposedPipeline | GroupEngine | RemoteEngine) -> None:
+        self._engine: _LocalEngine | GroupEngine | RemoteEngine | None
+        self._engine = _LocalEngine(engine) if isinstance(engine, ComposedPipeline) else engine
         self.schema: ModelSchema = engine.schema
 
     @classmethod
@@ -46,7 +47,7 @@ class DiffusionGenerator:
         dtype: str | torch.dtype = "auto",
         **server_args: Any,
     ) -> Self:
-        """Load a model.
+        """Load a model. On several devices each has a process of its own, which ends with this object.
 
         Args:
             model: a folder in Diffusers layout, or a Hub id, optionally with `@revision`; None is the shipped model.
@@ -69,7 +70,7 @@ class DiffusionGenerator:
             dtype=str(dtype).removeprefix("torch."),
             **server_args,
         )
-        return cls(load_pipeline(args))
+        return cls(load_pipeline(args) if args.num_devices() == 1 else GroupEngine(args))
 
     @classmethod
     def connect(cls, url: str, *, api_key: str | None = None) -> Self:
@@ -120,7 +121,7 @@ class DiffusionGenerator:
 
     def close(self) -> None:
         """Let go of the model and its memory, or of the connection. Closing twice does nothing."""
-        if isinstance(self._engine, RemoteEngine):
+        if self._engine is not None:
             self._engine.close()
         self._engine = None
 
@@ -142,7 +143,7 @@ class DiffusionGenerator:
         return {"prompt": prompt, **fields}
 
     def _run(
-        self, engine: _LocalEngine | RemoteEngine, params: SamplingParams, warnings: list[str]
+        self, engine: _LocalEngine | GroupEngine | RemoteEngine, params: SamplingParams, warnings: list[str]
     ) -> Iterator[GenerationEvent]:
         outputs: list[GenerationOutput] = []
         each = params.split()
@@ -164,6 +165,9 @@ class _LocalEngine:
         self._callers = Callers(pipeline)
         if self._callers.compilation is not None:
             self._callers.compilation.check_toolchain()
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
 
     def stream(self, each: list[SamplingParams]) -> Iterator[tuple[GenerationEvent, GenerationOutput | None]]:
         """Make one output after another, and yield how far they are; with an output's last event, the output."""

@@ -179,11 +179,21 @@ class GenerationEvent:
 
 def make_output(req: Req, makes_video: bool) -> GenerationOutput:
     """Bring a finished request's media into the form asked for."""
-    params = req.params
+    return output_from_media(req.outputs, req.params, req.timings, req.warnings, makes_video)
+
+
+def output_from_media(
+    media: list[Tensor],
+    params: SamplingParams,
+    timings: Mapping[str, float],
+    warnings: list[str],
+    makes_video: bool,
+) -> GenerationOutput:
+    """Bring media into the form asked for: uint8 for `pil`, else float32, [H, W, C] or [T, H, W, C]; or latents."""
     assert params.seed is not None
-    made = [to_form(media, params.output_type) for media in req.outputs]
+    made = [to_form(each, params.output_type) for each in media]
     images, videos = ([], made) if makes_video else (made, [])
-    return GenerationOutput(images, params.seed, params, dict(req.timings), list(req.warnings), videos)
+    return GenerationOutput(images, params.seed, params, dict(timings), list(warnings), videos)
 
 
 def output_from_files(

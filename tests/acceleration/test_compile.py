@@ -15,12 +15,12 @@ from torch._dynamo.utils import counters
 from benchmarks.common import as_tensor
 from safelight import DiffusionGenerator, ServerArgs
 from safelight.acceleration import compile as compile_module
-from safelight.acceleration.background import BackgroundCompiler, job_of
 from safelight.acceleration.callers import Callers
 from safelight.acceleration.compilation import Compilation
 from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
 from safelight.core.executor import Execution, SyncExecutor
 from safelight.errors import CompilationError, InvalidParameterError
+from safelight.runtime.background import BackgroundCompiler, job_of
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from safelight.cli.options import API_KEY_FILE_VARIABLE, engine_options, engine_settings
 from safelight.core.server_args import ServerArgs
+from safelight.parallel.torchrun import launched
 from safelight.serving.serve_args import ServeArgs, read_config
 
 ENVIRONMENT = {"state_dir": "SAFELIGHT_STATE_DIR", "api_key_file": API_KEY_FILE_VARIABLE}
@@ -50,8 +52,16 @@ def serve(model: str | None, config: Path | None, **values: Any) -> None:
     The API is OpenAI's for images and videos, with jobs, progress and cancelling beside it.
     """
     from safelight.serving.server import Server
+    from safelight.serving.server import engine_settings as engine_settings_of
 
     server_args, serve_args = _settings({**values, "model": model}, config)
+    place = launched(server_args.num_devices())
+    if place is not None and place.rank > 0:
+        from safelight.runtime.worker import follow
+
+        start = engine_settings_of(server_args, serve_args).start(None)
+        places = {"rank": place.rank, "local_rank": place.local_rank}
+        click.get_current_context().exit(follow(msgspec.structs.replace(start, **places)))
     logging.getLogger().setLevel(min(logging.getLogger().level, logging.WARNING))
 
     async def run() -> int:

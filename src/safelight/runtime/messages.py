@@ -40,6 +40,7 @@ class Start(Message, frozen=True):
         limits: how long units may take.
         warm_up: whether one small request is run before the worker calls itself ready.
         rank, num_ranks: which of the processes this is that share every request.
+        local_rank: which of those on this machine.
         store: name of the file through which they meet; None where `torchrun` started them.
 
     """
@@ -51,6 +52,7 @@ class Start(Message, frozen=True):
     limits: UnitLimits
     warm_up: bool
     rank: int = 0
+    local_rank: int = 0
     num_ranks: int = 1
     store: str | None = None
 
@@ -163,11 +165,15 @@ class Progressed(Message, frozen=True):
 
 
 class OutputMade(Message, frozen=True):
-    """From the worker: an output is finished. Its media are in the frames, in the order of `shapes`."""
+    """From the worker: an output is finished. Its media are in the frames, in the order of `shapes`.
+
+    They are uint8, or float32 where the parameters ask for that.
+    """
 
     request_id: str
     output_index: int
     shapes: list[tuple[int, ...]]
+    dtypes: list[str]
     seed: int
     params: dict[str, Any]
     timings: dict[str, float]

@@ -183,12 +183,12 @@ class Scheduler:
             )
             self.channel.send(progress)
             return
-        assert all(output.dtype == torch.uint8 for output in req.outputs), "the API process asks for pil alone"
-        arrays = [output.numpy() for output in req.outputs]
+        arrays = [(output.float() if output.is_floating_point() else output).numpy() for output in req.outputs]
         shapes = [array.shape for array in arrays]
         params, seed = req.params.described(), req.params.seed
         assert seed is not None
-        made = OutputMade(req.request_id, index, shapes, seed, params, req.timings, req.warnings)
+        dtypes = [str(array.dtype) for array in arrays]
+        made = OutputMade(req.request_id, index, shapes, dtypes, seed, params, req.timings, req.warnings)
         self.channel.send(made, arrays)
         self._intake.end(task)
 

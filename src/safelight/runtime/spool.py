@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,11 @@ class SpooledFrames:
         self._file = path.open("rb", buffering=0)
         path.unlink()
         self.shape: tuple[int, ...] = (os.fstat(self._file.fileno()).st_size,)
+
+    def view(self, dtype: np.dtype[Any]) -> SpooledFrames:
+        """Return itself: its bytes are always uint8."""
+        assert dtype == np.uint8
+        return self
 
     def reshape(self, shape: tuple[int, ...]) -> SpooledFrames:
         """Say what the bytes are.

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import Mode, ServerArgs
@@ -101,6 +102,19 @@ class EngineSettings:
     unit_limits: UnitLimits = field(default_factory=UnitLimits)
     heartbeat_limit: float = 10.0
     is_first_of_torchrun: bool = False
+
+    def start(self, store: str | None) -> Start:
+        """Return what the first rank is told; `store` names the file through which ranks of one machine meet."""
+        return Start(
+            server_args=asdict(self.server_args),
+            max_running=self.max_running,
+            batching=self.batching,
+            share=self.share,
+            limits=self.unit_limits,
+            warm_up=self.warm_up,
+            num_ranks=self.server_args.num_devices(),
+            store=store,
+        )
 
 
 @dataclass(eq=False)
@@ -265,17 +279,8 @@ class Supervisor(EngineClient):
         board = self._folder / f"{number}.unit"
         # The ranks of other machines are started there; this process has the first one's alone.
         local = 1 if self.settings.is_first_of_torchrun else num_ranks
-        first = Start(
-            server_args=asdict(self.settings.server_args),
-            max_running=self.settings.max_running,
-            batching=self.settings.batching,
-            share=self.settings.share,
-            limits=self.settings.unit_limits,
-            warm_up=self.settings.warm_up,
-            num_ranks=num_ranks,
-            store=None if local < num_ranks else f"{number}.store",
-        )
-        starts = [msgspec.structs.replace(first, rank=rank) for rank in range(local)]
+        first = self.settings.start(None if local < num_ranks else f"{number}.store")
+        starts = [msgspec.structs.replace(first, rank=rank, local_rank=rank) for rank in range(local)]
         ranks = [await self._start_rank(self._folder / f"{number}.{start.rank}.ipc", board, start) for start in starts]
         worker = _Worker(ranks, UnitBoard(board))
         worker.outgoing.put_nowait((first, ()))
@@ -489,7 +494,8 @@ class Supervisor(EngineClient):
         live = self._live.get(message.request_id)
         if live is None:
             return
-        media = [array.reshape(shape) for array, shape in zip(arrays, message.shapes, strict=True)]
+        described = zip(arrays, message.dtypes, message.shapes, strict=True)
+        media = [array.view(np.dtype(dtype)).reshape(shape) for array, dtype, shape in described]
         output = Output(media, message.seed, message.params, message.timings, message.warnings)
         live.outputs[message.output_index] = output
         if len(live.outputs) == live.ticket.progress.num_outputs:

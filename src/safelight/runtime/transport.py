@@ -41,10 +41,15 @@ def to_frames(message: ToWorker | FromWorker, arrays: Sequence[Array] = ()) -> l
     return [_ENCODER.encode(message), *(np.ascontiguousarray(array).data.cast("B") for array in arrays)]
 
 
+def is_spooled(array: Array) -> bool:
+    """Say whether an array goes through a file: a long video as the API process encodes it."""
+    return array.ndim == 4 and array.dtype == np.uint8 and array.nbytes >= SPOOLED_BYTES
+
+
 def spooled_frames(message: FromWorker, arrays: Sequence[Array], folder: Path) -> list[bytes | memoryview]:
     """Return a message's frames for the API process, with long videos in files."""
     first, *others = to_frames(message, arrays)
-    large = [index for index, array in enumerate(arrays) if array.ndim == 4 and array.nbytes >= SPOOLED_BYTES]
+    large = [index for index, array in enumerate(arrays) if is_spooled(array)]
     for index in large:
         others[index] = spool(memoryview(others[index]), folder)
     return [first, _ENCODER.encode(large), *others]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from safelight.acceleration.background import BackgroundCompiler
 from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
@@ -23,6 +22,7 @@ from safelight.errors import CompilationError, ModelError, SafelightError, Usage
 from safelight.loading.loader import choose_layout, load_pipeline
 from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.preparation import warm_up_params
+from safelight.runtime.background import BackgroundCompiler
 from safelight.runtime.engine import Engine
 from safelight.runtime.messages import Heartbeat, Loaded, LoadFailed, Start, schema_to_wire
 from safelight.runtime.policy import Policy
@@ -136,8 +136,7 @@ def local_args(start: Start) -> ServerArgs:
     device = args.torch_device()
     if start.num_ranks == 1 or device.type != "cuda":
         return args
-    number = start.rank if start.store is not None else int(os.environ["LOCAL_RANK"])
-    return dataclasses.replace(args, device=f"cuda:{(device.index or 0) + number}")
+    return dataclasses.replace(args, device=f"cuda:{(device.index or 0) + start.local_rank}")
 
 
 def join(start: Start, args: ServerArgs, folder: Path) -> Mesh:
@@ -152,7 +151,6 @@ def join(start: Start, args: ServerArgs, folder: Path) -> Mesh:
     if start.store is None:
         dist.init_process_group(backend, timeout=MEETING)
     else:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         meeting = f"file://{folder / start.store}"
         dist.init_process_group(
             backend, init_method=meeting, rank=start.rank, world_size=start.num_ranks, timeout=MEETING
@@ -180,6 +178,15 @@ def compile_in_background(engine: Engine, limit: float) -> None:
         compilation.filler = BackgroundCompiler(compilation, limit)
     except CompilationError as error:
         compilation.fail(str(error))
+
+
+def follow(start: Start) -> int:
+    """Be a rank beside the first, where `torchrun` starts all; return when the first one stops."""
+    engine = build_engine(start, Path(), None)
+    if start.warm_up:
+        warm_up(engine)
+    Follower(engine).run()
+    return 0
 
 
 def warm_up(engine: Engine) -> None:

@@ -22,6 +22,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from safelight.acceleration.apply import accelerate
 from safelight.acceleration.compilation import Compilation, own_modules
 from safelight.acceleration.compile import compile_blocks, compiling, one_block_each, repeated_blocks, use_cache
 from safelight.attention import set_attention_backend
@@ -94,7 +95,7 @@ class BackgroundCompiler:
     def __init__(self, compilation: Compilation, limit: float) -> None:
         self._until = time.monotonic() + limit
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "safelight.acceleration.background"],
+            [sys.executable, "-m", "safelight.runtime.background"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -190,7 +191,9 @@ def skeleton(args: ServerArgs, component: str, dtypes: Mapping[str, str]) -> nn.
             for name, tensor in module.state_dict().items()
         }
         module.load_state_dict(weights, assign=True)
-    set_attention_backend(module, args.attention_backend, device.type, args.component_dtype(component))
+    dtype = args.component_dtype(component)
+    set_attention_backend(module, args.attention_backend, device.type, dtype)
+    accelerate(module, args.kernels, device, dtype)
     return module.eval().requires_grad_(False)
 
 
