@@ -15,7 +15,8 @@ import torch
 from safelight import DiffusionGenerator
 from safelight.errors import InvalidParameterError, SafelightError
 from tests.live_server import environment, fault_model, free_port
-from tests.parallel.checkpoints import with_four_heads
+from tests.parallel.checkpoints import build
+from tests.recipes import all_recipes
 
 PROMPT = "a photo of a cat sitting on a red chair"
 FIELDS = {"height": 48, "width": 80, "num_inference_steps": 3, "seed": 4}
@@ -23,7 +24,7 @@ FIELDS = {"height": 48, "width": 80, "num_inference_steps": 3, "seed": 4}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return with_four_heads("FluxPipeline", tmp_path_factory.mktemp("flux"))
+    return build(all_recipes()["FluxPipeline"], "default", tmp_path_factory.mktemp("flux") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ class Residency:
 
     def owners(self, parts: Iterable[nn.Module]) -> tuple[str, ...]:
         """Return the names of the components that modules are, or are parts of."""
-        return tuple(self._owners[part] for part in parts)
+        return tuple(self._owners[part] for part in parts if part in self._owners)
 
     def is_resident(self, name: str) -> bool:
         """Say whether a component can run at once."""

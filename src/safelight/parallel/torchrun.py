@@ -10,7 +10,7 @@ from safelight.errors import UsageError
 
 @dataclass(frozen=True)
 class Launched:
-    """This process among those of one `torchrun`.
+    """The place of a process among those of one `torchrun`.
 
     Attributes:
         rank: from 0, over all machines.
