@@ -1,7 +1,7 @@
 """Decoding in bands beside Diffusers' undivided decode and its tiling: time, live bytes and error, on the same weights.
 
-Time is process CPU time, one thread, A B B A, medians. Bytes are those of tensors alive at one time, weights not
-counted, on the meta device: without what a kernel needs for itself.
+Tiles are half a side. Time is process CPU time, one thread, A B B A, medians. Bytes are those of tensors alive at one
+time, weights not counted, on the meta device: without what a kernel needs for itself.
 """
 
 from __future__ import annotations
@@ -87,11 +87,20 @@ def latents_of(vae: Any, model: Model, size: int, dtype: torch.dtype, device: st
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def decoders(vae: Any, rows: int | None) -> dict[str, Callable[[Tensor], Tensor]]:
+def with_tiles(vae: Any, size: int) -> Any:
+    """Let Diffusers decode in tiles of this many pixels a side, which overlap by a quarter."""
+    if type(vae).__name__ == "AutoencoderKL":
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = size, size // 8
+    else:
+        vae.enable_tiling(size, size, size * 3 // 4, size * 3 // 4)
+    return vae
+
+
+def decoders(vae: Any, size: int, rows: int | None) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return each side's decode, of latents to pixels [C, T, H, W] (Diffusers' AutoencoderKL: [C, H, W])."""
     banded = decode_in_bands(copy.deepcopy(vae), BandPlan(rows))
-    tiled = copy.deepcopy(vae)
-    tiled.enable_tiling()
+    tiled = with_tiles(copy.deepcopy(vae), size // 2)
     return {
         "diffusers": lambda latents: vae.decode(latents, return_dict=False)[0][0],
         "bands": lambda latents: decoded(banded, latents),
@@ -105,11 +114,11 @@ def measure(name: str, arguments: argparse.Namespace) -> list[str]:
     size = arguments.size or (128 if arguments.quick else model.size)
     meta = make_vae(model, arguments.quick, dtype, "meta")
     latents = latents_of(meta, model, size, dtype, "meta")
-    sides = decoders(meta, arguments.rows)
+    sides = decoders(meta, size, arguments.rows)
     peaks = {side: count_peak(lambda side=side: sides[side](latents)) for side in SIDES}  # type: ignore[misc]
     vae = make_vae(model, arguments.quick, dtype)
     latents = latents_of(vae, model, size, dtype)
-    sides = decoders(vae, arguments.rows)
+    sides = decoders(vae, size, arguments.rows)
     with torch.inference_mode():
         expected = sides["diffusers"](latents)
         errors = [relative_error(sides[side](latents).view(expected.shape), expected) for side in SIDES[1:]]

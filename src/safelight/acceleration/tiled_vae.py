@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safelight.acceleration.activations import count_peak
 from safelight.acceleration.causal_bands import CausalBandDecoder, why_not_causal
@@ -122,7 +122,7 @@ def peak_activation_bytes(
 
     """
     assert vae.device.type == "meta", "counting is for modules without weights"
-    vae.to(dtype)
+    nn.Module.to(vae, dtype)  # the library's own speaks of weights, of which there are none
     if plan is None:
         latents = torch.empty(tuple(latent_shape), dtype=dtype, device="meta")
         return count_peak(lambda: vae.decode(latents, return_dict=False)[0])
