@@ -219,7 +219,7 @@ class Blocks(nn.Module):
             convolution, norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
             assert norm.running_mean is not None
             convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
-            torch.nn.init.normal_(norm.running_mean)
+            norm.register_buffer("running_mean", torch.randn(8))
             self.blocks.append(nn.Sequential(convolution, norm))
         self.last = nn.Linear(8, 8)
         self.last.weight = self.first.weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,20 +54,38 @@ def measure(repository: Repository, server_args: ServerArgs, fields: Mapping[str
     """
     pipeline = empty_pipeline(repository, server_args)
     req = request(pipeline.schema, fields)
-    peaks: dict[tuple[str, str], int] = {}
     with LiveStorages() as live:
-
-        def record(stage: str, component: str) -> bool:
-            before = peaks.get((stage, component), 0)
-            peaks[stage, component], live.peak = max(live.peak, before), 0
-            return peaks[stage, component] > before
-
-        rehearse(pipeline, req, record)
+        peaks = Peaks(live)
+        rehearse(pipeline, req, peaks)
     components = {
         name: component_footprint(module, name in pipeline.alternates) for name, module in pipeline.modules().items()
     }
-    stages = [StageFootprint(stage, name, peak) for (stage, name), peak in peaks.items()]
+    stages = [StageFootprint(stage, name, peak) for (stage, name), peak in peaks.most.items()]
     return Footprint(components, stages, req.params.num_branches(), in_words(pipeline.schema, req))
+
+
+class Peaks:
+    """The most bytes that were alive on the device in each stage, by what a mode counts.
+
+    Args:
+        live: counts, on the host too: of what lies there, finished media are taken off.
+
+    Attributes:
+        most: bytes by the names of stage and component.
+
+    """
+
+    def __init__(self, live: LiveStorages) -> None:
+        self.most: dict[tuple[str, str], int] = {}
+        self._live = live
+        self._media = 0
+
+    def record(self, req: Req, stage: str, component: str) -> bool:
+        """Take note of a unit, or a call, that has just ended; say whether it needed more than those before."""
+        peak, before = self._live.peak - self._media, self.most.get((stage, component), 0)
+        self.most[stage, component] = max(peak, before)
+        self._live.peak, self._media = 0, sum(output.nbytes for output in req.outputs)
+        return peak > before
 
 
 def empty_pipeline(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
@@ -123,7 +141,7 @@ def blank_images(count: int, height: int | None, width: int | None) -> list[Imag
     return [Image.new("RGB", (width or SIDE, height or SIDE), (128, 128, 128)) for _ in range(count)]
 
 
-def rehearse(pipeline: ComposedPipeline, req: Req, record: Callable[[str, str], bool]) -> None:
+def rehearse(pipeline: ComposedPipeline, req: Req, peaks: Peaks) -> None:
     """Run a request through all stages, its components on the meta device and everything else on the host.
 
     The last stage is left when a unit needs no more than those before: a video's frames are decoded alike, once what is
@@ -132,8 +150,7 @@ def rehearse(pipeline: ComposedPipeline, req: Req, record: Callable[[str, str], 
     Args:
         pipeline: its components are on the meta device.
         req: the request.
-        record: called after each unit, or call, of a component, with the names of stage and component; says whether it
-            needed more than those before.
+        peaks: takes note of each unit, and call, of a component.
 
     """
     made: dict[CallKey, Prediction] = {}
@@ -144,12 +161,12 @@ def rehearse(pipeline: ComposedPipeline, req: Req, record: Callable[[str, str], 
             results = []
             for call in req.pending:
                 results.append(rehearse_call(pipeline, call, made))
-                record(stage, call.component)
+                peaks.record(req, stage, call.component)
             outputs, req.outputs = req.outputs, []  # they are on the host already
             map_tensors(req, on_meta if names else on_host)
             req.outputs = outputs
             more = execution.advance(results or None)
-            grew = [record(stage, name) for name in names]
+            grew = [peaks.record(req, stage, name) for name in names]
             repeats = stage == last and bool(grew) and not any(grew)
 
 
