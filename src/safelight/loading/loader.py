@@ -14,6 +14,7 @@ from safelight.acceleration.apply import accelerate
 from safelight.acceleration.memory import CudaMemory, DeviceMemory
 from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan, make_plan
+from safelight.acceleration.tiled_vae import tile_decoding
 from safelight.attention import set_attention_backend
 from safelight.backends import diffusers
 from safelight.core.pipeline import ComposedPipeline
@@ -159,8 +160,10 @@ def _load_diffusers(
         diffusers.check_component(repository.path, name, entry)
         if any(path.suffix in WEIGHT_SUFFIXES for path in folder.glob("*")):
             check_library_files(folder, LIBRARY_STEMS.get(entry[0], LIBRARY_STEMS[diffusers.FAMILY]))
-    if server_args.offload != "none":
-        raise InvalidParameterError("offload", server_args.offload, "none for a model run by the diffusers package")
+    for setting in ("offload", "vae_tiling"):
+        value = vars(server_args)[setting]
+        if value != "none":
+            raise InvalidParameterError(setting, value, "none for a model run by the diffusers package")
     with in_words(repository.pipeline.pipeline_name), quiet():
         return diffusers.load(repository.path, describe(repository), server_args)
 
@@ -195,6 +198,8 @@ def _load_native(
     pipeline = pipeline_cls(modules, config, schema, server_args)
     weights = [name for name, component in modules.items() if isinstance(component, nn.Module)]
     pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in weights}
+    if server_args.vae_tiling == "exact":
+        tile_decoding(pipeline)
     share(pipeline, mesh)
     if plan is not None and memory is not None:
         pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
