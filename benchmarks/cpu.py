@@ -97,7 +97,7 @@ def vae_sides(dtype: torch.dtype, size: int, widths: tuple[int, ...]) -> dict[st
     accelerate_on_cpu(ours, cpu_plan())
     latents = torch.randn(1, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
 
-    def decode(vae: nn.Module, latents: Tensor) -> Tensor:
+    def decode(vae: Any, latents: Tensor) -> Tensor:
         decoded: Tensor = vae.decode(latents, return_dict=False)[0]
         return decoded
 
