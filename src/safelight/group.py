@@ -19,7 +19,8 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import SafelightError
 from safelight.results import GenerationEvent, GenerationOutput, output_from_media
 from safelight.runtime.client import GenerationRequest, Output, Progress
-from safelight.runtime.supervisor import EngineSettings, Supervisor
+from safelight.runtime.group import EngineSettings
+from safelight.runtime.supervisor import Supervisor
 
 T = TypeVar("T")
 STOP_SECONDS = 30.0

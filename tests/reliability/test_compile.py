@@ -17,7 +17,8 @@ from safelight.core.executor import SyncExecutor
 from safelight.core.request import Req
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
-from safelight.runtime.supervisor import EngineSettings, Supervisor
+from safelight.runtime.group import EngineSettings
+from safelight.runtime.supervisor import Supervisor
 from safelight.serving.job_manager import JobManager
 from safelight.serving.jobs import SqliteJobStore
 from safelight.serving.outputs import Outputs

@@ -26,8 +26,9 @@ from safelight.errors import (
 )
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest
+from safelight.runtime.group import EngineSettings
 from safelight.runtime.messages import Heartbeat, OutputMade, Progressed
-from safelight.runtime.supervisor import EngineSettings, Supervisor
+from safelight.runtime.supervisor import Supervisor
 from safelight.runtime.watch import UnitLimits
 
 ANSWER = 20.0

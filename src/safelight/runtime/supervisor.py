@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import math
-import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from safelight.core.schema import ModelSchema
-from safelight.core.server_args import Mode, ServerArgs
+from safelight.core.server_args import Mode
 from safelight.errors import (
     CancelledError,
     ModelError,
@@ -42,6 +36,7 @@ from safelight.runtime.client import (
     State,
     Ticket,
 )
+from safelight.runtime.group import EngineSettings, Rank, WorkerGroup, start_worker
 from safelight.runtime.messages import (
     Array,
     Cancel,
@@ -53,68 +48,17 @@ from safelight.runtime.messages import (
     LoadFailed,
     OutputMade,
     Progressed,
-    Start,
-    Stop,
     Submit,
     ToWorker,
     image_to_array,
     schema_from_wire,
     split_images,
 )
-from safelight.runtime.transport import Parcel, ServerChannel
-from safelight.runtime.watch import UnitBoard, UnitLimits
 
 logger = logging.getLogger(__name__)
 
-WATCH_SECONDS = 0.1
-STOP_SECONDS = 5.0
-GROUP_SILENCE = 1.5
-"""Seconds of silence after which one of several ranks counts as stopped: the others wait for it."""
 MAX_DEATHS = 3
 DEATHS_WINDOW = 300.0
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What a supervisor needs to know.
-
-    Attributes:
-        server_args: the engine's settings.
-        model_name: what the model is called in schema and files; None leaves it the name that it was loaded by.
-        max_running: outputs that hold device memory at most.
-        max_waiting: requests that may wait.
-        batching: `exact` or `throughput`.
-        share: of device time for the oldest request.
-        warm_up: whether the worker runs one small request before it is ready.
-        unit_limits: how long units of work may take.
-        heartbeat_limit: seconds of silence after which a worker counts as stopped.
-        is_first_of_torchrun: whether `torchrun` starts the other ranks, on this machine and on others.
-
-    """
-
-    server_args: ServerArgs = field(default_factory=ServerArgs)
-    model_name: str | None = None
-    max_running: int = 4
-    max_waiting: int = 64
-    batching: str = "exact"
-    share: float = 0.1
-    warm_up: bool = True
-    unit_limits: UnitLimits = field(default_factory=UnitLimits)
-    heartbeat_limit: float = 10.0
-    is_first_of_torchrun: bool = False
-
-    def start(self, store: str | None) -> Start:
-        """Return what the first rank is told; `store` names the file through which ranks of one machine meet."""
-        return Start(
-            server_args=asdict(self.server_args),
-            max_running=self.max_running,
-            batching=self.batching,
-            share=self.share,
-            limits=self.unit_limits,
-            warm_up=self.warm_up,
-            num_ranks=self.server_args.num_devices(),
-            store=store,
-        )
 
 
 @dataclass(eq=False)
@@ -126,36 +70,6 @@ class _Live:
     mode: Mode | None = None
     outputs: dict[int, Output] = field(default_factory=dict)
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Rank:
-    """One process of a worker, and the way to it."""
-
-    process: asyncio.subprocess.Process
-    channel: ServerChannel
-    start: Start
-    heard: float = field(default_factory=time.monotonic)
-
-
-@dataclass(eq=False)
-class _Worker:
-    """The processes that share every request; the first speaks for all."""
-
-    ranks: list[_Rank]
-    board: UnitBoard
-    outgoing: asyncio.Queue[Parcel] = field(default_factory=asyncio.Queue)
-    ready: bool = False
-
-    @property
-    def process(self) -> asyncio.subprocess.Process:
-        """The first one's process."""
-        return self.ranks[0].process
-
-    @property
-    def channel(self) -> ServerChannel:
-        """The way to the first one."""
-        return self.ranks[0].channel
 
 
 class Supervisor(EngineClient):
@@ -178,7 +92,7 @@ class Supervisor(EngineClient):
         self._state: State = "loading"
         self._stats = EngineStats()
         self._live: dict[str, _Live] = {}
-        self._worker: _Worker | None = None
+        self._worker: WorkerGroup | None = None
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._ready: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -262,7 +176,7 @@ class Supervisor(EngineClient):
     async def _keep_alive(self) -> None:
         """Run one worker after another, until too many have died."""
         while not self.gave_up.is_set():
-            worker = await self._spawn()
+            worker = await start_worker(self._folder, self._stats.num_restarts, self.settings)
             self._worker = worker
             try:
                 reason = await self._serve(worker)
@@ -270,37 +184,16 @@ class Supervisor(EngineClient):
                     self._state = "restarting"
             finally:
                 self._worker = None
-                await self._reap(worker)
+                await worker.stop(kindly=self._closing)
             self._mourn(worker, reason)
             worker.board.remove()
 
-    async def _spawn(self) -> _Worker:
-        number, num_ranks = self._stats.num_restarts, self.settings.server_args.num_devices()
-        board = self._folder / f"{number}.unit"
-        # The ranks of other machines are started there; this process has the first one's alone.
-        local = 1 if self.settings.is_first_of_torchrun else num_ranks
-        first = self.settings.start(None if local < num_ranks else f"{number}.store")
-        starts = [msgspec.structs.replace(first, rank=rank, local_rank=rank) for rank in range(local)]
-        ranks = [await self._start_rank(self._folder / f"{number}.{start.rank}.ipc", board, start) for start in starts]
-        worker = _Worker(ranks, UnitBoard(board))
-        worker.outgoing.put_nowait((first, ()))
-        return worker
-
-    async def _start_rank(self, socket: Path, board: Path, start: Start) -> _Rank:
-        channel = ServerChannel(socket)
-        command = [sys.executable, "-m", "safelight.runtime.worker", str(socket), str(board), str(os.getpid())]
-        # A session of its own: an interrupt at the terminal is the supervisor's, who decides when the worker ends.
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
-        )
-        return _Rank(process, channel, start)
-
-    async def _serve(self, worker: _Worker) -> str:
+    async def _serve(self, worker: WorkerGroup) -> str:
         """Exchange messages until the worker dies, hangs or gives up; return which."""
         parts: dict[asyncio.Task[object], str] = {
             asyncio.create_task(self._send_all(worker)): "cannot be reached",
             asyncio.create_task(self._receive_all(worker)): "gave up",
-            asyncio.create_task(self._watch(worker)): "hung",
+            asyncio.create_task(worker.watch(self.settings)): "hung",
         }
         for rank in worker.ranks:
             parts[asyncio.create_task(rank.process.wait())] = "died"
@@ -318,22 +211,16 @@ class Supervisor(EngineClient):
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
 
-    async def _hear(self, rank: _Rank) -> None:
-        """Tell a rank beside the first to start, and hear that it runs, until it says that it cannot load."""
-        await rank.channel.send(rank.start)
-        while True:
-            message, _ = await rank.channel.receive()
-            rank.heard = time.monotonic()
-            if isinstance(message, LoadFailed):
-                self._load_failed(message)
-                return
+    async def _hear(self, rank: Rank) -> None:
+        """Hear a rank beside the first until it says that it cannot load."""
+        self._load_failed(await rank.hear())
 
-    async def _send_all(self, worker: _Worker) -> None:
+    async def _send_all(self, worker: WorkerGroup) -> None:
         while True:
             message, arrays = await worker.outgoing.get()
             await worker.channel.send(message, arrays)
 
-    async def _receive_all(self, worker: _Worker) -> None:
+    async def _receive_all(self, worker: WorkerGroup) -> None:
         """Take messages until the worker says that it cannot load."""
         while True:
             message, arrays = await worker.channel.receive()
@@ -350,38 +237,7 @@ class Supervisor(EngineClient):
                 self._send(Cancel(message.request_id))
                 self._fail(message.request_id, SafelightError("the request's result cannot be understood"))
 
-    async def _watch(self, worker: _Worker) -> None:
-        """Return when the worker takes too long for a unit, or is silent for too long."""
-        while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            unit = worker.board.read()
-            if unit is not None and unit.is_late():
-                logger.error("the worker takes more than %.0f s for a unit of %s", unit.limit, unit.kind)
-                return
-            silence = self.settings.unit_limits.first
-            if worker.ready:
-                silence = min(self.settings.heartbeat_limit, GROUP_SILENCE if len(worker.ranks) > 1 else math.inf)
-            if time.monotonic() > min(rank.heard for rank in worker.ranks) + silence:
-                logger.error("the worker has been silent for %.1f s", silence)
-                return
-
-    async def _reap(self, worker: _Worker) -> None:
-        """End the worker's processes: kindly if it is idle and we stop, else at once."""
-        if self._closing and worker.process.returncode is None:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(worker.channel.send(Stop()), 1)
-                await asyncio.wait_for(asyncio.gather(*(rank.process.wait() for rank in worker.ranks)), STOP_SECONDS)
-        for rank in worker.ranks:
-            if rank.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    rank.process.send_signal(signal.SIGKILL)
-        for rank in worker.ranks:
-            await rank.process.wait()
-            rank.channel.close()
-        for store in self._folder.glob("*.store"):
-            store.unlink()
-
-    def _mourn(self, worker: _Worker, reason: str) -> None:
+    def _mourn(self, worker: WorkerGroup, reason: str) -> None:
         """Answer the request whose unit ran; let all others wait for the next worker."""
         unit = worker.board.read()
         culprits = set(unit.requests) if unit is not None else set()

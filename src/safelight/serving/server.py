@@ -16,7 +16,8 @@ import uvicorn
 from safelight.core.server_args import ServerArgs
 from safelight.errors import PortError, SafelightError
 from safelight.parallel.torchrun import launched
-from safelight.runtime.supervisor import EngineSettings, Supervisor
+from safelight.runtime.group import EngineSettings
+from safelight.runtime.supervisor import Supervisor
 from safelight.runtime.watch import UnitLimits
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
