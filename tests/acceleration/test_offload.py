@@ -278,6 +278,34 @@ def test_blocks_that_are_called_out_of_order_are_copied_then():
             assert torch.equal(made, expected)
 
 
+def test_a_pinned_buffer_is_not_used_again_before_its_copy_is_done():
+    """Five copies are begun, and none is waited for until then."""
+    memory, blocks = LateMemory(), Blocks(5).blocks
+    packed = [Packed(tensors_of(block)) for block in blocks]
+    stager = Stager(memory, packed[0].num_bytes)
+    targets = [memory.allocate(each.num_bytes) for each in packed]
+    begun = [stager.begin(each, target, memory.mark()) for each, target in zip(packed, targets, strict=True)]
+    memory.synchronize(begun[-1].result(10))
+    for each, target, block in zip(packed, targets, blocks, strict=True):
+        for view, tensor in zip(each.views(target), tensors_of(block), strict=True):
+            assert torch.equal(view, tensor)
+
+
+def test_a_copy_that_failed_is_made_again():
+    module, memory = Blocks(5).eval().requires_grad_(False), FailingMemory()
+    x = torch.randn(1, 8, 4, 4)
+    expected = module(x)
+    placed = StreamedModule(module, BlockStream(list(module.blocks), 0, Stager(memory, 1 << 16), memory), memory)
+    for left in range(4):
+        placed.enter()
+        memory.copies_left = left
+        with pytest.raises(RuntimeError, match="the copy failed"):
+            module(x)
+        memory.copies_left = UNLIMITED
+        assert torch.equal(module(x), expected)
+        placed.leave()
+
+
 def test_a_module_comes_whole():
     module, memory = Blocks(2).eval().requires_grad_(False), CountingMemory()
     x = torch.randn(1, 8, 3, 3)
