@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class ConditioningCache:
 
     Args:
         max_bytes: of all tensors together; 0 keeps nothing.
+        home: where they are kept; None leaves them where they were made. What is kept elsewhere is copied back.
 
     Attributes:
         weights: digest of each component's weights, by its name; another digest is another key.
@@ -45,11 +47,12 @@ class ConditioningCache:
 
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, home: torch.device | None = None) -> None:
         self.max_bytes = max_bytes
+        self._home = home
         self.weights: dict[str, str] = {}
         self.num_hits = self.num_misses = self.num_bytes = 0
-        self._kept: OrderedDict[Hashable, tuple[Tensor, Any]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, tuple[Tensor, torch.device, Any]] = OrderedDict()
         self._digests: dict[int, tuple[weakref.ref[Image.Image], bytes]] = {}
 
     def get(self, component: str, *inputs: Hashable) -> tuple[Tensor, Any] | None:
@@ -67,7 +70,8 @@ class ConditioningCache:
             return None
         self.num_hits += 1
         self._kept.move_to_end(key)
-        return found
+        kept, device, note = found
+        return kept.to(device), note
 
     def put(self, made: Tensor, note: Any, component: str, *inputs: Hashable) -> tuple[Tensor, Any]:
         """Keep what a component made of these inputs, where there is room; return both as they are kept.
@@ -85,11 +89,13 @@ class ConditioningCache:
             return made, note
         key = (component, self.weights.get(component), *inputs)
         if key in self._kept:  # two requests made it at the same time
-            return self._kept[key]
-        self._kept[key] = made, note
+            kept, device, note = self._kept[key]
+            return kept.to(device), note
+        kept = made if self._home is None else made.to(self._home)
+        self._kept[key] = kept, made.device, note
         self.num_bytes += made.nbytes
         while self.num_bytes > self.max_bytes:
-            _, (oldest, _) = self._kept.popitem(last=False)
+            _, (oldest, _, _) = self._kept.popitem(last=False)
             self.num_bytes -= oldest.nbytes
         return made, note
 

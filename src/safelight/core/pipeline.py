@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from safelight.core.conditioning_cache import ConditioningCache
@@ -65,7 +66,8 @@ class ComposedPipeline:
         self.run_calls: Callable[[Sequence[ModelCall], CallMaker], list[Prediction]] = run_in_turn
         self._modules = dict(modules)
         self.create_pipeline_stages(server_args)
-        self.conditioning_cache = ConditioningCache(server_args.conditioning_cache_bytes())
+        home = None if server_args.offload == "none" else torch.device("cpu")
+        self.conditioning_cache = ConditioningCache(server_args.conditioning_cache_bytes(), home)
         for stage in self.stages.values():
             for each in (stage, *stage.parts()):
                 each.cache = self.conditioning_cache

@@ -101,12 +101,15 @@ class Req:
 def move(req: Req, device: torch.device | str) -> None:
     """Move every tensor of the request to `device`, in place; aliases stay aliases.
 
-    What the solver keeps on the CPU by its own choice stays there, and is there after a way to the host and back.
+    Finished media are on the host, and stay there. What the solver keeps on the CPU by its own choice stays there too,
+    and is there after a way to the host and back.
     """
     target = torch.device(device)
     if req.host_tensors is None and req.scheduler is not None:
         req.host_tensors = frozenset(_solver_tensors_on_host(req))
+    media = req.outputs
     map_tensors(req, lambda tensor: tensor.to(target), keep=req.host_tensors or frozenset())
+    req.outputs = media
 
 
 def map_tensors(req: Req, change: Callable[[Tensor], Tensor], keep: frozenset[str] = frozenset()) -> None:

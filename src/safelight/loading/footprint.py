@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections import Counter
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from safelight.acceleration.activations import LiveStorages
 from safelight.acceleration.offload import packed_bytes, repeated_blocks, tensors_of
 from safelight.acceleration.plan import ComponentFootprint, Footprint, StageFootprint
+from safelight.acceleration.tiled_vae import tile_decoding
 from safelight.core.executor import Execution, make_call
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
@@ -24,6 +26,7 @@ from safelight.core.registry import resolve_class
 from safelight.core.request import ModelCall, Prediction, Req, map_tensors
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
+from safelight.errors import InvalidParameterError
 from safelight.loading.components import empty_component, load_component
 from safelight.loading.description import configure, targets
 from safelight.loading.repository import Repository
@@ -39,13 +42,16 @@ SIDE = 1024
 """Of the input images of a request that says nothing of its size, in pixels."""
 
 
-def measure(repository: Repository, server_args: ServerArgs, fields: Mapping[str, Any]) -> Footprint:
+def measure(
+    repository: Repository, server_args: ServerArgs, fields: Mapping[str, Any], with_tiles: bool = False
+) -> Footprint:
     """Return what a model needs for one output of a request. No weights are read.
 
     Args:
         repository: the model.
         server_args: dtypes; where none is set, bfloat16, as on an accelerator.
         fields: sampling parameters; what is not there takes the model's defaults. Input images may be of any content.
+        with_tiles: whether decoding in bands is rehearsed too, where the VAE can be decoded so.
 
     Raises:
         UsageError: for a field that the model does not take.
@@ -54,14 +60,25 @@ def measure(repository: Repository, server_args: ServerArgs, fields: Mapping[str
     """
     pipeline = empty_pipeline(repository, server_args)
     req = request(pipeline.schema, fields)
-    with LiveStorages() as live:
-        peaks = Peaks(live)
-        rehearse(pipeline, req, peaks)
+    stages = rehearsed(pipeline, req)
+    tiled = None
+    if with_tiles:
+        in_bands = empty_pipeline(repository, server_args)
+        with contextlib.suppress(InvalidParameterError):  # a VAE that cannot be decoded so
+            tile_decoding(in_bands)
+            tiled = rehearsed(in_bands, request(in_bands.schema, fields))
     components = {
         name: component_footprint(module, name in pipeline.alternates) for name, module in pipeline.modules().items()
     }
-    stages = [StageFootprint(stage, name, peak) for (stage, name), peak in peaks.most.items()]
-    return Footprint(components, stages, req.params.num_branches(), in_words(pipeline.schema, req))
+    return Footprint(components, stages, req.params.num_branches(), in_words(pipeline.schema, req), tiled)
+
+
+def rehearsed(pipeline: ComposedPipeline, req: Req) -> list[StageFootprint]:
+    """Return what each stage of a request needs beside weights."""
+    with LiveStorages() as live:
+        peaks = Peaks(live)
+        rehearse(pipeline, req, peaks)
+    return [StageFootprint(stage, name, peak) for (stage, name), peak in peaks.most.items()]
 
 
 class Peaks:
@@ -92,7 +109,9 @@ def empty_pipeline(repository: Repository, server_args: ServerArgs) -> ComposedP
     """Return a pipeline that is whole but for its components' weights, which are on the meta device."""
     dtype = "bfloat16" if server_args.dtype == "auto" else server_args.dtype
     # What is not a component's work is done for real, on the host.
-    args = dataclasses.replace(server_args, device="cpu", dtype=dtype, offload="none", memory_limit=None)
+    args = dataclasses.replace(
+        server_args, device="cpu", dtype=dtype, offload="none", memory_limit=None, conditioning_cache="0"
+    )
     config, schema = configure(repository)
     pipeline_cls = repository.pipeline.pipeline_cls()
     modules: dict[str, Any] = {}

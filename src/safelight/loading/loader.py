@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -135,7 +136,11 @@ def plan_memory(
     """
     if repository.pipeline.backend != "native":
         raise InvalidParameterError("model", repository.name, "one of our families: others cannot be planned")
-    return make_plan(measure(repository, server_args, fields or {}), limit, server_args.offload)
+    exact = server_args.vae_tiling == "exact"
+    footprint = measure(repository, server_args, fields or {}, exact or server_args.offload == "auto")
+    if exact and footprint.tiled is not None:
+        footprint = dataclasses.replace(footprint, stages=footprint.tiled, tiled=None)
+    return make_plan(footprint, limit, server_args.offload)
 
 
 def describe(repository: Repository) -> ModelSchema:
