@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from safelight.acceleration.apply import accelerate
+from safelight.acceleration.exclusions import refuse_excluded
 from safelight.acceleration.memory import CudaMemory, DeviceMemory
 from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan, make_plan
+from safelight.acceleration.tiled_vae import tile_decoding
 from safelight.attention import set_attention_backend
 from safelight.backends import diffusers
 from safelight.core.pipeline import ComposedPipeline
@@ -34,7 +36,7 @@ from safelight.loading.description import configure, targets
 from safelight.loading.digest import weights_digest
 from safelight.loading.footprint import measure
 from safelight.loading.repository import Repository, open_repository
-from safelight.parallel.apply import choose, max_branches, refuse_excluded, share
+from safelight.parallel.apply import choose, max_branches, share
 from safelight.parallel.layout import Choice
 from safelight.parallel.mesh import Mesh, lone_mesh
 from safelight.parallel.plans import model_facts, tensor_plan
@@ -62,6 +64,7 @@ def load_pipeline(
         InvalidParameterError: if a setting does not fit this machine or this model.
 
     """
+    refuse_excluded(server_args)
     memory = memory or device_memory(server_args)
     repository = open_repository(server_args.model, server_args.revision, backend=server_args.backend)
     for note in repository.notes:
@@ -159,8 +162,10 @@ def _load_diffusers(
         diffusers.check_component(repository.path, name, entry)
         if any(path.suffix in WEIGHT_SUFFIXES for path in folder.glob("*")):
             check_library_files(folder, LIBRARY_STEMS.get(entry[0], LIBRARY_STEMS[diffusers.FAMILY]))
-    if server_args.offload != "none":
-        raise InvalidParameterError("offload", server_args.offload, "none for a model run by the diffusers package")
+    for setting in ("offload", "vae_tiling"):
+        if vars(server_args)[setting] != "none":
+            takes = "none for a model run by the diffusers package"
+            raise InvalidParameterError(setting, vars(server_args)[setting], takes)
     with in_words(repository.pipeline.pipeline_name), quiet():
         return diffusers.load(repository.path, describe(repository), server_args)
 
@@ -176,6 +181,7 @@ def _load_native(
             raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
     config, schema = configure(repository)
     plan = _plan_for_device(repository, server_args, memory)
+    tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
     modules: dict[str, Any] = {}
     # Our own classes first: they are mapped in no time, and tell whether the settings fit the model.
     by_library = sorted(targets(repository, pipeline_cls).items(), key=lambda item: library_of(item[1]) is not None)
@@ -186,8 +192,8 @@ def _load_native(
         modules[name] = load_component(repository.path / name, target, dtype, home, (mesh.tp.rank, mesh.tp.size))
         if isinstance(modules[name], nn.Module):
             set_attention_backend(modules[name], server_args.attention_backend, device.type, dtype)
-            in_bands = name == "vae" and (server_args.vae_tiling != "none" or mesh.layout.vae)
             # Bands walk the library's own modules, which faster ones would replace.
+            in_bands = name == "vae" and (tiled or mesh.layout.vae)
             accelerate(modules[name], "plain" if in_bands else server_args.kernels, device, dtype)
             if tensor_plan(modules[name]) is not None:
                 connect_shards(modules[name], mesh.tp)
@@ -196,6 +202,8 @@ def _load_native(
     weights = [name for name, component in modules.items() if isinstance(component, nn.Module)]
     pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in weights}
     share(pipeline, mesh)
+    if tiled:
+        tile_decoding(pipeline)
     if plan is not None and memory is not None:
         pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
     return pipeline
