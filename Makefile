@@ -10,7 +10,7 @@ DEMO := outputs/demo.png
 PROMPT ?= a large red circle at the left on a white background
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-reliability test-parallel lint types parity bench clean
+.PHONY: help demo test test-all test-reliability test-parallel lint types parity features bench clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | sort
@@ -50,6 +50,9 @@ test-parallel: $(READY)  ## every layout of devices on ranks of the CPU; writes 
 
 parity: $(READY)  ## compare with Diffusers, and write docs/parity.md
 	@$(BIN)/python -m pytest -q tests/families/test_parity.py --slow --parity-report docs/parity.md
+
+features: $(READY)  ## every pair of features on tiny models of all families; writes docs/features.md
+	@$(BIN)/python -m pytest -q --slow tests/features --features-report docs/features.md
 
 bench: $(READY)  ## the CPU benchmarks against Diffusers
 	@for script in startup operations overhead loading denoising_step serving; do $(BIN)/python -m benchmarks.$$script || exit 1; done

@@ -13,13 +13,13 @@ from tests.recipes.base import Recipe, shake
 NUM_HEADS = 4
 
 
-def build(recipe: Recipe, variant: str, folder: Path) -> Path:
-    """Write the checkpoint of a recipe's variant, with other transformers."""
+def build(recipe: Recipe, variant: str, folder: Path, **changes: Any) -> Path:
+    """Write the checkpoint of a recipe's variant, with other transformers, and further changes of their configs."""
     recipe.build(folder, variant)
     for config in sorted(folder.glob("transformer*/config.json")):
         values = json.loads(config.read_text())
         cls: Any = vars(diffusers)[values["_class_name"]]
-        wider = {"num_attention_heads": NUM_HEADS}
+        wider = {"num_attention_heads": NUM_HEADS, **changes}
         if values.get("added_kv_proj_dim") is not None:
             wider["added_kv_proj_dim"] = NUM_HEADS * values["attention_head_dim"]
         made: Any = cls.from_config({**values, **wider})

@@ -183,13 +183,11 @@ def refuse_graphs(pipeline: ComposedPipeline) -> None:
     """Refuse what graphs cannot do.
 
     Raises:
-        InvalidParameterError: on another device than CUDA, or where weights change their place.
+        InvalidParameterError: on another device than CUDA.
 
     """
     if pipeline.device.type != "cuda":
         raise InvalidParameterError("cuda_graphs", "steps", f"none on {pipeline.device.type}: graphs are CUDA's")
-    if pipeline.server_args.offload != "none":
-        raise InvalidParameterError("cuda_graphs", "steps", "none with offload: a graph holds the weights' addresses")
 
 
 def _replayed(graph: _Graph, call: ModelCall) -> Prediction:

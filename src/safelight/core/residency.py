@@ -61,7 +61,10 @@ class Residency:
         return tuple(self._resident)
 
     def owners(self, parts: Iterable[nn.Module]) -> tuple[str, ...]:
-        """Return the names of the components that modules are, or are parts of."""
+        """Return the names of the components that modules are, or are parts of.
+
+        What stands for a component that another rank has is none here.
+        """
         return tuple(self._owners[part] for part in parts if part in self._owners)
 
     def is_resident(self, name: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from safelight.acceleration.apply import accelerate
+from safelight.acceleration.exclusions import refuse_excluded
 from safelight.acceleration.memory import CudaMemory, DeviceMemory
 from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan, make_plan
@@ -36,7 +37,7 @@ from safelight.loading.description import configure, targets
 from safelight.loading.digest import weights_digest
 from safelight.loading.footprint import measure
 from safelight.loading.repository import Repository, open_repository
-from safelight.parallel.apply import choose, max_branches, refuse_excluded, share
+from safelight.parallel.apply import choose, max_branches, share
 from safelight.parallel.layout import Choice
 from safelight.parallel.mesh import Mesh, lone_mesh
 from safelight.parallel.plans import model_facts, tensor_plan
@@ -64,6 +65,7 @@ def load_pipeline(
         InvalidParameterError: if a setting does not fit this machine or this model.
 
     """
+    refuse_excluded(server_args)
     memory = memory or device_memory(server_args)
     repository = open_repository(server_args.model, server_args.revision, backend=server_args.backend)
     for note in repository.notes:
@@ -184,6 +186,7 @@ def _load_native(
             raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
     config, schema = configure(repository)
     plan = _plan_for_device(repository, server_args, memory)
+    tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
     modules: dict[str, Any] = {}
     # Our own classes first: they are mapped in no time, and tell whether the settings fit the model.
     by_library = sorted(targets(repository, pipeline_cls).items(), key=lambda item: library_of(item[1]) is not None)
@@ -194,8 +197,8 @@ def _load_native(
         modules[name] = load_component(repository.path / name, target, dtype, home, (mesh.tp.rank, mesh.tp.size))
         if isinstance(modules[name], nn.Module):
             set_attention_backend(modules[name], server_args.attention_backend, device.type, dtype)
-            in_bands = name == "vae" and (server_args.vae_tiling != "none" or mesh.layout.vae)
             # Bands walk the library's own modules, which faster ones would replace.
+            in_bands = name == "vae" and (tiled or mesh.layout.vae)
             accelerate(modules[name], "plain" if in_bands else server_args.kernels, device, dtype)
             if tensor_plan(modules[name]) is not None:
                 connect_shards(modules[name], mesh.tp)
@@ -203,9 +206,9 @@ def _load_native(
     pipeline = pipeline_cls(modules, config, schema, server_args)
     weights = [name for name, component in modules.items() if isinstance(component, nn.Module)]
     pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in weights}
-    if server_args.vae_tiling == "exact":
-        tile_decoding(pipeline)
     share(pipeline, mesh)
+    if tiled:
+        tile_decoding(pipeline)
     if plan is not None and memory is not None:
         pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
     return pipeline

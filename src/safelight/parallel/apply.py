@@ -12,7 +12,6 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import CallMaker, ModelCall, Prediction
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import PARALLEL_SIZES, ServerArgs
-from safelight.errors import InvalidParameterError
 from safelight.parallel.cfg import run_calls
 from safelight.parallel.collectives import Communicator, DesynchronisedError
 from safelight.parallel.encoding import EncoderOnOneRank
@@ -24,24 +23,6 @@ from safelight.parallel.tensor import connect_shards, library_plan, shard_parame
 from safelight.parallel.vae import apply_vae_parallel
 from safelight.stages.decoding import DecodingStage
 from safelight.stages.text_encoding import TextEncodingStage
-
-EXCLUDED = {"offload": "none", "compile": "none", "cuda_graphs": "none", "vae_tiling": "none"}
-"""Settings that one device alone can have, and the value that they have with several."""
-
-
-def refuse_excluded(server_args: ServerArgs) -> None:
-    """Refuse what cannot be had with several devices.
-
-    Raises:
-        InvalidParameterError: naming the setting.
-
-    """
-    if server_args.num_devices() == 1:
-        return
-    for name, value in EXCLUDED.items():
-        if vars(server_args)[name] != value:
-            takes = f"{value} with {server_args.num_devices()} devices for a request"
-            raise InvalidParameterError(name, vars(server_args)[name], takes)
 
 
 def choose(server_args: ServerArgs, facts: ModelFacts, device_bytes: int | None = None) -> Choice:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
@@ -30,6 +32,10 @@ class BandedDecodingStage(PipelineStage):
         self.undivided = undivided
         self.decoder = decoder
         self.unit_cost = unit_cost
+
+    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
+        """Return the VAE, unless latents are asked for."""
+        return self.undivided.needed_modules(batch)
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill `outputs`: pictures [H, W, C] or videos [T, H, W, C], uint8 for `pil` and float32 in [0, 1] otherwise.
