@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import (
     as_diffusers_calls,
@@ -61,13 +61,11 @@ def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[st
     if compiled:
         for block in (block for kind in stack.blocks for block in getattr(ours, kind.attribute)):
             block.compile()
-    calls: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-        "Diffusers": (as_diffusers_calls(reference), inputs.for_diffusers()),
-        "Safelight": (as_safelight_calls(ours), inputs.for_safelight()),
-    }
+    theirs, mine = as_diffusers_calls(reference), as_safelight_calls(ours)
+    for_theirs, for_mine = inputs.for_diffusers(), inputs.for_safelight()
     return {
-        name: Side(lambda call=call, kwargs=kwargs: call(**kwargs), relative_error(as_tensor(call(**kwargs)), exact))
-        for name, (call, kwargs) in calls.items()
+        "Diffusers": Side(lambda: theirs(**for_theirs), relative_error(as_tensor(theirs(**for_theirs)), exact)),
+        "Safelight": Side(lambda: mine(**for_mine), relative_error(as_tensor(mine(**for_mine)), exact)),
     }
 
 
@@ -95,12 +93,16 @@ def vae_sides(dtype: torch.dtype, size: int, widths: tuple[int, ...]) -> dict[st
     accelerate_on_cpu(ours, cpu_plan())
     latents = torch.randn(1, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
 
-    def decode(vae: nn.Module, latents: Tensor) -> Tensor:
-        decoded: Tensor = vae.decode(latents, return_dict=False)[0]
+    @torch.no_grad()
+    def theirs() -> Tensor:
+        decoded: Tensor = reference.decode(latents, return_dict=False)[0]
         return decoded
 
-    theirs = torch.no_grad()(lambda: decode(reference, latents))
-    mine = torch.inference_mode()(lambda: decode(ours, latents.to(dtype)))
+    @torch.inference_mode()
+    def mine() -> Tensor:
+        decoded: Tensor = ours.decode(latents.to(dtype), return_dict=False)[0]
+        return decoded
+
     exact = theirs()
     return {"Diffusers": Side(theirs, 0.0), "Safelight": Side(mine, relative_error(mine(), exact))}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,9 @@ OLD_X86 = Processor("x86_64", "GenuineIntel", frozenset({"avx2"}))
 GRAVITON = Processor("aarch64", "", frozenset({"asimd", "bf16", "sve"}))
 EVERYTHING = CpuPlan(True, True, True, True, True)
 
+BACKENDS: Any = torch.backends
+"""Whose settings torch makes as it is imported."""
+
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
 
@@ -74,7 +78,7 @@ def test_an_inexact_product_is_not_used(processor):
 def test_the_check_tells_float32_from_less():
     assert is_float32(F.linear)
     assert not is_float32(lambda x, w, b: F.linear(x.bfloat16().float(), w, b))
-    assert not is_float32(lambda x, w, b: F.linear(x.bfloat16(), w.bfloat16(), b.bfloat16()).float())
+    assert not is_float32(lambda x, w, b: F.linear(x.bfloat16(), w.bfloat16()).float())
     # ten bits of mantissa, as TF32 has
     assert not is_float32(lambda x, w, b: F.linear((x.view(torch.int32) & ~0x1FFF).view(torch.float32), w, b))
     assert not is_float32(lambda x, w, b: torch.full((*x.shape[:-1], w.shape[0]), float("nan")))
@@ -103,13 +107,12 @@ def test_products_by_onednn_are_float32(rows, channels, out_channels, seed):
 
 
 def process_settings():
-    backends = torch.backends
     return (
-        backends.mkldnn.matmul.fp32_precision,
-        backends.mkldnn.conv.fp32_precision,
-        backends.mkldnn.fp32_precision,
-        backends.mkldnn.enabled,
-        backends.fp32_precision,
+        BACKENDS.mkldnn.matmul.fp32_precision,
+        BACKENDS.mkldnn.conv.fp32_precision,
+        BACKENDS.mkldnn.fp32_precision,
+        BACKENDS.mkldnn.enabled,
+        BACKENDS.fp32_precision,
         torch.get_float32_matmul_precision(),
         torch.is_inference_mode_enabled(),
         torch.get_num_threads(),
@@ -137,8 +140,8 @@ class Failing(nn.Module):
 def test_no_setting_of_the_process_changes(fails, precision):
     """Before, in the middle, behind, behind a failure, and behind a generator that is closed."""
     model = nn.Sequential(FeedForward(32), nn.Linear(32, 32), Failing(fails), nn.Linear(32, 32))
-    set_before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = precision
+    set_before = BACKENDS.mkldnn.matmul.fp32_precision
+    BACKENDS.mkldnn.matmul.fp32_precision = precision
     try:
         before = process_settings()
         route_products(model, EVERYTHING)
@@ -157,13 +160,13 @@ def test_no_setting_of_the_process_changes(fails, precision):
         assert process_settings() == before
         assert model[2].seen == [before]
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = set_before
+        BACKENDS.mkldnn.matmul.fp32_precision = set_before
 
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_routed_layers_keep_their_parameters_and_names(dtype):
-    model = nn.Sequential(nn.Linear(24, 40), FeedForward(40, 100), nn.Linear(40, 8, bias=False)).to(dtype).eval()
+    model: Any = nn.Sequential(nn.Linear(24, 40), FeedForward(40, 100), nn.Linear(40, 8, bias=False)).to(dtype).eval()
     before = model.state_dict()
     plain = deepcopy(model)
     assert route_products(model, EVERYTHING) == 4
@@ -237,7 +240,7 @@ def test_winograd_is_the_convolution(batch, channels, out_channels, height, widt
 def test_winograd_in_bfloat16_is_rounded_once(seed):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(1, 64, 41, 30, generator=generator).bfloat16()
-    conv = nn.Conv2d(64, 32, 3, padding=1).bfloat16().requires_grad_(False)
+    conv: Any = nn.Conv2d(64, 32, 3, padding=1).bfloat16().requires_grad_(False)
     exact = F.conv2d(pixels.double(), conv.weight.double(), conv.bias.double(), padding=1)
     convolved = winograd_conv2d(pixels, conv.weight, conv.bias)
     assert convolved.dtype is torch.bfloat16
