@@ -8,7 +8,6 @@ compiled by `torch.compile`.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -60,16 +59,13 @@ def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[st
     set_attention_backend(ours, "auto", "cpu", dtype)
     accelerate_on_cpu(ours, cpu_plan())
     if compiled:
-        for kind in stack.blocks:
-            for block in ours.get_submodule(kind.attribute).children():
-                block.compile()
-    calls: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-        "Diffusers": (as_diffusers_calls(reference), inputs.for_diffusers()),
-        "Safelight": (as_safelight_calls(ours), inputs.for_safelight()),
-    }
+        for block in (block for kind in stack.blocks for block in getattr(ours, kind.attribute)):
+            block.compile()
+    theirs, mine = as_diffusers_calls(reference), as_safelight_calls(ours)
+    for_theirs, for_mine = inputs.for_diffusers(), inputs.for_safelight()
     return {
-        name: Side(functools.partial(call, **kwargs), relative_error(as_tensor(call(**kwargs)), exact))
-        for name, (call, kwargs) in calls.items()
+        "Diffusers": Side(lambda: theirs(**for_theirs), relative_error(as_tensor(theirs(**for_theirs)), exact)),
+        "Safelight": Side(lambda: mine(**for_mine), relative_error(as_tensor(mine(**for_mine)), exact)),
     }
 
 
@@ -97,17 +93,15 @@ def vae_sides(dtype: torch.dtype, size: int, widths: tuple[int, ...]) -> dict[st
     accelerate_on_cpu(ours, cpu_plan())
     latents = torch.randn(1, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
 
-    def decode(vae: Any, latents: Tensor) -> Tensor:
-        decoded: Tensor = vae.decode(latents, return_dict=False)[0]
+    @torch.no_grad()
+    def theirs() -> Tensor:
+        decoded: Tensor = reference.decode(latents, return_dict=False)[0]
         return decoded
 
-    def theirs() -> Tensor:
-        with torch.no_grad():
-            return decode(reference, latents)
-
+    @torch.inference_mode()
     def mine() -> Tensor:
-        with torch.inference_mode():
-            return decode(ours, latents.to(dtype))
+        decoded: Tensor = ours.decode(latents.to(dtype), return_dict=False)[0]
+        return decoded
 
     exact = theirs()
     return {"Diffusers": Side(theirs, 0.0), "Safelight": Side(mine, relative_error(mine(), exact))}

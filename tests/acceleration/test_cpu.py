@@ -43,6 +43,9 @@ OLD_X86 = Processor("x86_64", "GenuineIntel", frozenset({"avx2"}))
 GRAVITON = Processor("aarch64", "", frozenset({"asimd", "bf16", "sve"}))
 EVERYTHING = CpuPlan(True, True, True, True, True)
 
+BACKENDS: Any = torch.backends
+"""Whose settings torch makes as it is imported."""
+
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
 
@@ -72,14 +75,10 @@ def test_an_inexact_product_is_not_used(processor):
     assert not plan.onednn_products and not plan.fused_gelu
 
 
-def in_bfloat16(x: Any, w: Any, b: Any) -> torch.Tensor:
-    return F.linear(x.bfloat16(), w.bfloat16(), b.bfloat16()).float()
-
-
 def test_the_check_tells_float32_from_less():
     assert is_float32(F.linear)
     assert not is_float32(lambda x, w, b: F.linear(x.bfloat16().float(), w, b))
-    assert not is_float32(in_bfloat16)
+    assert not is_float32(lambda x, w, b: F.linear(x.bfloat16(), w.bfloat16()).float())
     # ten bits of mantissa, as TF32 has
     assert not is_float32(lambda x, w, b: F.linear((x.view(torch.int32) & ~0x1FFF).view(torch.float32), w, b))
     assert not is_float32(lambda x, w, b: torch.full((*x.shape[:-1], w.shape[0]), float("nan")))
@@ -108,13 +107,12 @@ def test_products_by_onednn_are_float32(rows, channels, out_channels, seed):
 
 
 def process_settings():
-    backends: Any = torch.backends
     return (
-        backends.mkldnn.matmul.fp32_precision,
-        backends.mkldnn.conv.fp32_precision,
-        backends.mkldnn.fp32_precision,
-        backends.mkldnn.enabled,
-        backends.fp32_precision,
+        BACKENDS.mkldnn.matmul.fp32_precision,
+        BACKENDS.mkldnn.conv.fp32_precision,
+        BACKENDS.mkldnn.fp32_precision,
+        BACKENDS.mkldnn.enabled,
+        BACKENDS.fp32_precision,
         torch.get_float32_matmul_precision(),
         torch.is_inference_mode_enabled(),
         torch.get_num_threads(),
@@ -142,9 +140,8 @@ class Failing(nn.Module):
 def test_no_setting_of_the_process_changes(fails, precision):
     """Before, in the middle, behind, behind a failure, and behind a generator that is closed."""
     model = nn.Sequential(FeedForward(32), nn.Linear(32, 32), Failing(fails), nn.Linear(32, 32))
-    products = vars(torch.backends.mkldnn)["matmul"]
-    set_before = products.fp32_precision
-    products.fp32_precision = precision
+    set_before = BACKENDS.mkldnn.matmul.fp32_precision
+    BACKENDS.mkldnn.matmul.fp32_precision = precision
     try:
         before = process_settings()
         route_products(model, EVERYTHING)
@@ -163,7 +160,7 @@ def test_no_setting_of_the_process_changes(fails, precision):
         assert process_settings() == before
         assert model[2].seen == [before]
     finally:
-        products.fp32_precision = set_before
+        BACKENDS.mkldnn.matmul.fp32_precision = set_before
 
 
 @needs_onednn
