@@ -210,8 +210,8 @@ class Supervisor(EngineClient):
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            shutil.rmtree(self._folder, ignore_errors=True)  # there is one only if it was started
         self._fail_all(NotReadyError("the server stopped before the request was done"))
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def drain(self) -> None:
         """Take no more requests; those that were taken go on."""
