@@ -41,6 +41,7 @@ class Start(Message, frozen=True):
         warm_up: whether one small request is run before the worker calls itself ready.
         rank, num_ranks: which of the processes this is that share every request.
         store: name of the file through which they meet; None where `torchrun` started them.
+        first_device: of the GPUs, counted from the one that the settings name.
 
     """
 
@@ -53,6 +54,7 @@ class Start(Message, frozen=True):
     rank: int = 0
     num_ranks: int = 1
     store: str | None = None
+    first_device: int = 0
 
     def args(self) -> ServerArgs:
         """Return the settings."""
