@@ -14,7 +14,7 @@ from safelight.acceleration.memory import HostMemory
 from safelight.errors import InvalidParameterError
 from safelight.loading.loader import choose_layout, load_pipeline
 from tests.features import runs
-from tests.features.table import FEATURES, PAIRS, REFUSED, REFUSED_PAIRS, WORKING_PAIRS
+from tests.features.table import FEATURES, OFF, PAIRS, REFUSED, REFUSED_PAIRS, WORKING_PAIRS
 
 PAGE = Path(__file__).parents[2] / "docs" / "features.md"
 QUICK_LAYOUT = "Ulysses"
@@ -58,7 +58,7 @@ def test_a_pair_on_one_device(name, pair, folder_of, pictures_of, measured):
 
 def on_cuda(folder, name):
     """Return what a pipeline makes with everything off, on CUDA."""
-    args = ServerArgs(str(folder), device="cuda", dtype="float32", **runs.OFF)
+    args = ServerArgs(str(folder), device="cuda", dtype="float32", **OFF)
     return runs.run(load_pipeline(args), name, "alone").outputs
 
 

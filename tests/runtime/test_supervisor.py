@@ -286,6 +286,13 @@ def test_a_worker_that_sends_nonsense_is_replaced(fault_family, fault_model, exp
     drive(test())
 
 
+def test_closing_what_was_not_started_removes_nothing(tmp_path, monkeypatch):
+    (tmp_path / "kept").touch()
+    monkeypatch.chdir(tmp_path)
+    drive(Supervisor(EngineSettings()).close())
+    assert (tmp_path / "kept").exists()
+
+
 def test_a_worker_without_its_supervisor_ends(fault_family, fault_model):
     async def test():
         async with running(fault_model(name="served")) as supervisor:

@@ -43,6 +43,7 @@ class EngineSettings:
         unit_limits: how long units of work may take.
         heartbeat_limit: seconds of silence after which a worker counts as stopped.
         is_first_of_torchrun: whether `torchrun` starts the other ranks, on this machine and on others.
+        first_device: of the GPUs, counted from the one that `server_args` names.
 
     """
 
@@ -56,6 +57,7 @@ class EngineSettings:
     unit_limits: UnitLimits = field(default_factory=UnitLimits)
     heartbeat_limit: float = 10.0
     is_first_of_torchrun: bool = False
+    first_device: int = 0
 
     def start(self, store: str | None) -> Start:
         """Return what the first rank is told; `store` names the file through which ranks of one machine meet."""
@@ -67,6 +69,7 @@ class EngineSettings:
             limits=self.unit_limits,
             warm_up=self.warm_up,
             num_ranks=self.server_args.num_devices(),
+            first_device=self.first_device,
             store=store,
         )
 

@@ -42,6 +42,7 @@ class Start(Message, frozen=True):
         rank, num_ranks: which of the processes this is that share every request.
         local_rank: which of those on this machine.
         store: name of the file through which they meet; None where `torchrun` started them.
+        first_device: of the GPUs, counted from the one that the settings name.
 
     """
 
@@ -55,6 +56,7 @@ class Start(Message, frozen=True):
     local_rank: int = 0
     num_ranks: int = 1
     store: str | None = None
+    first_device: int = 0
 
     def args(self) -> ServerArgs:
         """Return the settings."""

@@ -9,13 +9,12 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from safelight.core.schema import ModelSchema
-from safelight.core.server_args import Mode
 from safelight.errors import (
     CancelledError,
     ModelError,
@@ -32,11 +31,12 @@ from safelight.runtime.client import (
     GenerationRequest,
     Media,
     Output,
-    Progress,
     State,
     Ticket,
 )
+from safelight.runtime.cost import request_cost
 from safelight.runtime.group import EngineSettings, Rank, WorkerGroup, start_worker
+from safelight.runtime.live import LiveRequest
 from safelight.runtime.messages import (
     Array,
     Cancel,
@@ -48,28 +48,14 @@ from safelight.runtime.messages import (
     LoadFailed,
     OutputMade,
     Progressed,
-    Submit,
     ToWorker,
-    image_to_array,
     schema_from_wire,
-    split_images,
 )
 
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
 DEATHS_WINDOW = 300.0
-
-
-@dataclass(eq=False)
-class _Live:
-    """A request that has no answer yet. Its mode is None until it begins, and stays through a worker's death."""
-
-    ticket: Ticket
-    submitted: float
-    mode: Mode | None = None
-    outputs: dict[int, Output] = field(default_factory=dict)
-    steps: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class Supervisor(EngineClient):
@@ -81,6 +67,8 @@ class Supervisor(EngineClient):
     Attributes:
         gave_up: whether workers have died too often.
         on_compiled: told, for each worker, that the model is compiled, by an empty string; or why it is not.
+        on_lost: told that a worker is lost, once those requests are answered that it was lost with: who listens may
+            withdraw the others. Without it they wait for the next worker.
 
     """
 
@@ -88,10 +76,11 @@ class Supervisor(EngineClient):
         self.settings = settings
         self.gave_up = asyncio.Event()
         self.on_compiled: Callable[[str], None] | None = None
+        self.on_lost: Callable[[Supervisor], None] | None = None
         self._schema: ModelSchema | None = None
         self._state: State = "loading"
         self._stats = EngineStats()
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._worker: WorkerGroup | None = None
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._ready: asyncio.Future[None] | None = None
@@ -114,6 +103,11 @@ class Supervisor(EngineClient):
         """Figures for metrics."""
         waiting = self._num_waiting()
         return replace(self._stats, num_waiting=waiting, num_running=len(self._live) - waiting)
+
+    @property
+    def outstanding_cost(self) -> float:
+        """What the requests that were taken have left, in latent tokens of denoising steps."""
+        return sum(live.remaining_cost for live in self._live.values())
 
     async def start(self) -> None:
         """Start the worker, and wait until the model is loaded and warm.
@@ -138,8 +132,8 @@ class Supervisor(EngineClient):
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            shutil.rmtree(self._folder, ignore_errors=True)  # there is one only if it was started
         self._fail_all(NotReadyError("the server stopped before the request was done"))
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def drain(self) -> None:
         """Take no more requests; those that were taken go on."""
@@ -159,10 +153,23 @@ class Supervisor(EngineClient):
         if self._num_waiting() >= self.settings.max_waiting:
             raise QueueFullError(f"{self.settings.max_waiting} requests wait already; try again later")
         assert request.request_id not in self._live, "two requests have one id"
-        live = _Live(Ticket(request), time.monotonic(), request.mode)
-        self._live[request.request_id] = live
-        self._send_request(live)
+        assert self._schema is not None, "it has been loaded once"
+        cost = request_cost(request.params, self._schema)
+        live = LiveRequest(Ticket(request), time.monotonic(), cost, request.mode)
+        self.adopt(live)
         return live.ticket
+
+    def adopt(self, live: LiveRequest) -> None:
+        """Take a request that was taken before, whatever waits here: it has its ticket."""
+        self._live[live.ticket.request.request_id] = live
+        self._send(*live.parcel())
+
+    def withdraw(self) -> list[LiveRequest]:
+        """Return the requests that wait for the next worker, and answer for them no more."""
+        assert self._worker is None, "a worker has them"
+        withdrawn = list(self._live.values())
+        self._live.clear()
+        return withdrawn
 
     def cancel(self, request_id: str) -> None:
         """End a request within one step, with `CancelledError`; nothing happens if it is done, or unknown."""
@@ -248,17 +255,20 @@ class Supervisor(EngineClient):
             return
         self._stats = replace(self._stats, compiled=False)
         for request_id, live in list(self._live.items()):
-            live.outputs.clear()
-            live.steps.clear()
             if request_id in culprits:
                 self._fail(request_id, WorkerLostError("the worker was lost while it worked on this request"))
-                continue
-            live.ticket.advance(replace(live.ticket.progress, state="queued", step=0, stage="", seconds_left=None))
-        if self._state != "draining":
-            self._state = "restarting"
+            else:
+                live.begin_again()
         now = time.monotonic()
         self._deaths.append(now)
-        if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WINDOW:
+        is_last = len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WINDOW
+        if is_last:
+            self._state = "failed"
+        elif self._state != "draining":
+            self._state = "restarting"
+        if self.on_lost is not None:
+            self.on_lost(self)
+        if is_last:
             logger.error("%d workers died within %.0f s", MAX_DEATHS, DEATHS_WINDOW)
             self._give_up()
         else:
@@ -302,7 +312,7 @@ class Supervisor(EngineClient):
         if self._state != "draining":
             self._state = "ready"
         for live in self._live.values():
-            self._send_request(live)
+            self._send(*live.parcel())
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
@@ -326,25 +336,8 @@ class Supervisor(EngineClient):
         live = self._live.get(message.request_id)
         if message.step_seconds is not None and self.on_step is not None:
             self.on_step(message.step_seconds, message.batch_size)
-        if live is None:
-            return
-        live.mode = message.mode
-        live.steps[message.output_index] = (message.step, message.num_inference_steps)
-        num_outputs = live.ticket.progress.num_outputs
-        num_steps = max(total for _, total in live.steps.values())
-        others = num_steps * num_outputs - sum(step for step, _ in live.steps.values())
-        a_step = message.seconds_left / max(1, num_steps - message.step)
-        progress = Progress(
-            state="running",
-            stage=message.stage,
-            step=sum(step for step, _ in live.steps.values()),
-            num_inference_steps=num_steps * num_outputs,
-            output_index=message.output_index,
-            num_outputs=num_outputs,
-            seconds_left=a_step * others if num_steps else None,
-            mode=message.mode,
-        )
-        live.ticket.advance(progress)
+        if live is not None:
+            live.advance(message)
 
     def _take_output(self, message: OutputMade, arrays: Sequence[Media]) -> None:
         live = self._live.get(message.request_id)
@@ -357,22 +350,6 @@ class Supervisor(EngineClient):
         if len(live.outputs) == live.ticket.progress.num_outputs:
             del self._live[message.request_id]
             live.ticket.finish([live.outputs[index] for index in sorted(live.outputs)])
-
-    def _send_request(self, live: _Live) -> None:
-        request = live.ticket.request
-        fields, images = split_images(request.params)
-        deadline = None
-        if request.deadline is not None:
-            deadline = request.deadline - (time.monotonic() - live.submitted)
-        submit = Submit(
-            request_id=request.request_id,
-            fields=fields,
-            images=[(name, image.mode, image.width, image.height) for name, image in images],
-            priority=request.priority,
-            deadline=deadline,
-            mode=live.mode,
-        )
-        self._send(submit, [image_to_array(image) for _, image in images])
 
     def _send(self, message: ToWorker, arrays: Sequence[Array] = ()) -> None:
         """Queue a message for the worker that is ready; without one, the next is sent every live request."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
-from safelight.errors import CompilationError, ModelError, SafelightError, UsageError
+from safelight.errors import CompilationError, InvalidParameterError, ModelError, SafelightError, UsageError
 from safelight.loading.loader import choose_layout, load_pipeline
 from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.preparation import warm_up_params
@@ -131,12 +131,21 @@ def build_engine(start: Start, folder: Path, board: UnitBoard | None) -> Engine:
 
 
 def local_args(start: Start) -> ServerArgs:
-    """Return the settings with this rank's own device: one after another on one machine, from the one that is named."""
+    """Return the settings with this rank's own device: one after another on one machine, from the one that is named.
+
+    Raises:
+        InvalidParameterError: where there is no such device.
+
+    """
     args = start.args()
     device = args.torch_device()
-    if start.num_ranks == 1 or device.type != "cuda":
+    if device.type != "cuda" or (start.num_ranks == 1 and not start.first_device):
         return args
-    return dataclasses.replace(args, device=f"cuda:{(device.index or 0) + start.local_rank}")
+    index = (device.index or 0) + start.first_device + start.local_rank
+    if index >= torch.cuda.device_count():
+        takes = f"as many as there are: {torch.cuda.device_count()}, and a replica or rank is to have number {index}"
+        raise InvalidParameterError("device", args.device, takes)
+    return dataclasses.replace(args, device=f"cuda:{index}")
 
 
 def join(start: Start, args: ServerArgs, folder: Path) -> Mesh:

@@ -32,7 +32,8 @@ class ServeArgs:
         api_key_file: a file whose first line is the key that every request must bring.
         served_model_name: what the model is asked for by; its own name unless given. Several are separated by commas.
         public_url: where clients reach the server, if that is not what their `Host` header says.
-        max_running: outputs that hold device memory at most.
+        replicas: of the model, each on devices of its own.
+        max_running: outputs that hold device memory at most, of each replica.
         max_waiting: requests that may wait.
         max_cost: steps x latent tokens x branches x outputs that one request may ask for.
         batching: `exact`, or `throughput`, which stacks model calls of equal signature.
@@ -53,6 +54,7 @@ class ServeArgs:
     api_key_file: str | None = serve_setting(None, "File with the key that every request must bring.")
     served_model_name: str | None = serve_setting(None, "Name of the model for clients; aliases after commas.")
     public_url: str | None = serve_setting(None, "Where clients reach the server.  [default: their Host header]")
+    replicas: int = serve_setting(1, "Replicas of the model, each on devices of its own.", 1, 64)
     max_running: int = serve_setting(4, "Outputs that hold device memory at most.", 1, 1024)
     max_waiting: int = serve_setting(64, "Requests that may wait.", 1, 100_000)
     max_cost: float = serve_setting(20e6, "Steps x latent tokens x branches x outputs of a request at most.", 1)

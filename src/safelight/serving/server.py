@@ -17,7 +17,7 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import PortError, SafelightError
 from safelight.parallel.torchrun import launched
 from safelight.runtime.group import EngineSettings
-from safelight.runtime.supervisor import Supervisor
+from safelight.runtime.replicas import ReplicaSet
 from safelight.runtime.watch import UnitLimits
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
@@ -74,10 +74,10 @@ class Server:
         key = self.serve_args.api_key()
         with listen(self.serve_args.host, self.serve_args.port) as listener:
             state = self.serve_args.state_path()
-            supervisor = Supervisor(engine_settings(self.server_args, self.serve_args))
-            supervisor.on_compiled = self._compiled
+            engine = ReplicaSet(engine_settings(self.server_args, self.serve_args), self.serve_args.replicas)
+            engine.on_compiled = self._compiled
             jobs = JobManager(
-                SqliteJobStore(state), Outputs(state / "outputs"), supervisor, limits=job_limits(self.serve_args)
+                SqliteJobStore(state), Outputs(state / "outputs"), engine, limits=job_limits(self.serve_args)
             )
             settings = Settings(
                 served_names(self.server_args, self.serve_args),
@@ -86,35 +86,35 @@ class Server:
                 drain_seconds=CLOSING_SECONDS,
                 limits=Limits(max_cost=self.serve_args.max_cost),
             )
-            config = uvicorn_config(create_app(supervisor, jobs, settings), settings.limits)
+            config = uvicorn_config(create_app(engine, jobs, settings), settings.limits)
             config.timeout_graceful_shutdown = int(CLOSING_SECONDS)
-            return await self._serve(_Uvicorn(config), listener, supervisor)
+            return await self._serve(_Uvicorn(config), listener, engine)
 
-    async def _serve(self, server: uvicorn.Server, listener: socket.socket, supervisor: Supervisor) -> int:
+    async def _serve(self, server: uvicorn.Server, listener: socket.socket, engine: ReplicaSet) -> int:
         """Answer from the start, load the model, and serve until told to stop."""
         self._take_signals()
         http = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             self.say(f"loading {self.model}")
             begun = time.monotonic()
-            if not await self._before_stop(supervisor.start(), http):
+            if not await self._before_stop(engine.start(), http):
                 return 0
             address = f"http://{self.serve_args.host}:{listener.getsockname()[1]}"
             warm = ", warmed up with one small request" if self.serve_args.warm_up else ""
             self.say(f"{self.model} is ready after {time.monotonic() - begun:.1f} s{warm}: {address}")
             if self.server_args.compile != "none" and not self._told_compiled:
                 self.say("the model is being compiled in the background; until then requests run eagerly")
-            await self._before_stop(supervisor.gave_up.wait(), http)
-            if supervisor.gave_up.is_set():
+            await self._before_stop(engine.gave_up.wait(), http)
+            if engine.gave_up.is_set():
                 self.say("the engine's workers died again and again; the log says more")
                 return GAVE_UP
             self.say("stopping: requests that run may finish")
-            await self._drain(supervisor)
+            await self._drain(engine)
             return 0
         finally:
             server.should_exit = True
             await asyncio.gather(http, return_exceptions=True)
-            await supervisor.close()
+            await engine.close()
 
     def _compiled(self, reason: str) -> None:
         """Tell what became of compiling, of the first worker; a later one finds everything in the cache."""
@@ -139,10 +139,10 @@ class Server:
                 each.cancel()
             await asyncio.gather(task, stop, return_exceptions=True)
 
-    async def _drain(self, supervisor: Supervisor) -> None:
+    async def _drain(self, engine: ReplicaSet) -> None:
         """Take nothing new, and let what runs finish, until the deadline."""
-        supervisor.drain()
-        while supervisor.stats.num_running + supervisor.stats.num_waiting:
+        engine.drain()
+        while engine.stats.num_running + engine.stats.num_waiting:
             if self._deadline is not None and time.monotonic() > self._deadline:
                 return
             await asyncio.sleep(POLL_SECONDS)
@@ -193,7 +193,7 @@ def served_names(server_args: ServerArgs, serve_args: ServeArgs) -> tuple[str, .
 
 
 def engine_settings(server_args: ServerArgs, serve_args: ServeArgs) -> EngineSettings:
-    """Return what the supervisor needs to know."""
+    """Return what each replica's supervisor needs to know."""
     return EngineSettings(
         server_args=server_args,
         model_name=served_names(server_args, serve_args)[0],
@@ -210,4 +210,9 @@ def engine_settings(server_args: ServerArgs, serve_args: ServeArgs) -> EngineSet
 
 def job_limits(serve_args: ServeArgs) -> JobLimits:
     """Return what bounds jobs."""
-    return JobLimits(keep_seconds=3600 * serve_args.keep_hours, max_bytes=serve_args.max_storage)
+    return JobLimits(
+        keep_seconds=3600 * serve_args.keep_hours,
+        max_bytes=serve_args.max_storage,
+        # A further replica is given what it can run; what waits before all of them does not grow.
+        max_submitted=JobLimits.max_submitted + serve_args.max_running * (serve_args.replicas - 1),
+    )
