@@ -96,12 +96,23 @@ LAYERS = {
     "client": {"errors", "core", "results", "runtime"},
     "group": {"errors", "core", "results", "runtime"},
     "generator": {"errors", "acceleration", "client", "core", "group", "loading", "preparation", "results"},
-    "runtime": {"errors", "version", "acceleration", "parallel", "core", "loading", "media", "preparation", "runtime"},
+    "runtime": {
+        "errors",
+        "version",
+        "acceleration",
+        "attention",
+        "parallel",
+        "core",
+        "loading",
+        "media",
+        "preparation",
+        "runtime",
+    },
     "serving": {"errors", "version", "core", "loading", "media", "video", "parallel", "preparation", "runtime"}
     | {"serving"},
     "checking": {"errors", "core", "backends", "loading", "generator", "preparation", "checking"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
-    | {"acceleration", "client", "generator", "checking", "parallel", "serving", "cli"},
+    | {"acceleration", "client", "generator", "checking", "parallel", "runtime", "serving", "cli"},
 }
 """For each part, the parts that it may import."""
 
