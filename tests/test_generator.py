@@ -51,7 +51,7 @@ def kontext(folders):
 
 
 def module_of(generator, name):
-    return generator._engine._executor.pipeline.get_module(name)
+    return generator._engine._pipeline.get_module(name)
 
 
 def arrays(result):

@@ -110,7 +110,7 @@ LAYERS = {
     },
     "serving": {"errors", "version", "core", "loading", "media", "video", "parallel", "preparation", "runtime"}
     | {"serving"},
-    "checking": {"errors", "core", "backends", "loading", "generator", "preparation", "checking"},
+    "checking": {"errors", "core", "backends", "layers", "loading", "generator", "preparation", "checking"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
     | {"acceleration", "client", "generator", "checking", "parallel", "runtime", "serving", "cli"},
 }

@@ -18,6 +18,7 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError
+from safelight.layers.fusable import FusableLayer
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
 from safelight.preparation import prepare
@@ -132,7 +133,9 @@ def with_inside(
     if first is None or not rows[first].what.startswith(f"{component}."):
         return rows
     root, their_root = ours.get_module(component), getattr(reference, component)
-    names = leaf_names(root, rows[first].what.removeprefix(f"{component}."))
+    below = leaf_names(root, rows[first].what.removeprefix(f"{component}."))
+    # A layer of ours that does more than the reference's of its name is no match for it.
+    names = [name for name in below if not isinstance(root.get_submodule(name), FusableLayer)]
     mine, theirs = Recorder(), Recorder()
     with torch.inference_mode():
         with recording_modules(mine, root, component, names):
