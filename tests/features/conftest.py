@@ -14,7 +14,7 @@ from tests.parallel.conftest import pools
 
 __all__ = ["pools"]
 
-MEASURED = pytest.StashKey[dict[str, float]]()
+MEASURED = pytest.StashKey[dict[tuple[str, str], float]]()
 
 
 def pytest_addoption(parser):
@@ -24,13 +24,12 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter, config):
     measured, target = config.stash.get(MEASURED, {}), config.getoption("--features-report", None)
     if measured and target:
-        slow = "" if config.getoption("--slow") else " without the slow tests"
-        target.write_text(markdown(measured, f"make features{slow}"))
+        target.write_text(markdown(measured, tuple(runs.ASKED)))
 
 
 @pytest.fixture(scope="session")
 def measured(pytestconfig):
-    """Return the largest difference of each pair so far, by its name."""
+    """Return the largest difference of each pair in each family so far, by their names."""
     return pytestconfig.stash.setdefault(MEASURED, {})
 
 

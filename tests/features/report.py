@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from tests.features.table import FEATURES, PAIRS, Pair
+from tests.features.table import FEATURES, PAIRS, WORKING_PAIRS, Pair
 
 NOT_RUN = "not run"
 
 
-def cell(pair: Pair, measured: Mapping[str, float], notes: dict[str, int]) -> str:
+def cell(pair: Pair, worst: Mapping[str, float], notes: dict[str, int]) -> str:
     """Return a pair's text."""
     if pair.refusal is not None:
         text = f"`{pair.refusal.setting}`: {pair.refusal.reason}"
         return f"refused ({notes.setdefault(text, len(notes) + 1)})"
-    if str(pair) in measured:
-        difference = measured[str(pair)]
+    if str(pair) in worst:
+        difference = worst[str(pair)]
         return f"{difference:.1e}" if difference else "equal"
     return "needs CUDA" if pair.needs_cuda else NOT_RUN
 
 
-def matrix(measured: Mapping[str, float], notes: dict[str, int]) -> list[str]:
+def matrix(worst: Mapping[str, float], notes: dict[str, int]) -> list[str]:
     """Return the table; it is filled below its diagonal, and the diagonal is each feature alone."""
-    cells = {pair.names: cell(pair, measured, notes) for pair in PAIRS}
+    cells = {pair.names: cell(pair, worst, notes) for pair in PAIRS}
     lines = ["| | " + " | ".join(feature.name for feature in FEATURES) + " |", "|" + " --- |" * (len(FEATURES) + 1)]
     for index, row in enumerate(FEATURES):
         texts = [cells.get(frozenset((row.name, column.name)), "one setting") for column in FEATURES[: index + 1]]
@@ -30,23 +30,36 @@ def matrix(measured: Mapping[str, float], notes: dict[str, int]) -> list[str]:
     return lines
 
 
-def markdown(measured: Mapping[str, float], made_by: str) -> str:
+def made_by(measured: Mapping[tuple[str, str], float], families: Sequence[str]) -> str:
+    """Return how the page was made, and which of what can run here has not run."""
+    asked = [(str(pair), name) for pair in WORKING_PAIRS for name in families if not pair.needs_cuda]
+    missing = [each for each in asked if each not in measured]
+    short = f" but for {len(missing)} of {len(asked)} runs of a pair in a family" if missing else ""
+    return f"Made by `make features`{short}; do not edit."
+
+
+def markdown(measured: Mapping[tuple[str, str], float], families: Sequence[str]) -> str:
     """Return the page.
 
     Args:
-        measured: the largest difference of each pair over the families, by the pair's name.
-        made_by: the command.
+        measured: the largest difference of each pair in each family, by their names.
+        families: the pipelines that are asked.
 
     """
     import torch
 
     notes: dict[str, int] = {}
-    table = matrix(measured, notes)
+    worst: dict[str, float] = {}
+    for (pair, _), difference in measured.items():
+        worst[pair] = max(difference, worst.get(pair, 0.0))
+    table = matrix(worst, notes)
     head = [
         "# Features, two by two",
         "",
-        f"Made by `{made_by}`; do not edit. Tiny random checkpoints of one pipeline of each family, three requests",
-        "with guidance, float32. Each cell is the largest difference of pixels in [0, 1] from everything off, over all",
+        made_by(measured, families),
+        "",
+        "Tiny random checkpoints of one pipeline of each family, three requests with",
+        "guidance, float32. Each cell is the largest difference of pixels in [0, 1] from everything off, over all",
         "requests and families; the diagonal is a feature alone. Each pair is within the sum of its bounds, or refused",
         "at start, or the tests fail. Offload runs on a second memory that stands for a device's, and copies as late",
         f"as it may; layouts on two or four ranks of the CPU over gloo. torch {torch.__version__.split('+')[0]}.",

@@ -36,6 +36,7 @@ class ComposedPipeline:
         stages: by name, in order.
         shared_stages: names of those in which several ranks wait for each other, model calls aside.
         run_calls: makes the calls of a step, given how one is made; over several ranks, where a step is shared.
+        shares_branches: whether the guidance branches of a step run on different ranks.
 
     """
 
@@ -63,6 +64,7 @@ class ComposedPipeline:
         self.device = server_args.torch_device()
         self.stages: dict[str, PipelineStage] = {}
         self.shared_stages: frozenset[str] = frozenset()
+        self.shares_branches = False
         self.run_calls: Callable[[Sequence[ModelCall], CallMaker], list[Prediction]] = run_in_turn
         self._modules = dict(modules)
         self.create_pipeline_stages(server_args)

@@ -77,6 +77,7 @@ def share(pipeline: ComposedPipeline, mesh: Mesh) -> None:
         shared |= {name for name, stage in pipeline.stages.items() if isinstance(stage, DecodingStage)}
     pipeline.shared_stages = frozenset(shared)
     pipeline.run_calls = partial(run_shared, mesh.cfg)
+    pipeline.shares_branches = mesh.cfg.size > 1
 
 
 def share_encoders(stage: Any, mesh: Mesh, pipeline: ComposedPipeline) -> bool:

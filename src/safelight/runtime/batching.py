@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from safelight.core.request import CallMaker, ModelCall, Prediction
 
 StackKey = tuple[str, tuple[Hashable, ...]]
+RunCalls = Callable[[Sequence[ModelCall], CallMaker], list[Prediction]]
 
 
 def stack_key(call: ModelCall) -> StackKey:
@@ -18,18 +19,31 @@ def stack_key(call: ModelCall) -> StackKey:
     return (call.component, call.signature)
 
 
-def run_stacked(make: CallMaker, requests: Sequence[Sequence[ModelCall]]) -> list[list[Prediction]]:
-    """Make the calls of requests of one mode, those of one key in one forward; return each request's results."""
-    groups: defaultdict[StackKey, list[ModelCall]] = defaultdict(list)
+def run_stacked(
+    make: CallMaker, requests: Sequence[Sequence[ModelCall]], run_calls: RunCalls | None = None
+) -> list[list[Prediction]]:
+    """Make the calls of requests of one mode, those of one key in one forward; return each request's results.
+
+    Args:
+        make: makes a call.
+        requests: the calls of each.
+        run_calls: makes the calls of a step on several ranks, which share them: each branch is a forward of its own
+            then. Ranks join results of one shape, so where forwards differ in their rows every rank makes all. None
+            where branches are not shared.
+
+    """
+    groups: defaultdict[tuple[StackKey, str], list[ModelCall]] = defaultdict(list)
     for calls in requests:
         for call in calls:
-            groups[stack_key(call)].append(call)
+            groups[stack_key(call), call.key[1] if run_calls else ""].append(call)
     results: dict[tuple[str, str, int], Prediction] = {}
     with torch.inference_mode():
-        for calls in groups.values():
-            stacked = make(stack(calls))
-            for call, result in zip(calls, split(stacked, [num_rows(call) for call in calls]), strict=True):
-                results[call.key] = result
+        stacked = [stack(calls) for calls in groups.values()]
+        alike = len({num_rows(call) for call in stacked}) == 1
+        made = run_calls(stacked, make) if run_calls and alike else map(make, stacked)
+        for calls, result in zip(groups.values(), made, strict=True):
+            for call, rows in zip(calls, split(result, [num_rows(call) for call in calls]), strict=True):
+                results[call.key] = rows
     return [[results[call.key] for call in calls] for calls in requests]
 
 

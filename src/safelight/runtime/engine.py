@@ -266,7 +266,8 @@ class Engine:
         """Make the calls of the tasks in common; None leaves them to each task."""
         if self.batching == "throughput" and tasks[0].calls:
             try:
-                return list(run_stacked(tasks[0].execution.make_call, [task.calls for task in tasks]))
+                run_calls = self.pipeline.run_calls if self.pipeline.shares_branches else None
+                return list(run_stacked(tasks[0].execution.make_call, [task.calls for task in tasks], run_calls))
             except Exception as error:  # a request's boundary: apart, only the one at fault fails
                 if self.ranks.size > 1:
                     raise DesynchronisedError("a forward that several ranks share failed on one") from error
