@@ -157,7 +157,7 @@ def nan(pipeline, _monkeypatch):
         (scale_weight("time_text_embed.text_embedder.linear_2"), "transformer.time_text_embed.text_embedder.linear_2"),
         (scale_weight("transformer_blocks.0.attn.to_v"), "transformer.transformer_blocks.0.attn.to_v"),
         (scale_weight("transformer_blocks.1.ff.net.2"), "transformer.transformer_blocks.1.ff.net.2"),
-        (norm_eps, "transformer.single_transformer_blocks.1.norm.norm"),
+        (norm_eps, "transformer.single_transformer_blocks.1.attn.to_q"),
         (attention_scale, "transformer.transformer_blocks.1.attn.to_out.0"),
         (scale_weight("proj_out"), "transformer.proj_out"),
         (guidance, "latents after step 1"),

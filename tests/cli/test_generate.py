@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safelight.acceleration import callers
+from safelight.core import executor
 from safelight.cli.main import main
 from safelight.generator import DiffusionGenerator
 from safelight.loading import loader, repository
@@ -286,7 +286,7 @@ def test_a_picture_of_nan_is_not_written(run, checkpoints, tmp_path):
 
 def test_an_interrupt_ends_with_130_and_writes_nothing(generate, tmp_path, monkeypatch):
     """A real signal, in the middle of the third step."""
-    call, calls = callers.make_call, []
+    call, calls = executor.make_call, []
 
     def interrupted(pipeline, model_call):
         calls.append(model_call)
@@ -294,7 +294,7 @@ def test_an_interrupt_ends_with_130_and_writes_nothing(generate, tmp_path, monke
             signal.raise_signal(signal.SIGINT)
         return call(pipeline, model_call)
 
-    monkeypatch.setattr(callers, "make_call", interrupted)
+    monkeypatch.setattr("safelight.acceleration.callers.make_call", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job does not have
     try:
         ended = generate("x", "--num-inference-steps", 50, "-o", tmp_path / "x.png")
