@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safelight.core import executor
 from safelight.cli.main import main
+from safelight.core import executor
 from safelight.generator import DiffusionGenerator
 from safelight.loading import loader, repository
 from tests.cli.conftest import SMALL
