@@ -170,7 +170,8 @@ def test_the_queue_is_bounded_as_a_whole(tmp_path, monkeypatch):
 def test_replicas_give_the_bytes_of_one(fault_family, fault_model, expected):
     async def test():
         async with replicas_of(fault_model(name="served", step_seconds=0.01), max_running=2) as replicas:
-            seen, told = [], []
+            seen: list[int] = []
+            told: list[str] = []
             replicas.on_step = lambda seconds, rows: seen.append(rows)
             assert replicas.state == "ready" and replicas.stats.load_seconds > 0
             tickets = [put(replicas, f"r{index}", 2 + index, seed=index, n=1 + index % 2) for index in range(6)]
