@@ -8,7 +8,6 @@ import os
 import signal
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +24,9 @@ from safelight.errors import (
 )
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest
-from safelight.runtime.group import EngineSettings
 from safelight.runtime.messages import Progressed, Start
 from safelight.runtime.replicas import ReplicaSet
+from safelight.runtime.supervisor import EngineSettings
 from safelight.runtime.watch import UnitLimits
 from safelight.runtime.worker import local_args
 from tests.live_server import fault_model as write_fault_model
@@ -171,8 +170,8 @@ def test_the_queue_is_bounded_as_a_whole(tmp_path, monkeypatch):
 def test_replicas_give_the_bytes_of_one(fault_family, fault_model, expected):
     async def test():
         async with replicas_of(fault_model(name="served", step_seconds=0.01), max_running=2) as replicas:
-            seen: list[Any] = []
-            told: list[Any] = []
+            seen: list[int] = []
+            told: list[str] = []
             replicas.on_step = lambda seconds, rows: seen.append(rows)
             assert replicas.state == "ready" and replicas.stats.load_seconds > 0
             tickets = [put(replicas, f"r{index}", 2 + index, seed=index, n=1 + index % 2) for index in range(6)]
