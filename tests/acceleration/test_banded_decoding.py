@@ -11,6 +11,7 @@ from safelight.core.executor import Execution
 from safelight.core.request import map_tensors
 from safelight.errors import InvalidParameterError, NonFiniteOutputError
 from safelight.loading.loader import load_pipeline
+from safelight.stages.banded_decoding import BandedDecodingStage
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
 
@@ -24,8 +25,11 @@ class Banded:
     def __init__(self, name, folder):
         self.recipe = all_recipes()[name]
         self.recipe.build(folder, "default")
-        self.whole = load_pipeline(ServerArgs(str(folder), device="cpu"))
-        self.bands = load_pipeline(ServerArgs(str(folder), device="cpu", vae_tiling="exact"))
+        self.whole = load_pipeline(ServerArgs(str(folder), device="cpu", conditioning_cache="0"))
+        self.bands = load_pipeline(ServerArgs(str(folder), device="cpu", vae_tiling="exact", conditioning_cache="0"))
+        for stage_name, stage in self.bands.stages.items():
+            if isinstance(stage, BandedDecodingStage):
+                self.bands.stages[stage_name] = stage.undivided
         tile_decoding(self.bands, FINE)
         fit = [case for case in self.recipe.cases if case.variant == "default" and not case.slow]
         fields = [case.fields for case in fit if isinstance(case.fields["prompt"], str)]

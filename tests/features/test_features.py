@@ -14,7 +14,7 @@ from safelight.acceleration.memory import HostMemory
 from safelight.errors import InvalidParameterError
 from safelight.loading.loader import choose_layout, load_pipeline
 from tests.features import runs
-from tests.features.table import FEATURES, PAIRS, REFUSED, REFUSED_PAIRS, WORKING_PAIRS
+from tests.features.table import FEATURES, OFF, PAIRS, REFUSED, REFUSED_PAIRS, WORKING_PAIRS
 
 PAGE = Path(__file__).parents[2] / "docs" / "features.md"
 QUICK_FAMILY, QUICK_LAYOUT, VAE = "FluxPipeline", "Ulysses", "VAE parallel"
@@ -52,7 +52,7 @@ def check(name, pair, difference, measured):
 
 def on_cuda(folder, name):
     """Return what a pipeline makes with everything off, on CUDA."""
-    args = ServerArgs(str(folder), device="cuda", dtype="float32", **runs.OFF)
+    args = ServerArgs(str(folder), device="cuda", dtype="float32", **OFF)
     return runs.run(load_pipeline(args), name, "alone").outputs
 
 
