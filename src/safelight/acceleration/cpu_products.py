@@ -29,14 +29,30 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `hidden_states @ weight.T + bias`, float32, by oneDNN."""
+    if torch.compiler.is_compiling():
+        return _opaque(hidden_states, weight, bias, "none", "")
     product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "none", [], "")
     return product
 
 
 def onednn_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """Return the GELU of `onednn_linear`, made of each part of the product as it is finished: next to free."""
+    if torch.compiler.is_compiling():
+        return _opaque(hidden_states, weight, bias, "gelu", approximate)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "gelu", [], approximate)
     return product
+
+
+@torch.library.custom_op("safelight::onednn_linear", mutates_args=())
+def _opaque(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str, approximate: str) -> Tensor:
+    """Return oneDNN's product in compiled code: Inductor lowers torch's own operator for frozen weights alone."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, activation, [], approximate)
+    return product
+
+
+@_opaque.register_fake
+def _(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str, approximate: str) -> Tensor:
+    return hidden_states.new_empty((*hidden_states.shape[:-1], weight.shape[0]))
 
 
 def is_float32(product: Product) -> bool:
