@@ -29,17 +29,21 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `hidden_states @ weight.T + bias`, float32, by oneDNN."""
+    product: Tensor
     if torch.compiler.is_compiling():
-        return _opaque(hidden_states, weight, bias, "none", "")
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "none", [], "")
+        product = _opaque(hidden_states, weight, bias, "none", "")
+        return product
+    product = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "none", [], "")
     return product
 
 
 def onednn_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """Return the GELU of `onednn_linear`, made of each part of the product as it is finished: next to free."""
+    product: Tensor
     if torch.compiler.is_compiling():
-        return _opaque(hidden_states, weight, bias, "gelu", approximate)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "gelu", [], approximate)
+        product = _opaque(hidden_states, weight, bias, "gelu", approximate)
+        return product
+    product = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "gelu", [], approximate)
     return product
 
 
