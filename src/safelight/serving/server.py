@@ -15,7 +15,6 @@ import uvicorn
 
 from safelight.core.server_args import ServerArgs
 from safelight.errors import PortError, SafelightError
-from safelight.parallel.torchrun import launched
 from safelight.runtime.group import EngineSettings
 from safelight.runtime.replicas import ReplicaSet
 from safelight.runtime.watch import UnitLimits
@@ -204,7 +203,7 @@ def engine_settings(server_args: ServerArgs, serve_args: ServeArgs) -> EngineSet
         warm_up=serve_args.warm_up,
         unit_limits=UnitLimits(least=serve_args.unit_limit, first=serve_args.first_unit_limit),
         heartbeat_limit=serve_args.heartbeat_limit,
-        is_first_of_torchrun=launched(server_args.num_devices()) is not None,
+        is_first_of_torchrun=place is not None,
     )
 
 
