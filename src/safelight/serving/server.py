@@ -192,7 +192,15 @@ def served_names(server_args: ServerArgs, serve_args: ServeArgs) -> tuple[str, .
 
 
 def engine_settings(server_args: ServerArgs, serve_args: ServeArgs) -> EngineSettings:
-    """Return what each replica's supervisor needs to know."""
+    """Return what each replica's supervisor needs to know.
+
+    Raises:
+        InvalidParameterError: for replicas of a model whose ranks `torchrun` has started.
+
+    """
+    place = launched(server_args.num_devices())
+    if place is not None and serve_args.replicas > 1:
+        raise InvalidParameterError("replicas", serve_args.replicas, "1 under torchrun, which starts one model's ranks")
     return EngineSettings(
         server_args=server_args,
         model_name=served_names(server_args, serve_args)[0],
