@@ -14,7 +14,8 @@ from pathlib import Path
 import uvicorn
 
 from safelight.core.server_args import ServerArgs
-from safelight.errors import PortError, SafelightError
+from safelight.errors import InvalidParameterError, PortError, SafelightError
+from safelight.parallel.torchrun import launched
 from safelight.runtime.group import EngineSettings
 from safelight.runtime.replicas import ReplicaSet
 from safelight.runtime.watch import UnitLimits
