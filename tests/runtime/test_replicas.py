@@ -24,9 +24,9 @@ from safelight.errors import (
 )
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest
+from safelight.runtime.group import EngineSettings
 from safelight.runtime.messages import Progressed, Start
 from safelight.runtime.replicas import ReplicaSet
-from safelight.runtime.supervisor import EngineSettings
 from safelight.runtime.watch import UnitLimits
 from safelight.runtime.worker import local_args
 from tests.live_server import fault_model as write_fault_model
