@@ -222,7 +222,8 @@ def warm_up(engine: Engine) -> None:
 def main() -> None:
     """Run a worker: the arguments are the socket, the board and the supervisor's process id."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s worker %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("safelight.memory").setLevel(logging.INFO)  # of a plan that was asked for
+    for name in ("safelight.memory", "safelight.layout"):  # of what was planned, because it was asked for
+        logging.getLogger(name).setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, or for a whole group: the supervisor decides
         signal.signal(number, signal.SIG_IGN)
     channel_path, board_path, parent = sys.argv[1:]
