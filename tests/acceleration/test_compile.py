@@ -145,6 +145,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_everything_in_the_cache(flux, tiny_folder):
     """In process, with the same bytes: it is another first request than this process had."""
     pipeline, compilation, _ = flux
@@ -186,6 +187,7 @@ def test_without_a_compiler_it_is_refused_with_the_reason(tiny_folder, monkeypat
         DiffusionGenerator.from_pretrained(tiny_folder("FluxPipeline"), device="cpu", compile="blocks")
 
 
+@pytest.mark.slow
 def test_what_torch_cannot_trace_fails_by_name(tiny_flux, monkeypatch):
     from safelight.families.flux import transformer
 

@@ -101,6 +101,7 @@ def test_statistics_far_from_zero(vaes):
     assert relative(decoded(decoder, latents), expected) < 2 * relative(undivided(vae, latents), expected) + TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_as_near_to_the_truth_as_the_library_is(vaes, kind, dtype):
@@ -160,6 +161,7 @@ def test_the_count_is_that_of_a_real_decode(vaes):
     assert count_peak(lambda: decoded(decoder, latents)) == pytest.approx(counted, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_units_are_bounded_and_their_cost_is_that_of_the_work(kind):
     """The costs add up to the multiplications that torch counts in the undivided decode, about."""

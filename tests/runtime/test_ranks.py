@@ -47,10 +47,10 @@ def test_two_ranks_give_the_bytes_of_one(fault_family, fault_model, expected):
     ("directive", "error"),
     [
         ("raise@encoding", RankFailedError),
-        ("oom@encoding", OutOfMemoryError),
-        ("raise@denoising:2", RankFailedError),
         ("oom@denoising:1", OutOfMemoryError),
-        ("raise@decoding", RankFailedError),
+        pytest.param("oom@encoding", OutOfMemoryError, marks=pytest.mark.slow),
+        pytest.param("raise@denoising:2", RankFailedError, marks=pytest.mark.slow),
+        pytest.param("raise@decoding", RankFailedError, marks=pytest.mark.slow),
     ],
 )
 def test_what_fails_outside_a_shared_forward_on_one_rank_ends_that_request_alone(
@@ -72,7 +72,15 @@ def test_what_fails_outside_a_shared_forward_on_one_rank_ends_that_request_alone
     drive(test())
 
 
-@pytest.mark.parametrize("directive", ["raise@forward:1", "oom@forward:2", "exit@denoising:1", "stop@denoising:1"])
+@pytest.mark.parametrize(
+    "directive",
+    [
+        "raise@forward:1",
+        "exit@denoising:1",
+        pytest.param("oom@forward:2", marks=pytest.mark.slow),
+        pytest.param("stop@denoising:1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_lost_where_others_wait_for_it_takes_the_group_down(fault_family, fault_model, expected, directive):
     """The request whose unit ran is answered; the group restarts, and the others run again."""
 

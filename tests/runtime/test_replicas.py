@@ -229,6 +229,7 @@ def test_a_killed_replica_gives_its_requests_to_the_other_and_comes_back(fault_f
     drive(test())
 
 
+@pytest.mark.slow
 def test_a_replica_that_gave_up_is_left_out_and_the_last_one_ends_all(fault_family, fault_model, expected, monkeypatch):
     monkeypatch.setattr("safelight.runtime.supervisor.MAX_DEATHS", 1)
 
