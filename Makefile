@@ -37,7 +37,7 @@ types: $(READY)  ## mypy --strict
 	@$(BIN)/mypy
 
 test: lint types  ## lint, types and the tests that take minutes
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 test-all: lint types  ## as test, with the slow tests
 	@$(BIN)/python -m pytest -q --slow

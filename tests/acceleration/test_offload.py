@@ -30,7 +30,7 @@ from tests.recipes.base import shake
 NUM_LAYERS = 5
 CHOSEN = [
     ("FluxPipeline", "default"),
-    ("WanPipeline", "2.2"),
+    pytest.param(("WanPipeline", "2.2"), marks=pytest.mark.slow),
     pytest.param(("QwenImagePipeline", "default"), marks=pytest.mark.slow),
     pytest.param(("WanImageToVideoPipeline", "default"), marks=pytest.mark.slow),
 ]

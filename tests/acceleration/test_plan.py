@@ -154,7 +154,7 @@ def counted_peaks(repository, plan, fields):
 @pytest.mark.parametrize(
     ("name", "limit", "fields", "mode"),
     [
-        ("flux_1_dev", 24, {}, "components"),
+        pytest.param("flux_1_dev", 24, {}, "components", marks=pytest.mark.slow),
         pytest.param("flux_1_dev", 16, {"height": 768, "width": 1360}, "blocks", marks=pytest.mark.slow),
         pytest.param("wan_2_2_t2v_a14b", 24, {}, "blocks", marks=pytest.mark.slow),
         pytest.param("wan_2_2_t2v_a14b", 60, {"height": 720, "width": 1280}, "alternates", marks=pytest.mark.slow),

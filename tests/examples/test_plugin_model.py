@@ -97,7 +97,7 @@ with DiffusionGenerator.from_pretrained(f"{folder}/toy-variation", device="cpu")
 
 # What holds for every family: interleaved, and moved after every unit, requests give the bytes that they give alone.
 for name, extra in (("toy", {}), ("toy-variation", {"image": photo, "strength": 0.6})):
-    pipeline = load_pipeline(ServerArgs(f"{folder}/{name}", device="cpu"))
+    pipeline = load_pipeline(ServerArgs(f"{folder}/{name}", device="cpu", conditioning_cache="0"))
     def request(seed):
         params, _ = prepare(pipeline.schema, {"prompt": "a cat", "seed": seed, "output_type": "np", **extra})
         return Execution(pipeline, Req("r", params))

@@ -68,6 +68,7 @@ def test_what_was_made_before_is_found_and_nothing_else(recipe, models):
         assert cache.num_misses == misses and cache.num_hits >= hits + len(expected[0])
 
 
+@pytest.mark.slow
 def test_outputs_of_one_request_share_the_work(recipe, models):
     case = recipe.cases[0]
     caching = load_pipeline(ServerArgs(str(models.folder(recipe, case.variant)), device="cpu"))

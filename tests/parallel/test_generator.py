@@ -36,7 +36,7 @@ def alone(folder):
         }
 
 
-@pytest.mark.parametrize("settings", [{"tp_size": 2}, {"devices": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{"tp_size": 2}, pytest.param({"devices": 2}, marks=pytest.mark.slow)], ids=str)
 def test_two_ranks_by_the_python_api(folder, alone, settings):
     with DiffusionGenerator.from_pretrained(folder, device="cpu", **settings) as generator:
         made = generator.generate(PROMPT, output_type="np", **FIELDS)
@@ -61,6 +61,7 @@ def test_what_cannot_be_divided_is_refused_by_name(folder):
         DiffusionGenerator.from_pretrained(folder, device="cpu", tp_size=3)
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_started(tmp_path, fault_path):
     """Rank 0 serves, and rank 1 follows; both end when the server is told to stop."""
     model, port, log = fault_model(tmp_path / "model"), free_port(), tmp_path / "log"

@@ -60,7 +60,7 @@ def mesh(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, vae: bool =
 @cache
 def pipeline(folder: str, divided_vae: bool = False) -> ComposedPipeline:
     """Return the pipeline of a checkpoint; one whose VAE is divided is loaded apart."""
-    return load_pipeline(ServerArgs(folder, device="cpu"))
+    return load_pipeline(ServerArgs(folder, device="cpu", kernels="plain"))
 
 
 @cache

@@ -101,7 +101,7 @@ def test_a_rank_lost_where_others_wait_for_it_takes_the_group_down(fault_family,
     drive(test())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_rank_killed_in_mid_denoise(fault_family, fault_model, expected, number):
     async def test():
         async with on_two(fault_model(name="served", step_seconds=0.05)) as supervisor:

@@ -285,7 +285,7 @@ def test_each_replica_has_devices_of_its_own(monkeypatch):
     assert local_args(start_of("auto")).device == "auto"
     assert local_args(start_of("auto", first_device=1)).device == "cuda:1"
     assert local_args(start_of("cuda:1", first_device=2)).device == "cuda:3"
-    assert local_args(start_of("auto", first_device=2, rank=1, num_ranks=2)).device == "cuda:3"
+    assert local_args(start_of("auto", first_device=2, rank=1, local_rank=1, num_ranks=2)).device == "cuda:3"
     with pytest.raises(InvalidParameterError, match=r"(?s)device.*4.*number 4"):
         local_args(start_of("auto", first_device=4))
     assert local_args(start_of("cpu", first_device=3)).device == "cpu"
