@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.common import as_safelight_calls, as_tensor, begin, interleaved, print_table
 from benchmarks.gpu import event_clock
 from benchmarks.stacks import STACKS, Inputs
+from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.memory import CudaMemory, DeviceMemory, HostMemory
 from safelight.acceleration.offload import (
     BlockStream,
@@ -26,7 +27,6 @@ from safelight.acceleration.offload import (
     Stager,
     StreamedModule,
     WholeModule,
-    repeated_blocks,
     streamed_bytes,
     tensors_of,
 )

@@ -13,6 +13,8 @@ from safelight.core.schema import ModelSchema
 
 SEED_RANGE = 2**53
 """Drawn seeds stay below it, so that a browser's JSON holds them."""
+WARM_UP_STEPS = 2
+"""Steps of the first request, where the model does not have its own: the second is where solvers begin to differ."""
 WARM_UP_SIDE = 256
 """Pixels of the first request's sides, where the model has no smaller default."""
 
@@ -42,12 +44,8 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
     return params, warnings
 
 
-def warm_up_params(schema: ModelSchema, num_steps: int = 1) -> SamplingParams:
+def warm_up_params(schema: ModelSchema) -> SamplingParams:
     """Return a small request that the model takes: few steps, few pixels, few frames, no image that it can do without.
-
-    Args:
-        schema: the model's.
-        num_steps: where the model does not have its own.
 
     Raises:
         UsageError: if the model does not take it.
@@ -57,7 +55,7 @@ def warm_up_params(schema: ModelSchema, num_steps: int = 1) -> SamplingParams:
 
     options = schema.params_cls.options()
     side = -(-WARM_UP_SIDE // schema.size_multiple) * schema.size_multiple
-    small: dict[str, Any] = {"prompt": "warm-up", "num_inference_steps": num_steps, "seed": 0, "output_type": "pil"}
+    small: dict[str, Any] = {"prompt": "warm-up", "num_inference_steps": WARM_UP_STEPS, "seed": 0, "output_type": "pil"}
     small["n"] = 1
     small |= {name: min(side, schema.defaults.get(name) or side) for name in ("height", "width")}
     small["num_frames"] = 1 + schema.frame_step

@@ -20,7 +20,8 @@ from safelight.core.executor import SyncExecutor
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req
 from safelight.loading.footprint import measure
-from safelight.loading.loader import choose_layout, load_pipeline
+from safelight.loading.loader import load_pipeline
+from safelight.loading.planning import layout_for
 from safelight.loading.repository import open_repository
 from safelight.parallel.layout import ParallelLayout
 from safelight.parallel.mesh import Mesh, build_mesh
@@ -222,7 +223,7 @@ def pair_on_ranks(folder: str, name: str, one: str, other: str, out: str) -> lis
     """On each rank of a pool: write the outputs of a pair; return which of its features were not in effect."""
     pair = Pair(FEATURE[one], FEATURE[other])
     args = ServerArgs(folder, device="cpu", dtype="float32", **pair.settings)
-    mesh = mesh_of(choose_layout(args).layout)
+    mesh = mesh_of(layout_for(args).layout)
     for communicator in (mesh.cfg, mesh.ring, mesh.ulysses, mesh.tp, mesh.world):
         communicator.traffic.num_calls = 0
     pipeline = load(Path(folder), pair, mesh)

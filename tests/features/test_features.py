@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from safelight import ServerArgs
 from safelight.acceleration.memory import HostMemory
 from safelight.errors import InvalidParameterError
-from safelight.loading.loader import choose_layout, load_pipeline
+from safelight.loading.loader import load_pipeline
+from safelight.loading.planning import layout_for
 from tests.features import runs
 from tests.features.table import FEATURES, OFF, PAIRS, REFUSED, REFUSED_PAIRS, WORKING_PAIRS
 
@@ -94,7 +95,7 @@ def test_a_pair_is_refused_at_start(name, pair, folder_of):
         load_pipeline(args, HostMemory())
     if pair.num_ranks > 1:
         with pytest.raises(InvalidParameterError, match=message):
-            choose_layout(args)
+            layout_for(args)
 
 
 def test_bands_on_one_device_alone_are_refused():

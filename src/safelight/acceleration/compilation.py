@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.compile import (
     BlockClass,
     compile_blocks,
@@ -19,7 +20,6 @@ from safelight.acceleration.compile import (
     in_form,
     missing_toolchain,
     one_block_each,
-    repeated_blocks,
     use_cache,
     warm_up_compiler,
 )
@@ -180,7 +180,7 @@ def own_modules(pipeline: ComposedPipeline) -> dict[str, nn.Module]:
 
 def canonical_request(pipeline: ComposedPipeline) -> Req:
     """Return the smallest request that a model takes. Two steps: some schedules have no single one."""
-    return Req("compile", warm_up_params(pipeline.schema, num_steps=2).split()[0])
+    return Req("compile", warm_up_params(pipeline.schema).split()[0])
 
 
 def first_calls(pipeline: ComposedPipeline, req: Req) -> list[ModelCall]:

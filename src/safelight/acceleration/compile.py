@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from safelight.acceleration.blocks import blocks_by_class
 from safelight.errors import CompilationError
 
 Form = Literal["eager", "compiling", "compiled"]
@@ -78,17 +79,10 @@ def _own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
     return copied
 
 
-def repeated_blocks(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return a module's blocks by the names of their classes in `_repeated_blocks`; empty where it has no such plan."""
-    names: tuple[str, ...] = vars(type(module)).get("_repeated_blocks", ())
-    blocks = {name: [each for each in module.modules() if type(each).__name__ == name] for name in names}
-    return {name: found for name, found in blocks.items() if found}
-
-
 def compile_blocks(module: nn.Module) -> list[BlockClass]:
     """Make a module's repeated blocks ready to be compiled; nothing is compiled, and they run eagerly until told."""
     import_compiler()
-    return [BlockClass(name, blocks) for name, blocks in repeated_blocks(module).items()]
+    return [BlockClass(name, blocks) for name, blocks in blocks_by_class(module).items()]
 
 
 @functools.cache
@@ -104,7 +98,7 @@ def import_compiler() -> None:
 @contextmanager
 def one_block_each(module: nn.Module) -> Iterator[None]:
     """Leave a module one block of each list, for one call: the other blocks have the same graphs."""
-    names = repeated_blocks(module)
+    names = blocks_by_class(module)
     lists = [
         (parent, key, child)
         for parent in module.modules()

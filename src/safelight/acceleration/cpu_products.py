@@ -29,32 +29,31 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `hidden_states @ weight.T + bias`, float32, by oneDNN."""
-    product: Tensor
-    if torch.compiler.is_compiling():
-        product = _opaque(hidden_states, weight, bias, "none", "")
-        return product
-    product = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "none", [], "")
-    return product
+    return _linear(hidden_states, weight, bias, "none", "")
 
 
 def onednn_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """Return the GELU of `onednn_linear`, made of each part of the product as it is finished: next to free."""
-    product: Tensor
-    if torch.compiler.is_compiling():
-        product = _opaque(hidden_states, weight, bias, "gelu", approximate)
-        return product
-    product = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "gelu", [], approximate)
-    return product
+    return _linear(hidden_states, weight, bias, "gelu", approximate)
 
 
-@torch.library.custom_op("safelight::onednn_linear", mutates_args=())
-def _opaque(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str, approximate: str) -> Tensor:
-    """Return oneDNN's product in compiled code: Inductor lowers torch's own operator for frozen weights alone."""
+def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str, approximate: str) -> Tensor:
+    # Our own operator costs microseconds, but Inductor lowers torch's for frozen weights alone.
+    product = _opaque_linear if torch.compiler.is_compiling() else _eager_linear
+    return product(hidden_states, weight, bias, activation, approximate)
+
+
+def _eager_linear(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str, approximate: str
+) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, activation, [], approximate)
     return product
 
 
-@_opaque.register_fake
+_opaque_linear = torch.library.custom_op("safelight::onednn_linear", _eager_linear, mutates_args=())
+
+
+@_opaque_linear.register_fake
 def _(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str, approximate: str) -> Tensor:
     return hidden_states.new_empty((*hidden_states.shape[:-1], weight.shape[0]))
 

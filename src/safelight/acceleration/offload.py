@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.memory import DeviceMemory
 from safelight.core.residency import Placement, Residency
 
@@ -307,12 +308,6 @@ class StreamedModule:
         """Let go of everything on the device."""
         self._stream.close()
         self._rest.leave()
-
-
-def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the blocks whose classes a model names in `_repeated_blocks`, in the order in which it holds them."""
-    names = vars(type(module)).get("_repeated_blocks", ())
-    return [part for part in module.modules() if type(part).__name__ in names]
 
 
 def place_components(

@@ -225,13 +225,10 @@ def plan_mode(
     footprint: Footprint, limit: int, mode: str, tiled: bool, refused: Mapping[str, str] | None = None
 ) -> MemoryPlan:
     """Return the plan of one mode, whether or not it fits."""
-    assert not tiled or footprint.tiled is not None
-    stages = footprint.tiled if tiled and footprint.tiled is not None else footprint.stages
+    stages = footprint.tiled if tiled else footprint.stages
+    assert stages is not None
     components = footprint.components
-    placed = {
-        "none": (),
-        "alternates": tuple(name for name, component in components.items() if component.is_alternate),
-    }.get(mode, tuple(components))
+    placed = placed_components(components, mode)
     fixed = sum(component.num_bytes for name, component in components.items() if name not in placed)
     rooms = rooms_of(stages, placed, limit - WORKSPACE - fixed)
     if mode == "alternates":  # one at a time, even where there is room for more
@@ -256,6 +253,13 @@ def plan_mode(
         pinned=NUM_SLOTS * max((stream.slot_bytes for stream in streams.values()), default=0),
         refused=dict(refused or {}),
     )
+
+
+def placed_components(components: Mapping[str, ComponentFootprint], mode: str) -> tuple[str, ...]:
+    """Return the names of those that wait on the host until they are used."""
+    if mode == "none":
+        return ()
+    return tuple(name for name, component in components.items() if mode != "alternates" or component.is_alternate)
 
 
 def rooms_of(stages: Sequence[StageFootprint], placed: Sequence[str], limit: int) -> dict[str, int]:

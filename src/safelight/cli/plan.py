@@ -58,7 +58,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
 
 def _plan(server_args: ServerArgs, sides: tuple[int, int] | None, frames: int | None, images: int | None) -> MemoryPlan:
     from safelight.loading.footprint import blank_images
-    from safelight.loading.loader import device_memory, plan_memory
+    from safelight.loading.planning import device_memory, plan_memory
     from safelight.loading.repository import open_repository
 
     limit = server_args.memory_limit_bytes()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from safelight.acceleration.activations import LiveStorages
-from safelight.acceleration.offload import packed_bytes, repeated_blocks, tensors_of
+from safelight.acceleration.blocks import repeated_blocks
+from safelight.acceleration.offload import packed_bytes, tensors_of
 from safelight.acceleration.plan import ComponentFootprint, Footprint, StageFootprint
 from safelight.acceleration.tiled_vae import tile_decoding
 from safelight.core.executor import Execution, make_call

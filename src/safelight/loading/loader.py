@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +12,9 @@ from torch import nn
 
 from safelight.acceleration.apply import accelerate
 from safelight.acceleration.exclusions import refuse_excluded
-from safelight.acceleration.memory import CudaMemory, DeviceMemory
+from safelight.acceleration.memory import DeviceMemory
 from safelight.acceleration.offload import offload
-from safelight.acceleration.plan import MemoryPlan, make_plan
+from safelight.acceleration.plan import MemoryPlan
 from safelight.acceleration.tiled_vae import tile_decoding
 from safelight.attention import set_attention_backend
 from safelight.backends import diffusers
@@ -27,7 +26,6 @@ from safelight.loading.checkpoint import WEIGHT_SUFFIXES
 from safelight.loading.components import (
     LIBRARY_STEMS,
     check_library_files,
-    empty_component,
     in_words,
     library_of,
     load_component,
@@ -35,14 +33,12 @@ from safelight.loading.components import (
 )
 from safelight.loading.description import configure, targets
 from safelight.loading.digest import weights_digest
-from safelight.loading.footprint import measure
+from safelight.loading.planning import device_memory, plan_memory
 from safelight.loading.repository import Repository, open_repository
-from safelight.parallel.apply import choose, max_branches, share
-from safelight.parallel.layout import Choice
+from safelight.parallel.apply import share, waits_on_host
 from safelight.parallel.mesh import Mesh, lone_mesh
-from safelight.parallel.plans import model_facts, tensor_plan
+from safelight.parallel.plans import tensor_plan
 from safelight.parallel.tensor import connect_shards
-from safelight.parallel.vae import can_divide
 
 logger = logging.getLogger(__name__)
 memory_logger = logging.getLogger("safelight.memory")
@@ -78,73 +74,6 @@ def load_pipeline(
     return _LOADERS[repository.pipeline.backend](repository, server_args, memory, mesh or lone_mesh())
 
 
-def choose_layout(server_args: ServerArgs) -> Choice:
-    """Return how the devices that the settings ask for share a request, from the model's JSON alone.
-
-    Raises:
-        InvalidParameterError: if the model cannot be divided so; with the numbers.
-
-    """
-    refuse_excluded(server_args)
-    repository = open_repository(server_args.model, server_args.revision, backend=server_args.backend)
-    if repository.pipeline.backend != "native":
-        raise InvalidParameterError("devices", server_args.num_devices(), "1 for a model run by the diffusers package")
-    pipeline_cls = repository.pipeline.pipeline_cls()
-    config, schema = configure(repository)
-    found = targets(repository, pipeline_cls)
-    transformer: nn.Module | None = None
-    for name in [name for name in found if name.startswith("transformer")][:1]:
-        dtype = server_args.component_dtype(name, config.precisions.get(name))
-        transformer = empty_component(repository.path / name, found[name], dtype)
-    divides_vae = "vae" in found and can_divide(pipeline_cls.decoding_stage, found["vae"].rpartition(":")[2])
-    facts = model_facts(repository.name, transformer, max_branches(schema), divides_vae)
-    device = server_args.torch_device()
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    return choose(server_args, facts, memory)
-
-
-def device_memory(server_args: ServerArgs) -> DeviceMemory | None:
-    """Return the memory of the device that is computed on; None on the CPU, whose memory is the host's.
-
-    Raises:
-        InvalidParameterError: if there is no such device, or a setting is of a device's memory and there is none.
-
-    """
-    device = server_args.torch_device()
-    if device.type == "cuda":
-        return CudaMemory(device)
-    own = f"on {device.type}: there is no memory but the host's, where weights are mapped files that may leave it"
-    if server_args.offload != "none":
-        raise InvalidParameterError("offload", server_args.offload, f"none {own}")
-    if server_args.memory_limit is not None:
-        raise InvalidParameterError("memory_limit", server_args.memory_limit, f"nothing {own}")
-    return None
-
-
-def plan_memory(
-    repository: Repository, server_args: ServerArgs, limit: int, fields: Mapping[str, Any] | None = None
-) -> MemoryPlan:
-    """Return what of a model lies on the device at each stage, from its JSON alone: no weights are read.
-
-    Args:
-        repository: the model.
-        server_args: dtypes, and which offload.
-        limit: bytes of the device that may be used.
-        fields: sampling parameters of the request that must fit; what is not there takes the model's defaults.
-
-    Raises:
-        InvalidParameterError: if nothing fits, or the model has no such offload.
-
-    """
-    if repository.pipeline.backend != "native":
-        raise InvalidParameterError("model", repository.name, "one of our families: others cannot be planned")
-    exact = server_args.vae_tiling == "exact"
-    footprint = measure(repository, server_args, fields or {}, exact or server_args.offload == "auto")
-    if exact and footprint.tiled is not None:
-        footprint = dataclasses.replace(footprint, stages=footprint.tiled, tiled=None)
-    return make_plan(footprint, limit, server_args.offload)
-
-
 def describe(repository: Repository) -> ModelSchema:
     """Return what a model takes, from its JSON alone: no weights are read.
 
@@ -178,7 +107,6 @@ def _load_diffusers(
 def _load_native(
     repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None, mesh: Mesh
 ) -> ComposedPipeline:
-    device = server_args.torch_device()
     pipeline_cls = repository.pipeline.pipeline_cls()
     names = pipeline_cls.component_names()
     for component in server_args.component_dtypes:
@@ -193,15 +121,13 @@ def _load_native(
     for name, target in by_library:
         begun = time.perf_counter()
         dtype = server_args.component_dtype(name, config.precisions.get(name))
-        home = HOST if plan is not None and name in plan.placed else device
+        waits = (plan is not None and name in plan.placed) or waits_on_host(name, mesh)
+        home = HOST if waits else server_args.torch_device()
         modules[name] = load_component(repository.path / name, target, dtype, home, (mesh.tp.rank, mesh.tp.size))
         if isinstance(modules[name], nn.Module):
-            set_attention_backend(modules[name], server_args.attention_backend, device.type, dtype)
             # Bands walk the library's own modules, which faster ones would replace.
             in_bands = name == "vae" and (tiled or mesh.layout.vae)
-            accelerate(modules[name], "plain" if in_bands else server_args.kernels, device, dtype)
-            if tensor_plan(modules[name]) is not None:
-                connect_shards(modules[name], mesh.tp)
+            _prepare(modules[name], server_args, dtype, "plain" if in_bands else server_args.kernels, mesh)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
     pipeline = pipeline_cls(modules, config, schema, server_args)
     weights = [name for name, component in modules.items() if isinstance(component, nn.Module)]
@@ -212,6 +138,15 @@ def _load_native(
     if plan is not None and memory is not None:
         pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
     return pipeline
+
+
+def _prepare(module: nn.Module, server_args: ServerArgs, dtype: torch.dtype, kernels: str, mesh: Mesh) -> None:
+    """Choose what a component computes by, and connect its shards to those of other ranks."""
+    device = server_args.torch_device()
+    set_attention_backend(module, server_args.attention_backend, device.type, dtype)
+    accelerate(module, kernels, device, dtype)
+    if tensor_plan(module) is not None:
+        connect_shards(module, mesh.tp)
 
 
 def _plan_for_device(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> MemoryPlan | None:

@@ -12,6 +12,7 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import CallMaker, ModelCall, Prediction
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import PARALLEL_SIZES, ServerArgs
+from safelight.core.stage import PipelineStage
 from safelight.parallel.cfg import run_calls
 from safelight.parallel.collectives import Communicator, DesynchronisedError
 from safelight.parallel.encoding import EncoderOnOneRank
@@ -80,31 +81,38 @@ def share(pipeline: ComposedPipeline, mesh: Mesh) -> None:
     pipeline.shares_branches = mesh.cfg.size > 1
 
 
-def share_encoders(stage: Any, mesh: Mesh, pipeline: ComposedPipeline) -> bool:
-    """Divide the weights of a stage's text encoders, or let one rank run them; False if it has none."""
-    found = False
+def waits_on_host(name: str, mesh: Mesh) -> bool:
+    """Say whether a component stays on this rank's host until `share` has seen whether the rank needs it."""
+    return name.startswith("text_encoder") and mesh.world.rank > 0
+
+
+def share_encoders(stage: PipelineStage, mesh: Mesh, pipeline: ComposedPipeline) -> bool:
+    """Divide the weights of a stage's text encoders, or let one rank run them; False if every rank runs its own."""
+    shared = False
     for part in (stage, *stage.parts()):
         if isinstance(part, TextEncodingStage):
-            own = {id(module) for module in pipeline.modules().values()}
-            part.text_encoders = [_shared_encoder(encoder, mesh, id(encoder) in own) for encoder in part.text_encoders]
-            found = True
-    return found
+            found = [_shared_encoder(encoder, mesh, pipeline) for encoder in part.text_encoders]
+            shared |= any(is_shared for _, is_shared in found)
+            part.text_encoders = [encoder for encoder, _ in found]
+    return shared
 
 
-def _shared_encoder(encoder: nn.Module, mesh: Mesh, is_whole: bool) -> Any:
-    """Return what stands for an encoder: itself with this rank's shards, or one rank's.
+def _shared_encoder(encoder: nn.Module, mesh: Mesh, pipeline: ComposedPipeline) -> tuple[Any, bool]:
+    """Return what stands for an encoder, and whether ranks wait for each other in it.
 
-    An encoder that is a part of a component is needed by others too, and stays on every rank.
+    It has this rank's shards, or is one rank's. An encoder that is a part of a component is needed by others too, and
+    stays on every rank.
     """
+    owner = next(module for module in pipeline.modules().values() if encoder in set(module.modules()))
     plan = library_plan(encoder, mesh.tp.size) if mesh.tp.size > 1 else None
+    if plan is None and owner is encoder:
+        own = encoder if mesh.world.rank == 0 else None
+        return EncoderOnOneRank(own, mesh.world, pipeline.device), True
     if plan is not None:
         shard_parameters(encoder, mesh.tp.rank, mesh.tp.size, plan)
         connect_shards(encoder, mesh.tp, plan)
-        return encoder
-    if not is_whole:
-        return encoder
-    device = next(encoder.parameters()).device
-    return EncoderOnOneRank(encoder if mesh.world.rank == 0 else None, mesh.world, device)
+    owner.to(pipeline.device)
+    return encoder, plan is not None
 
 
 def run_shared(ranks: Communicator, calls: Sequence[ModelCall], make: CallMaker) -> list[Prediction]:

@@ -19,7 +19,8 @@ from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
 from safelight.errors import CompilationError, InvalidParameterError, ModelError, SafelightError, UsageError
-from safelight.loading.loader import choose_layout, load_pipeline
+from safelight.loading.loader import load_pipeline
+from safelight.loading.planning import layout_for
 from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.preparation import warm_up_params
 from safelight.runtime.background import BackgroundCompiler
@@ -164,7 +165,7 @@ def join(start: Start, args: ServerArgs, folder: Path) -> Mesh:
         dist.init_process_group(
             backend, init_method=meeting, rank=start.rank, world_size=start.num_ranks, timeout=MEETING
         )
-    choice = choose_layout(args)
+    choice = layout_for(args)
     if start.rank == 0:
         layout_logger.info("%s", choice)
     return build_mesh(choice.layout, device.type, timedelta(seconds=start.limits.first))
