@@ -25,9 +25,9 @@ from safelight.loading.planning import layout_for
 from safelight.loading.repository import open_repository
 from safelight.parallel.layout import ParallelLayout
 from safelight.parallel.mesh import Mesh, build_mesh
-from safelight.runtime.engine import Batching, Engine, Plan
-from safelight.runtime.policy import Task
-from safelight.runtime.ranks import Order, Ranks
+from safelight.runtime.engine import Batching, Engine
+from safelight.runtime.policy import Plan, Task
+from safelight.runtime.ranks import Ranks
 from safelight.stages.banded_decoding import BandedDecodingStage
 from tests.acceleration.memories import LateMemory
 from tests.families.conftest import requests
@@ -172,10 +172,11 @@ def planned(engine: Engine) -> Plan:
     """Return what the next tick does, on every rank."""
     if engine.ranks.leads:
         plan = engine.plan()
-        engine.ranks.lead(Order(resumed=[task.number for task in plan.resumed]))
+        engine.ranks.lead(plan)
         return plan
-    tasks = {task.number: task for task in engine.tasks}
-    return Plan([tasks[number] for number in engine.ranks.follow().resumed])
+    order = engine.ranks.follow()
+    assert order is not None
+    return order.plan(engine.tasks)
 
 
 def watch_components(pipeline: ComposedPipeline, seen: Seen) -> None:

@@ -6,16 +6,18 @@ import asyncio
 import os
 import signal
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from safelight.core.request import ModelCall
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, OutOfMemoryError, RankFailedError, SafelightError, WorkerLostError
+from safelight.parallel.collectives import DesynchronisedError
+from safelight.runtime.engine import Engine
 from safelight.runtime.ranks import Ranks, reason_of, vote_of
-from safelight.runtime.room import HostMemory, Memory, Room
+from tests.runtime.conftest import request
 from tests.runtime.test_supervisor import answer, ask, drive, pid_of, running
 
 
@@ -57,6 +59,7 @@ def test_two_ranks_give_the_bytes_of_one(fault_family, fault_model, expected):
     [
         ("raise@encoding", RankFailedError),
         ("oom@denoising:1", OutOfMemoryError),
+        ("full@denoising:1", OutOfMemoryError),
         pytest.param("oom@encoding", OutOfMemoryError, marks=pytest.mark.slow),
         pytest.param("raise@denoising:2", RankFailedError, marks=pytest.mark.slow),
         pytest.param("raise@decoding", RankFailedError, marks=pytest.mark.slow),
@@ -162,44 +165,26 @@ def test_sizes_that_do_not_fit_are_refused(settings):
         ServerArgs(**settings)
 
 
-class SmallMemory(Memory):
-    """Where a forward takes ten bytes an element of what it is given."""
+class TwoRanks(Ranks):
+    """As one rank of two sees it while the other does the same."""
 
-    def __init__(self) -> None:
-        self.left = 1000
-        self.elements = 0
+    size = 2
 
-    def free(self):
-        return self.left
-
-    def begin(self):
-        return 500
-
-    def peak(self):
-        return 500 + 10 * self.elements
+    def agree(self, errors):
+        return list(errors)
 
 
-def call_of(elements):
-    return ModelCall("transformer", {"hidden_states": torch.zeros(1, elements)}, {}, (), ("r", "cond", 0))
-
-
-def test_room_is_learnt_from_what_forwards_took():
-    memory = SmallMemory()
-    room = Room(memory)
-    assert room.has_room(call_of(10**6)), "nothing is known of the first"
-    memory.elements = 50
-    room.measured(call_of(50), lambda call: call.kwargs["hidden_states"])
-    assert room.has_room(call_of(100)) and not room.has_room(call_of(101))
-    memory.left = 2000
-    assert room.has_room(call_of(200)) and not room.has_room(call_of(201))
-
-
-def test_the_hosts_memory_is_what_linux_says():
-    memory = HostMemory()
-    before = memory.begin()
-    held = bytearray(64 << 20)
-    assert 60 << 20 < memory.peak() - before < 200 << 20
-    assert memory.free() > 0 and held[0] == 0
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_fails_in_a_stage_that_ranks_share_ends_the_group(fault_pipeline, shared):
+    """The other ranks wait in it."""
+    pipeline = fault_pipeline()
+    pipeline.shared_stages = frozenset({"encoding"} if shared else ())
+    engine = Engine(pipeline, ranks=TwoRanks())
+    task = engine.add(request(pipeline, "[raise@encoding] a cat"))
+    with pytest.raises(DesynchronisedError) if shared else nullcontext():
+        while not task.done:
+            engine.tick()
+    assert isinstance(task.error, RuntimeError) is not shared
 
 
 def test_votes():

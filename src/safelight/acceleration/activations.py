@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+META, HOST = torch.device("meta"), torch.device("cpu")
 ONE_KERNEL = frozenset({torch.ops.aten.scaled_dot_product_attention.default})
 """Operations that torch would compose of others on the meta device, and that are one kernel where it computes."""
 
@@ -94,3 +96,30 @@ def expired(reference: StorageWeakRef) -> bool:
     """Say whether the storage was freed."""
     gone: bool = reference.expired()  # type: ignore[no-untyped-call]
     return gone
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same form without memory."""
+    return tensor.to(META)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor that has values: its own, or zeros where it has none."""
+    return torch.zeros_like(tensor, device=HOST) if tensor.device == META else tensor
+
+
+class Valueless(TorchFunctionMode):
+    """Answers for tensors on the meta device, which have no values: what is asked of them is true, or 1."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer, or let torch."""
+        if args and isinstance(args[0], Tensor) and args[0].device == META:
+            if func is Tensor.__bool__:
+                return True
+            if func is Tensor.item:
+                return 1
+            if func is Tensor.cpu:
+                return on_host(args[0])
+        return func(*args, **(kwargs or {}))

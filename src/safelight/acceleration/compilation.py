@@ -12,14 +12,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from safelight.acceleration.blocks import repeated_blocks
+from safelight.acceleration.blocks import one_block_each, repeated_blocks
 from safelight.acceleration.compile import (
     BlockClass,
     compile_blocks,
     compiling,
     in_form,
     missing_toolchain,
-    one_block_each,
     use_cache,
     warm_up_compiler,
 )

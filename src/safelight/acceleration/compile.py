@@ -96,25 +96,6 @@ def import_compiler() -> None:
 
 
 @contextmanager
-def one_block_each(module: nn.Module) -> Iterator[None]:
-    """Leave a module one block of each list, for one call: the other blocks have the same graphs."""
-    names = blocks_by_class(module)
-    lists = [
-        (parent, key, child)
-        for parent in module.modules()
-        for key, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in names
-    ]
-    for parent, key, child in lists:
-        parent.register_module(key, child[:1])
-    try:
-        yield
-    finally:
-        for parent, key, child in lists:
-            parent.register_module(key, child)
-
-
-@contextmanager
 def in_form(classes: Sequence[BlockClass], form: Form) -> Iterator[None]:
     """Let blocks run in a form, for as long as one call takes."""
     for each in classes:

@@ -37,6 +37,7 @@ class ComposedPipeline:
         shared_stages: names of those in which several ranks wait for each other, model calls aside.
         run_calls: makes the calls of a step, given how one is made; over several ranks, where a step is shared.
         shares_branches: whether the guidance branches of a step run on different ranks.
+        empty_components: by name, what makes a component without weights, on the meta device, where that is known.
 
     """
 
@@ -65,6 +66,7 @@ class ComposedPipeline:
         self.stages: dict[str, PipelineStage] = {}
         self.shared_stages: frozenset[str] = frozenset()
         self.shares_branches = False
+        self.empty_components: dict[str, Callable[[], nn.Module]] = {}
         self.run_calls: Callable[[Sequence[ModelCall], CallMaker], list[Prediction]] = run_in_turn
         self._modules = dict(modules)
         self.create_pipeline_stages(server_args)

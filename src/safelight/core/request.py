@@ -35,6 +35,11 @@ class ModelCall:
     signature: tuple[Hashable, ...]
     key: tuple[str, str, int]
 
+    @property
+    def num_rows(self) -> int:
+        """The size of the batch dimension."""
+        return next(iter(self.kwargs.values())).shape[0]
+
 
 CallMaker = Callable[[ModelCall], Prediction]
 """Makes a model call: eagerly, compiled, or from a graph. Its caller is in `inference_mode`."""

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from safelight.acceleration.activations import LiveStorages
+from safelight.acceleration.activations import LiveStorages, Valueless, on_host, on_meta
 from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.offload import packed_bytes, tensors_of
 from safelight.acceleration.plan import ComponentFootprint, Footprint, StageFootprint
@@ -33,7 +32,7 @@ from safelight.loading.description import configure, targets
 from safelight.loading.repository import Repository
 
 CallKey = tuple[str, tuple[Hashable, ...]]
-META, HOST = torch.device("meta"), torch.device("cpu")
+HOST = torch.device("cpu")
 TOKEN = re.compile(r"<\|\w+\|>|\S+")
 UNCUT = 4096
 """Tokens of a text that is not cut."""
@@ -199,33 +198,6 @@ def rehearse_call(pipeline: ComposedPipeline, call: ModelCall, made: dict[CallKe
         predicted = make_call(pipeline, dataclasses.replace(call, kwargs=kwargs, shared_kwargs=shared))
         made[key] = tuple(map(on_host, predicted)) if isinstance(predicted, tuple) else on_host(predicted)
     return made[key]
-
-
-def on_meta(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same form without memory."""
-    return tensor.to(META)
-
-
-def on_host(tensor: Tensor) -> Tensor:
-    """Return a tensor that has values: its own, or zeros where it has none."""
-    return torch.zeros_like(tensor, device=HOST) if tensor.device == META else tensor
-
-
-class Valueless(TorchFunctionMode):
-    """Answers for tensors on the meta device, which have no values: what is asked of them is true, or 1."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Answer, or let torch."""
-        if args and isinstance(args[0], Tensor) and args[0].device == META:
-            if func is Tensor.__bool__:
-                return True
-            if func is Tensor.item:
-                return 1
-            if func is Tensor.cpu:
-                return on_host(args[0])
-        return func(*args, **(kwargs or {}))
 
 
 def component_footprint(module: nn.Module, is_alternate: bool) -> ComponentFootprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from safelight.loading.checkpoint import WEIGHT_SUFFIXES
 from safelight.loading.components import (
     LIBRARY_STEMS,
     check_library_files,
+    empty_component,
     in_words,
     library_of,
     load_component,
@@ -116,6 +118,7 @@ def _load_native(
     plan = _plan_for_device(repository, server_args, memory)
     tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
     modules: dict[str, Any] = {}
+    empty: dict[str, Callable[[], nn.Module]] = {}
     # Our own classes first: they are mapped in no time, and tell whether the settings fit the model.
     by_library = sorted(targets(repository, pipeline_cls).items(), key=lambda item: library_of(item[1]) is not None)
     for name, target in by_library:
@@ -127,9 +130,11 @@ def _load_native(
         if isinstance(modules[name], nn.Module):
             # Bands walk the library's own modules, which faster ones would replace.
             in_bands = name == "vae" and (tiled or mesh.layout.vae)
+            empty[name] = functools.partial(empty_component, repository.path / name, target, dtype)
             _prepare(modules[name], server_args, dtype, "plain" if in_bands else server_args.kernels, mesh)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
     pipeline = pipeline_cls(modules, config, schema, server_args)
+    pipeline.empty_components = empty
     weights = [name for name, component in modules.items() if isinstance(component, nn.Module)]
     pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in weights}
     share(pipeline, mesh)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from safelight.acceleration.apply import accelerate
-from safelight.acceleration.blocks import repeated_blocks
+from safelight.acceleration.blocks import one_block_each, repeated_blocks
 from safelight.acceleration.compilation import Compilation, own_modules
-from safelight.acceleration.compile import compile_blocks, compiling, one_block_each, use_cache
+from safelight.acceleration.compile import compile_blocks, compiling, use_cache
 from safelight.attention import set_attention_backend
 from safelight.core.registry import resolve_class
 from safelight.core.server_args import ServerArgs

@@ -39,10 +39,10 @@ def run_stacked(
     results: dict[tuple[str, str, int], Prediction] = {}
     with torch.inference_mode():
         stacked = [stack(calls) for calls in groups.values()]
-        alike = len({num_rows(call) for call in stacked}) == 1
+        alike = len({call.num_rows for call in stacked}) == 1
         made = run_calls(stacked, make) if run_calls and alike else map(make, stacked)
         for calls, result in zip(groups.values(), made, strict=True):
-            for call, rows in zip(calls, split(result, [num_rows(call) for call in calls]), strict=True):
+            for call, rows in zip(calls, split(result, [call.num_rows for call in calls]), strict=True):
                 results[call.key] = rows
     return [[results[call.key] for call in calls] for calls in requests]
 
@@ -62,8 +62,3 @@ def split(result: Prediction, sizes: Sequence[int]) -> list[Prediction]:
         return [rows.clone() for rows in torch.split(result, list(sizes))]
     parts = [[rows.clone() for rows in torch.split(part, list(sizes))] for part in result]
     return list(zip(*parts, strict=True))
-
-
-def num_rows(call: ModelCall) -> int:
-    """Return the rows of a call."""
-    return next(iter(call.kwargs.values())).shape[0]

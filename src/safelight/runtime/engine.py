@@ -6,7 +6,6 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,7 +19,7 @@ from safelight.errors import CancelledError, CompilationError, DeadlineError, Ra
 from safelight.parallel.collectives import DesynchronisedError
 from safelight.runtime.batching import run_stacked, stack_key
 from safelight.runtime.cost import step_cost
-from safelight.runtime.policy import Policy, Task
+from safelight.runtime.policy import Plan, Policy, Task
 from safelight.runtime.ranks import Ranks
 from safelight.runtime.watch import Watch
 
@@ -30,24 +29,6 @@ Batching = Literal["exact", "throughput"]
 HOST = torch.device("cpu")
 COMPILE_PATIENCE = 60.0
 """Seconds for which the engine waits for a moment without requests before it compiles between two units."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one tick does. Rank 0 makes it; whoever has the same tasks can carry it out.
-
-    Attributes:
-        resumed: tasks that do a unit; several share their model calls.
-        evicted: tasks that leave the device before.
-        dropped: tasks that are too late to begin, or began in a mode that cannot be had again.
-        compiles: whether it is a unit of compiling instead.
-
-    """
-
-    resumed: Sequence[Task] = ()
-    evicted: Sequence[Task] = ()
-    dropped: Sequence[Task] = ()
-    compiles: bool = False
 
 
 class Engine:
@@ -236,7 +217,7 @@ class Engine:
             if not task.execution.started:
                 self._begin(task)
             self._place(task)
-        no_room = self.ranks.check_room([call for task in tasks for call in task.calls])
+        no_room = self.ranks.check_room(tasks)
         if no_room is None:
             ended = [self._advance(task, results) for task, results in zip(tasks, self._results(tasks), strict=True)]
             errors = self.ranks.agree([error for _, error in ended])

@@ -160,9 +160,15 @@ async def start_worker(folder: Path, number: int, settings: EngineSettings) -> W
     store = None if local < num_ranks or num_ranks == 1 else folder / f"{number}.store"
     first = settings.start(None if store is None else store.name)
     starts = [msgspec.structs.replace(first, rank=rank, local_rank=rank) for rank in range(local)]
-    ranks = [await start_rank(folder / f"{number}.{start.rank}.ipc", board, start) for start in starts]
-    worker = WorkerGroup(ranks, UnitBoard(board), store)
+    worker = WorkerGroup([], UnitBoard(board), store)
     worker.outgoing.put_nowait((first, ()))
+    try:
+        for start in starts:
+            worker.ranks.append(await start_rank(folder / f"{number}.{start.rank}.ipc", board, start))
+    except BaseException:
+        await worker.stop(kindly=False)
+        worker.board.remove()
+        raise
     return worker
 
 
@@ -171,5 +177,11 @@ async def start_rank(socket: Path, board: Path, start: Start) -> Rank:
     channel = ServerChannel(socket)
     command = [sys.executable, "-m", "safelight.runtime.worker", str(socket), str(board), str(os.getpid())]
     # A session of its own: an interrupt at the terminal is the supervisor's, who decides when the worker ends.
-    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+        )
+    except BaseException:
+        channel.close()
+        raise
     return Rank(process, channel, start)

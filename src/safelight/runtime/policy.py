@@ -74,6 +74,24 @@ class Task:
         return (self.execution.req.stage, self.step_cost)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What one tick does. Rank 0 makes it; whoever has the same tasks can carry it out.
+
+    Attributes:
+        resumed: tasks that do a unit; several share their model calls.
+        evicted: tasks that leave the device before.
+        dropped: tasks that are too late to begin, or began in a mode that cannot be had again.
+        compiles: whether it is a unit of compiling instead.
+
+    """
+
+    resumed: Sequence[Task] = ()
+    evicted: Sequence[Task] = ()
+    dropped: Sequence[Task] = ()
+    compiles: bool = False
+
+
 class Role:
     """The device time of whichever task is, say, the oldest, over a window that slides.
 

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from safelight.core.request import CallMaker, ModelCall
+from safelight.core.request import CallMaker
 from safelight.errors import OutOfMemoryError, RankFailedError, SafelightError
 from safelight.parallel.collectives import Communicator
 from safelight.runtime.messages import ToWorker
+from safelight.runtime.policy import Plan, Task
 from safelight.runtime.room import Room
+
+ToWorkerParcel = tuple[ToWorker, list[bytes]]
 
 FINE, FAILED, OUT_OF_MEMORY = 0, 1, 2
 """A rank's vote on a task."""
@@ -33,6 +36,18 @@ class Order(msgspec.Struct, frozen=True):
     evicted: list[int] = []
     dropped: list[int] = []
     stops: bool = False
+
+    def parcels(self) -> list[ToWorkerParcel]:
+        """Return the messages, each with its arrays."""
+        return [(_MESSAGE.decode(message), arrays) for message, arrays in self.messages]
+
+    def plan(self, tasks: Sequence[Task]) -> Plan:
+        """Return what is done to the tasks of this rank."""
+        by_number = {task.number: task for task in tasks}
+        resumed, evicted, dropped = (
+            [by_number[number] for number in numbers] for numbers in (self.resumed, self.evicted, self.dropped)
+        )
+        return Plan(resumed, evicted, dropped)
 
 
 _ORDER = msgspec.msgpack.Decoder(Order)
@@ -62,14 +77,26 @@ class Ranks:
         """Whether this rank plans, and speaks for all."""
         return self._control.rank == 0
 
-    def lead(self, order: Order) -> None:
-        """Tell the other ranks what this tick does."""
+    def lead(self, plan: Plan, parcels: Sequence[ToWorkerParcel] = ()) -> None:
+        """Tell the other ranks what this tick does, and what came before it."""
         if self.size > 1:
-            self._control.broadcast_bytes(msgspec.msgpack.encode(order))
+            messages = [(msgspec.msgpack.encode(message), arrays) for message, arrays in parcels]
+            tasks = (plan.resumed, plan.evicted, plan.dropped)
+            resumed, evicted, dropped = ([task.number for task in group] for group in tasks)
+            self._send(Order(messages, resumed, evicted, dropped))
 
-    def follow(self) -> Order:
-        """Wait for what the next tick does."""
-        return _ORDER.decode(self._control.broadcast_bytes(None))
+    def stop(self) -> None:
+        """Tell the other ranks that there are no more ticks."""
+        if self.size > 1:
+            self._send(Order(stops=True))
+
+    def _send(self, order: Order) -> None:
+        self._control.broadcast_bytes(msgspec.msgpack.encode(order))
+
+    def follow(self) -> Order | None:
+        """Wait for what the next tick does; None if there is none."""
+        order = _ORDER.decode(self._control.broadcast_bytes(None))
+        return None if order.stops else order
 
     def agree(self, errors: Sequence[Exception | None]) -> list[Exception | None]:
         """Vote on what a unit did to each of its tasks: what failed on one rank has failed on all.
@@ -84,12 +111,12 @@ class Ranks:
         verdicts = torch.stack(votes).amax(0).tolist()
         return [reason_of(error) or failure_of(verdict) for error, verdict in zip(errors, verdicts, strict=True)]
 
-    def check_room(self, calls: Sequence[ModelCall]) -> Exception | None:
-        """Say, before a forward begins, whether it fits into every rank's memory; None if it does."""
+    def check_room(self, tasks: Sequence[Task]) -> Exception | None:
+        """Say, before tasks make their calls in common, whether those fit into every rank's memory; None if they do."""
         if self.size == 1 or self._room is None:
             return None
-        own = None if all(map(self._room.has_room, calls)) else failure_of(OUT_OF_MEMORY)
-        return self.agree([own])[0]
+        fits = all(self._room.has_room(call, len(tasks)) for task in tasks for call in task.calls)
+        return self.agree([None if fits else failure_of(OUT_OF_MEMORY)])[0]
 
     def measured(self, make: CallMaker) -> CallMaker:
         """Return a maker of calls from which `check_room` learns."""
@@ -118,13 +145,3 @@ def failure_of(verdict: int) -> SafelightError | None:
     if verdict == OUT_OF_MEMORY:
         return OutOfMemoryError("this request needs more memory than there is on a device; ask for less at once")
     return RankFailedError("the request failed on another of the devices that share it") if verdict else None
-
-
-def encoded(message: ToWorker) -> bytes:
-    """Return a message as it stands in an order."""
-    return msgspec.msgpack.encode(message)
-
-
-def decoded(order: Order) -> list[tuple[ToWorker, list[bytes]]]:
-    """Return an order's messages."""
-    return [(_MESSAGE.decode(message), arrays) for message, arrays in order.messages]

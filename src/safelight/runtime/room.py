@@ -1,18 +1,26 @@
-"""Whether a forward fits into what memory is left, judged by earlier forwards."""
+"""Whether a forward fits into the memory that is left, before it begins."""
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from safelight.acceleration.activations import Valueless, count_peak, on_meta
+from safelight.acceleration.blocks import one_block_each
 from safelight.core.request import CallMaker, ModelCall, Prediction
 
+MAX_COUNTED = 4096
+"""Calls whose size is remembered."""
 
-class Memory(ABC):
-    """One device's memory, or the host's. All in bytes."""
+
+class Gauge(ABC):
+    """Tells what a device's memory, or the host's, has left and what a forward takes. All in bytes."""
 
     @abstractmethod
     def free(self) -> int:
@@ -27,7 +35,7 @@ class Memory(ABC):
         """Return the peak since `begin`."""
 
 
-class CudaMemory(Memory):
+class CudaGauge(Gauge):
     """A CUDA device's."""
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +57,7 @@ class CudaMemory(Memory):
         return torch.cuda.max_memory_allocated(self._device)
 
 
-class HostMemory(Memory):
+class HostGauge(Gauge):
     """The host's, as Linux tells of it."""
 
     def free(self) -> int:
@@ -58,12 +66,15 @@ class HostMemory(Memory):
 
     def begin(self) -> int:
         """Return this process's resident memory."""
-        Path("/proc/self/clear_refs").write_text("5")  # makes the peak what is resident now
+        RESET.write_text("5")  # makes the peak what is resident now
         return _kilobytes(Path("/proc/self/status"), "VmRSS") << 10
 
     def peak(self) -> int:
         """Return the most that was resident."""
         return _kilobytes(Path("/proc/self/status"), "VmHWM") << 10
+
+
+RESET = Path("/proc/self/clear_refs")
 
 
 def _kilobytes(path: Path, name: str) -> int:
@@ -72,38 +83,63 @@ def _kilobytes(path: Path, name: str) -> int:
     return int(found[1])
 
 
-def memory_of(device: torch.device) -> Memory:
-    """Return a device's memory."""
-    return CudaMemory(device) if device.type == "cuda" else HostMemory()
+def gauge_of(device: torch.device) -> Gauge | None:
+    """Return what tells of a device's memory; None for a host that does not."""
+    if device.type == "cuda":
+        return CudaGauge(device)
+    return HostGauge() if os.access(RESET, os.W_OK) else None
 
 
 class Room:
-    """Learns what a component's forward takes for each token, and says whether the next one fits.
+    """Says whether a forward fits.
 
-    The first of a component is not judged: nothing is known of it.
+    What one takes is counted on the component without its weights, undivided. How much of that this rank takes, which
+    has its share of the work, is learnt from the largest forward so far: before the first, nothing is known, and
+    nothing is refused.
 
     Args:
-        memory: where forwards run.
+        gauge: of the memory in which forwards run.
+        empty_components: by name, what makes a component on the meta device; of others nothing is known.
 
     """
 
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._bytes_of_element: dict[str, float] = {}
+    def __init__(self, gauge: Gauge, empty_components: Mapping[str, Callable[[], nn.Module]]) -> None:
+        self._gauge = gauge
+        self._make_empty = empty_components
+        self._empty: dict[str, nn.Module] = {}
+        self._counted: dict[Hashable, int] = {}
+        self._largest: dict[str, tuple[int, float]] = {}
 
-    def has_room(self, call: ModelCall) -> bool:
-        """Say whether a call fits into what is free now."""
-        return self._bytes_of_element.get(call.component, 0.0) * num_elements(call) <= self._memory.free()
+    def has_room(self, call: ModelCall, num_stacked: int = 1) -> bool:
+        """Say whether a forward fits into what is free now, of `num_stacked` calls like this one."""
+        _, share = self._largest.get(call.component, (0, 0.0))
+        return not share or share * self.count(call) * num_stacked <= self._gauge.free()
 
     def measured(self, call: ModelCall, make: CallMaker) -> Prediction:
-        """Make a call, and remember what it took."""
-        before = self._memory.begin()
+        """Make a call, and learn from what it took."""
+        counted = self.count(call)
+        before = self._gauge.begin()
         made = make(call)
-        taken = (self._memory.peak() - before) / num_elements(call)
-        self._bytes_of_element[call.component] = max(taken, self._bytes_of_element.get(call.component, 0.0))
+        if counted >= max(1, self._largest.get(call.component, (0, 0.0))[0]):
+            # More than all of it is what a first forward of a process takes besides.
+            self._largest[call.component] = (counted, min(1.0, (self._gauge.peak() - before) / counted))
         return made
 
+    def count(self, call: ModelCall) -> int:
+        """Return the bytes of activations that a call takes undivided; 0 where that cannot be known."""
+        key = (call.component, call.signature, call.num_rows)
+        if key not in self._counted:
+            if len(self._counted) == MAX_COUNTED:
+                self._counted.clear()
+            self._counted[key] = self._count(call)
+        return self._counted[key]
 
-def num_elements(call: ModelCall) -> int:
-    """Return the size of a call's arguments, to which its activations are taken to be in proportion."""
-    return sum(tensor.numel() for tensor in call.kwargs.values())
+    def _count(self, call: ModelCall) -> int:
+        if call.component not in self._make_empty:
+            return 0
+        if call.component not in self._empty:
+            self._empty[call.component] = self._make_empty[call.component]()
+        module = self._empty[call.component]
+        kwargs = {name: on_meta(tensor) for name, tensor in {**call.kwargs, **call.shared_kwargs}.items()}
+        with Valueless(), one_block_each(module):  # one block after another takes what one takes
+            return count_peak(lambda: module(**kwargs))

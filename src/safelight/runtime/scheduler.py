@@ -10,7 +10,7 @@ import torch
 
 from safelight.core.request import Req
 from safelight.errors import CancelledError, OutOfMemoryError, SafelightError
-from safelight.runtime.engine import Engine, Plan, is_out_of_memory
+from safelight.runtime.engine import Engine, is_out_of_memory
 from safelight.runtime.messages import (
     Cancel,
     Compiled,
@@ -25,7 +25,7 @@ from safelight.runtime.messages import (
     join_images,
 )
 from safelight.runtime.policy import Task
-from safelight.runtime.ranks import Order, decoded, encoded
+from safelight.runtime.ranks import ToWorkerParcel
 from safelight.runtime.transport import WorkerChannel
 
 logger = logging.getLogger(__name__)
@@ -101,14 +101,10 @@ class Follower:
 
     def run(self) -> None:
         """Follow until told to stop."""
-        while not (order := self.engine.ranks.follow()).stops:
-            for message, arrays in decoded(order):
-                self._intake.take(message, arrays)
-            tasks = {task.number: task for task in self.engine.tasks}
-            resumed, evicted, dropped = (
-                [tasks[number] for number in numbers] for numbers in (order.resumed, order.evicted, order.dropped)
-            )
-            for task in self.engine.carry_out(Plan(resumed, evicted, dropped)):
+        while (order := self.engine.ranks.follow()) is not None:
+            for parcel in order.parcels():
+                self._intake.take(*parcel)
+            for task in self.engine.carry_out(order.plan(self.engine.tasks)):
                 if task.done:
                     self._intake.end(task)
 
@@ -134,24 +130,17 @@ class Scheduler:
         """Work until told to stop."""
         while (parcels := self._take_all()) is not None:
             plan = self.engine.plan()
-            self.engine.ranks.lead(
-                Order(
-                    messages=[(encoded(message), arrays) for message, arrays in parcels],
-                    resumed=[task.number for task in plan.resumed],
-                    evicted=[task.number for task in plan.evicted],
-                    dropped=[task.number for task in plan.dropped],
-                )
-            )
+            self.engine.ranks.lead(plan, parcels)
             touched = self.engine.carry_out(plan)
             for task in touched:
                 self._report(task, len(touched))
             self._report_compiled()
             self._take_snapshot()
-        self.engine.ranks.lead(Order(stops=True))
+        self.engine.ranks.stop()
 
-    def _take_all(self) -> list[tuple[ToWorker, list[bytes]]] | None:
+    def _take_all(self) -> list[ToWorkerParcel] | None:
         """Take every message that is there, and wait for one where there is nothing to do; None to stop."""
-        parcels: list[tuple[ToWorker, list[bytes]]] = []
+        parcels: list[ToWorkerParcel] = []
         timeout = 0.0 if self.engine.busy else IDLE_SECONDS
         while (parcel := self.channel.receive(timeout)) is not None:
             if isinstance(parcel[0], Stop):
@@ -164,6 +153,8 @@ class Scheduler:
 
     def _report(self, task: Task, batch_size: int) -> None:
         """Tell what a tick did to a task, which shared it with others."""
+        if task.request_id not in self._intake.outputs:  # another output of its request failed in the same tick
+            return
         if task.error is not None:
             self._fail(task)
             return

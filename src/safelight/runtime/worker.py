@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
+from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
 from safelight.errors import CompilationError, InvalidParameterError, ModelError, SafelightError, UsageError
@@ -28,7 +29,7 @@ from safelight.runtime.engine import Engine
 from safelight.runtime.messages import Heartbeat, Loaded, LoadFailed, Start, schema_to_wire
 from safelight.runtime.policy import Policy
 from safelight.runtime.ranks import Ranks
-from safelight.runtime.room import Room, memory_of
+from safelight.runtime.room import Room, gauge_of
 from safelight.runtime.scheduler import Follower, Scheduler
 from safelight.runtime.transport import WorkerChannel
 from safelight.runtime.watch import Unit, UnitBoard, Watch
@@ -127,8 +128,14 @@ def build_engine(start: Start, folder: Path, board: UnitBoard | None) -> Engine:
         max_running=start.max_running,
         batching=batching,
         watch=Watch(board, start.limits),
-        ranks=Ranks(mesh.control, Room(memory_of(pipeline.device))),
+        ranks=Ranks(mesh.control, room_of(pipeline) if start.num_ranks > 1 else None),
     )
+
+
+def room_of(pipeline: ComposedPipeline) -> Room | None:
+    """Return what says whether a forward fits into this rank's memory; None where nothing tells of it."""
+    gauge = gauge_of(pipeline.device)
+    return None if gauge is None else Room(gauge, pipeline.empty_components)
 
 
 def local_args(start: Start) -> ServerArgs:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
 from safelight.errors import InvalidParameterError
+from safelight.runtime.room import Room
 from safelight.stages.decoding import check_finite
 from safelight.stages.denoising import DenoisingStage
 from safelight_fault.config import FaultConfig
@@ -61,6 +63,11 @@ def refuse(batch: Any, value: str) -> None:
     raise InvalidParameterError("prompt", "it", "another one")
 
 
+def fill(batch: Any, value: str) -> None:
+    """Leave no room for the forward that comes."""
+    mock.patch.object(Room, "has_room", lambda *_: mock.patch.stopall()).start()  # once
+
+
 def spin(batch: Any, value: str) -> None:
     """Hold the interpreter."""
     until = time.monotonic() + float(value or 1e9)
@@ -79,6 +86,7 @@ DEEDS: dict[str, Callable[[Any, str], Any]] = {
     "raise": fail,
     "refuse": refuse,
     "oom": oom,
+    "full": fill,
     "nan": poison,
     "exit": lambda batch, value: os._exit(7),
     "segv": lambda batch, value: os.kill(os.getpid(), signal.SIGSEGV),
