@@ -190,6 +190,19 @@ def test_no_torch_where_there_must_be_none():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
 
 
+def test_what_computes_needs_torch_alone():
+    """Measured on machines that have neither Diffusers nor what a server is made of."""
+    script = (
+        "import importlib, pkgutil, sys;"
+        "sys.modules.update(dict.fromkeys(['diffusers', 'av', 'zmq', 'msgspec', 'fastapi', 'uvicorn', 'starlette']));"
+        "parts = [importlib.import_module(f'safelight.{name}') for name in "
+        "('core', 'stages', 'layers', 'attention', 'families', 'acceleration')];"
+        "[importlib.import_module(module.name) for part in parts"
+        " for module in pkgutil.walk_packages(part.__path__, f'{part.__name__}.')]"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=240)
+
+
 def code_lines(path: Path) -> int:
     tree, docs = TREES[path], set()
     for node in ast.walk(tree):

@@ -20,7 +20,7 @@ from safelight.core.request import Req
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
-from safelight.group import GroupEngine
+from safelight.group_engine import GroupEngine
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
 from safelight.results import GenerationEvent, GenerationOutput, GenerationResult, make_output

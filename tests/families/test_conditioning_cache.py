@@ -17,13 +17,6 @@ from safelight.loading.loader import load_pipeline
 from tests.families.conftest import requests
 
 
-@pytest.fixture(autouse=True)
-def _patched(request, monkeypatch):
-    recipe = request.node.callspec.params.get("recipe") if hasattr(request.node, "callspec") else None
-    if recipe is not None and recipe.patch is not None:
-        recipe.patch(monkeypatch)
-
-
 def conditioning(pipeline, fields):
     """Return what the encoders made for a request: all of it, before the first step, and the warnings."""
     req = requests(pipeline, fields)[0]

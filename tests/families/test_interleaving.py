@@ -5,18 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 
-import pytest
 import torch
 
 from safelight.core.executor import Execution
 from safelight.core.request import map_tensors, move
 from tests.families.conftest import requests
-
-
-@pytest.fixture(autouse=True)
-def _patched(recipe, monkeypatch):
-    if recipe.patch is not None:
-        recipe.patch(monkeypatch)
 
 
 def alone(pipeline, fields):

@@ -27,9 +27,7 @@ def test_every_registered_pipeline_has_a_recipe():
     assert set(pipelines()) == set(all_recipes())
 
 
-def test_parity(recipe, case, models, monkeypatch, parity_rows):
-    if recipe.patch is not None and case.patched:
-        recipe.patch(monkeypatch)
+def test_parity(recipe, case, models, parity_rows):
     ours, reference = models.ours(recipe, case.variant), models.reference(recipe, case.variant)
     reqs = requests(ours, case.fields)
     expected = run_reference(reference, recipe, reqs, case)
@@ -193,9 +191,7 @@ def by_prompt(ids):
     return sorted({(index, tuple(row)) for index, row in ids})
 
 
-def test_outputs_can_be_had_again_alone(recipe, models, monkeypatch):
-    if recipe.patch is not None:
-        recipe.patch(monkeypatch)
+def test_outputs_can_be_had_again_alone(recipe, models):
     pipeline = models.ours(recipe)
     fields = {**recipe.cases[0].fields, "seed": 40}
     together = [run_alone(pipeline, req) for req in requests(pipeline, {**fields, "n": 3})]
@@ -212,9 +208,7 @@ def run_alone(pipeline, req):
 
 
 @pytest.mark.parametrize("component", ["vae", "text_encoder", "transformer"])
-def test_a_component_may_have_its_own_dtype(recipe, models, component, monkeypatch):
-    if recipe.patch is not None:
-        recipe.patch(monkeypatch)
+def test_a_component_may_have_its_own_dtype(recipe, models, component):
     folder, fields = models.folder(recipe), {**recipe.cases[1].fields, "n": 1}
     args = ServerArgs(str(folder), device="cpu", dtype="bfloat16", component_dtypes={component: "float32"})
     mixed = load_pipeline(args)
@@ -230,9 +224,7 @@ def test_a_component_may_have_its_own_dtype(recipe, models, component, monkeypat
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_follows_the_reference(recipe, models, dtype, monkeypatch):
-    if recipe.patch is not None:
-        recipe.patch(monkeypatch)
+def test_half_precision_follows_the_reference(recipe, models, dtype):
     case = recipe.cases[0]
     folder = models.folder(recipe)
     ours = load_pipeline(ServerArgs(str(folder), device="cpu", dtype=dtype))
