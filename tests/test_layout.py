@@ -94,8 +94,8 @@ LAYERS = {
     "results": {"errors", "core", "media", "video", "version"},
     "preparation": {"errors", "core", "media"},
     "client": {"errors", "core", "results", "runtime"},
-    "group": {"errors", "core", "results", "runtime"},
-    "generator": {"errors", "acceleration", "client", "core", "group", "loading", "preparation", "results"},
+    "group_engine": {"errors", "core", "results", "runtime"},
+    "generator": {"errors", "acceleration", "client", "core", "group_engine", "loading", "preparation", "results"},
     "runtime": {
         "errors",
         "version",
