@@ -99,6 +99,17 @@ def test_stacked_requests_are_as_near_as_stacking_allows(fault_pipeline, monkeyp
         assert difference.abs().max() <= 1
 
 
+def test_outputs_of_one_request_are_told_apart(fault_pipeline):
+    """Their calls have the same key."""
+    pipeline = fault_pipeline()
+    expected = [alone(pipeline, request(pipeline, seed=seed)) for seed in (1, 2)]
+    engine = Engine(pipeline, batching="throughput", clock=Clock())
+    tasks = [engine.add(request(pipeline, seed=seed)) for seed in (1, 2)]
+    drive(engine)
+    for task, picture in zip(tasks, expected, strict=True):
+        assert (task.execution.req.outputs[0].int() - picture.int()).abs().max() <= 1
+
+
 def test_only_equal_signatures_are_stacked(fault_pipeline):
     pipeline = fault_pipeline()
     shapes = []

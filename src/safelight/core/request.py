@@ -25,7 +25,7 @@ class ModelCall:
         kwargs: arguments that have a batch dimension, which comes first.
         shared_kwargs: arguments that have none.
         signature: Python values; calls of one component with equal signatures may be stacked.
-        key: (request id, branch, step).
+        key: (request id, branch, step); outputs of one request have it in common.
 
     """
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from safelight.core.request import CallMaker, ModelCall, Prediction
 
 StackKey = tuple[str, tuple[Hashable, ...]]
+Place = tuple[int, int]
+"""Of a call: which request's, and which of its calls."""
 RunCalls = Callable[[Sequence[ModelCall], CallMaker], list[Prediction]]
 
 
@@ -32,19 +34,19 @@ def run_stacked(
             where branches are not shared.
 
     """
-    groups: defaultdict[tuple[StackKey, str], list[ModelCall]] = defaultdict(list)
-    for calls in requests:
-        for call in calls:
-            groups[stack_key(call), call.key[1] if run_calls else ""].append(call)
-    results: dict[tuple[str, str, int], Prediction] = {}
+    groups: defaultdict[tuple[StackKey, str], list[Place]] = defaultdict(list)
+    for index, calls in enumerate(requests):
+        for position, call in enumerate(calls):
+            groups[stack_key(call), call.key[1] if run_calls else ""].append((index, position))
+    results: dict[Place, Prediction] = {}  # not by the calls' keys, which two outputs of a request have in common
     with torch.inference_mode():
-        stacked = [stack(calls) for calls in groups.values()]
+        stacked = [stack([requests[index][position] for index, position in places]) for places in groups.values()]
         alike = len({call.num_rows for call in stacked}) == 1
         made = run_calls(stacked, make) if run_calls and alike else map(make, stacked)
-        for calls, result in zip(groups.values(), made, strict=True):
-            for call, rows in zip(calls, split(result, [call.num_rows for call in calls]), strict=True):
-                results[call.key] = rows
-    return [[results[call.key] for call in calls] for calls in requests]
+        for places, result in zip(groups.values(), made, strict=True):
+            sizes = [requests[index][position].num_rows for index, position in places]
+            results.update(zip(places, split(result, sizes), strict=True))
+    return [[results[index, position] for position in range(len(calls))] for index, calls in enumerate(requests)]
 
 
 def stack(calls: Sequence[ModelCall]) -> ModelCall:

@@ -1,0 +1,151 @@
+"""The scheduler under arrivals, failures, deadlines and cancels in any order: each request has one answer, its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from safelight.core.executor import SyncExecutor
+from safelight.core.request import Req
+from safelight.errors import CancelledError, DeadlineError, OutOfMemoryError, SafelightError
+from safelight.runtime.engine import Engine
+from safelight.runtime.messages import Cancel, Failed, OutputMade, Progressed, Stop, Submit
+from safelight.runtime.policy import Policy
+from safelight.runtime.scheduler import Scheduler
+
+FAILURES = {"": None, "[raise@encoding]": SafelightError, "[oom@denoising:1]": OutOfMemoryError}
+PATIENCE = 5000
+"""Ticks in which everything has ended: more units than any example has."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request; `cancelled_at` is the tick before which it is cancelled."""
+
+    prompt: str
+    failure: str
+    num_inference_steps: int
+    seed: int
+    n: int
+    width: int
+    guidance_scale: float
+    priority: int
+    deadline: float | None
+    arrives_at: int
+    cancelled_at: int | None
+
+    def fields(self) -> dict[str, object]:
+        names = ("num_inference_steps", "seed", "n", "width", "guidance_scale")
+        return {"prompt": f"{self.failure} {self.prompt}", **{name: vars(self)[name] for name in names}}
+
+
+REQUESTS = st.builds(
+    Asked,
+    prompt=st.sampled_from(["a cat", "an owl at night"]),
+    failure=st.sampled_from(["", "", "", *FAILURES]),
+    num_inference_steps=st.integers(2, 6),
+    seed=st.integers(0, 3),
+    n=st.integers(1, 3),
+    width=st.sampled_from([16, 64]),
+    guidance_scale=st.sampled_from([1.0, 3.0]),
+    priority=st.integers(-1, 1),
+    deadline=st.sampled_from([None, None, 0.5, 20.0]),
+    arrives_at=st.integers(0, 30),
+    cancelled_at=st.none() | st.integers(0, 40),
+)
+
+
+class Script:
+    """Stands for the socket: gives the scheduler what arrives before each tick, and keeps what it says."""
+
+    engine: Engine
+
+    def __init__(self, schema, asked):
+        self.arrivals = defaultdict(list)
+        for index, each in enumerate(asked):
+            params = schema.params_cls.from_fields(each.fields()).resolve(schema)
+            submit = Submit(f"r{index}", params.set_fields(), [], each.priority, each.deadline)
+            self.arrivals[each.arrives_at].append(submit)
+            if each.cancelled_at is not None and each.cancelled_at >= each.arrives_at:
+                self.arrivals[each.cancelled_at].append(Cancel(f"r{index}"))
+        self.last_arrival = max(self.arrivals)
+        self.said = defaultdict(list)
+        self.most_on_device = self.tick = 0
+
+    def receive(self, timeout):
+        if self.arrivals[self.tick]:
+            return self.arrivals[self.tick].pop(0), []
+        self.most_on_device = max(self.most_on_device, sum(task.on_device for task in self.engine.tasks))
+        if self.tick > self.last_arrival and not self.engine.tasks:
+            return Stop(), []
+        self.tick += 1
+        assert self.tick < PATIENCE, "somebody waits for ever"
+        return None
+
+    def send(self, message, arrays=()):
+        self.said[message.request_id].append((message, arrays))
+
+
+def alone(pipeline, params):
+    req = Req("alone", params)
+    for _ in SyncExecutor(pipeline).execute(req):
+        pass
+    return req.outputs[0].numpy()
+
+
+def check(pipeline, asked, said, exact):
+    """One answer, the last thing that is said: every output once, with its bytes, or one error."""
+    *before, (last, _) = said
+    ends = [message for message, _ in said if isinstance(message, Failed)]
+    made = {message.output_index: arrays[0] for message, arrays in said if isinstance(message, OutputMade)}
+    assert sum(isinstance(message, OutputMade) for message, _ in said) == len(made), "an output came twice"
+    if ends:
+        assert [last] == ends
+        possible = {FAILURES[asked.failure], CancelledError if asked.cancelled_at is not None else None}
+        possible.add(DeadlineError if asked.deadline is not None else None)
+        assert last.code in {error.code for error in possible if error is not None}
+    else:
+        assert isinstance(last, OutputMade) and not FAILURES[asked.failure]
+        assert set(made) == set(range(asked.n))
+    assert all(isinstance(message, Progressed | OutputMade) for message, _ in before)
+    params = pipeline.schema.params_cls.from_fields(asked.fields()).resolve(pipeline.schema).split()
+    for index, picture in made.items():
+        expected = alone(pipeline, params[index]).astype(int)
+        assert np.abs(picture - expected).max() <= (0 if exact else 1)
+
+
+@pytest.mark.parametrize("batching", ["exact", "throughput"])
+def test_every_request_has_one_answer_and_its_own(fault_family, fault_pipeline, monkeypatch, batching):
+    from safelight_fault.pipeline import FaultPipeline
+
+    pipeline = fault_pipeline(step_seconds=1.0)
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+    @given(asked=st.lists(REQUESTS, min_size=1, max_size=6), max_running=st.integers(1, 3), share=st.floats(0.0, 0.5))
+    def any_load(asked, max_running, share):
+        now = [0.0]
+
+        def sleep(seconds):
+            now[0] += seconds
+
+        monkeypatch.setattr(FaultPipeline, "sleep", staticmethod(sleep))
+        script = Script(pipeline.schema, asked)
+        script.engine = Engine(
+            pipeline, Policy(share=share), max_running=max_running, batching=batching, clock=lambda: now[0]
+        )
+        channel: Any = script
+        scheduler = Scheduler(script.engine, channel)
+        scheduler.run()
+        assert set(script.said) == {f"r{index}" for index in range(len(asked))}
+        assert script.most_on_device <= max_running
+        assert not scheduler._intake.outputs
+        for index, each in enumerate(asked):
+            check(pipeline, each, script.said[f"r{index}"], batching == "exact")
+
+    any_load()
