@@ -67,7 +67,7 @@ class Script:
     engine: Engine
 
     def __init__(self, schema, asked):
-        self.arrivals = defaultdict(list)
+        self.arrivals: dict[int, list[Any]] = defaultdict(list)
         for index, each in enumerate(asked):
             params = schema.params_cls.from_fields(each.fields()).resolve(schema)
             submit = Submit(f"r{index}", params.set_fields(), [], each.priority, each.deadline)
