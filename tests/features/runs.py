@@ -43,23 +43,20 @@ GUIDED = {"negative_prompt": "blurry, low quality", "true_cfg_scale": 3.0}
 COMMON = {"num_inference_steps": 3, "output_type": "np"}
 ASKED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "FluxPipeline": (
-        {"prompt": CAT, "height": 48, "width": 64, "seed": 1, **GUIDED, "max_sequence_length": 24},
-        {"prompt": CAT, "height": 48, "width": 64, "seed": 2, **GUIDED, "max_sequence_length": 24},
+        {"prompt": CAT, "height": 48, "width": 64, "seed": 1, "n": 2, **GUIDED, "max_sequence_length": 24},
         {"prompt": MAP, "height": 36, "width": 44, "seed": 3, **GUIDED, "max_sequence_length": 32},
     ),
     "QwenImagePipeline": (
-        {"prompt": CAT, "height": 48, "width": 64, "seed": 1, **GUIDED},
-        {"prompt": CAT, "height": 48, "width": 64, "seed": 2, **GUIDED},
+        {"prompt": CAT, "height": 48, "width": 64, "seed": 1, "n": 2, **GUIDED},
         {"prompt": MAP, "height": 80, "width": 32, "seed": 3, **GUIDED},
     ),
     "WanPipeline": (
-        {"prompt": CAT, "height": 48, "width": 64, "num_frames": 5, "seed": 1, "max_sequence_length": 24},
-        {"prompt": CAT, "height": 48, "width": 64, "num_frames": 5, "seed": 2, "max_sequence_length": 24},
+        {"prompt": CAT, "height": 48, "width": 64, "num_frames": 5, "seed": 1, "n": 2, "max_sequence_length": 24},
         {"prompt": MAP, "height": 80, "width": 32, "num_frames": 5, "seed": 3, "max_sequence_length": 32},
     ),
 }
-"""Of each family three requests with guidance: two that can share forwards, and embeddings; the third has another size
-and text, and its tokens do not divide."""
+"""Of each family two requests with guidance: one of two outputs, which can share forwards and embeddings; the other has
+another size and text, and its tokens do not divide."""
 
 
 @dataclass
@@ -67,7 +64,7 @@ class Seen:
     """What happened in a run.
 
     Attributes:
-        outputs: pixels in [0, 1] of each request.
+        outputs: pixels in [0, 1] of each output.
         stacked: the most requests that one tick resumed together in the engine.
         switches: how often the engine went from one request that was not over to another.
         compiled: whether every request ran in the compiled form.
@@ -116,10 +113,11 @@ def least_limit(folder: Path, mode: str) -> int:
 
 def asked(pipeline: ComposedPipeline, name: str) -> list[Req]:
     """Return the requests."""
-    made = [requests(pipeline, {**COMMON, **fields})[0] for fields in ASKED[name]]
-    for index, req in enumerate(made):
-        req.request_id = f"r{index}"
-    return made
+    made = [requests(pipeline, {**COMMON, **fields}) for fields in ASKED[name]]
+    for index, outputs in enumerate(made):
+        for req in outputs:
+            req.request_id = f"r{index}"
+    return [req for outputs in made for req in outputs]
 
 
 def run(pipeline: ComposedPipeline, name: str, driver: Driver, mesh: Mesh | None = None) -> Seen:
