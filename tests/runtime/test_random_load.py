@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import queue
+import threading
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,13 +16,22 @@ from hypothesis import strategies as st
 
 from safelight.core.executor import SyncExecutor
 from safelight.core.request import Req
-from safelight.errors import CancelledError, DeadlineError, OutOfMemoryError, SafelightError
+from safelight.errors import CancelledError, DeadlineError, OutOfMemoryError, RankFailedError, SafelightError
 from safelight.runtime.engine import Engine
 from safelight.runtime.messages import Cancel, Failed, OutputMade, Progressed, Stop, Submit
 from safelight.runtime.policy import Policy
-from safelight.runtime.scheduler import Scheduler
+from safelight.runtime.ranks import Ranks
+from safelight.runtime.scheduler import Follower, Scheduler
 
-FAILURES = {"": None, "[raise@encoding]": SafelightError, "[oom@denoising:1]": OutOfMemoryError}
+FAILURES = {
+    "": None,
+    "[raise@encoding]": SafelightError,
+    "[oom@denoising:1]": OutOfMemoryError,
+    "[rank1_raise@encoding]": RankFailedError,
+    "[rank1_raise@decoding]": RankFailedError,
+    "[rank1_oom@denoising:1]": OutOfMemoryError,
+}
+"""What is in a prompt, and what comes of it; what fails on the second rank fails on no other."""
 PATIENCE = 5000
 """Ticks in which everything has ended: more units than any example has."""
 
@@ -99,19 +111,20 @@ def alone(pipeline, params):
     return req.outputs[0].numpy()
 
 
-def check(pipeline, asked, said, exact):
+def check(pipeline, asked, said, exact, num_ranks):
     """One answer, the last thing that is said: every output once, with its bytes, or one error."""
+    failure = None if num_ranks == 1 and "rank1" in asked.failure else FAILURES[asked.failure]
     *before, (last, _) = said
     ends = [message for message, _ in said if isinstance(message, Failed)]
     made = {message.output_index: arrays[0] for message, arrays in said if isinstance(message, OutputMade)}
     assert sum(isinstance(message, OutputMade) for message, _ in said) == len(made), "an output came twice"
     if ends:
         assert [last] == ends
-        possible = {FAILURES[asked.failure], CancelledError if asked.cancelled_at is not None else None}
+        possible = {failure, CancelledError if asked.cancelled_at is not None else None}
         possible.add(DeadlineError if asked.deadline is not None else None)
         assert last.code in {error.code for error in possible if error is not None}
     else:
-        assert isinstance(last, OutputMade) and not FAILURES[asked.failure]
+        assert isinstance(last, OutputMade) and not failure
         assert set(made) == set(range(asked.n))
     assert all(isinstance(message, Progressed | OutputMade) for message, _ in before)
     params = pipeline.schema.params_cls.from_fields(asked.fields()).resolve(pipeline.schema).split()
@@ -120,32 +133,127 @@ def check(pipeline, asked, said, exact):
         assert np.abs(picture - expected).max() <= (0 if exact else 1)
 
 
-@pytest.mark.parametrize("batching", ["exact", "throughput"])
-def test_every_request_has_one_answer_and_its_own(fault_family, fault_pipeline, monkeypatch, batching):
+LOADS = {
+    "asked": st.lists(REQUESTS, min_size=1, max_size=6),
+    "max_running": st.integers(1, 3),
+    "share": st.floats(0.0, 0.5),
+}
+TRIED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+
+
+@pytest.fixture
+def clock(fault_family, monkeypatch):
+    """Return a clock that goes on when a model sleeps."""
     from safelight_fault.pipeline import FaultPipeline
 
+    now = [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(FaultPipeline, "sleep", staticmethod(sleep))
+    return lambda: now[0]
+
+
+def serve(script, engine):
+    """Run a load to its end."""
+    script.engine = engine
+    channel: Any = script
+    scheduler = Scheduler(engine, channel)
+    scheduler.run()
+    assert not scheduler._intake.outputs and not engine.tasks
+    assert script.most_on_device <= engine.max_running
+
+
+def check_all(pipeline, asked, script, exact, num_ranks=1):
+    assert set(script.said) == {f"r{index}" for index in range(len(asked))}
+    for index, each in enumerate(asked):
+        check(pipeline, each, script.said[f"r{index}"], exact, num_ranks)
+
+
+@pytest.mark.parametrize("batching", ["exact", "throughput"])
+def test_every_request_has_one_answer_and_its_own(fault_pipeline, clock, batching):
     pipeline = fault_pipeline(step_seconds=1.0)
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-    @given(asked=st.lists(REQUESTS, min_size=1, max_size=6), max_running=st.integers(1, 3), share=st.floats(0.0, 0.5))
+    @TRIED
+    @given(**LOADS)
     def any_load(asked, max_running, share):
-        now = [0.0]
-
-        def sleep(seconds):
-            now[0] += seconds
-
-        monkeypatch.setattr(FaultPipeline, "sleep", staticmethod(sleep))
         script = Script(pipeline.schema, asked)
-        script.engine = Engine(
-            pipeline, Policy(share=share), max_running=max_running, batching=batching, clock=lambda: now[0]
-        )
-        channel: Any = script
-        scheduler = Scheduler(script.engine, channel)
-        scheduler.run()
-        assert set(script.said) == {f"r{index}" for index in range(len(asked))}
-        assert script.most_on_device <= max_running
-        assert not scheduler._intake.outputs
-        for index, each in enumerate(asked):
-            check(pipeline, each, script.said[f"r{index}"], batching == "exact")
+        engine = Engine(pipeline, Policy(share), max_running=max_running, batching=batching, clock=clock)
+        serve(script, engine)
+        check_all(pipeline, asked, script, batching == "exact")
+
+    any_load()
+
+
+class Between:
+    """What joins two ranks that are threads."""
+
+    def __init__(self):
+        self.orders: queue.Queue[bytes] = queue.Queue()
+        self.meeting = threading.Barrier(2, timeout=30)
+        self.votes: list[Any] = [None, None]
+
+
+class ThreadCommunicator:
+    """One rank's way to the other."""
+
+    size = 2
+
+    def __init__(self, rank, between):
+        self.rank, self._between = rank, between
+
+    def broadcast_bytes(self, data):
+        if self.rank == 0:
+            self._between.orders.put(data)
+            return data
+        return self._between.orders.get(timeout=30)
+
+    def all_gather_list(self, tensor):
+        self._between.votes[self.rank] = tensor
+        self._between.meeting.wait()
+        votes = list(self._between.votes)
+        self._between.meeting.wait()
+        return votes
+
+
+@pytest.mark.parametrize("batching", ["exact", "throughput"])
+def test_two_ranks_stay_together_whatever_fails_on_one(fault_pipeline, clock, monkeypatch, batching):
+    """The second rank fails alone in some requests; the others end on both as they would alone."""
+    import safelight_fault.pipeline
+
+    pipelines = [fault_pipeline(step_seconds=1.0, name=name) for name in ("first", "second")]
+    ranks = threading.local()
+    monkeypatch.setattr(safelight_fault.pipeline, "rank", lambda: getattr(ranks, "rank", 0))
+
+    @TRIED
+    @given(**LOADS)
+    def any_load(asked, max_running, share):
+        between, script = Between(), Script(pipelines[0].schema, asked)
+        engines = [
+            Engine(
+                pipeline,
+                Policy(share),
+                max_running=max_running,
+                batching=batching,
+                clock=clock,
+                ranks=Ranks(cast(Any, ThreadCommunicator(rank, between))),
+            )
+            for rank, pipeline in enumerate(pipelines)
+        ]
+
+        def follow():
+            ranks.rank = 1
+            try:
+                Follower(engines[1]).run()
+            finally:
+                between.meeting.abort()  # nobody waits for who is gone
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            follower = thread.submit(follow)
+            serve(script, engines[0])
+            follower.result(30)
+        assert not engines[1].tasks
+        check_all(pipelines[0], asked, script, batching == "exact", 2)
 
     any_load()
