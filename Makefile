@@ -5,12 +5,13 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	&& { echo $$python; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+FUZZ := .venv-fuzz
 READY := $(VENV)/.ready
 DEMO := outputs/demo.png
 PROMPT ?= a large red circle at the left on a white background
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-reliability test-parallel lint types parity features bench clean
+.PHONY: help demo test test-all test-reliability test-parallel fuzz lint types parity features bench clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | sort
@@ -48,6 +49,11 @@ test-reliability: $(READY)  ## the tests of faults: deaths, hangs, kill -9, full
 test-parallel: $(READY)  ## every layout of devices on ranks of the CPU; writes docs/parallel.md
 	@$(BIN)/python -m pytest -q --slow tests/parallel --parallel-report docs/parallel.md
 
+fuzz: $(READY)  ## schemathesis against live servers, from an environment of its own
+	@test -x $(FUZZ)/bin/schemathesis || { $(PYTHON) -m venv $(FUZZ) && \
+		$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check 'schemathesis>=4.32,<5'; }
+	@$(BIN)/python -m tests.reliability.fuzz --schemathesis $(FUZZ)/bin/schemathesis
+
 parity: $(READY)  ## compare with Diffusers, and write docs/parity.md
 	@$(BIN)/python -m pytest -q tests/families/test_parity.py --slow --parity-report docs/parity.md
 
@@ -58,4 +64,4 @@ bench: $(READY)  ## the CPU benchmarks against Diffusers
 	@for script in startup operations overhead loading denoising_step serving; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 clean:  ## remove the environment and what was made
-	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FUZZ) outputs build dist .pytest_cache .mypy_cache .ruff_cache
