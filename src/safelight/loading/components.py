@@ -14,6 +14,7 @@ from torch import nn
 
 from safelight.core.registry import resolve_class
 from safelight.errors import CheckpointError, ModelError, ModelIndexError, nearest
+from safelight.loading.bounds import bounded, check_numbers
 from safelight.loading.checkpoint import checkpoint_files, float32_parts, listed, load_weights
 from safelight.loading.repository import Repository, read_json
 from safelight.parallel.plans import tensor_plan
@@ -49,9 +50,11 @@ LIBRARY_STEMS: Mapping[str, str] = {"diffusers": "diffusion_pytorch_model", "tra
 
 LIBRARY_FAULTS = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     ImportError,
     LookupError,
+    NameError,
     OSError,
     RuntimeError,
     SafetensorError,
@@ -61,6 +64,8 @@ LIBRARY_FAULTS = (
 )
 """What the libraries raise for a configuration or a file that is not as they expect."""
 
+MAX_WIDENING, SPARE_BYTES = 4, 1 << 30
+"""A module that a library builds takes at most so many times the bytes of its file, and so many more."""
 MAX_REASON = 300
 """Characters of a library's message that ours repeats."""
 
@@ -117,6 +122,8 @@ def load_component(
     with in_words(f"{folder.name}: {cls.__name__}"), quiet():
         if issubclass(cls, nn.Module):
             return _load_library_module(cls, folder, dtype, device, LIBRARY_STEMS[library])
+        if library == "diffusers":
+            check_numbers(read_json(folder / cls.config_name), f"{folder.name}/{cls.config_name}")
         return cls.from_pretrained(folder, local_files_only=True)
 
 
@@ -139,7 +146,7 @@ def empty_component(folder: Path, target: str, dtype: torch.dtype) -> nn.Module:
         }
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
-    with in_words(f"{folder.name}: {cls.__name__}"), quiet(), torch.device("meta"):
+    with in_words(f"{folder.name}: {cls.__name__}"), quiet(), torch.device("meta"), bounded(folder.name):
         if library_of(target) == "transformers":
             built: nn.Module = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
         else:
@@ -190,9 +197,9 @@ def _build_native(cls: Any, folder: Path) -> nn.Module:
     """Build one of our modules on the meta device."""
     config = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), bounded(folder.name):
             module: nn.Module = cls.from_config(config)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelIndexError(f"{folder.name}/config.json: {' '.join(str(error).split())[:MAX_REASON]}") from error
     return module
 
@@ -201,15 +208,17 @@ def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: tor
     check_library_files(folder, stem)
     # Diffusers asks for another package, loudly, unless it is told to do without its deferred initialisation.
     details = {"low_cpu_mem_usage": False} if cls.__module__.startswith("diffusers") else {}
-    module, info = cls.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # they are in `info`, by name, and refused below
-        output_loading_info=True,
-        **details,
-    )
+    max_bytes = SPARE_BYTES + MAX_WIDENING * sum(path.stat().st_size for path in checkpoint_files(folder, (stem,)))
+    with bounded(folder.name, max_bytes):
+        module, info = cls.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are in `info`, by name, and refused below
+            output_loading_info=True,
+            **details,
+        )
     info["unexpected_keys"] = set(info["unexpected_keys"]) - UNUSED_KEYS
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[fault]:

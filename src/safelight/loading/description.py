@@ -22,12 +22,12 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
     configs["model_index"] = dict(repository.index)
     try:
         config = repository.pipeline.pipeline_config_cls().from_model(configs)
+        schema = config.model_schema(
+            repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.sampling_defaults()
+        )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelIndexError(f"{repository.name}: a component's configuration has a wrong value: {reason}") from error
-    schema = config.model_schema(
-        repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.sampling_defaults()
-    )
     return config, schema
 
 

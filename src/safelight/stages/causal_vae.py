@@ -25,7 +25,7 @@ class CausalVAEEncodingStage(ImageVAEEncodingStage):
     def __init__(self, vae: Any, config: PipelineConfig) -> None:
         super().__init__(vae, config)
         self.num_convolutions = sum(isinstance(module, torch.nn.Conv3d) for module in vae.encoder.modules())
-        self.frames_per_latent = 2 ** sum(vae.config["temperal_downsample"])
+        self.frames_per_latent = 2 ** sum(map(bool, vae.config["temperal_downsample"]))
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill `image_latents`, one entry an encoding."""
