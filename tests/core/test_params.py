@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from safelight.core.params import MAX_SEED, SamplingParams
 from safelight.core.registry import pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.errors import InvalidParameterError, UnknownParameterError
+from safelight.preparation import prepare
 
 ALL_PARAMS = [entry.sampling_param_cls() for entry in pipelines().values()]
 
@@ -35,9 +39,39 @@ def params_cls(request):
     return request.param
 
 
-def resolved(params_cls, **fields):
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.sampled_from([10**400, -(10**400), 1e308, 16, 64, "pil", "", "\ud800", b"x", Image.new("RGB", (64, 96))])
+    | st.floats()
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_value_is_taken_or_refused_by_name(params_cls, data):
+    names = data.draw(st.lists(st.sampled_from(sorted(params_cls.options())), min_size=1, max_size=3, unique=True))
+    try:
+        schema = schema_of(params_cls, num_input_images=(1, 3))
+        params, _ = prepare(schema, complete(params_cls, {name: data.draw(ANYTHING) for name in names}))
+    except InvalidParameterError as error:
+        assert error.param in params_cls.options()
+    else:
+        assert json.dumps(params.described())
+        assert params.num_branches() in (1, 2) and params.num_steps() >= 0
+
+
+def complete(params_cls, fields):
     image = {"image": Image.new("RGB", (64, 96))} if "image" in params_cls.options() else {}
-    return params_cls.from_fields({"prompt": "a cat", **image, **fields}).resolve(schema_of(params_cls))
+    return {"prompt": "a cat", **image, **fields}
+
+
+def resolved(params_cls, **fields):
+    return params_cls.from_fields(complete(params_cls, fields)).resolve(schema_of(params_cls))
 
 
 def taken(params_cls, **fields):

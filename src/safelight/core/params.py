@@ -73,9 +73,13 @@ def _integer(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
-    return float(value)
+    try:
+        converted = float(value)
+    except OverflowError:  # a whole number above every float
+        return None
+    return converted if math.isfinite(converted) else None
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

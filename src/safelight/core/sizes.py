@@ -13,6 +13,7 @@ UNITS = {
     **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
 }
 BY_LOWER = {unit.lower(): factor for unit, factor in UNITS.items()}
+MAX_BYTES = 2**63 - 1
 PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 
 
@@ -31,10 +32,10 @@ def parse_size(value: int | str, field: str) -> int:
     found = PATTERN.fullmatch(str(value).strip())
     if isinstance(value, bool) or found is None or found[2].lower() not in BY_LOWER:
         raise InvalidParameterError(field, value, takes)
-    size = int(float(found[1]) * BY_LOWER[found[2].lower()]) if found[2] or "." in found[1] else int(found[1])
-    if size <= 0:
+    size = float(found[1]) * BY_LOWER[found[2].lower()] if found[2] or "." in found[1] else int(found[1])
+    if not 1 <= size <= MAX_BYTES:
         raise InvalidParameterError(field, value, takes)
-    return size
+    return int(size)
 
 
 def shown_size(num_bytes: int) -> str:
