@@ -66,7 +66,7 @@ def test_a_name_is_found_when_none_is_given(generate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [generate("x", "--seed", 3).out for _ in range(2)]
     assert names == ["safelight-3.png\n", "safelight-3-a.png\n"]
-    assert generate("x", "--seed", 3, "--n", 2).out == "safelight-3-1.png\nsafelight-3-2.png\n"
+    assert generate("x", "--seed", 3, "-n", 2).out == "safelight-3-1.png\nsafelight-3-2.png\n"
 
 
 def test_a_name_that_is_no_text(checkpoints, tmp_path, capfdbinary):

@@ -65,7 +65,8 @@ def _sampling_option(name: str, option: Option, default: Any) -> click.Option:
         return click.Option([f"{flag}/--no-{name.replace('_', '-')}", name], default=None, **details)
     if option.choices:
         return click.Option([flag, name], type=click.Choice(option.choices), **details)
-    return click.Option([flag, name], type=CLICK_TYPES.get(option.kind, click.STRING), **details)
+    short = [f"-{name}"] if len(name) == 1 else []
+    return click.Option([*short, flag, name], type=CLICK_TYPES.get(option.kind, click.STRING), **details)
 
 
 def given(params_cls: type[SamplingParams], values: Mapping[str, Any]) -> dict[str, Any]:
