@@ -180,7 +180,7 @@ class SamplingParams:
         "integer", "seed of the noise; random if unset, and returned", group="basic", minimum=0, maximum=MAX_SEED
     )
     n: int | None = option(
-        "integer", "outputs a prompt, with seeds seed, seed+1, ...", group="basic", minimum=1, maximum=1024
+        "integer", "outputs a prompt, with seeds seed, seed+1 and so on", group="basic", minimum=1, maximum=1024
     )
     output_type: str | None = option("string", "form of the result", choices=("pil", "np", "pt", "latent"))
 

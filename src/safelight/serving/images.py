@@ -36,7 +36,7 @@ def image_fields(limits: Limits) -> dict[str, Option]:
     return {
         "prompt": Option("string", "what to generate", group="basic"),
         "model": Option("string", "the served model's name, or another name of it"),
-        "n": Option("integer", "pictures, with seeds seed, seed+1, ...", "basic", 1, limits.outputs),
+        "n": Option("integer", "pictures, with seeds seed, seed+1 and so on", "basic", 1, limits.outputs),
         "size": Option("string", "auto, or WxH in pixels", group="basic"),
         "quality": Option("string", "a preset of steps", choices=(*QUALITIES, "auto")),
         "output_format": Option("string", "of the picture's file", choices=FORMATS),
