@@ -111,9 +111,8 @@ class Engine:
             self._end(task, self._refusal(task))
         for task in plan.evicted:
             self._evict(task)
-        if plan.resumed:
-            self._resume(plan.resumed)
-        return [*plan.dropped, *plan.resumed]
+        resumed = self._resume(plan.resumed) if plan.resumed else ()
+        return [*plan.dropped, *resumed]
 
     @property
     def busy(self) -> bool:
@@ -208,16 +207,25 @@ class Engine:
         assert task.mode is not None
         task.execution.make_call = self.ranks.measured(self.callers.of(task.mode))
 
-    def _resume(self, tasks: Sequence[Task]) -> None:
-        """Do a unit of each, the model calls of several in common."""
-        kind, steps_left = tasks[0].kind, [task.steps_left for task in tasks]
+    def _resume(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Do a unit of each, the model calls of several in common, or of the first where those do not fit.
+
+        Returns:
+            the tasks that did a unit.
+
+        """
+        kind, begun = tasks[0].kind, self.clock()
         self.watch.begin(kind, [task.request_id for task in tasks])
-        begun = self.clock()
         for task in tasks:
             if not task.execution.started:
                 self._begin(task)
             self._place(task)
         no_room = self.ranks.check_room(tasks)
+        if no_room is not None and len(tasks) > 1:
+            tasks = tasks[:1]
+            self.watch.begin(kind, [tasks[0].request_id])
+            no_room = self.ranks.check_room(tasks)
+        steps_left = [task.steps_left for task in tasks]
         if no_room is None:
             ended = [self._advance(task, results) for task, results in zip(tasks, self._results(tasks), strict=True)]
             errors = self.ranks.agree([error for _, error in ended])
@@ -232,6 +240,7 @@ class Engine:
         for task, before in zip(tasks, steps_left, strict=True):
             self._learn(task, before, seconds)
         self.watch.end(kind, seconds)
+        return tasks
 
     def _learn(self, task: Task, steps_left: int, seconds: float) -> None:
         """Remember what a unit took, of a task that had so many steps left before."""
