@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,10 @@ def main() -> None:
     wanted = f"{TARGETS['memory']} of the memory, {TARGETS['time']:.2f} of the time and an error of {TARGETS['error']}"
     print(f"{arguments.dtype}; of bands at most {wanted} is wanted")
     header = ["decode", "memory: Diffusers", "bands", "tiling", "time: Diffusers", "bands", "tiling"]
-    rows = [measure(name, arguments) for name in ([arguments.model] if arguments.model else MODELS)]
+    rows = []
+    for name in [arguments.model] if arguments.model else MODELS:
+        rows.append(measure(name, arguments))
+        print(", ".join(rows[-1]), file=sys.stderr, flush=True)  # all of them take most of an hour
     print_table([*header, "error: bands", "tiling"], rows)
 
 
