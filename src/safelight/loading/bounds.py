@@ -33,14 +33,16 @@ def bounded(where: str, max_bytes: int | None = None) -> Iterator[None]:
         ModelIndexError: if it has more tensors than any model, or more bytes than `max_bytes`.
 
     """
-    thread, num_tensors, num_bytes = threading.get_ident(), 0, 0
+    thread, num_bytes = threading.get_ident(), 0
+    seen: set[tuple[nn.Module, str]] = set()  # a library registers a tensor again when it has read it
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal num_tensors, num_bytes
-        if tensor is None or threading.get_ident() != thread:
+        nonlocal num_bytes
+        if tensor is None or threading.get_ident() != thread or (module, name) in seen:
             return
-        num_tensors, num_bytes = num_tensors + 1, num_bytes + tensor.nbytes
-        if num_tensors > MAX_TENSORS:
+        seen.add((module, name))
+        num_bytes += tensor.nbytes
+        if len(seen) > MAX_TENSORS:
             raise ModelIndexError(f"{where}: config.json describes more than {MAX_TENSORS:,} tensors")
         if max_bytes is not None and num_bytes > max_bytes:
             raise ModelIndexError(f"{where}: config.json describes a far larger model than the checkpoint holds")

@@ -64,8 +64,9 @@ LIBRARY_FAULTS = (
 )
 """What the libraries raise for a configuration or a file that is not as they expect."""
 
-MAX_WIDENING, SPARE_BYTES = 4, 1 << 30
-"""A module that a library builds takes at most so many times the bytes of its file, and so many more."""
+MAX_WIDENING, SPARE_BYTES = 8, 1 << 30
+"""A module that a library builds takes at most so many times the bytes of its file, and so many more: a file in
+bfloat16 takes twice its bytes in float32, and embeddings that two modules have in common are counted for both."""
 MAX_REASON = 300
 """Characters of a library's message that ours repeats."""
 

@@ -1,0 +1,57 @@
+"""Bounds of what is built: of each tensor once, however often it is registered, and of this thread alone."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from safelight.errors import ModelIndexError
+from safelight.loading import bounds
+from safelight.loading.bounds import bounded, check_numbers
+
+
+def test_bytes_are_counted_once_a_tensor():
+    with bounded("part", 400):
+        layer = nn.Linear(10, 9, bias=False)  # 360 bytes
+        layer.weight = nn.Parameter(torch.zeros(9, 10))
+        with pytest.raises(ModelIndexError, match="far larger model"):
+            nn.Linear(10, 9, bias=False)
+    nn.Linear(100, 100)
+
+
+def test_tensors_are_counted(monkeypatch):
+    monkeypatch.setattr(bounds, "MAX_TENSORS", 4)
+    with bounded("part"):
+        nn.Linear(1, 1), nn.Linear(1, 1)
+        with pytest.raises(ModelIndexError, match="more than 4 tensors"):
+            nn.Module().register_buffer("table", torch.zeros(1))
+
+
+def test_other_threads_are_left_alone():
+    with bounded("part", 10):
+        thread = threading.Thread(target=nn.Linear, args=(10, 10))
+        thread.start()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["T5", "UMT5"])
+def test_encoders_that_are_widened_stay_within(tmp_path, name):
+    """Their embeddings are most of them, held by two modules and read after they were built."""
+    config = getattr(transformers, f"{name}Config")(
+        d_model=128, d_ff=128, d_kv=32, num_layers=1, num_heads=4, vocab_size=5000
+    )
+    cls = getattr(transformers, f"{name}EncoderModel")
+    cls(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    with bounded("text_encoder", 5 * size):
+        cls.from_pretrained(tmp_path, dtype=torch.float32, use_safetensors=True)
+
+
+def test_numbers():
+    check_numbers({"num_train_timesteps": 1000, "shift": 1e9, "name": "x", "flag": True}, "scheduler")
+    with pytest.raises(ModelIndexError, match="scheduler: steps: got -1000001; it takes at most 1,000,000"):
+        check_numbers({"steps": -1_000_001}, "scheduler")
