@@ -24,7 +24,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests as well")
 
 
+LONG = ("runtime", "reliability", "features", "parallel", "acceleration")
+"""Folders whose files go first where several processes share the files, so that none is left with one at the end."""
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
     if config.getoption("--slow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

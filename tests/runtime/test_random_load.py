@@ -239,7 +239,7 @@ def test_two_ranks_stay_together_whatever_fails_on_one(fault_pipeline, clock, mo
     ranks = threading.local()
     monkeypatch.setattr(safelight_fault.pipeline, "rank", lambda: getattr(ranks, "rank", 0))
 
-    @TRIED
+    @settings(TRIED, max_examples=20)
     @given(**LOADS, most=st.integers(1, 3))
     def any_load(asked, max_running, share, most):
         between, script = Between(), Script(pipelines[0].schema, asked)

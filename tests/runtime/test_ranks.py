@@ -141,10 +141,14 @@ def test_a_rank_killed_in_mid_denoise(fault_family, fault_model, expected, numbe
     [
         ({"cfg_parallel_size": 3}, "cfg_parallel_size", "at most 2"),
         ({"tp_size": 2}, "tp_size", "no tensor-parallel plan"),
-        ({"ring_degree": 2}, "ring_degree", "no sequence-parallel plan"),
+        pytest.param({"ring_degree": 2}, "ring_degree", "no sequence-parallel plan", marks=pytest.mark.slow),
         ({"devices": 4}, "devices", "1 or 2"),
-        ({"cfg_parallel_size": 2, "compile": "blocks"}, "compile", "none with 2 devices"),
-        ({"cfg_parallel_size": 2, "vae_parallel": True}, "vae_parallel", "cannot be divided"),
+        pytest.param(
+            {"cfg_parallel_size": 2, "compile": "blocks"}, "compile", "none with 2 devices", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"cfg_parallel_size": 2, "vae_parallel": True}, "vae_parallel", "cannot be divided", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_a_model_cannot_have_is_refused_at_start(fault_family, fault_model, settings, field, numbers):

@@ -160,7 +160,10 @@ def test_the_queue_is_bounded(fault_family, fault_model):
     drive(test())
 
 
-@pytest.mark.parametrize("directive", ["exit@denoising:1", "segv@decoding", "exit@encoding"])
+@pytest.mark.parametrize(
+    "directive",
+    ["segv@decoding", "exit@encoding", pytest.param("exit@denoising:1", marks=pytest.mark.slow)],
+)
 def test_a_death_is_answered_and_the_others_run_again(fault_family, fault_model, expected, directive):
     async def test():
         async with running(fault_model(step_seconds=0.01, name="served"), max_running=2) as supervisor:
@@ -214,7 +217,10 @@ def test_three_deaths_are_enough(fault_family, fault_model):
     drive(test())
 
 
-@pytest.mark.parametrize("directive", ["stop@denoising:1", "spin@denoising:1", "sleep@denoising:1=600"])
+@pytest.mark.parametrize(
+    "directive",
+    ["stop@denoising:1", "spin@denoising:1", pytest.param("sleep@denoising:1=600", marks=pytest.mark.slow)],
+)
 def test_a_hung_worker_is_killed(fault_family, fault_model, expected, directive):
     async def test():
         limits = UnitLimits(least=1.0, first=60.0)

@@ -59,7 +59,7 @@ class Ranks:
 
     Args:
         control: all ranks, over the host, in a process group of its own; None for one rank.
-        room: whether a forward fits into this rank's memory; None does not ask.
+        room: whether a forward fits into this rank's memory; None says that each does.
 
     """
 
@@ -113,9 +113,10 @@ class Ranks:
 
     def check_room(self, tasks: Sequence[Task]) -> Exception | None:
         """Say, before tasks make their calls in common, whether those fit into every rank's memory; None if they do."""
-        if self.size == 1 or self._room is None:
+        calls = [call for task in tasks for call in task.calls]
+        if self.size == 1 or not calls:
             return None
-        fits = all(self._room.has_room(call, len(tasks)) for task in tasks for call in task.calls)
+        fits = self._room is None or all(self._room.has_room(call, len(tasks)) for call in calls)
         return self.agree([None if fits else failure_of(OUT_OF_MEMORY)])[0]
 
     def measured(self, make: CallMaker) -> CallMaker:
