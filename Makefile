@@ -38,7 +38,7 @@ types: $(READY)  ## mypy --strict
 	@$(BIN)/mypy
 
 test: lint types  ## lint, types and the tests that take minutes
-	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 test-all: lint types  ## as test, with the slow tests
 	@$(BIN)/python -m pytest -q --slow

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
 import pytest
 import torch
@@ -24,12 +25,7 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests as well")
 
 
-LONG = ("runtime", "reliability", "features", "parallel", "acceleration")
-"""Folders whose files go first where several processes share the files, so that none is left with one at the end."""
-
-
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.parent.name not in LONG)
     if config.getoption("--slow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
