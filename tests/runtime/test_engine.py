@@ -115,7 +115,7 @@ def test_only_equal_signatures_are_stacked(fault_pipeline):
     shapes = []
     layer = pipeline.get_module("transformer").layer
     layer.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    engine = Engine(pipeline, max_running=8, batching="throughput")
+    engine = Engine(pipeline, max_running=8, batching="throughput", clock=Clock())
     for index, width in enumerate((64, 32, 64)):
         engine.add(request(pipeline, request_id=f"r{index}", width=width, num_inference_steps=2))
     drive(engine)

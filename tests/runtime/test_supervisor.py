@@ -9,6 +9,8 @@ import signal
 import stat
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +28,10 @@ from safelight.errors import (
 )
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest
-from safelight.runtime.group import EngineSettings
+from safelight.runtime.group import EngineSettings, WorkerGroup
 from safelight.runtime.messages import Heartbeat, OutputMade, Progressed
 from safelight.runtime.supervisor import Supervisor
-from safelight.runtime.watch import UnitLimits
+from safelight.runtime.watch import UnitBoard, UnitLimits
 
 ANSWER = 20.0
 """Seconds after which a test gives up waiting."""
@@ -248,6 +250,22 @@ def test_a_busy_worker_is_left_alone(fault_family, fault_model):
             for directive in ("sleep@denoising:1=3", "spin@denoising:1=3"):
                 await answer(ask(supervisor, f"[{directive}] a cat", directive))
             assert await pid_of(supervisor) == pid
+
+    drive(test())
+
+
+def test_a_server_that_was_held_up_does_not_blame_its_worker(tmp_path):
+    """Many requests at once can keep its loop from what the worker says."""
+
+    async def test():
+        rank: Any = SimpleNamespace(heard=time.monotonic())
+        worker = WorkerGroup([rank], UnitBoard(tmp_path / "unit"), ready=True)
+        watching = asyncio.create_task(worker.watch(EngineSettings(heartbeat_limit=0.6)))
+        await asyncio.sleep(0.15)
+        time.sleep(1.5)
+        await asyncio.sleep(0.15)
+        assert not watching.done()
+        await asyncio.wait_for(watching, 5)
 
     drive(test())
 
