@@ -59,8 +59,9 @@ def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[st
     set_attention_backend(ours, "auto", "cpu", dtype)
     accelerate_on_cpu(ours, cpu_plan())
     if compiled:
-        for block in (block for kind in stack.blocks for block in getattr(ours, kind.attribute)):
-            block.compile()
+        for kind in stack.blocks:
+            for block in ours.get_submodule(kind.attribute).children():
+                block.compile()
     theirs, mine = as_diffusers_calls(reference), as_safelight_calls(ours)
     for_theirs, for_mine = inputs.for_diffusers(), inputs.for_safelight()
     return {

@@ -14,7 +14,7 @@ from safelight.core.schema import ModelSchema
 SEED_RANGE = 2**53
 """Drawn seeds stay below it, so that a browser's JSON holds them."""
 WARM_UP_STEPS = 2
-"""Steps of the first request, where the model does not have its own: the second is where solvers begin to differ."""
+"""Steps of the first request, where the model does not have its own: some schedules have no single one."""
 WARM_UP_SIDE = 256
 """Pixels of the first request's sides, where the model has no smaller default."""
 
@@ -58,6 +58,7 @@ def warm_up_params(schema: ModelSchema) -> SamplingParams:
     small: dict[str, Any] = {"prompt": "warm-up", "num_inference_steps": WARM_UP_STEPS, "seed": 0, "output_type": "pil"}
     small["n"] = 1
     small |= {name: min(side, schema.defaults.get(name) or side) for name in ("height", "width")}
+    small["max_area"] = small["height"] * small["width"]
     small["num_frames"] = 1 + schema.frame_step
     if schema.num_input_images[0]:
         small["image"] = [Image.new("RGB", (side, side), (128, 128, 128))] * schema.num_input_images[0]

@@ -178,6 +178,23 @@ def test_weights_go_through_the_same_gate(checkpoint, tmp_path):
         DiffusionGenerator.from_pretrained(folder, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("unet/config.json", {"layers_per_block": 10**9}, "more than 20,000 tensors"),
+        ("text_encoder/config.json", {"vocab_size": 2 * 10**8}, "far larger model than its weights"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps: got 1000000000"),
+    ],
+)
+def test_a_small_file_does_not_take_all_memory(checkpoint, tmp_path, file, change, message):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("StableDiffusionXLPipeline"), folder)
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ModelIndexError, match=message):
+        load_pipeline(ServerArgs(str(folder), device="cpu"))
+
+
 def test_a_step_thread_runs_only_while_its_owner_waits():
     log = []
 

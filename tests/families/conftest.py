@@ -30,8 +30,9 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def _small_constants(request, monkeypatch):
     """Make the constants of a reference small where its recipe says so, but for cases of the real ones."""
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    recipe, case = params.get("recipe"), params.get("case")
+    recipe, case = (
+        request.getfixturevalue(name) if name in request.fixturenames else None for name in ("recipe", "case")
+    )
     if recipe is not None and recipe.patch is not None and (case is None or case.patched):
         recipe.patch(monkeypatch)
 

@@ -9,6 +9,8 @@ import torch
 
 from safelight.core.executor import Execution
 from safelight.core.request import map_tensors, move
+from safelight.runtime.engine import Engine
+from safelight.runtime.worker import warm_up
 from tests.families.conftest import requests
 
 
@@ -28,6 +30,12 @@ def cases_of(recipe):
     """Return the first cases of one output on the default checkpoint; they differ in size, text and branches."""
     fit = [case for case in recipe.cases if case.variant == "default" and not case.slow]
     return [{**case.fields, "n": 1} for case in fit if isinstance(case.fields["prompt"], str)][:3]
+
+
+def test_the_first_small_request_is_one_that_the_model_takes(recipe, models, caplog):
+    """It warms a server up, and is what is compiled for."""
+    warm_up(Engine(models.ours(recipe)))
+    assert caplog.text == ""
 
 
 def test_interleaved_requests_give_the_bytes_of_each_alone(recipe, models):

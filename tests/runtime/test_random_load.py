@@ -217,6 +217,12 @@ class ThreadCommunicator:
         return votes
 
 
+class ThisThread(threading.local):
+    """Which rank a thread is."""
+
+    rank = 0
+
+
 class SmallRoom:
     """Room for so many calls at once, on one rank."""
 
@@ -236,8 +242,8 @@ def test_two_ranks_stay_together_whatever_fails_on_one(fault_pipeline, clock, mo
     import safelight_fault.pipeline
 
     pipelines = [fault_pipeline(step_seconds=1.0, name=name) for name in ("first", "second")]
-    ranks = threading.local()
-    monkeypatch.setattr(safelight_fault.pipeline, "rank", lambda: getattr(ranks, "rank", 0))
+    here = ThisThread()
+    monkeypatch.setattr(safelight_fault.pipeline, "rank", lambda: here.rank)
 
     @settings(TRIED, max_examples=20)
     @given(**LOADS, most=st.integers(1, 3))
@@ -256,7 +262,7 @@ def test_two_ranks_stay_together_whatever_fails_on_one(fault_pipeline, clock, mo
         ]
 
         def follow():
-            ranks.rank = 1
+            here.rank = 1
             try:
                 Follower(engines[1]).run()
             finally:

@@ -15,6 +15,7 @@ import torch
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, OutOfMemoryError, RankFailedError, SafelightError, WorkerLostError
 from safelight.parallel.collectives import DesynchronisedError
+from safelight.runtime import group
 from safelight.runtime.engine import Engine
 from safelight.runtime.ranks import Ranks, reason_of, vote_of
 from tests.runtime.conftest import request
@@ -189,6 +190,30 @@ def test_what_fails_in_a_stage_that_ranks_share_ends_the_group(fault_pipeline, s
         while not task.done:
             engine.tick()
     assert isinstance(task.error, RuntimeError) is not shared
+
+
+@pytest.mark.parametrize("error", [OSError("no more processes"), asyncio.CancelledError()])
+def test_a_start_that_ends_in_the_middle_leaves_nothing(fault_model, tmp_path, monkeypatch, error):
+    """One rank was started already."""
+    started, whole = [], group.start_rank
+
+    async def start_rank(*details):
+        if started:
+            raise error
+        started.append(await whole(*details))
+        return started[0]
+
+    async def test():
+        folder = tmp_path / "sockets"
+        folder.mkdir()
+        args = ServerArgs(str(fault_model(name="served")), device="cpu", cfg_parallel_size=2)
+        with pytest.raises(type(error)):
+            await group.start_worker(folder, 0, group.EngineSettings(args))
+        assert started[0].process.returncode == -signal.SIGKILL
+        assert list(folder.iterdir()) == []
+
+    monkeypatch.setattr(group, "start_rank", start_rank)
+    drive(test())
 
 
 def test_votes():

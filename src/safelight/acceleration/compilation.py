@@ -178,7 +178,7 @@ def own_modules(pipeline: ComposedPipeline) -> dict[str, nn.Module]:
 
 
 def canonical_request(pipeline: ComposedPipeline) -> Req:
-    """Return the smallest request that a model takes. Two steps: some schedules have no single one."""
+    """Return the smallest request that a model takes."""
     return Req("compile", warm_up_params(pipeline.schema).split()[0])
 
 

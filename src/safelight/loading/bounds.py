@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,22 +19,26 @@ from safelight.errors import ModelIndexError
 
 MAX_TENSORS = 20_000
 """Of one component; the largest models have some thousands."""
+MAX_WIDENING, SPARE_BYTES = 8, 1 << 30
+"""A module that a library builds takes at most so many times the bytes of its file, and so many more: a file in
+bfloat16 takes twice its bytes in float32, and embeddings that two modules have in common are counted for both."""
 MAX_NUMBER = 1_000_000
 """Of a solver's integers, which are lengths of its tables."""
 
 
 @contextmanager
-def bounded(where: str, max_bytes: int | None = None) -> Iterator[None]:
-    """Refuse a module while this thread builds it, as soon as it has more than it may.
+def bounded(where: str, files: Sequence[Path] | None = None) -> Iterator[None]:
+    """Refuse modules while this thread builds them, as soon as they have more than they may.
 
     Args:
-        where: the component, in messages.
-        max_bytes: of its tensors together, where they take memory.
+        where: the component, or the model, in messages.
+        files: its weights, which its bytes are compared with; None where tensors take no memory.
 
     Raises:
-        ModelIndexError: if it has more tensors than any model, or more bytes than `max_bytes`.
+        ModelIndexError: if there are more tensors than in any model, or far more bytes than in the files.
 
     """
+    max_bytes = math.inf if files is None else SPARE_BYTES + MAX_WIDENING * sum(path.stat().st_size for path in files)
     thread, num_bytes = threading.get_ident(), 0
     seen: set[tuple[nn.Module, str]] = set()  # a library registers a tensor again when it has read it
 
@@ -43,9 +49,9 @@ def bounded(where: str, max_bytes: int | None = None) -> Iterator[None]:
         seen.add((module, name))
         num_bytes += tensor.nbytes
         if len(seen) > MAX_TENSORS:
-            raise ModelIndexError(f"{where}: config.json describes more than {MAX_TENSORS:,} tensors")
-        if max_bytes is not None and num_bytes > max_bytes:
-            raise ModelIndexError(f"{where}: config.json describes a far larger model than the checkpoint holds")
+            raise ModelIndexError(f"{where}: its configuration describes more than {MAX_TENSORS:,} tensors")
+        if num_bytes > max_bytes:
+            raise ModelIndexError(f"{where}: its configuration describes a far larger model than its weights")
 
     hooks = (register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count))
     try:

@@ -64,9 +64,6 @@ LIBRARY_FAULTS = (
 )
 """What the libraries raise for a configuration or a file that is not as they expect."""
 
-MAX_WIDENING, SPARE_BYTES = 8, 1 << 30
-"""A module that a library builds takes at most so many times the bytes of its file, and so many more: a file in
-bfloat16 takes twice its bytes in float32, and embeddings that two modules have in common are counted for both."""
 MAX_REASON = 300
 """Characters of a library's message that ours repeats."""
 
@@ -209,8 +206,7 @@ def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: tor
     check_library_files(folder, stem)
     # Diffusers asks for another package, loudly, unless it is told to do without its deferred initialisation.
     details = {"low_cpu_mem_usage": False} if cls.__module__.startswith("diffusers") else {}
-    max_bytes = SPARE_BYTES + MAX_WIDENING * sum(path.stat().st_size for path in checkpoint_files(folder, (stem,)))
-    with bounded(folder.name, max_bytes):
+    with bounded(folder.name, checkpoint_files(folder, (stem,))):
         module, info = cls.from_pretrained(
             folder,
             dtype=dtype,

@@ -23,6 +23,7 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UsageError
+from safelight.loading.bounds import bounded, check_numbers
 from safelight.loading.checkpoint import WEIGHT_SUFFIXES
 from safelight.loading.components import (
     LIBRARY_STEMS,
@@ -36,7 +37,7 @@ from safelight.loading.components import (
 from safelight.loading.description import configure, targets
 from safelight.loading.digest import weights_digest
 from safelight.loading.planning import device_memory, plan_memory
-from safelight.loading.repository import Repository, open_repository
+from safelight.loading.repository import Repository, open_repository, read_json
 from safelight.parallel.apply import share, waits_on_host
 from safelight.parallel.mesh import Mesh, lone_mesh
 from safelight.parallel.plans import tensor_plan
@@ -96,13 +97,17 @@ def _load_diffusers(
     for name in repository.component_names():
         entry, folder = repository.index[name], repository.path / name
         diffusers.check_component(repository.path, name, entry)
+        solver = folder / "scheduler_config.json"
+        if solver.is_file():
+            check_numbers(read_json(solver), f"{name}/{solver.name}")
         if any(path.suffix in WEIGHT_SUFFIXES for path in folder.glob("*")):
             check_library_files(folder, LIBRARY_STEMS.get(entry[0], LIBRARY_STEMS[diffusers.FAMILY]))
     for setting in ("offload", "vae_tiling"):
         value = vars(server_args)[setting]
         if value != "none":
             raise InvalidParameterError(setting, value, "none for a model run by the diffusers package")
-    with in_words(repository.pipeline.pipeline_name), quiet():
+    files = sorted(repository.path.glob("*/*.safetensors"))
+    with in_words(repository.pipeline.pipeline_name), quiet(), bounded(repository.name, files):
         return diffusers.load(repository.path, describe(repository), server_args)
 
 
