@@ -195,7 +195,8 @@ def test_what_fails_in_a_stage_that_ranks_share_ends_the_group(fault_pipeline, s
 @pytest.mark.parametrize("error", [OSError("no more processes"), asyncio.CancelledError()])
 def test_a_start_that_ends_in_the_middle_leaves_nothing(fault_model, tmp_path, monkeypatch, error):
     """One rank was started already."""
-    started, whole = [], group.start_rank
+    started: list[group.Rank] = []
+    whole = group.start_rank
 
     async def start_rank(*details):
         if started:

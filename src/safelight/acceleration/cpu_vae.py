@@ -30,12 +30,12 @@ class WidenedConv2d(nn.Conv2d):
 class WinogradConv2d(WidenedConv2d):
     """A convolution of 3 by 3 with a quarter of the multiplications where the picture is large, in float32."""
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return [B, C_out, H, W], in the dtype of the pixels."""
+    def forward(self, pixels: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
+        """Return [B, C_out, H, W], in the dtype of the pixels: of SiLU of their norm if there is one."""
         height, width = pixels.shape[2:]
         if (-(-height // TILE)) * (-(-width // TILE)) < MIN_TILES:
-            return super().forward(pixels)
-        return winograd_conv2d(pixels, self.weight, self.bias)
+            return super().forward(pixels if norm is None else group_norm_silu(pixels, norm))
+        return winograd_conv2d(pixels, self.weight, self.bias, norm)
 
 
 class InPlaceResidual(nn.Module):
@@ -54,11 +54,17 @@ class InPlaceResidual(nn.Module):
 
     def forward(self, input_tensor: Tensor, temb: None = None) -> Tensor:
         """Return [B, C_out, H, W]."""
-        hidden_states = self.conv1(group_norm_silu(input_tensor, self.norm1))
-        hidden_states = self.conv2(group_norm_silu(hidden_states, self.norm2))
+        hidden_states = _normed_conv(self.norm2, self.conv2, _normed_conv(self.norm1, self.conv1, input_tensor))
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         total: Tensor = hidden_states.add_(shortcut)
         return total
+
+
+def _normed_conv(norm: nn.GroupNorm, conv: nn.Module, pixels: Tensor) -> Tensor:
+    """Return a convolution of SiLU of a norm."""
+    routed = isinstance(conv, WinogradConv2d)
+    convolved: Tensor = conv(pixels, norm) if routed else conv(group_norm_silu(pixels, norm))
+    return convolved
 
 
 def channels_last(vae: Any) -> None:

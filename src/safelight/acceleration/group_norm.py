@@ -25,17 +25,30 @@ def group_norm_silu(pixels: Tensor, norm: nn.GroupNorm) -> Tensor:
         return F.silu(normed, inplace=True).contiguous(memory_format=torch.channels_last)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     activated = torch.empty_like(pixels)
-    weight, bias = norm.weight.float(), norm.bias.float()
     for picture, made in zip(pixels.permute(0, 2, 3, 1), activated.permute(0, 2, 3, 1), strict=True):
-        chunks = picture.flatten(0, 1).split(max(1, CHUNK_VALUES // pixels.shape[1]))  # [pixels, C] each
-        mean, deviation = _statistics(chunks, norm.num_groups, norm.eps)
-        scale = weight / deviation
-        shift = bias - mean * scale
-        buffer = torch.empty(chunks[0].shape)
-        for chunk, its_made in zip(chunks, made.flatten(0, 1).split(len(chunks[0])), strict=True):
-            normed = torch.addcmul(shift, chunk.float(), scale, out=buffer[: len(chunk)])
+        scale, shift = scale_and_shift(picture, norm)
+        for chunk, its_made in zip(_chunks(picture), _chunks(made), strict=True):
+            normed = torch.addcmul(shift, chunk.float(), scale)
             its_made.copy_(F.silu(normed, inplace=True))
     return activated
+
+
+def scale_and_shift(picture: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """Return what a group norm of a picture multiplies by and then adds, float32 [C] each.
+
+    Args:
+        picture: [H, W, C], contiguous.
+        norm: of C channels.
+
+    """
+    mean, deviation = _statistics(_chunks(picture), norm.num_groups, norm.eps)
+    scale = norm.weight.float() / deviation
+    return scale, norm.bias.float() - mean * scale
+
+
+def _chunks(picture: Tensor) -> tuple[Tensor, ...]:
+    """Return the pixels of [H, W, C] in parts, [pixels, C] each."""
+    return picture.flatten(0, 1).split(max(1, CHUNK_VALUES // picture.shape[2]))
 
 
 def _statistics(chunks: tuple[Tensor, ...], num_groups: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ arXiv:1803.10986). In float32 the relative error is about 1e-6, where the defini
 channels).
 
 All is done in float32, a band of rows after the other, so that a band stays in the processor's cache. Activations of
-another dtype are cast as a band is read and rounded once as it is written.
+another dtype are cast as a row is read and rounded once as it is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from fractions import Fraction
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from safelight.acceleration.group_norm import scale_and_shift
 
 TILE = 4
 """Pixels along a side that a window makes."""
@@ -32,7 +35,7 @@ POINTS = (Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction
 """Where polynomials are evaluated, besides infinity."""
 
 TILES_PER_BAND = 128
-"""Tiles of a band: with 512 channels its windows are 9 MB."""
+"""Tiles of a band, at least: with 512 channels its windows are 9 MB."""
 
 
 @cache
@@ -73,63 +76,87 @@ def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
     return coefficients
 
 
-def winograd_conv2d(pixels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def winograd_conv2d(pixels: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.GroupNorm | None = None) -> Tensor:
     """Return a convolution of 3 by 3 with zeros around, [B, C_out, H, W], channels last in memory.
 
     Args:
         pixels: [B, C, H, W]; fastest with channels last in memory.
         weight: [C_out, C, 3, 3].
         bias: [C_out].
+        norm: if any, SiLU of this norm of the pixels is convolved. It is made a row at a time, never as a whole.
 
     """
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
     turned = _turned_weight(weight)
     batch, _, height, width = pixels.shape
     shape = (batch, weight.shape[0], height, width)
     convolved = torch.empty(shape, dtype=pixels.dtype, device=pixels.device, memory_format=torch.channels_last)
     for picture, made in zip(pixels.permute(0, 2, 3, 1), convolved.permute(0, 2, 3, 1), strict=True):
-        _convolve(picture, turned, None if bias is None else bias.float(), made)
+        normalise = None if norm is None else scale_and_shift(picture, norm)
+        _convolve(picture, normalise, turned, None if bias is None else bias.float(), made)
     return convolved
 
 
 def _turned_weight(weight: Tensor) -> Tensor:
     """Return [36, C, C_out] of [C_out, C, 3, 3]. Made anew at each call: kept, it would be four times the weights."""
-    taps = weight.permute(2, 3, 0, 1).reshape(TAPS * TAPS, -1).float()
-    return (transforms()[1] @ taps).view(WINDOW * WINDOW, *weight.shape[:2]).transpose(1, 2)
+    taps = weight.permute(2, 3, 1, 0).reshape(TAPS * TAPS, -1).float()
+    return (transforms()[1] @ taps).view(WINDOW * WINDOW, weight.shape[1], weight.shape[0])
 
 
-def _convolve(picture: Tensor, turned_weight: Tensor, bias: Tensor | None, made: Tensor) -> None:
-    """Write into [H, W, C_out] the convolution of a picture [H, W, C]."""
-    (height, width, channels), out_channels = picture.shape, made.shape[2]
-    num_columns = -(-width // TILE)
-    num_rows = min(max(1, TILES_PER_BAND // num_columns), -(-height // TILE))  # of tiles, in a band
-    num_tiles = num_rows * num_columns
+def _convolve(
+    picture: Tensor,
+    normalise: tuple[Tensor, Tensor] | None,
+    turned_weight: Tensor,
+    bias: Tensor | None,
+    made: Tensor,
+) -> None:
+    """Write into [H, W, C_out] the convolution of a picture [H, W, C].
+
+    Windows are turned a row of tiles at a time, which stays in the nearest cache, and multiplied a band of rows at a
+    time, so that the weights are read once for all of them.
+    """
+    channels, out_channels = picture.shape[2], made.shape[2]
+    (height, width) = made.shape[:2]
+    num_rows, num_columns = -(-height // TILE), -(-width // TILE)
+    rows_per_band = min(-(-TILES_PER_BAND // num_columns), num_rows)
     of_windows, _, of_products = transforms()
-    padded = torch.zeros(num_rows * TILE + 2, num_columns * TILE + 2, channels)
-    windows = torch.empty(WINDOW, WINDOW, num_rows, num_columns, channels)
-    turned = torch.empty(WINDOW * WINDOW, num_tiles, channels)
-    products = torch.empty(WINDOW * WINDOW, num_tiles, out_channels)
-    tiles = torch.empty(TILE * TILE, num_tiles * out_channels)
-    by_row, by_column, _ = padded.stride()
-    strides = (by_row, by_column, TILE * by_row, TILE * by_column, 1)
-    band = torch.empty(num_rows, TILE, num_columns, TILE, out_channels)
-    for top in range(0, height, num_rows * TILE):
-        _fill(padded, picture, top - 1)
-        windows.copy_(padded.as_strided(windows.shape, strides))
-        torch.mm(of_windows, windows.view(WINDOW * WINDOW, -1), out=turned.view(WINDOW * WINDOW, -1))
-        torch.bmm(turned, turned_weight, out=products)
-        torch.mm(of_products, products.view(WINDOW * WINDOW, -1), out=tiles)
-        band.copy_(tiles.view(TILE, TILE, num_rows, num_columns, out_channels).permute(2, 0, 3, 1, 4))
-        rows = band.view(num_rows * TILE, num_columns * TILE, out_channels)[: height - top, :width]
-        if bias is None:
-            made[top : top + rows.shape[0]] = rows
-        else:
-            torch.add(rows, bias, out=made[top : top + rows.shape[0]])
+    strip = torch.zeros(WINDOW, num_columns * TILE + 2, channels)
+    by_row, by_column, _ = strip.stride()
+    overlapping = strip.as_strided((WINDOW, WINDOW, num_columns, channels), (by_row, by_column, TILE * by_column, 1))
+    windows = torch.empty(overlapping.shape)
+    turned = torch.empty(WINDOW * WINDOW, rows_per_band, num_columns, channels)
+    products = torch.empty(WINDOW * WINDOW, rows_per_band, num_columns, out_channels)
+    tiles = torch.empty(TILE, TILE, num_columns, out_channels)
+    is_whole = made.shape[:2] == (num_rows * TILE, num_columns * TILE)
+    canvas = made if is_whole else made.new_empty(num_rows * TILE, num_columns * TILE, out_channels)
+    rows = canvas.view(num_rows, TILE, num_columns, TILE, out_channels)
+    _fill(strip[WINDOW - 1 :], picture[:1], normalise)
+    for first in range(0, num_rows, rows_per_band):
+        band = rows[first : first + rows_per_band]
+        for index in range(len(band)):
+            top = (first + index) * TILE + 1
+            strip[: WINDOW - TILE] = strip[TILE:]
+            _fill(strip[WINDOW - TILE :], picture[top : top + TILE], normalise)
+            windows.copy_(overlapping)
+            torch.mm(of_windows, windows.flatten(0, 1).flatten(1), out=turned[:, index].flatten(1))
+        torch.bmm(turned.flatten(1, 2), turned_weight, out=products.flatten(1, 2))
+        for index, row in enumerate(band):
+            torch.mm(of_products, products[:, index].flatten(1), out=tiles.flatten(0, 1).flatten(1))
+            if bias is None:
+                row.copy_(tiles.transpose(1, 2))
+            else:
+                torch.add(tiles.transpose(1, 2), bias, out=row)
+    if not is_whole:
+        made.copy_(canvas[:height, :width])
 
 
-def _fill(padded: Tensor, picture: Tensor, top: int) -> None:
-    """Copy rows of a picture from `top` on between the padding's first and last columns; rows beyond it are zero."""
-    height, width, _ = picture.shape
-    first, last = max(top, 0), min(top + padded.shape[0], height)
-    padded[: first - top] = 0
-    padded[first - top : last - top, 1 : width + 1] = picture[first:last]
-    padded[last - top :] = 0
+def _fill(strip: Tensor, rows: Tensor, normalise: tuple[Tensor, Tensor] | None) -> None:
+    """Copy rows of a picture between the first and last columns of a strip, which are zero, and zeros below them."""
+    num_rows, width, _ = rows.shape
+    inside = strip[:num_rows, 1 : width + 1]
+    if normalise is None:
+        inside.copy_(rows)
+    else:
+        scale, shift = normalise
+        F.silu(torch.addcmul(shift, rows.float(), scale, out=inside), inplace=True)
+    strip[num_rows:] = 0
