@@ -32,7 +32,7 @@ from safelight.acceleration.cpu_products import (
 )
 from safelight.acceleration.cpu_vae import MIN_CHANNELS, WidenedConv2d, WinogradConv2d, route_convolutions
 from safelight.acceleration.group_norm import MIN_PIXELS, group_norm_silu
-from safelight.acceleration.winograd import winograd_conv2d
+from safelight.acceleration.winograd import PANEL_WIDTH, winograd_conv2d
 from safelight.attention.chunked import chunked_attention
 from safelight.layers.linear import FeedForward, GELUProjection
 
@@ -220,7 +220,7 @@ def test_widened_products_are_no_less_exact(rows, seed):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("batch", "channels", "out_channels", "height", "width"),
-    [(1, 1, 1, 1, 1), (2, 5, 7, 9, 13), (1, 16, 8, 4, 600), (1, 33, 20, 131, 6), (1, 128, 64, 70, 50)],
+    [(1, 1, 1, 1, 1), (2, 5, 7, 9, 13), (1, 16, 8, 4, 600), (1, 33, 20, 531, 6), (1, 128, 64, 70, 50)],
 )
 def test_winograd_is_the_convolution(batch, channels, out_channels, height, width, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -236,15 +236,22 @@ def test_winograd_is_the_convolution(batch, channels, out_channels, height, widt
             assert error(convolved, exact) < 2e-6
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_winograd_in_bfloat16_is_rounded_once(seed):
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(1, 64, 41, 30, generator=generator).bfloat16()
+@pytest.mark.parametrize(("height", "width"), [(41, 30), (9, PANEL_WIDTH + 1), (5, 2 * PANEL_WIDTH), (150, 3)])
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_winograd_in_bfloat16_is_rounded_once(height, width, has_norm):
+    generator = torch.Generator().manual_seed(width)
+    pixels = torch.randn(2, 64, height, width, generator=generator).mul_(2).add_(1).bfloat16()
     conv: Any = nn.Conv2d(64, 32, 3, padding=1).bfloat16().requires_grad_(False)
-    exact = F.conv2d(pixels.double(), conv.weight.double(), conv.bias.double(), padding=1)
-    convolved = winograd_conv2d(pixels, conv.weight, conv.bias)
+    norm = nn.GroupNorm(16, 64).requires_grad_(False)
+    norm.weight.normal_(generator=generator)
+    norm.bias.normal_(generator=generator)
+    given = F.silu(deepcopy(norm).double()(pixels.double())) if has_norm else pixels.double()
+    exact = F.conv2d(given, conv.weight.double(), conv.bias.double(), padding=1)
+    convolved = winograd_conv2d(pixels, conv.weight, conv.bias, norm if has_norm else None)
     assert convolved.dtype is torch.bfloat16
     assert error(convolved, exact) <= 1.01 * error(exact.bfloat16(), exact)
+    widened = winograd_conv2d(pixels.float(), conv.weight.float(), conv.bias.float(), norm if has_norm else None)
+    assert error(widened, exact) < 2e-6
 
 
 def test_only_fitting_convolutions_are_replaced():

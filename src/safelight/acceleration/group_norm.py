@@ -48,7 +48,7 @@ def scale_and_shift(picture: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor
 
 def _chunks(picture: Tensor) -> tuple[Tensor, ...]:
     """Return the pixels of [H, W, C] in parts, [pixels, C] each."""
-    return picture.flatten(0, 1).split(max(1, CHUNK_VALUES // picture.shape[2]))
+    return torch.split(picture.flatten(0, 1), max(1, CHUNK_VALUES // picture.shape[2]))
 
 
 def _statistics(chunks: tuple[Tensor, ...], num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
