@@ -2,7 +2,8 @@
 
 Errors are relative to Diffusers in float32 on the same weights and inputs, whatever dtype they were rounded to. The VAE
 is compared with its float32 default in both dtypes. `--compile` adds rows with the transformer's repeated blocks
-compiled by `torch.compile`.
+compiled by `torch.compile`. "Limit" is how many times faster than Diffusers the transformer would be if its linear
+layers and its attention, as Safelight routes them, were all that takes time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.common import (
     as_diffusers_calls,
@@ -27,7 +28,8 @@ from benchmarks.common import (
 )
 from benchmarks.stacks import STACKS, Grid
 from safelight.acceleration.cpu import PLAIN, accelerate_on_cpu, cpu_plan
-from safelight.attention import set_attention_backend
+from safelight.acceleration.cpu_products import FusedGELUProjection
+from safelight.attention import Attention, set_attention_backend
 
 QUICK: Grid = (1, 8, 8)
 WANTED = {
@@ -39,16 +41,19 @@ WANTED = {
 WIDTHS, QUICK_WIDTHS = (128, 256, 512, 512), (32, 32, 64, 64)
 
 
+OURS, THEIRS, PRODUCTS = "Safelight", "Diffusers", "products"
+
+
 @dataclass(frozen=True)
 class Side:
-    """One way to compute: what to call, and the error of what it made."""
+    """One way to compute: what to call, and the error of what it made; None for what makes nothing to compare."""
 
     run: Callable[[], object]
-    error: float
+    error: float | None
 
 
 def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[str, Side]:
-    """Return Diffusers' transformer and ours in `dtype`."""
+    """Return Diffusers' transformer and ours in `dtype`, and the linear layers and attention of ours alone."""
     stack = STACKS["flux"]
     architecture = stack.small.architecture
     reference = stack.diffusers_transformer(architecture, dtype)
@@ -58,6 +63,7 @@ def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[st
     ours = stack.our_transformer(architecture, reference.state_dict())
     set_attention_backend(ours, "auto", "cpu", dtype)
     accelerate_on_cpu(ours, cpu_plan())
+    products = products_of(ours, lambda: as_safelight_calls(ours)(**inputs.for_safelight()))
     if compiled:
         for kind in stack.blocks:
             for block in ours.get_submodule(kind.attribute).children():
@@ -65,9 +71,35 @@ def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[st
     theirs, mine = as_diffusers_calls(reference), as_safelight_calls(ours)
     for_theirs, for_mine = inputs.for_diffusers(), inputs.for_safelight()
     return {
-        "Diffusers": Side(lambda: theirs(**for_theirs), relative_error(as_tensor(theirs(**for_theirs)), exact)),
-        "Safelight": Side(lambda: mine(**for_mine), relative_error(as_tensor(mine(**for_mine)), exact)),
+        THEIRS: Side(lambda: theirs(**for_theirs), relative_error(as_tensor(theirs(**for_theirs)), exact)),
+        OURS: Side(lambda: mine(**for_mine), relative_error(as_tensor(mine(**for_mine)), exact)),
+        PRODUCTS: Side(products, None),
     }
+
+
+def products_of(transformer: nn.Module, forward: Callable[[], object]) -> Callable[[], None]:
+    """Return what calls the layers of a transformer that multiply matrices, and no other, on what a forward gave them.
+
+    Args:
+        transformer: has its routes.
+        forward: runs it once.
+
+    """
+    calls: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
+    layers = [
+        layer for layer in transformer.modules() if isinstance(layer, (nn.Linear, FusedGELUProjection, Attention))
+    ]
+    hooks = [layer.register_forward_pre_hook(lambda *call: calls.append(call)) for layer in layers]
+    forward()
+    for hook in hooks:
+        hook.remove()
+
+    @torch.inference_mode()
+    def multiply() -> None:
+        for layer, given in calls:
+            layer(*given)
+
+    return multiply
 
 
 def make_vae(widths: tuple[int, ...]) -> Any:
@@ -105,16 +137,18 @@ def vae_sides(dtype: torch.dtype, size: int, widths: tuple[int, ...]) -> dict[st
         return decoded
 
     exact = theirs()
-    return {"Diffusers": Side(theirs, 0.0), "Safelight": Side(mine, relative_error(mine(), exact))}
+    return {THEIRS: Side(theirs, 0.0), OURS: Side(mine, relative_error(mine(), exact))}
 
 
 def row(what: str, dtype: torch.dtype, label: str, sides: Mapping[str, Side], rounds: int) -> list[str]:
     """Measure both sides and return the table's row."""
     seconds = interleaved({name: side.run for name, side in sides.items()}, rounds)
-    times = [f"{seconds[name] * 1000:.0f} ms" for name in sides]
-    ratio = f"{seconds['Diffusers'] / seconds['Safelight']:.2f}"
+    times = [f"{seconds[name] * 1000:.0f} ms" for name in (THEIRS, OURS)]
+    ratio = f"{seconds[THEIRS] / seconds[OURS]:.2f}"
+    limit = f"{seconds[THEIRS] / seconds[PRODUCTS]:.2f}" if PRODUCTS in seconds else "-"
     name = str(dtype).removeprefix("torch.")
-    return [label, name, *times, ratio, f"{WANTED[what, dtype]:.1f}", *(f"{side.error:.1e}" for side in sides.values())]
+    errors = [f"{side.error:.1e}" for side in sides.values() if side.error is not None]
+    return [label, name, *times, ratio, f"{WANTED[what, dtype]:.1f}", limit, *errors]
 
 
 def main() -> None:
@@ -150,8 +184,8 @@ def main() -> None:
 
 def show(rows: Iterable[list[str]]) -> None:
     """Print a table."""
-    sides = ["Diffusers", "Safelight"]
-    header = ["", "dtype", *sides, "times faster", "wanted", *(f"error of {side}" for side in sides)]
+    sides = [THEIRS, OURS]
+    header = ["", "dtype", *sides, "times faster", "wanted", "limit", *(f"error of {side}" for side in sides)]
     print_table(header, list(rows))
 
 

@@ -30,7 +30,13 @@ from safelight.acceleration.cpu_products import (
     onednn_linear_gelu,
     sharing,
 )
-from safelight.acceleration.cpu_vae import MIN_CHANNELS, WidenedConv2d, WinogradConv2d, route_convolutions
+from safelight.acceleration.cpu_vae import (
+    MIN_CHANNELS,
+    DoublingConv,
+    WidenedConv2d,
+    WinogradConv2d,
+    route_convolutions,
+)
 from safelight.acceleration.group_norm import MIN_PIXELS, group_norm_silu
 from safelight.acceleration.winograd import PANEL_WIDTH, winograd_conv2d
 from safelight.attention.chunked import chunked_attention
@@ -236,6 +242,22 @@ def test_winograd_is_the_convolution(batch, channels, out_channels, height, widt
             assert error(convolved, exact) < 2e-6
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("batch", "channels", "out_channels", "height", "width"),
+    [(1, 1, 1, 1, 1), (2, 5, 7, 9, 13), (1, 16, 8, 4, 131), (1, 33, 20, 70, 6), (1, 128, 64, 35, 64)],
+)
+def test_winograd_over_doubled_pixels_is_the_convolution(batch, channels, out_channels, height, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(batch, channels, height, width, generator=generator)
+    weight = torch.randn(out_channels, channels, 3, 3, generator=generator)
+    exact = F.conv2d(F.interpolate(pixels.double(), scale_factor=2.0), weight.double(), padding=1)
+    convolved = winograd_conv2d(pixels, weight, None, doubled=True)
+    assert convolved.shape == exact.shape
+    assert convolved.is_contiguous(memory_format=torch.channels_last)
+    assert error(convolved, exact) < 2e-6
+
+
 @pytest.mark.parametrize(("height", "width"), [(41, 30), (9, PANEL_WIDTH + 1), (5, 2 * PANEL_WIDTH), (150, 3)])
 @pytest.mark.parametrize("has_norm", [False, True])
 def test_winograd_in_bfloat16_is_rounded_once(height, width, has_norm):
@@ -274,7 +296,7 @@ def test_only_fitting_convolutions_are_replaced():
     assert route_convolutions(half, winograd=True, widen=False) == 0
     assert route_convolutions(half, winograd=True, widen=True) == len(kept) + 1
     assert {type(layer) for layer in half} == {WidenedConv2d, WinogradConv2d}
-    for size in ((8, 9), (67, 65)):  # by the definition, and by fewer multiplications
+    for size in ((8, 9), (67, 65), (300, 33)):  # by the definition, and by fewer multiplications
         pixels = torch.randn(1, wide, *size)
         for routed, layer, reference in zip(half, model, plain, strict=True):
             exact = deepcopy(reference).double()(pixels.double())
@@ -324,6 +346,7 @@ def test_a_vae_keeps_its_pixels_and_latents(seed, size):
     vae = small_vae(seed)
     ours, half, plain_half = deepcopy(vae), deepcopy(vae).bfloat16(), deepcopy(vae).bfloat16()
     accelerate_vae(ours, EVERYTHING)
+    assert {type(block.upsamplers[0]) for block in ours.decoder.up_blocks if block.upsamplers} == {DoublingConv}
     accelerate_vae(half, EVERYTHING)
     assert set(ours.state_dict()) == set(vae.state_dict())
     latents = torch.randn(1, 4, *size)

@@ -30,7 +30,7 @@ from safelight.acceleration.cpu_products import (
     onednn_linear,
     sharing,
 )
-from safelight.acceleration.cpu_vae import channels_last, residuals_in_place, route_convolutions
+from safelight.acceleration.cpu_vae import channels_last, route_convolutions, without_copies
 from safelight.layers.linear import GELUProjection
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def accelerate_vae(vae: Any, plan: CpuPlan) -> None:
     """Apply a plan to the convolutions and residual blocks of an `AutoencoderKL`, in place."""
     channels_last(vae)
     route_convolutions(vae, winograd=plan.winograd, widen=plan.widened_bfloat16)
-    residuals_in_place(vae)
+    without_copies(vae)
 
 
 def _faster(layer: nn.Module, plan: CpuPlan) -> nn.Module | None:

@@ -6,36 +6,55 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from safelight.acceleration.group_norm import group_norm_silu
 from safelight.acceleration.winograd import TILE, winograd_conv2d
+from safelight.layers.bands import cuts
 
 MIN_CHANNELS = 128
 """Fewer channels, of input or output, are convolved by the definition: turning windows would cost what it saves."""
+
+BAND_VALUES = 1 << 20
+"""Values of a band that is cast to float32: four megabytes."""
 
 MIN_TILES = 256
 """So are pictures of fewer tiles, for which turning the weights would."""
 
 
 class WidenedConv2d(nn.Conv2d):
-    """A bfloat16 convolution computed in float32 and rounded once. Weights are cast at each call."""
+    """A bfloat16 convolution computed in float32 and rounded once. Weights are cast at each call.
+
+    One that keeps a picture's size is made a band of rows at a time, so that no picture is cast as a whole.
+    """
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return [B, C_out, H, W], bfloat16."""
-        bias = None if self.bias is None else self.bias.float()
-        convolved: Tensor = self._conv_forward(pixels.float(), self.weight.float(), bias)
-        return convolved.to(pixels.dtype)
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        if not _keeps_size(self):
+            whole: Tensor = self._conv_forward(pixels.float(), weight, bias)
+            return whole.to(pixels.dtype)
+        halo = self.kernel_size[0] // 2
+        batch, channels, height, width = pixels.shape
+        shape = (batch, self.out_channels, height, width)
+        convolved = torch.empty(shape, dtype=pixels.dtype, device=pixels.device, memory_format=torch.channels_last)
+        for top, bottom in cuts(height, max(1, BAND_VALUES // (batch * channels * width))):
+            above, below = min(top, halo), min(height - bottom, halo)
+            rows = F.pad(pixels[:, :, top - above : bottom + below].float(), (0, 0, halo - above, halo - below))
+            convolved[:, :, top:bottom] = F.conv2d(rows, weight, bias, padding=(0, halo), groups=self.groups)
+        return convolved
 
 
 class WinogradConv2d(WidenedConv2d):
     """A convolution of 3 by 3 with a quarter of the multiplications where the picture is large, in float32."""
 
-    def forward(self, pixels: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
-        """Return [B, C_out, H, W], in the dtype of the pixels: of SiLU of their norm if there is one."""
-        height, width = pixels.shape[2:]
-        if (-(-height // TILE)) * (-(-width // TILE)) < MIN_TILES:
-            return super().forward(pixels if norm is None else group_norm_silu(pixels, norm))
-        return winograd_conv2d(pixels, self.weight, self.bias, norm)
+    def forward(self, pixels: Tensor, norm: nn.GroupNorm | None = None, doubled: bool = False) -> Tensor:
+        """Return [B, C_out, H, W], or twice the sides, in the dtype of the pixels; arguments as `winograd_conv2d`'s."""
+        height, width = (side * (1 + doubled) for side in pixels.shape[2:])
+        if (-(-height // TILE)) * (-(-width // TILE)) >= MIN_TILES:
+            return winograd_conv2d(pixels, self.weight, self.bias, norm, doubled)
+        pixels = pixels if norm is None else group_norm_silu(pixels, norm)
+        return super().forward(F.interpolate(pixels, scale_factor=2.0) if doubled else pixels)
 
 
 class InPlaceResidual(nn.Module):
@@ -58,6 +77,24 @@ class InPlaceResidual(nn.Module):
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         total: Tensor = hidden_states.add_(shortcut)
         return total
+
+
+class DoublingConv(nn.Module):
+    """The libraries' doubling of a picture's sides and the convolution after it, without the picture between them.
+
+    Args:
+        conv: the convolution.
+
+    """
+
+    def __init__(self, conv: WinogradConv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return [B, C_out, 2H, 2W]."""
+        doubled: Tensor = self.conv(hidden_states, doubled=True)
+        return doubled
 
 
 def _normed_conv(norm: nn.GroupNorm, conv: nn.Module, pixels: Tensor) -> Tensor:
@@ -115,10 +152,14 @@ class NormSiLU(nn.GroupNorm):
         return group_norm_silu(pixels, self)
 
 
-def residuals_in_place(vae: Any) -> int:
-    """Replace residual blocks and last norms of an `AutoencoderKL` by ones that copy less; return how many blocks."""
+def without_copies(vae: Any) -> int:
+    """Replace blocks and last norms of an `AutoencoderKL` by ones that copy less; return how many residual blocks."""
     if vae.config.act_fn != "silu":
         return 0
+    for block in vae.decoder.up_blocks:
+        for index, upsampler in enumerate(block.upsamplers or ()):
+            if isinstance(upsampler.conv, WinogradConv2d):
+                block.upsamplers[index] = DoublingConv(upsampler.conv).train(vae.training)
     parts = [block for half in (vae.encoder.down_blocks, vae.decoder.up_blocks) for block in half]
     parts += [vae.encoder.mid_block, vae.decoder.mid_block]
     for part in parts:
@@ -128,16 +169,22 @@ def residuals_in_place(vae: Any) -> int:
     return sum(len(part.resnets) for part in parts)
 
 
+def _keeps_size(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution makes as many pixels as it is given, with zeros around, from a square of them."""
+    side = conv.kernel_size[0]
+    return (
+        conv.kernel_size == (side, side)
+        and side % 2 == 1
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (side // 2, side // 2)
+        and conv.padding_mode == "zeros"
+    )
+
+
 def _is_plain_3x3(conv: nn.Conv2d) -> bool:
     """Return whether a convolution is of 3 by 3, makes as many pixels as it is given, and has channels enough."""
-    return (
-        conv.kernel_size == (3, 3)
-        and conv.stride == conv.dilation == (1, 1)
-        and conv.padding == (1, 1)
-        and conv.padding_mode == "zeros"
-        and conv.groups == 1
-        and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
-    )
+    enough = min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+    return _keeps_size(conv) and conv.kernel_size == (3, 3) and conv.groups == 1 and enough
 
 
 def _sharing(conv: nn.Conv2d, cls: type[nn.Conv2d]) -> nn.Conv2d:

@@ -14,8 +14,10 @@ written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -80,27 +82,57 @@ def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
     return coefficients
 
 
-def winograd_conv2d(pixels: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.GroupNorm | None = None) -> Tensor:
-    """Return a convolution of 3 by 3 with zeros around, [B, C_out, H, W], channels last in memory.
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution made ready.
+
+    Attributes:
+        weight: [36, C, C_out], turned.
+        bias: float32 [C_out].
+        of_windows: what turns windows, [36, number of their pixels].
+        step: pixels from a window to the next: as many as a tile has, or half where each stands for two by two.
+
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    of_windows: Tensor
+    step: int
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, doubled: bool) -> Self:
+        """Turn a weight [C_out, C, 3, 3]. Done anew at each call: kept, it would be four times the weights."""
+        taps = weight.permute(2, 3, 1, 0).reshape(TAPS * TAPS, -1).float()
+        of_windows, of_weights, _ = transforms()
+        turned = (of_weights @ taps).view(WINDOW * WINDOW, weight.shape[1], weight.shape[0])
+        if doubled:
+            spread = torch.eye(WINDOW // 2 + 1)[[(pixel + 1) // 2 for pixel in range(WINDOW)]]
+            of_windows = of_windows @ torch.kron(spread, spread)
+        return cls(turned, None if bias is None else bias.float(), of_windows, TILE // (1 + doubled))
+
+
+def winograd_conv2d(
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.GroupNorm | None = None, doubled: bool = False
+) -> Tensor:
+    """Return a convolution of 3 by 3 with zeros around, channels last in memory: [B, C_out, H, W], or twice the sides.
 
     Args:
         pixels: [B, C, H, W]; fastest with channels last in memory.
         weight: [C_out, C, 3, 3].
         bias: [C_out].
         norm: if any, SiLU of this norm of the pixels is convolved. It is made a row at a time, never as a whole.
+        doubled: whether each pixel stands for two by two, which are not made.
 
     """
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-    turned_weight = _turned_weight(weight)
-    bias = None if bias is None else bias.float()
-    batch, _, height, width = pixels.shape
-    shape = (batch, weight.shape[0], _whole(height), _whole(width))
+    convolution = Convolution.of(weight, bias, doubled)
+    height, width = (side * (1 + doubled) for side in pixels.shape[2:])
+    shape = (pixels.shape[0], weight.shape[0], _whole(height), _whole(width))
     convolved = torch.empty(shape, dtype=pixels.dtype, device=pixels.device, memory_format=torch.channels_last)
     for picture, made in zip(pixels.permute(0, 2, 3, 1), convolved.permute(0, 2, 3, 1), strict=True):
         normalise = None if norm is None else scale_and_shift(picture, norm)
         for left in range(0, width, PANEL_WIDTH):
-            panel = made[:, left : left + PANEL_WIDTH]
-            _convolve(picture, left, normalise, turned_weight, bias, panel)
+            _convolve(convolution, picture, normalise, left, made[:, left : left + PANEL_WIDTH])
     return convolved[:, :, :height, :width].contiguous(memory_format=torch.channels_last)
 
 
@@ -109,55 +141,47 @@ def _whole(side: int) -> int:
     return -(-side // TILE) * TILE
 
 
-def _turned_weight(weight: Tensor) -> Tensor:
-    """Return [36, C, C_out] of [C_out, C, 3, 3]. Made anew at each call: kept, it would be four times the weights."""
-    taps = weight.permute(2, 3, 1, 0).reshape(TAPS * TAPS, -1).float()
-    return (transforms()[1] @ taps).view(WINDOW * WINDOW, weight.shape[1], weight.shape[0])
-
-
 def _convolve(
-    picture: Tensor,
-    left: int,
-    normalise: tuple[Tensor, Tensor] | None,
-    turned_weight: Tensor,
-    bias: Tensor | None,
-    made: Tensor,
+    convolution: Convolution, picture: Tensor, normalise: tuple[Tensor, Tensor] | None, left: int, made: Tensor
 ) -> None:
     """Write into a panel [H, width, C_out] the columns from `left` on of the convolution of a picture [H, W, C].
 
     Windows are turned a row of tiles at a time, which stays in the nearest cache, and multiplied a band of rows at a
     time, so that the weights are read once for all of them.
     """
+    step, halo = convolution.step, TAPS // 2
+    window = step + 2 * halo
     channels, out_channels = picture.shape[2], made.shape[2]
     num_rows, num_columns = made.shape[0] // TILE, made.shape[1] // TILE
     rows_per_band = min(-(-TILES_PER_BAND // num_columns), num_rows)
-    of_windows, _, of_products = transforms()
-    strip = torch.zeros(WINDOW, num_columns * TILE + 2, channels)
+    strip = torch.zeros(window, num_columns * step + 2 * halo, channels)
     by_row, by_column, _ = strip.stride()
-    overlapping = strip.as_strided((WINDOW, WINDOW, num_columns, channels), (by_row, by_column, TILE * by_column, 1))
+    overlapping = strip.as_strided((window, window, num_columns, channels), (by_row, by_column, step * by_column, 1))
     windows = torch.empty(overlapping.shape)
     turned = torch.empty(WINDOW * WINDOW, rows_per_band, num_columns, channels)
     products = torch.empty(WINDOW * WINDOW, rows_per_band, num_columns, out_channels)
     tiles = torch.empty(TILE, TILE, num_columns, out_channels)
+    of_products = transforms()[2]
     rows = made.view(num_rows, TILE, num_columns, TILE, out_channels)
-    picture = picture[:, max(left - 1, 0) : left + made.shape[1] + 1]
-    inner = strip if left else strip[:, 1:]
-    _fill(inner[WINDOW - 1 :], picture[:1], normalise)
+    left = left // TILE * step
+    picture = picture[:, max(left - halo, 0) : left + num_columns * step + halo]
+    inner = strip if left else strip[:, halo:]
+    _fill(inner[-halo:], picture[:halo], normalise)
     for first in range(0, num_rows, rows_per_band):
         band = rows[first : first + rows_per_band]
         for index in range(len(band)):
-            top = (first + index) * TILE + 1
-            strip[: WINDOW - TILE] = strip[TILE:]
-            _fill(inner[WINDOW - TILE :], picture[top : top + TILE], normalise)
+            top = (first + index) * step + halo
+            strip[: 2 * halo] = strip[step:]
+            _fill(inner[2 * halo :], picture[top : top + step], normalise)
             windows.copy_(overlapping)
-            torch.mm(of_windows, windows.flatten(0, 1).flatten(1), out=turned[:, index].flatten(1))
-        torch.bmm(turned[:, : len(band)].flatten(1, 2), turned_weight, out=products[:, : len(band)].flatten(1, 2))
+            torch.mm(convolution.of_windows, windows.flatten(0, 1).flatten(1), out=turned[:, index].flatten(1))
+        size = len(band)
+        torch.bmm(turned[:, :size].flatten(1, 2), convolution.weight, out=products[:, :size].flatten(1, 2))
         for index, row in enumerate(band):
             torch.mm(of_products, products[:, index].flatten(1), out=tiles.flatten(0, 1).flatten(1))
-            if bias is None:
-                row.copy_(tiles.transpose(1, 2))
-            else:
-                torch.add(tiles.transpose(1, 2), bias, out=row)
+            if convolution.bias is not None:
+                tiles += convolution.bias
+            row.copy_(tiles.transpose(1, 2))
 
 
 def _fill(strip: Tensor, rows: Tensor, normalise: tuple[Tensor, Tensor] | None) -> None:
