@@ -15,11 +15,11 @@ from safelight.layers.bands import cuts
 MIN_CHANNELS = 128
 """Fewer channels, of input or output, are convolved by the definition: turning windows would cost what it saves."""
 
-BAND_VALUES = 1 << 20
-"""Values of a band that is cast to float32: four megabytes."""
-
 MIN_TILES = 256
 """So are pictures of fewer tiles, for which turning the weights would."""
+
+BAND_VALUES = 1 << 20
+"""Values of a band that is cast to float32: four megabytes."""
 
 
 class WidenedConv2d(nn.Conv2d):
