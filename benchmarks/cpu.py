@@ -39,8 +39,6 @@ WANTED = {
     ("VAE", torch.bfloat16): 2.2,
 }
 WIDTHS, QUICK_WIDTHS = (128, 256, 512, 512), (32, 32, 64, 64)
-
-
 OURS, THEIRS, PRODUCTS = "Safelight", "Diffusers", "products"
 
 

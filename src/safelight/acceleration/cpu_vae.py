@@ -154,12 +154,12 @@ class NormSiLU(nn.GroupNorm):
 
 def without_copies(vae: Any) -> int:
     """Replace blocks and last norms of an `AutoencoderKL` by ones that copy less; return how many residual blocks."""
-    if vae.config.act_fn != "silu":
-        return 0
     for block in vae.decoder.up_blocks:
         for index, upsampler in enumerate(block.upsamplers or ()):
             if isinstance(upsampler.conv, WinogradConv2d):
                 block.upsamplers[index] = DoublingConv(upsampler.conv).train(vae.training)
+    if vae.config.act_fn != "silu":
+        return 0
     parts = [block for half in (vae.encoder.down_blocks, vae.decoder.up_blocks) for block in half]
     parts += [vae.encoder.mid_block, vae.decoder.mid_block]
     for part in parts:

@@ -118,10 +118,10 @@ class WorkerGroup:
         looked = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            held_up = time.monotonic() - looked - 2 * WATCH_SECONDS
-            looked = time.monotonic()
+            now = time.monotonic()
+            held_up, looked = max(0.0, now - looked - 2 * WATCH_SECONDS), now
             for rank in self.ranks:  # while this process itself was held up, nobody could be heard
-                rank.heard += max(0.0, held_up)
+                rank.heard += held_up
             unit = self.board.read()
             if unit is not None and unit.is_late():
                 logger.error("the worker takes more than %.0f s for a unit of %s", unit.limit, unit.kind)
