@@ -22,9 +22,16 @@ torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 def pytest_addoption(parser):
     parser.addoption("--parity-report", type=Path, help="write the table of the parity suite to this file")
     parser.addoption("--slow", action="store_true", help="run the slow tests as well")
+    parser.addoption(
+        "--on-device", help="where tests marked `cuda` run: cuda where there is one; cpu shows that they run at all"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
+    if not (torch.cuda.is_available() or config.getoption("--on-device")):
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
     if config.getoption("--slow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
@@ -35,6 +42,12 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.stash[PARITY_ROWS] = []
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where a test marked `cuda` runs."""
+    return torch.device(request.config.getoption("--on-device") or "cuda")
 
 
 PARITY_ROWS = pytest.StashKey[list[ParityRow]]()

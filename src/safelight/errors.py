@@ -158,6 +158,12 @@ class WorkerLostError(ServingError):
     code = "worker_lost"
 
 
+class DeviceLostError(ServingError):
+    """The device has failed and takes no more work from this process, which ends; another one starts."""
+
+    code = "device_lost"
+
+
 class OutOfMemoryError(ServingError):
     """The request needs more memory than there is; a smaller one may pass."""
 

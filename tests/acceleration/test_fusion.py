@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import subprocess
 
 import pytest
 import torch
@@ -131,10 +132,32 @@ def test_a_kernel_that_cannot_run_leaves_the_layers_plain():
     check = compare(FusedOperation(modulation.norm_modulate, missing), (40,), 2, CPU, torch.float32)
     assert check.refusal == "the kernel does not run: No module named 'triton'" and check.error is None
 
-    def broken(*arguments):
-        raise RuntimeError("the device is lost")
 
-    with pytest.raises(RuntimeError, match="lost"):
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (
+            RuntimeError("Failed to find C compiler.\nPlease specify via CC"),
+            "Failed to find C compiler. Please specify",
+        ),
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), "non-zero exit status 1"),
+        (FileNotFoundError("the cache cannot be written"), "cannot be written"),
+    ],
+)
+def test_a_kernel_that_cannot_be_built_leaves_the_layers_plain(reason, told):
+    def unbuilt(*arguments):
+        raise reason
+
+    check = compare(FusedOperation(modulation.norm_modulate, unbuilt), (40,), 2, CPU, torch.float32)
+    assert check.refusal is not None and told in check.refusal and "\n" not in check.refusal
+
+
+@pytest.mark.parametrize("failure", [torch.AcceleratorError("CUDA error: assert"), torch.OutOfMemoryError("none left")])
+def test_a_device_that_fails_in_the_check_is_no_kernel_that_cannot_run(failure):
+    def broken(*arguments):
+        raise failure
+
+    with pytest.raises(type(failure)):
         compare(FusedOperation(modulation.norm_modulate, broken), (40,), 2, CPU, torch.float32)
 
 

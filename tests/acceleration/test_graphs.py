@@ -134,6 +134,7 @@ def test_an_unknown_setting_is_refused():
         ServerArgs(cuda_graphs="always")
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
 def test_a_replay_has_the_bytes_of_the_call(tiny_flux):
     """On the device, over two sizes whose calls take turns."""

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import sysconfig
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -160,7 +162,18 @@ def missing_toolchain(device_type: str) -> str | None:
         return None
     from torch.utils._triton import has_triton
 
-    return None if has_triton() else "Triton, and it is not here or does not run on this device"
+    if not has_triton():
+        return "Triton, and it is not here or does not run on this device"
+    return missing_for_launchers()
+
+
+def missing_for_launchers() -> str | None:
+    """Say what Triton lacks on this machine to build what launches its kernels; None if it has all."""
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"a C compiler ({' or '.join(compilers)}), and there is none"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if headers.is_file() else "the headers of Python (Debian: python3-dev), and they are not here"
 
 
 @functools.cache

@@ -7,6 +7,8 @@ and whether a shape has a graph may depend on a measurement.
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -16,9 +18,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from safelight.core.device import is_lost, numbered, on_device
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import CallMaker, ModelCall, Prediction
 from safelight.errors import InvalidParameterError
+
+logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16
 """Graphs that are kept; the one that was not used for longest goes first."""
@@ -26,8 +31,14 @@ MAX_SHAPES = 1024
 """Shapes of which it is remembered whether they are bound by launches."""
 BOUND_BY_LAUNCHES = 0.75
 """Share of a call's time that the host needs to launch it, from which it is bound by launches."""
+MAX_REASON = 300
+"""Characters of the reason that a warning repeats."""
 NUM_WARM_UPS = 2
 """Calls before a capture, in which libraries choose algorithms and allocate workspaces."""
+
+
+class CaptureError(Exception):
+    """A function cannot be recorded: it asks the device for a value, say, or there is too little memory."""
 
 
 class Recorder(ABC):
@@ -39,7 +50,12 @@ class Recorder(ABC):
 
     @abstractmethod
     def record(self, run: Callable[[], Prediction]) -> tuple[Callable[[], None], Prediction]:
-        """Record a function; return what does the same again, and the tensors that it writes its result to."""
+        """Record a function; return what does the same again, and the tensors that it writes its result to.
+
+        Raises:
+            CaptureError: if it cannot be recorded; the device is as it was.
+
+        """
 
     @abstractmethod
     def num_bytes(self) -> int:
@@ -55,9 +71,10 @@ class CudaRecorder(Recorder):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device = numbered(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._num_bytes = 0
+        # One stream for all: cuBLAS keeps a workspace for each that it has worked on.
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def measure(self, run: Callable[[], Prediction]) -> tuple[Prediction, bool]:
         torch.cuda.synchronize(self._device)
@@ -68,21 +85,34 @@ class CudaRecorder(Recorder):
         return result, launched - begun >= BOUND_BY_LAUNCHES * (time.perf_counter() - begun)
 
     def record(self, run: Callable[[], Prediction]) -> tuple[Callable[[], None], Prediction]:
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(NUM_WARM_UPS):
-                run()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        before = torch.cuda.memory_reserved(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = run()
-        self._num_bytes += torch.cuda.memory_reserved(self._device) - before
+        graph, asking = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        # The outer context brings the stream back that was current, which a capture that fails leaves behind.
+        try:
+            with on_device(self._device), torch.cuda.stream(self._stream):
+                self._stream.wait_stream(asking)
+                for _ in range(NUM_WARM_UPS):
+                    run()
+                # Other threads may go on with what a capture in this one could not do.
+                modes = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+                with torch.cuda.graph(graph, **modes):
+                    result = run()
+        except RuntimeError as error:
+            gc.collect()
+            torch.cuda.empty_cache()
+            if is_lost_after_capture(self._device):
+                raise
+            raise CaptureError(" ".join(str(error).split())[:MAX_REASON] or type(error).__name__) from error
+        asking.wait_stream(self._stream)
         return graph.replay, result
 
     def num_bytes(self) -> int:
-        return self._num_bytes
+        segments = torch.cuda.memory_snapshot()
+        return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) == tuple(self._pool))
+
+
+def is_lost_after_capture(device: torch.device) -> bool:
+    """Say whether a device is lost after a capture that failed, whose own errors are no sign of that."""
+    return is_lost(device, RuntimeError())
 
 
 @dataclass
@@ -151,7 +181,12 @@ class StepGraphs:
             return make(call)
         while len(self._graphs) >= self._max_graphs:
             self._graphs.popitem(last=False)
-        self._graphs[key] = self._recorded(call, make)
+        try:
+            self._graphs[key] = self._recorded(call, make)
+        except CaptureError as reason:
+            shape.bound = False  # as far as graphs are concerned: it stays eager
+            logger.warning("calls of %s stay without a graph: %s", call.component, reason)
+            return make(call)
         return _replayed(self._graphs[key], call)
 
     def _shape(self, key: Hashable) -> _Shape:

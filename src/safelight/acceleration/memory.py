@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from safelight.core.device import numbered
 from safelight.errors import SafelightError
 
 
@@ -91,7 +92,7 @@ class CudaMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device = numbered(device)
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def free(self) -> int:

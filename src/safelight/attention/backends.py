@@ -180,6 +180,8 @@ def disagreement(backend: AttentionBackend, kind: AttentionKind) -> str | None:
     try:
         error = relative_error(backend, kind.device_type, kind.dtype, kind.head_size, kind.has_mask)
     except RuntimeError as reason:
+        if isinstance(reason, torch.AcceleratorError):
+            raise  # the device itself has failed
         return f"it does not run: {' '.join(str(reason).split())}"
     if not error <= largest_error(kind.dtype, backend.lossy):
         return f"its result is off by {error:.1e}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Self
 
 import torch
 
+from safelight.core.device import Span, begin_span
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import CallMaker, ModelCall, Prediction, Req
 
@@ -21,6 +22,15 @@ class Execution:
     A unit is what lies between two yields: the model calls that are pending, and what the pipeline makes of them.
     Between units every tensor of the request is in the `Req`, so it may be moved, kept waiting, or closed.
 
+    A device may do its work after the host has given it. The host is ahead by one unit of a request at most, so that
+    closing one stops the work within a step; at the end of a stage the device has done everything.
+
+    Args:
+        pipeline: whose request it is.
+        req: the request.
+        call_maker: how its calls are made; eagerly if None.
+        begin: begins the span of a unit, from which the time of each stage is told; the device's unless given.
+
     Attributes:
         req: the request.
         started: whether its first unit has begun.
@@ -28,11 +38,19 @@ class Execution:
 
     """
 
-    def __init__(self, pipeline: ComposedPipeline, req: Req, call_maker: CallMaker | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: ComposedPipeline,
+        req: Req,
+        call_maker: CallMaker | None = None,
+        begin: Callable[[], Span] | None = None,
+    ) -> None:
         self.req = req
         self.make_call = call_maker or functools.partial(make_call, pipeline)
         self._pipeline = pipeline
         self._steps = pipeline.run(req)
+        self._begin = begin or functools.partial(begin_span, pipeline.device)
+        self._under_way: deque[tuple[str, Span]] = deque()
         self.started = False
 
     def advance(self, results: Sequence[Prediction] | None = None) -> bool:
@@ -45,8 +63,7 @@ class Execution:
             Exception: whatever the unit raised; the generator is finished then, and holds nothing any more.
 
         """
-        begun = time.perf_counter()
-        stage = self.req.stage
+        stage, span = self.req.stage, self._begin()
         more = False
         try:
             with torch.inference_mode():
@@ -54,11 +71,10 @@ class Execution:
         finally:
             if not more:
                 self.close()
-            if self.req.stage != stage or not self.req.pending:
-                self._synchronize()
-            if stage:
-                elapsed = time.perf_counter() - begun
-                self.req.timings[stage] = self.req.timings.get(stage, 0.0) + elapsed
+            span.end()
+            self._under_way.append((stage, span))
+            stage_is_over = self.req.stage != stage or not self.req.pending
+            self._catch_up(0 if stage_is_over else 1)
         return more
 
     def close(self) -> None:
@@ -90,10 +106,13 @@ class Execution:
             return False
         return True
 
-    def _synchronize(self) -> None:
-        """Wait for the device at the end of a stage, so that its time is charged to it."""
-        if self._pipeline.device.type == "cuda":
-            torch.cuda.synchronize(self._pipeline.device)
+    def _catch_up(self, ahead: int) -> None:
+        """Wait for the device until it is behind by so many units, and charge each that it has done to its stage."""
+        while len(self._under_way) > ahead:
+            stage, span = self._under_way.popleft()
+            seconds = span.wait()
+            if stage:
+                self.req.timings[stage] = self.req.timings.get(stage, 0.0) + seconds
 
 
 def make_call(pipeline: ComposedPipeline, call: ModelCall) -> Prediction:

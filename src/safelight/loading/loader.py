@@ -19,6 +19,7 @@ from safelight.acceleration.plan import MemoryPlan
 from safelight.acceleration.tiled_vae import tile_decoding
 from safelight.attention import set_attention_backend
 from safelight.backends import diffusers
+from safelight.core.device import on_device
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
@@ -74,7 +75,8 @@ def load_pipeline(
         memory.limit(limit)
     if (mesh or lone_mesh()).layout.num_devices != server_args.num_devices():
         raise UsageError("a model on several devices is loaded by as many ranks, which this process does not belong to")
-    return _LOADERS[repository.pipeline.backend](repository, server_args, memory, mesh or lone_mesh())
+    with on_device(server_args.torch_device()):
+        return _LOADERS[repository.pipeline.backend](repository, server_args, memory, mesh or lone_mesh())
 
 
 def describe(repository: Repository) -> ModelSchema:

@@ -5,17 +5,28 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from safelight.acceleration.callers import Callers
+from safelight.core.device import Span, begin_span, is_lost, is_out_of_memory
 from safelight.core.executor import Execution
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Prediction, Req, move
 from safelight.core.server_args import Mode
-from safelight.errors import CancelledError, CompilationError, DeadlineError, RankFailedError, SafelightError
+from safelight.errors import (
+    CancelledError,
+    CompilationError,
+    DeadlineError,
+    DeviceLostError,
+    RankFailedError,
+    SafelightError,
+)
 from safelight.parallel.collectives import DesynchronisedError
 from safelight.runtime.batching import run_stacked, stack_key
 from safelight.runtime.cost import step_cost
@@ -31,8 +42,39 @@ COMPILE_PATIENCE = 60.0
 """Seconds for which the engine waits for a moment without requests before it compiles between two units."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a unit was for one of its tasks: a denoising step, something after the last step, its last unit."""
+
+    was_step: bool
+    was_tail: bool
+    was_last: bool
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A unit that the device was given.
+
+    Attributes:
+        tasks: whose it is.
+        parts: what it was for each of them.
+        kind: of it.
+        span: of the device's work.
+
+    """
+
+    tasks: Sequence[Task]
+    parts: Sequence[Part]
+    kind: tuple[str, int]
+    span: Span
+
+
 class Engine:
     """Drives the tasks of one pipeline.
+
+    A device may do its work after the host has given it. The host is ahead by one unit of the same tasks at most: what
+    a unit took is learnt when the device has done it, and before other tasks have their turn it has done everything, so
+    that a unit that fails or hangs is always the announced one or the one before, of the same requests.
 
     Args:
         pipeline: the loaded model.
@@ -43,6 +85,7 @@ class Engine:
         watch: is told of every unit.
         callers: make the model calls; None makes them as the pipeline's settings say.
         ranks: that carry out the same plans; None for one.
+        begin: begins the span of what the device is given next; the device's unless given.
 
     """
 
@@ -57,6 +100,7 @@ class Engine:
         watch: Watch | None = None,
         callers: Callers | None = None,
         ranks: Ranks | None = None,
+        begin: Callable[[], Span] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.policy = policy or Policy()
@@ -67,6 +111,8 @@ class Engine:
         self.callers = callers or Callers(pipeline, stacked=batching == "throughput")
         self.ranks = ranks or Ranks()
         self.tasks: list[Task] = []
+        self._begin_span = begin or partial(begin_span, pipeline.device, clock)
+        self._issued: deque[Issued] = deque()
         self._num_added = 0
         self._newcomer_was_last = False
         self._compile_due: float | None = None
@@ -83,7 +129,8 @@ class Engine:
         """
         now, params = self.clock(), req.params
         cost = step_cost(params, self.pipeline.schema)
-        task = Task(Execution(self.pipeline, req), cost, params.num_steps(), now, self._num_added, priority)
+        execution = Execution(self.pipeline, req, begin=self._begin_span)
+        task = Task(execution, cost, params.num_steps(), now, self._num_added, priority)
         self._num_added += 1
         if deadline is not None:
             task.deadline = now + deadline
@@ -109,10 +156,10 @@ class Engine:
             self._compile()
         for task in plan.dropped:
             self._end(task, self._refusal(task))
-        for task in plan.evicted:
-            self._evict(task)
+        self._catch_up(plan.resumed)
+        lost = self._move(plan.evicted, HOST)
         resumed = self._resume(plan.resumed) if plan.resumed else ()
-        return [*plan.dropped, *resumed]
+        return [*plan.dropped, *lost, *resumed]
 
     @property
     def busy(self) -> bool:
@@ -196,7 +243,8 @@ class Engine:
         kind, begun = ("compilation", compilation.num_done), self.clock()
         self.watch.begin(kind, ())
         compilation.advance()
-        self.watch.end(kind, self.clock() - begun)
+        self.watch.learn(kind, self.clock() - begun)
+        self.watch.rest()
 
     def _begin(self, task: Task) -> None:
         """Choose how a request's calls are made, when the first of its outputs begins: alike for all."""
@@ -211,15 +259,17 @@ class Engine:
         """Do a unit of each, the model calls of several in common, or of the first where those do not fit.
 
         Returns:
-            the tasks that did a unit.
+            the tasks that did a unit, or that ended because there is no room for them on the device.
 
         """
-        kind, begun = tasks[0].kind, self.clock()
+        kind, span = tasks[0].kind, self._begin_span()
         self.watch.begin(kind, [task.request_id for task in tasks])
         for task in tasks:
             if not task.execution.started:
                 self._begin(task)
-            self._place(task)
+        if lost := self._move([task for task in tasks if not task.on_device], self.pipeline.device):
+            self.watch.rest()
+            return lost
         no_room = self.ranks.check_room(tasks)
         if no_room is not None and len(tasks) > 1:
             tasks = tasks[:1]
@@ -231,25 +281,43 @@ class Engine:
             errors = self.ranks.agree([error for _, error in ended])
         else:
             ended, errors = [(False, None)] * len(tasks), [no_room] * len(tasks)
+        span.end()
         for task, (is_over, _), error in zip(tasks, ended, errors, strict=True):
             if is_over or error is not None:
                 self._end(task, error)
-        now = self.clock()
-        seconds = now - begun  # each had the device for all of it, alone or with others
-        self.policy.record(tasks, now, seconds)
-        for task, before in zip(tasks, steps_left, strict=True):
-            self._learn(task, before, seconds)
-        self.watch.end(kind, seconds)
+        parts = [
+            Part(task.error is None and task.steps_left < before, not before, task.done and task.error is None)
+            for task, before in zip(tasks, steps_left, strict=True)
+        ]
+        self._issued.append(Issued(tasks, parts, kind, span))
+        self._learn(0 if any(task.done or not task.calls for task in tasks) else 1)
         return tasks
 
-    def _learn(self, task: Task, steps_left: int, seconds: float) -> None:
-        """Remember what a unit took, of a task that had so many steps left before."""
-        task.step_seconds = seconds if task.steps_left < steps_left and task.error is None else None
-        if task.step_seconds is not None:
+    def _catch_up(self, tasks: Sequence[Task]) -> None:
+        """Wait for what the device was given of other tasks than these."""
+        if self._issued and list(self._issued[-1].tasks) != list(tasks):
+            self._learn(0)
+
+    def _learn(self, ahead: int) -> None:
+        """Wait for the device until it is behind by so many units, and remember what those that it has done took."""
+        while self._issued and (len(self._issued) > ahead or self._issued[0].span.is_over()):
+            issued = self._issued.popleft()
+            seconds = issued.span.wait()  # each task had the device for all of it, alone or with others
+            self.policy.record(issued.tasks, self.clock(), seconds)
+            for task, part in zip(issued.tasks, issued.parts, strict=True):
+                self._learn_of(task, part, seconds)
+            self.watch.learn(issued.kind, seconds)
+        if not self._issued:
+            self.watch.rest()
+
+    def _learn_of(self, task: Task, part: Part, seconds: float) -> None:
+        """Remember what a unit took of a task."""
+        task.step_seconds = seconds if part.was_step else None
+        if part.was_step:
             self.policy.step_seconds.record(task.step_cost, seconds)
-        elif not steps_left:
+        elif part.was_tail:
             task.tail_seconds += seconds
-        if task.done and task.error is None:
+        if part.was_last:
             self.policy.tail_seconds.record(task.step_cost, task.tail_seconds)
 
     def _results(self, tasks: Sequence[Task]) -> Sequence[list[Prediction] | None]:
@@ -259,6 +327,7 @@ class Engine:
                 run_calls = self.pipeline.run_calls if self.pipeline.shares_branches else None
                 return list(run_stacked(tasks[0].execution.make_call, [task.calls for task in tasks], run_calls))
             except Exception as error:  # a request's boundary: apart, only the one at fault fails
+                self._check_device(error)
                 if self.ranks.size > 1:
                     raise DesynchronisedError("a forward that several ranks share failed on one") from error
                 logger.warning("a stacked forward failed; its %d calls are made apart", len(tasks), exc_info=True)
@@ -273,20 +342,40 @@ class Engine:
         except DesynchronisedError:
             raise
         except Exception as error:  # a request's boundary: nothing else holds its state
+            self._check_device(error)
             if shared and not isinstance(error, RankFailedError):
                 raise DesynchronisedError("a stage that several ranks share failed on one") from error
             return True, error
 
-    def _evict(self, task: Task) -> None:
-        with torch.inference_mode():
-            move(task.execution.req, HOST)
-        task.on_device = False
+    def _check_device(self, error: Exception) -> None:
+        """End the process where an error leaves it without its device.
 
-    def _place(self, task: Task) -> None:
-        if not task.on_device and task.execution.started:
+        Raises:
+            DeviceLostError: if it does.
+
+        """
+        if is_lost(self.pipeline.device, error):
+            raise DeviceLostError("the device has failed, and takes no more work from this process") from error
+
+    def _move(self, tasks: Sequence[Task], device: torch.device) -> list[Task]:
+        """Have tasks on the device, or on the host; end and return those for which there is no room."""
+        moved = [task for task in tasks if task.execution.started]
+        errors = self.ranks.agree([self._move_one(task, device) for task in moved])
+        for task in tasks:
+            task.on_device = device is not HOST
+        failed = [(task, error) for task, error in zip(moved, errors, strict=True) if error is not None]
+        for task, error in failed:
+            self._end(task, error)
+        return [task for task, _ in failed]
+
+    def _move_one(self, task: Task, device: torch.device) -> Exception | None:
+        try:
             with torch.inference_mode():
-                move(task.execution.req, self.pipeline.device)
-        task.on_device = True
+                move(task.execution.req, device)
+        except Exception as error:  # a request's boundary: what has no room ends alone
+            self._check_device(error)
+            return error
+        return None
 
     def _end(self, task: Task, error: Exception | None = None) -> None:
         task.execution.close()
@@ -294,11 +383,6 @@ class Engine:
         self.tasks.remove(task)
         if is_out_of_memory(error):
             free_memory()
-
-
-def is_out_of_memory(error: Exception | None) -> bool:
-    """Say whether an error is of memory, on the device or the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def free_memory() -> None:

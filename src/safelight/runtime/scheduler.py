@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+from safelight.core.device import is_out_of_memory
 from safelight.core.request import Req
 from safelight.errors import CancelledError, OutOfMemoryError, SafelightError
-from safelight.runtime.engine import Engine, is_out_of_memory
+from safelight.runtime.engine import Engine
 from safelight.runtime.messages import (
     Cancel,
     Compiled,
@@ -209,7 +210,8 @@ class Scheduler:
         order = self.engine.order(self.engine.tasks, self.engine.clock())
         waiting = [task.request_id for task in order if not task.execution.started]
         positions = {request_id: index for index, request_id in enumerate(dict.fromkeys(waiting))}
-        memory = torch.cuda.memory_allocated() if self.engine.pipeline.device.type == "cuda" else 0
+        device = self.engine.pipeline.device
+        memory = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.snapshot = Heartbeat(len(order) - len(waiting), len(waiting), memory, positions)
 
 

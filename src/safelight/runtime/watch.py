@@ -123,8 +123,11 @@ class Watch:
             limit = self._limits.of(self._seconds.median(kind))
             self._board.write(Unit(kind[0], tuple(requests), time.monotonic(), limit))
 
-    def end(self, kind: tuple[str, int], seconds: float) -> None:
-        """Say that it is over, and what it took."""
+    def learn(self, kind: tuple[str, int], seconds: float) -> None:
+        """Say what a unit took."""
         self._seconds.record(kind, seconds)
+
+    def rest(self) -> None:
+        """Say that nothing is under way."""
         if self._board is not None:
             self._board.write(None)

@@ -16,10 +16,18 @@ import torch
 import torch.distributed as dist
 
 from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
+from safelight.core.device import numbered
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
-from safelight.errors import CompilationError, InvalidParameterError, ModelError, SafelightError, UsageError
+from safelight.errors import (
+    CompilationError,
+    DeviceLostError,
+    InvalidParameterError,
+    ModelError,
+    SafelightError,
+    UsageError,
+)
 from safelight.loading.loader import load_pipeline
 from safelight.loading.planning import layout_for
 from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
@@ -41,6 +49,8 @@ layout_logger = logging.getLogger("safelight.layout")
 START_SECONDS = 60.0
 GROUP_LOST = 71
 """Exit code of a rank that cannot go on with the others."""
+DEVICE_LOST = 72
+"""Exit code of a worker whose device has failed."""
 MEETING = timedelta(seconds=300)
 """For which ranks wait for each other when they start."""
 
@@ -78,6 +88,9 @@ class GPUWorker:
         assert self.scheduler is not None
         try:
             self.scheduler.run()
+        except DeviceLostError:
+            logger.exception("this process ends, because its device has failed")
+            os._exit(DEVICE_LOST)  # what the interpreter frees at its end would ask the device again
         except Exception:
             if start.num_ranks == 1:
                 raise
@@ -119,6 +132,8 @@ def build_engine(start: Start, folder: Path, board: UnitBoard | None) -> Engine:
 
     """
     args = local_args(start)
+    if args.torch_device().type == "cuda":
+        torch.cuda.set_device(numbered(args.torch_device()))  # for the whole process, and everything in it
     mesh = join(start, args, folder) if start.num_ranks > 1 else lone_mesh()
     pipeline = load_pipeline(args, mesh=mesh)
     batching: Any = start.batching
@@ -163,8 +178,6 @@ def join(start: Start, args: ServerArgs, folder: Path) -> Mesh:
     """
     device = args.torch_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if start.store is None:
         dist.init_process_group(backend, timeout=MEETING)
     else:

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from safelight.acceleration.fused.examples import examples
 from safelight.acceleration.fused.operations import OPERATIONS, FusedOperation, kernel_errors
+from safelight.core.device import is_lost, is_out_of_memory
 from safelight.layers.fusable import FusableLayer
 
 logger = logging.getLogger(__name__)
 
 SLACK = 1.5
 """A fused result may be off by the plain form's largest error times this, and one unit in the last place."""
+MAX_REASON = 300
+"""Characters of the reason why a kernel does not run."""
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
@@ -155,7 +158,10 @@ def compare(
             try:
                 fused = as_tuple(operation.fused(*arguments))
             except kernel_errors() as reason:
-                return FusionCheck(name, sizes, num_layers, refusal=f"the kernel does not run: {reason}")
+                if is_out_of_memory(reason) or is_lost(device, reason):
+                    raise
+                told = " ".join(str(reason).split())[:MAX_REASON]
+                return FusionCheck(name, sizes, num_layers, refusal=f"the kernel does not run: {told}")
             plain = as_tuple(operation.plain(*arguments))
             exact = as_tuple(operation.plain(*map(in_float64, arguments)))
             for result, usual, reference in zip(fused, plain, exact, strict=True):

@@ -6,6 +6,7 @@ counts operations see one operator.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -98,9 +99,14 @@ OPERATIONS: Mapping[str, FusedOperation] = {
 
 @cache
 def kernel_errors() -> tuple[type[Exception], ...]:
-    """Return what a kernel raises that cannot run here: Triton's errors, and ImportError where it is missing."""
+    """Return what a kernel raises that cannot be built or cannot run here.
+
+    Triton's errors, ImportError where it is missing, and what building its launcher raises: RuntimeError without a C
+    compiler, CalledProcessError where that finds no headers of Python, OSError where it cannot write.
+    """
+    errors = (ImportError, OSError, RuntimeError, subprocess.CalledProcessError)
     try:
         from triton.errors import TritonError
     except ImportError:
-        return (ImportError,)
-    return (ImportError, TritonError)
+        return errors
+    return (*errors, TritonError)
