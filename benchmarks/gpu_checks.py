@@ -98,6 +98,19 @@ def environment(machine: Machine) -> bool:
     return False
 
 
+def fusion(machine: Machine) -> bool:
+    """Fuse a block of each kind at its published width, cold; print what the check finds."""
+    within = True
+    for stack in STACKS.values():
+        architecture = replace(stack.full.architecture, **{kind.field: 1 for kind in stack.blocks})
+        transformer = stack.random_transformer(architecture, machine.dtype, machine.device.type)
+        begun = time.perf_counter()
+        report = fuse(transformer, machine.device, machine.dtype)
+        print(f"{stack.name}, {time.perf_counter() - begun:.1f} s: {report}", flush=True)
+        within &= report.num_fused > 0 and not report.num_plain
+    return within
+
+
 def attention(machine: Machine) -> bool:
     """Print what is chosen, the time of each kernel at real sizes, and what a length costs that is new."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -122,11 +135,6 @@ def attention(machine: Machine) -> bool:
             for name, each in seconds.items()
         ]
     print_table(["attention", "backend", "ms", "TFLOP/s"], rows)
-    if not machine.on_gpu:
-        return True
-    for avoid in ("0", "1"):
-        child = [sys.executable, "-m", "benchmarks.gpu_checks", "new_lengths", "--device", "cuda"]
-        subprocess.run(child, env={**os.environ, "TORCH_CUDNN_SDPA_AVOID_RECOMPILE": avoid}, check=True)
     return True
 
 
@@ -140,7 +148,10 @@ def random_heads(machine: Machine, heads: int, num_queries: int, num_keys: int) 
 
 
 def new_lengths(machine: Machine) -> bool:
-    """Print the milliseconds of the first and second call at six lengths, for cuDNN and flash attention."""
+    """Print the milliseconds of the first and second call at six lengths, for cuDNN and flash attention.
+
+    With TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 in the environment torch keeps one plan of cuDNN's for all lengths.
+    """
     avoid = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE")
     rows = []
     for name in ("cudnn", "flash"):
@@ -417,6 +428,7 @@ def is_ready(http: Any) -> bool:
 
 CHECKS: Mapping[str, Callable[[Machine], bool]] = {
     "environment": environment,
+    "fusion": fusion,
     "attention": attention,
     "new_lengths": new_lengths,
     "graphs": graphs,

@@ -216,15 +216,19 @@ def code_lines(path: Path) -> int:
 
 
 BUDGETS = {
-    "core": 900,
-    "stages": 1000,
-    "layers": 900,
-    "attention": 500,
-    "loading": 900,
-    "cli": 600,
+    "core": 1400,
+    "stages": 900,
+    "layers": 800,
+    "attention": 400,
+    "loading": 1400,
+    "backends": 800,
+    "parallel": 1200,
+    "acceleration": 3000,
+    "checking": 1500,
+    "cli": 800,
     "generator.py": 300,
-    "runtime": 1700,
-    "serving": 2600,
+    "runtime": 2500,
+    "serving": 4200,
 }
 OVER = 1.25
 """A budget is a habit: what is over is printed, and fails at this factor."""
@@ -332,14 +336,15 @@ def test_frozen_lists(cls, fields, limit):
     assert len(names) <= limit
 
 
+READ_BY = ("generate.py", "compile.py", "torchrun.py", "group.py")
 ENVIRONMENT_VARIABLES = {"SAFELIGHT_STATE_DIR", "SAFELIGHT_API_KEY_FILE"}
 
 
 def test_environment_variables_are_few():
-    """At most five, each for a setting that a flag names as well; Inductor finds its cache by one of its own."""
+    """At most five, each for a setting that a flag names as well; Inductor and torch's allocator have their own."""
     found = set()
     for path in FILES:
         found |= set(re.findall(r"SAFELIGHT_[A-Z_]+", path.read_text()))
         assert "getenv" not in path.read_text(), path
-        assert "os.environ" not in path.read_text() or path.name in ("generate.py", "compile.py", "torchrun.py"), path
+        assert "os.environ" not in path.read_text() or path.name in READ_BY, path
     assert found == ENVIRONMENT_VARIABLES and len(found) <= 5

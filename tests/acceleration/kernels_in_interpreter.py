@@ -22,6 +22,7 @@ from safelight.layers import modulation, rotary
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else [pytest.mark.cuda]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.common import as_tensor
 from safelight import ServerArgs
-from safelight.acceleration.graphs import CudaRecorder, Recorder, StepGraphs, refuse_graphs
+from safelight.acceleration.graphs import CaptureError, CudaRecorder, Recorder, StepGraphs, refuse_graphs
 from safelight.core.executor import make_call
 from safelight.core.request import ModelCall
 from safelight.errors import InvalidParameterError
@@ -16,17 +16,21 @@ from safelight.errors import InvalidParameterError
 class FakeRecorder(Recorder):
     """Runs a recorded function again on its buffers, and writes into the tensors of the first time, as a graph does."""
 
-    def __init__(self, bound=True):
+    def __init__(self, bound=True, refuses=lambda result: False):
         self.bound = bound
-        self.num_recorded = self.num_measured = 0
+        self.refuses = refuses
+        self.num_recorded = self.num_measured = self.num_refused = 0
 
     def measure(self, run):
         self.num_measured += 1
         return run(), self.bound
 
     def record(self, run):
-        self.num_recorded += 1
         result = run()
+        if self.refuses(result):
+            self.num_refused += 1
+            raise CaptureError("operation not permitted when stream is capturing")
+        self.num_recorded += 1
         parts = result if isinstance(result, tuple) else (result,)
 
         def replay():
@@ -115,6 +119,19 @@ def test_what_is_not_bound_by_launches_runs_as_it_is():
     for _ in range(5):
         make(call(1))
     assert (recorder.num_measured, recorder.num_recorded) == (1, 0)
+
+
+def test_what_cannot_be_recorded_stays_eager_and_is_not_tried_again(caplog):
+    """Other shapes are recorded all the same."""
+    recorder = FakeRecorder(refuses=lambda result: len(result) == 2)
+    graphs = StepGraphs(torch.device("cpu"), recorder)
+    make = graphs.of(compute)
+    for seed in range(6):
+        for rows in (1, 2):
+            asked = call(rows, seed=seed)
+            assert torch.equal(make(asked), compute(asked))
+    assert (recorder.num_refused, recorder.num_recorded, graphs.num_graphs) == (1, 1, 1)
+    assert caplog.text.count("stay without a graph: operation not permitted") == 1
 
 
 def test_results_of_several_tensors(graphs):

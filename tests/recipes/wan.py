@@ -191,6 +191,11 @@ class DMDReference:
     def set_progress_bar_config(self, disable: bool) -> None:
         """There is no bar."""
 
+    def to(self, device: torch.device) -> DMDReference:
+        """Move its parts."""
+        self.pipe.to(device)
+        return self
+
     def prepare_latents(self, *args: Any) -> torch.Tensor:
         """Draw the initial noise."""
         drawn: torch.Tensor = self.pipe.prepare_latents(*args)

@@ -25,3 +25,4 @@ def accelerate(module: nn.Module, kernels: str, device: torch.device, dtype: tor
         accelerate_on_cpu(module, cpu_plan())
     elif device.type == "cuda":
         fuse(module, device, dtype)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # the weights of 2-D convolutions

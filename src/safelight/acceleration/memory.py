@@ -5,13 +5,19 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safelight.core.device import numbered
 from safelight.errors import SafelightError
+
+NUM_BUFFERS, BUFFER_BYTES = 2, 64 * 2**20
+"""Pinned buffers through which weights pass: one is filled while the other is copied."""
+LEAST_PINNED = 2**20
+"""Bytes of a tensor from which pinned buffers are worth it."""
 
 
 class DeviceMemory(Protocol):
@@ -150,3 +156,85 @@ class CudaMemory:
     def trim(self) -> None:
         """Give cached blocks back, so that large ones can be made of them."""
         torch.cuda.empty_cache()
+
+
+class PinnedCopies:
+    """Copies weights to a device through two pinned buffers: pages of a file are read while the device copies.
+
+    Args:
+        memory: the device's.
+
+    """
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self._memory = memory
+        self._buffers: list[Tensor] = []
+        self._marks: list[Any] = []
+        self._turn = self._used = 0
+
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copy tensors; the device's work from now on waits for them, and the sources are free.
+
+        Args:
+            pairs: target on the device and source on the host, of one shape, dtype and strides, each dense.
+
+        """
+        after = self._memory.mark()
+        if not self._buffers:
+            self._buffers = [self._memory.pin(BUFFER_BYTES) for _ in range(NUM_BUFFERS)]
+            self._marks = [after for _ in self._buffers]
+        for target, source in pairs:
+            if not source.nbytes:
+                continue
+            for place, piece in zip(flat(target).split(BUFFER_BYTES), flat(source).split(BUFFER_BYTES), strict=True):
+                staged = self._room(piece.nbytes)
+                staged.copy_(piece)
+                self._marks[self._turn] = self._memory.copy(place, staged, after)
+        self._memory.wait(self._marks[self._turn])
+
+    def _room(self, num_bytes: int) -> Tensor:
+        """Return a part of a buffer that no copy reads any more."""
+        if self._used + num_bytes > BUFFER_BYTES:
+            self._turn, self._used = (self._turn + 1) % NUM_BUFFERS, 0
+            self._memory.synchronize(self._marks[self._turn])
+        staged = self._buffers[self._turn][self._used : self._used + num_bytes]
+        self._used = min(BUFFER_BYTES, -(-(self._used + num_bytes) // 64) * 64)
+        return staged
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return a dense tensor's bytes as they lie in memory, uint8 [num_bytes]."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+class Carrier:
+    """Brings tensors from the host to a device.
+
+    Args:
+        device: where they go.
+        copies: for large ones; None for a device whose memory is the host's.
+
+    """
+
+    def __init__(self, device: torch.device, copies: PinnedCopies | None) -> None:
+        self._device = device
+        self._copies = copies
+
+    def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor on the device and in a dtype, which is changed there."""
+        if self._copies is None or tensor.device.type != "cpu" or tensor.nbytes < LEAST_PINNED:
+            return tensor.to(self._device, dtype)
+        source = tensor.contiguous()
+        target = torch.empty_like(source, device=self._device)
+        self._copies.copy([(target, source)])
+        return target.to(dtype)
+
+    def bring_module(self, module: nn.Module) -> None:
+        """Bring a module's parameters and buffers, each in its own dtype, in place."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = self.bring(tensor.data, tensor.dtype)
+
+
+def carrier(device: torch.device) -> Carrier:
+    """Return what brings tensors from the host to a device."""
+    return Carrier(device, PinnedCopies(CudaMemory(device)) if device.type == "cuda" else None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safelight.acceleration.blocks import repeated_blocks
-from safelight.acceleration.memory import DeviceMemory
+from safelight.acceleration.memory import DeviceMemory, PinnedCopies
 from safelight.core.residency import Placement, Residency
 
 ALIGNMENT = 512
@@ -52,9 +52,13 @@ class Packed:
         return views
 
     def fill(self, views: Sequence[Tensor]) -> None:
-        """Copy the weights from the host to their places in a buffer, and wait for it."""
+        """Copy the weights from the host to their places in a buffer there."""
         for view, tensor in zip(views, self._host, strict=True):
             view.copy_(tensor)
+
+    def pairs(self, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the weights' places in a buffer, each with where they are on the host."""
+        return list(zip(views, self._host, strict=True))
 
     def use(self, views: Sequence[Tensor]) -> None:
         """Let the module's tensors be those of a buffer."""
@@ -92,12 +96,14 @@ class WholeModule:
     Args:
         packed: its tensors.
         memory: where it runs.
+        copies: bring it there; its own unless given.
 
     """
 
-    def __init__(self, packed: Packed, memory: DeviceMemory) -> None:
+    def __init__(self, packed: Packed, memory: DeviceMemory, copies: PinnedCopies | None = None) -> None:
         self._packed = packed
         self._memory = memory
+        self._copies = copies or PinnedCopies(memory)
 
     @property
     def num_bytes(self) -> int:
@@ -109,7 +115,7 @@ class WholeModule:
         """Copy it to the device."""
         views = self._packed.views(self._memory.allocate(self.num_bytes))
         with torch.no_grad():
-            self._packed.fill(views)
+            self._copies.copy(self._packed.pairs(views))
         self._packed.use(views)
 
     @torch.inference_mode(False)
@@ -280,14 +286,17 @@ class StreamedModule:
         module: the component.
         stream: of its blocks.
         memory: where it runs.
+        copies: bring the rest there; its own unless given.
 
     """
 
-    def __init__(self, module: nn.Module, stream: BlockStream, memory: DeviceMemory) -> None:
+    def __init__(
+        self, module: nn.Module, stream: BlockStream, memory: DeviceMemory, copies: PinnedCopies | None = None
+    ) -> None:
         streamed = {id(tensor) for block in stream.blocks for tensor in tensors_of(block)}
         self._stream = stream
         self._rest = WholeModule(
-            Packed([tensor for tensor in tensors_of(module) if id(tensor) not in streamed]), memory
+            Packed([tensor for tensor in tensors_of(module) if id(tensor) not in streamed]), memory, copies
         )
 
     @property
@@ -327,10 +336,11 @@ def place_components(
         largest = max(streamed_bytes(blocks[name], count) for name, count in resident_blocks.items())
         stager = Stager(memory, largest)  # one for all: of alternates one is on the device
         streams = {name: BlockStream(blocks[name], count, stager, memory) for name, count in resident_blocks.items()}
+    copies = PinnedCopies(memory)  # one for all: components come one after another
     return {
-        name: StreamedModule(module, streams[name], memory)
+        name: StreamedModule(module, streams[name], memory, copies)
         if name in streams
-        else WholeModule(Packed(tensors_of(module)), memory)
+        else WholeModule(Packed(tensors_of(module)), memory, copies)
         for name, module in modules.items()
     }
 

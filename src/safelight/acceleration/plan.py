@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from safelight.acceleration.memory import BUFFER_BYTES, NUM_BUFFERS
 from safelight.acceleration.offload import NUM_SLOTS, spread
 from safelight.core.residency import Residency
 from safelight.core.sizes import shown_size
@@ -12,8 +13,9 @@ from safelight.errors import InvalidParameterError
 
 MODES = ("none", "alternates", "components", "blocks")
 """From the cheapest to that which needs least memory."""
-WORKSPACE = 256 * 2**20
-"""Bytes of the limit that are left to the libraries of kernels, for what they need within one."""
+WORKSPACE = 2**30
+"""Bytes of the limit that are left to the libraries: their modules, what kernels need within one (cuDNN's layouts of a
+large picture above all), and what lies unused between the allocator's blocks."""
 HOST_BANDWIDTH = 25e9
 """Bytes a second from the host to the device, about those of PCIe 4.0 with 16 lanes, for a bound of time."""
 
@@ -62,6 +64,7 @@ class Footprint:
         tiled: the same where the VAE decodes in tiles; None where it cannot.
         num_branches: forwards of a denoising step, one a guidance branch.
         request: the size, in words.
+        kept: bytes that stay on the device besides, of earlier requests: the conditioning cache, where it is there.
 
     """
 
@@ -70,6 +73,12 @@ class Footprint:
     num_branches: int
     request: str
     tiled: Sequence[StageFootprint] | None = None
+    kept: int = 0
+
+    @property
+    def reserve(self) -> int:
+        """Bytes of the limit that are neither weights nor activations."""
+        return WORKSPACE + self.kept
 
 
 @dataclass(frozen=True)
@@ -128,13 +137,13 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The most bytes on the device, without the workspace of kernels."""
+        """The most bytes on the device, without what is reserved."""
         return max(stage.peak for stage in self.stages)
 
     @property
     def fits(self) -> bool:
         """Whether it keeps within the limit."""
-        return self.peak + WORKSPACE <= self.limit
+        return self.peak + self.footprint.reserve <= self.limit
 
     @property
     def host_bytes(self) -> int:
@@ -188,7 +197,7 @@ def make_plan(footprint: Footprint, limit: int, offload: str = "auto") -> Memory
     raise InvalidParameterError(
         "memory_limit",
         shown_size(limit),
-        f"{shown_size(least.peak + WORKSPACE)} or more for {footprint.request} with offload={least.offload}"
+        f"{shown_size(least.peak + footprint.reserve)} or more for {footprint.request} with offload={least.offload}"
         f"{' and tiles' if least.tiled else ''}: {at.footprint.stage} needs {shown_size(at.weights)} of weights "
         f"({', '.join(at.resident)}) and {shown_size(at.footprint.activations)} of activations",
     )
@@ -230,7 +239,7 @@ def plan_mode(
     components = footprint.components
     placed = placed_components(components, mode)
     fixed = sum(component.num_bytes for name, component in components.items() if name not in placed)
-    rooms = rooms_of(stages, placed, limit - WORKSPACE - fixed)
+    rooms = rooms_of(stages, placed, limit - footprint.reserve - fixed)
     if mode == "alternates":  # one at a time, even where there is room for more
         rooms = {name: components[name].num_bytes for name in placed}
     streaming = [name for name, component in components.items() if component.block_bytes and mode == "blocks"]
@@ -250,7 +259,8 @@ def plan_mode(
         stages=planned,
         bytes_a_request=brought,
         bytes_a_step=max((footprint.num_branches * stream.bytes_a_call for stream in streams.values()), default=0),
-        pinned=NUM_SLOTS * max((stream.slot_bytes for stream in streams.values()), default=0),
+        pinned=NUM_SLOTS * max((stream.slot_bytes for stream in streams.values()), default=0)
+        + (NUM_BUFFERS * BUFFER_BYTES if placed else 0),
         refused=dict(refused or {}),
     )
 

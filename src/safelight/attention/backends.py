@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -143,10 +143,11 @@ BACKENDS: Mapping[str, AttentionBackend] = {
         ),
     )
 }
-"""Every backend by its name, in the order in which `auto` tries them; all but the lossy are exact up to rounding."""
+"""Every backend by its name, in the order in which `auto` tries them; all but the lossy are exact up to rounding.
 
-FIRST_ON: Mapping[int, Sequence[str]] = {9: ("cudnn",), 10: ("cudnn",)}
-"""What `auto` tries before the table, by compute capability: kernels for these devices that torch does not prefer."""
+On CUDA `auto` leaves the choice among kernels to torch: on a Hopper it takes cuDNN's by itself, and naming that one
+costs 30 us more a call (docs/benchmarks.md).
+"""
 
 
 def compute_capability(device_type: str) -> int | None:
@@ -167,10 +168,7 @@ def candidates(requested: str, kind: AttentionKind) -> list[AttentionBackend]:
         raise InvalidParameterError("attention_backend", requested, f"auto, {', '.join(BACKENDS)}")
     if requested != "auto":
         return [BACKENDS[requested]]
-    first = FIRST_ON.get(kind.capability, ()) if kind.capability is not None else ()
-    names = [*first, *(name for name in BACKENDS if name not in first)]
-    offered = [BACKENDS[name] for name in names]
-    return [backend for backend in offered if backend.in_auto and not backend.lossy and backend.load is None]
+    return [backend for backend in BACKENDS.values() if backend.in_auto and not backend.lossy and backend.load is None]
 
 
 def disagreement(backend: AttentionBackend, kind: AttentionKind) -> str | None:

@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BAND_ROWS = 64
-"""Rows that a convolution makes at a time, where it adds to what is there already."""
+"""Rows that a convolution on a CPU makes at a time, where it adds to what is there already: they stay in its caches."""
+
+
+def rows_at_once(frame: Tensor) -> int:
+    """Return how many rows of [1, C, H, W] are made at a time: elsewhere all, because launches cost more than memory.
+
+    What is counted on the meta device is counted for a device that is no CPU.
+    """
+    return BAND_ROWS if frame.device.type == "cpu" else frame.shape[2]
 
 
 def channels_last(weight: Tensor) -> Tensor:
@@ -21,22 +29,27 @@ def channels_last(weight: Tensor) -> Tensor:
 
 def add_conv(convolved: Tensor, frame: Tensor, weight: Tensor) -> None:
     """Add to [1, C_out, H, W] a convolution of a frame [1, C, H, W], in place, some rows at a time."""
-    height, halo = frame.shape[2], weight.shape[2] // 2
-    for top in range(0, height, BAND_ROWS):
-        bottom = min(top + BAND_ROWS, height)
+    height, halo, rows = frame.shape[2], weight.shape[2] // 2, rows_at_once(frame)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
         above, below = min(top, halo), min(height - bottom, halo)  # rows there are beyond the band, of those it needs
         band = frame[:, :, top - above : bottom + below]
         convolved[:, :, top:bottom] += F.conv2d(band, weight, padding=halo)[:, :, above : above + bottom - top]
 
 
 def conv_in_place(frame: Tensor, weight: Tensor) -> Tensor:
-    """Replace a frame [1, C, H, W] by a convolution of it, of as many channels, some rows at a time; return it."""
-    height, halo = frame.shape[2], weight.shape[2] // 2
+    """Return a convolution of a frame [1, C, H, W], of as many channels, some rows at a time, in the frame's memory.
+
+    Where all rows are made at once they lie elsewhere, and the frame's memory is free.
+    """
+    height, halo, rows = frame.shape[2], weight.shape[2] // 2, rows_at_once(frame)
+    if rows >= height:
+        return F.conv2d(frame, weight, padding=halo)
     above = None  # the last rows of the band before, as they were
-    for top in range(0, height, BAND_ROWS):
-        bottom = min(top + BAND_ROWS, height)
-        rows = frame[:, :, top : bottom + halo]
-        band = rows if above is None else torch.cat((above, rows), dim=2)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        taken = frame[:, :, top : bottom + halo]
+        band = taken if above is None else torch.cat((above, taken), dim=2)
         first = 0 if above is None else halo
         above = frame[:, :, bottom - halo : bottom].clone()
         frame[:, :, top:bottom] = F.conv2d(band, weight, padding=halo)[:, :, first : first + bottom - top]

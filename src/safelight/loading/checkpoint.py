@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from safelight.acceleration.memory import carrier
 from safelight.errors import CheckpointError
 from safelight.parallel.shards import Shard
 
@@ -87,6 +88,7 @@ def load_weights(
     divided = shards or {}
     expected |= {key: shard.full_shape for key, shard in divided.items()}
     state: dict[str, Tensor] = {}
+    there = carrier(device)
     with ExitStack() as stack:
         files = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder)]
         for key, path, file in _keys(files):
@@ -95,7 +97,7 @@ def load_weights(
                 continue
             _check_key(key, file, expected, state, path)
             tensor, own = _read(file, key, divided.get(key)), torch.float32 if parts & exact else dtype
-            state[key] = tensor.to(device, own) if tensor.is_floating_point() else tensor.to(device)
+            state[key] = there.bring(tensor, own if tensor.is_floating_point() else tensor.dtype)
     missing = sorted(expected.keys() - state.keys())
     if missing:
         raise CheckpointError(f"{folder.name}: missing {listed(missing)}")

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+from safelight.acceleration.memory import carrier
 from safelight.core.registry import resolve_class
 from safelight.errors import CheckpointError, ModelError, ModelIndexError, nearest
 from safelight.loading.bounds import bounded, check_numbers
@@ -220,7 +221,8 @@ def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: tor
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[fault]:
             raise CheckpointError(f"{folder.name}: {fault.replace('_', ' ')}: {listed(sorted(map(str, info[fault])))}")
-    loaded: nn.Module = module.to(device).eval().requires_grad_(False)
+    carrier(device).bring_module(module)
+    loaded: nn.Module = module.eval().requires_grad_(False)
     return loaded
 
 

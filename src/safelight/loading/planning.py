@@ -89,4 +89,6 @@ def plan_memory(
     footprint = measure(repository, server_args, fields or {}, exact or server_args.offload == "auto")
     if exact and footprint.tiled is not None:
         footprint = dataclasses.replace(footprint, stages=footprint.tiled, tiled=None)
+    if server_args.offload == "none":  # otherwise it is on the host
+        footprint = dataclasses.replace(footprint, kept=server_args.conditioning_cache_bytes())
     return make_plan(footprint, limit, server_args.offload)

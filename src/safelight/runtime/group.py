@@ -28,6 +28,18 @@ GROUP_SILENCE = 1.5
 """Seconds of silence after which one of several ranks counts as stopped: the others wait for it."""
 
 
+ALLOCATOR, ALLOCATOR_BEFORE = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""By which torch's allocator is told how to work; whoever sets one keeps it."""
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment of a worker: memory in blocks that can grow, so that changing sizes leave no holes."""
+    known = dict(os.environ)
+    if ALLOCATOR not in known and ALLOCATOR_BEFORE not in known:
+        known[ALLOCATOR] = "expandable_segments:True"
+    return known
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """What a supervisor needs to know.
@@ -184,7 +196,7 @@ async def start_rank(socket: Path, board: Path, start: Start) -> Rank:
     # A session of its own: an interrupt at the terminal is the supervisor's, who decides when the worker ends.
     try:
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True, env=worker_environment()
         )
     except BaseException:
         channel.close()

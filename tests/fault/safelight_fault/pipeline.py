@@ -53,6 +53,11 @@ def oom(batch: Any, value: str) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (/usr/lib/secret.py at 0x7f00)")
 
 
+def lose(batch: Any, value: str) -> None:
+    """Fail as a device does that takes no more work from this process."""
+    raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+
 def fail(batch: Any, value: str) -> None:
     """Raise what nobody expects."""
     raise RuntimeError("internal: /home/somebody/secret.py at 0x7f0000000000")
@@ -86,6 +91,7 @@ DEEDS: dict[str, Callable[[Any, str], Any]] = {
     "raise": fail,
     "refuse": refuse,
     "oom": oom,
+    "lost": lose,
     "full": fill,
     "nan": poison,
     "exit": lambda batch, value: os._exit(7),
