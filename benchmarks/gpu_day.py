@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safelight.runtime.group import worker_environment
+
 TESTS = (
     *(sys.executable, "-m", "pytest", "-q", "-W", "default", "--tb=short"),
     *("-p", "no:cacheprovider", "-p", "no:benchmark", "--disable-warnings"),
@@ -33,7 +35,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """Tiny models on a CPU only wait for more."""
 TOTAL = 480.0
 """Seconds for everything."""
-SHARE_OF_PLANNED = 3.0
+SHARE_OF_PLANNED = 1.5
 """Of its planned seconds, after which a section is ended."""
 
 
@@ -59,7 +61,7 @@ class Section:
 
 def tests(*arguments: str, workers: int) -> tuple[str, ...]:
     """Return the command of tests that are marked `cuda`."""
-    return (*TESTS, "-m", "cuda", "--on-device", "{device}", "-n", str(workers), "-rfE", *arguments)
+    return (*TESTS, "-m", "cuda", "--on-device", "{device}", "-n", str(workers), "--slow", "-rfE", *arguments)
 
 
 def check(name: str) -> tuple[str, ...]:
@@ -78,9 +80,10 @@ TESTED = (
     "tests/acceleration/test_graphs.py",
     "tests/acceleration/test_on_device.py",
     "tests/families/test_on_device.py",
+    "tests/features/test_features.py",
     "tests/runtime/test_on_device.py",
 )
-"""Kernels; graphs; attention, offload, compiled blocks and memory; every pipeline; failures."""
+"""Kernels; graphs; attention, offload, compiled blocks and memory; every pipeline; graphs with all else; failures."""
 SECTIONS = (
     Section("environment", check("environment"), 10),
     Section("fusion", check("fusion"), 30, needs_gpu=True),
@@ -116,7 +119,7 @@ def run_section(section: Section, device: str, limit: float) -> dict[str, object
         text=True,
         errors="replace",
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(ONE_THREAD if device == "cpu" else {})},
+        env={**worker_environment(), "PYTHONUNBUFFERED": "1", **(ONE_THREAD if device == "cpu" else {})},
     )
     timer = threading.Timer(limit, end_group, [process])
     timer.start()

@@ -35,10 +35,15 @@ def is_slow(name, pair):
     return pair.one is not pair.other and families[WORKING_PAIRS.index(pair) % len(families)] != name
 
 
+def marks_of(name, pair):
+    """Return a case's marks."""
+    return [pytest.mark.slow] * is_slow(name, pair) + [pytest.mark.cuda] * pair.needs_cuda
+
+
 def cases(is_chosen):
     """Return each pair that works, of those chosen, in each family."""
     return [
-        pytest.param(name, pair, id=f"{name}: {pair}", marks=[pytest.mark.slow] if is_slow(name, pair) else [])
+        pytest.param(name, pair, id=f"{name}: {pair}", marks=marks_of(name, pair))
         for name in runs.ASKED
         for pair in WORKING_PAIRS
         if is_chosen(pair)

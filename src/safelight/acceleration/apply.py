@@ -7,6 +7,7 @@ from torch import nn
 
 from safelight.acceleration.cpu import accelerate_on_cpu, cpu_plan
 from safelight.acceleration.fused.fusion import fuse
+from safelight.layers.convolution import channels_last
 
 
 def accelerate(module: nn.Module, kernels: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -25,4 +26,11 @@ def accelerate(module: nn.Module, kernels: str, device: torch.device, dtype: tor
         accelerate_on_cpu(module, cpu_plan())
     elif device.type == "cuda":
         fuse(module, device, dtype)
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # the weights of 2-D convolutions
+        convolve_with_channels_last(module)
+
+
+def convolve_with_channels_last(module: nn.Module) -> None:
+    """Lay the weights of 2-D convolutions as tensor cores read them; what they make is laid so, too."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            part.weight.data = channels_last(part.weight.data)
