@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,14 @@ from benchmarks.vae_decode import MODELS, latents_of, make_vae
 from safelight.acceleration.activations import Valueless, count_peak, on_meta
 from safelight.acceleration.apply import accelerate, convolve_with_channels_last
 from safelight.acceleration.blocks import repeated_blocks
-from safelight.acceleration.compile import compile_blocks, compiling, in_form, missing_for_launchers, use_cache
+from safelight.acceleration.compile import (
+    BlockClass,
+    compile_blocks,
+    compiling,
+    in_form,
+    missing_for_launchers,
+    use_cache,
+)
 from safelight.acceleration.fused import fuse
 from safelight.acceleration.graphs import StepGraphs
 from safelight.acceleration.memory import CudaMemory, DeviceMemory, HostMemory
@@ -40,6 +47,7 @@ from safelight.acceleration.plan import WORKSPACE
 from safelight.attention import BACKENDS, set_attention_backend
 from safelight.attention.backends import AttentionKind, compute_capability, select_backend
 from safelight.core.request import ModelCall
+from safelight.errors import CompilationError
 from safelight.layers.causal_vae import CausalDecoder
 
 START_SECONDS = 120.0
@@ -183,7 +191,7 @@ def flux_inputs(machine: Machine, side: int) -> dict[str, Any]:
     """Return the arguments of a forward for a square picture."""
     stack = STACKS["flux"]
     size = stack.full if machine.on_gpu else stack.tiny
-    grid = next(iter(picture(side if machine.on_gpu else 64).values()))
+    grid = next(iter(picture(side if machine.on_gpu else side // 4).values()))
     return stack.inputs(size, grid, machine.dtype, machine.device.type).for_safelight()
 
 
@@ -232,7 +240,7 @@ def compile_(machine: Machine) -> bool:
             return as_tensor(forward(**arguments))
 
     reference = diffusers_compiled(machine, transformer)
-    within = True
+    within = graphs_take(classes, partial(forward, **flux_inputs(machine, 512)))
     for side in (1024, 512):
         arguments = flux_inputs(machine, side)
         sides: dict[str, Callable[[], Tensor]] = {form: partial(run, form, arguments) for form in ("eager", "compiled")}
@@ -244,6 +252,21 @@ def compile_(machine: Machine) -> bool:
         rows += [[f"{side}x{side}", name, f"{each * 1e3:.2f}", f"{error:.1e}"] for name, each in seconds.items()]
     print_table(["FLUX", "form", "ms a forward", "compiled from eager"], rows)
     return within
+
+
+def graphs_take(classes: Sequence[BlockClass], run: Callable[[], object]) -> bool:
+    """Say whether the compiled graphs take a call of another size; otherwise print the guard that they fail at.
+
+    Where none takes it the blocks run eagerly, which times and pictures alone do not tell.
+    """
+    try:
+        with torch.compiler.set_stance("fail_on_recompile"), compiling(classes):
+            run()
+    except CompilationError as error:
+        print(f"NO GRAPH TAKES ANOTHER SIZE: {error.__cause__}")
+        return False
+    print("graphs take other sizes")
+    return True
 
 
 def diffusers_compiled(machine: Machine, transformer: nn.Module) -> Callable[[int], Tensor] | None:
@@ -306,9 +329,6 @@ def decode_sides(name: str, vae: Any, machine: Machine) -> dict[str, Callable[[T
     if name == "AutoencoderKL":
         last = copy.deepcopy(vae).to(memory_format=torch.channels_last)
         return {**sides, "channels last": library(last), "Safelight": library(ours)}
-    if machine.on_gpu:
-        last = copy.deepcopy(vae).to(memory_format=torch.channels_last_3d)
-        sides["channels last"] = library(last)
     decoder = CausalDecoder(ours)
 
     def frames(latents: Tensor) -> Tensor:

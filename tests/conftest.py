@@ -44,6 +44,13 @@ def pytest_configure(config):
     config.stash[PARITY_ROWS] = []
 
 
+@pytest.fixture(autouse=True)
+def _exact_convolutions(request, monkeypatch):
+    """Let convolutions in float32 be that: cuDNN's default rounds to ten bits, and shows every order of sums."""
+    if request.node.get_closest_marker("cuda"):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def device(request):
     """Where a test marked `cuda` runs."""

@@ -227,24 +227,24 @@ class DMDReference:
         self.scheduler.sigmas = torch.stack([*levels, torch.tensor(0.0)])
         channels, batch = pipe.transformer.config.in_channels, len(prompt)
         latents = self.prepare_latents(
-            batch, channels, height, width, num_frames, torch.float32, "cpu", generator, None
+            batch, channels, height, width, num_frames, torch.float32, pipe.transformer.device, generator, None
         )
         for step, t in enumerate(self.scheduler.timesteps):
-            steered = t.expand(batch)
+            steered = t.to(latents.device).expand(batch)
             if pipe.config.expand_timesteps:
                 num_tokens = latents.shape[2] * latents.shape[3] * latents.shape[4] // 4
-                steered = t.expand(batch, num_tokens)
+                steered = t.to(latents.device).expand(batch, num_tokens)
             noisy = latents.to(pipe.transformer.dtype)
             velocity = pipe.transformer(noisy, steered, embeds, return_dict=False)[0].float()
             latents = latents - levels[step] * velocity
             if step + 1 < len(levels):
                 fresh = torch.cat([torch.randn((1, *latents.shape[1:]), generator=source) for source in generator])
-                latents = (1 - levels[step + 1]) * latents + levels[step + 1] * fresh
+                latents = (1 - levels[step + 1]) * latents + levels[step + 1] * fresh.to(latents.device)
             callback_on_step_end(self, step, t, {"latents": latents})
         std, mean = (
             torch.tensor(pipe.vae.config[name])[None, :, None, None, None] for name in ("latents_std", "latents_mean")
         )
-        video = pipe.vae.decode(latents * std + mean, return_dict=False)[0]
+        video = pipe.vae.decode(latents * std.to(latents) + mean.to(latents), return_dict=False)[0]
         return (pipe.video_processor.postprocess_video(video, output_type=output_type),)
 
 

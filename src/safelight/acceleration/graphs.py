@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,12 @@ class CudaRecorder(Recorder):
 
     def __init__(self, device: torch.device) -> None:
         self._device = numbered(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pools: list[Any] = []
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Take a pool and a stream of its own: a capture that fails leaves those that it had unfit for another."""
+        self._pools.append(torch.cuda.graph_pool_handle())
         # One stream for all: cuBLAS keeps a workspace for each that it has worked on.
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
@@ -93,7 +99,7 @@ class CudaRecorder(Recorder):
                 for _ in range(NUM_WARM_UPS):
                     run()
                 # Other threads may go on with what a capture in this one could not do.
-                modes = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+                modes = {"pool": self._pools[-1], "stream": self._stream, "capture_error_mode": "thread_local"}
                 with torch.cuda.graph(graph, **modes):
                     result = run()
         except RuntimeError as error:
@@ -101,13 +107,15 @@ class CudaRecorder(Recorder):
             torch.cuda.empty_cache()
             if is_lost_after_capture(self._device):
                 raise
+            self._begin_anew()
             raise CaptureError(" ".join(str(error).split())[:MAX_REASON] or type(error).__name__) from error
         asking.wait_stream(self._stream)
         return graph.replay, result
 
     def num_bytes(self) -> int:
+        pools = {tuple(pool) for pool in self._pools}
         segments = torch.cuda.memory_snapshot()
-        return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) == tuple(self._pool))
+        return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) in pools)
 
 
 def is_lost_after_capture(device: torch.device) -> bool:

@@ -34,7 +34,8 @@ def add_conv(convolved: Tensor, frame: Tensor, weight: Tensor) -> None:
         bottom = min(top + rows, height)
         above, below = min(top, halo), min(height - bottom, halo)  # rows there are beyond the band, of those it needs
         band = frame[:, :, top - above : bottom + below]
-        convolved[:, :, top:bottom] += F.conv2d(band, weight, padding=halo)[:, :, above : above + bottom - top]
+        made = F.conv2d(band, weight, padding=halo)
+        convolved[:, :, top:bottom].add_(made[:, :, above : above + bottom - top])
 
 
 def conv_in_place(frame: Tensor, weight: Tensor) -> Tensor:
