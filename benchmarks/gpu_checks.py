@@ -96,7 +96,7 @@ def environment(machine: Machine) -> bool:
     import triton
 
     properties = torch.cuda.get_device_properties(0)
-    cudnn = torch.backends.cudnn.version()
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     print(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, cuDNN {cudnn}")
     print(f"triton {triton.__version__}")
     machine.memory().limit(2**30)

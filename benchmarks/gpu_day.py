@@ -188,7 +188,7 @@ def main() -> int:
 
 def verdict_of(section: Section, device: str, seconds_left: float) -> dict[str, object]:
     """Run a section where it can be, and return what became of it."""
-    left_out = {"section": section.name, "exit": None, "seconds": 0.0, "output": []}
+    left_out: dict[str, object] = {"section": section.name, "exit": None, "seconds": 0.0, "output": []}
     if section.needs_gpu and device == "cpu":
         return {**left_out, "status": "needs a GPU"}
     if seconds_left < section.seconds / 2:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,9 +12,10 @@ from benchmarks.common import as_tensor
 from benchmarks.stacks import STACKS
 from safelight import ServerArgs
 from safelight.acceleration.callers import Callers
+from safelight.acceleration.compilation import canonical_request, first_calls
 from safelight.acceleration.fused import fuse
 from safelight.acceleration.graphs import CudaRecorder, StepGraphs
-from safelight.acceleration.plan import plan_mode
+from safelight.acceleration.plan import WORKSPACE, plan_mode
 from safelight.attention import BACKENDS
 from safelight.attention.backends import AttentionKind, compute_capability, disagreement
 from safelight.attention.check import formula, largest_error
@@ -20,6 +24,7 @@ from safelight.core.request import ModelCall
 from safelight.loading.footprint import measure
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
+from tests.acceleration.memories import LateMemory
 from tests.families.conftest import requests
 from tests.features import runs
 from tests.recipes import all_recipes
@@ -33,8 +38,6 @@ only_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="is CUDA's 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
 def test_every_operation_is_fused_at_full_width(stack, dtype, device):
     """One block of each kind, at the published width."""
-    from dataclasses import replace
-
     architecture = replace(stack.full.architecture, **{kind.field: 1 for kind in stack.blocks})
     transformer = stack.random_transformer(architecture, dtype, str(device))
     report = fuse(transformer, device, dtype)
@@ -80,8 +83,6 @@ def test_attention_at_real_sizes_is_the_formula(device):
 
 
 def first_call(pipeline):
-    from safelight.acceleration.compilation import canonical_request, first_calls
-
     return first_calls(pipeline, canonical_request(pipeline))[0]
 
 
@@ -101,8 +102,8 @@ def test_what_cannot_be_captured_stays_eager(tiny_flux, device, caplog):
             return run(), True
 
     def asking(each):
-        made = make_call(pipeline, each)
-        return made * (1.0 if as_tensor(made).sum().item() > -1e9 else 2.0)
+        made = as_tensor(make_call(pipeline, each))
+        return made * (1.0 if made.sum().item() > -1e9 else 2.0)
 
     graphs = StepGraphs(pipeline.device, Always(pipeline.device))
     make, plain = graphs.of(asking), graphs.of(lambda each: make_call(pipeline, each))
@@ -139,16 +140,12 @@ def folder(name, tmp_path):
 
 @pytest.mark.parametrize("mode", ["components", "blocks"])
 def test_offload_changes_no_byte(name, folder, device, mode):
-    off = {"kernels": "plain", "conditioning_cache": "0", "dtype": "float32", "device": str(device)}
+    off: dict[str, Any] = {"kernels": "plain", "conditioning_cache": "0", "dtype": "float32", "device": str(device)}
     wanted = pictures(load_pipeline(ServerArgs(str(folder), **off)), name)
     footprint = measure(open_repository(folder), ServerArgs(str(folder), dtype="float32"), {})
-    from safelight.acceleration.plan import WORKSPACE
-
     limit = plan_mode(footprint, 0, mode, False).peak + WORKSPACE
     memory = None
     if device.type == "cpu":
-        from tests.acceleration.memories import LateMemory
-
         memory = LateMemory()
     limited = load_pipeline(ServerArgs(str(folder), offload=mode, memory_limit=limit, **off), memory)
     made = pictures(limited, name)
@@ -157,7 +154,7 @@ def test_offload_changes_no_byte(name, folder, device, mode):
 
 
 def test_compiled_blocks_are_near(name, folder, device):
-    off = {"conditioning_cache": "0", "dtype": "float32", "device": str(device)}
+    off: dict[str, Any] = {"conditioning_cache": "0", "dtype": "float32", "device": str(device)}
     wanted = pictures(load_pipeline(ServerArgs(str(folder), **off)), name)
     made = pictures(load_pipeline(ServerArgs(str(folder), compile="blocks", **off)), name)
     for one, other in zip(made, wanted, strict=True):

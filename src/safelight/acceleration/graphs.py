@@ -114,7 +114,7 @@ class CudaRecorder(Recorder):
 
     def num_bytes(self) -> int:
         pools = {tuple(pool) for pool in self._pools}
-        segments = torch.cuda.memory_snapshot()
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) in pools)
 
 

@@ -186,7 +186,8 @@ class PinnedCopies:
         for target, source in pairs:
             if not source.nbytes:
                 continue
-            for place, piece in zip(flat(target).split(BUFFER_BYTES), flat(source).split(BUFFER_BYTES), strict=True):
+            pieces = (torch.split(flat(tensor), BUFFER_BYTES) for tensor in (target, source))
+            for place, piece in zip(*pieces, strict=True):
                 staged = self._room(piece.nbytes)
                 staged.copy_(piece)
                 self._marks[self._turn] = self._memory.copy(place, staged, after)

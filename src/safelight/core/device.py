@@ -116,12 +116,13 @@ class CudaSpan:
 
     def is_over(self) -> bool:
         """Say whether the device has come to the mark."""
-        return bool(self._last.query())
+        return bool(self._last.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> float:
         """Wait for the mark; return the seconds."""
         self._last.synchronize()
-        return max(self._host.wait(), self._first.elapsed_time(self._last) / 1000)
+        seconds: float = self._first.elapsed_time(self._last) / 1000
+        return max(self._host.wait(), seconds)
 
 
 def begin_span(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Span:
