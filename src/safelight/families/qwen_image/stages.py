@@ -106,7 +106,8 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
         """Lay what is continued into the feature cache, and return the caption's first tokens."""
         template = CAPTION_PROMPT_EN if layered_params_of(batch).use_en_prompt else CAPTION_PROMPT_CN
         inputs = self.config.caption_inputs(template, batch, self.tokenizer, self.processor)
-        inputs = {name: tensor.to(self.text_encoder.device) for name, tensor in inputs.items()}
+        # Copies: what NumPy made lies anywhere, and bytes may depend on where.
+        inputs = {name: tensor.to(self.text_encoder.device, copy=True) for name, tensor in inputs.items()}
         ids, pixels, grid = (inputs.pop(name) for name in ("input_ids", "pixel_values", "image_grid_thw"))
         places, _ = self.text_encoder.model.get_rope_index(ids, image_grid_thw=grid, **inputs)  # [3, 1, S]
         positions = torch.cat((torch.arange(ids.shape[1], device=ids.device).expand(1, 1, -1), places))
