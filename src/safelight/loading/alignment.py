@@ -5,6 +5,9 @@ AVX-512 a product of one to a few rows, or of one column, and attention with few
 for operands that are not at a multiple of 16 bytes (measured on Zen 5; float32 and float64). torch's allocator gives
 64, offload 512; a mapped file has whatever offset its header makes, mostly 8 more than a multiple of 16. What a
 computation makes on its way comes from the allocator, or is a view at the same offset each time.
+
+A pipeline that the diffusers package runs keeps its weights where that package maps them: nothing here moves them, and
+its bytes are that package's.
 """
 
 from __future__ import annotations

@@ -109,11 +109,7 @@ def _load_diffusers(
             raise InvalidParameterError(setting, value, "none for a model run by the diffusers package")
     files = sorted(repository.path.glob("*/*.safetensors"))
     with in_words(repository.pipeline.pipeline_name), quiet(), bounded(repository.name, files):
-        pipeline = diffusers.load(repository.path, describe(repository), server_args)
-    for component in pipeline.get_module("pipeline").components.values():
-        if isinstance(component, nn.Module):
-            align_weights(component)
-    return pipeline
+        return diffusers.load(repository.path, describe(repository), server_args)
 
 
 def _load_native(
