@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import sys
 import types
-import warnings
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ CATEGORIES = ["DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"
 
 
 def category_of(library, name):
-    return library.UserFuture if name == "UserFuture" else getattr(warnings, name, None) or __builtins__[name]
+    return library.UserFuture if name == "UserFuture" else getattr(builtins, name)
 
 
 def used(managed):

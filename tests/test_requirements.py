@@ -6,6 +6,7 @@ import importlib.util
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.markers import default_environment
@@ -62,7 +63,8 @@ def test_the_lock_is_complete():
     """Whatever a locked package here asks for, on this machine, is locked as well."""
     from importlib.metadata import PackageNotFoundError, requires
 
-    locked, environment = dict(line.split("==") for line in LINES), {**default_environment(), "extra": ""}
+    locked = dict(line.split("==") for line in LINES)
+    environment: Any = {**default_environment(), "extra": ""}
     for name in locked:
         try:
             needed = [Requirement(line) for line in requires(name) or ()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ class Normed(nn.Module):
         return made
 
 
-LAST = {"layout": torch.channels_last}
+LAST: dict[str, Any] = {"layout": torch.channels_last}
 PICTURES = (((1, 128, 9, 7),), ((1, 128, 72, 66),))
 ROUTES: dict[str, Route] = {
     **{
@@ -200,13 +201,20 @@ ROUTES: dict[str, Route] = {
 }
 
 
+def laid(module: Any) -> nn.Module:
+    """Return a module with the weights of its convolutions channels last."""
+    moved: nn.Module = module.to(memory_format=torch.channels_last)
+    return moved
+
+
 def modules_of(route: Route, dtype: torch.dtype):
     """Return the module, with numbers that are always the same."""
     generator = torch.Generator().manual_seed(0)
     module = route.build().eval().requires_grad_(False)
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = torch.randn(tensor.shape, generator=generator) * 0.3
-    return module.to(dtype).to(memory_format=route.layout if route.layout is torch.channels_last else None)
+    module.to(dtype)
+    return laid(module) if route.layout is torch.channels_last else module
 
 
 def computed(route: Route, dtype: torch.dtype, shapes, weights_at: int, inputs_at: tuple[int, ...]) -> Tensor:
@@ -262,7 +270,7 @@ def test_every_attention_backend_of_the_processor_is_a_route():
 def test_aligning_keeps_values_strides_and_what_lies_well(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(dtype).requires_grad_(False)
-    model.to(memory_format=torch.channels_last)
+    laid(model)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     offsets = itertools.cycle((8, 0, 24, 64, 16, 48, 128))
     tensors = [*model.parameters(), *model.buffers()]

@@ -30,7 +30,7 @@ def executable(plan: CpuPlan) -> bool:
     return has_onednn or not any(vars(plan)[name] for name in NEED_ONEDNN)
 
 
-@pytest.fixture(params=PLANS.values(), ids=PLANS.keys())
+@pytest.fixture(params=list(PLANS.values()), ids=list(PLANS))
 def plan(request):
     if not executable(request.param):
         pytest.skip("torch without oneDNN")
