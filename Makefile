@@ -11,6 +11,8 @@ LOWEST := .venv-lowest
 # The range of torch begins at 2.11, but 2.13 is the oldest with a build for processors alone that pip finds without an
 # index of its own: `make test-lowest` takes that one, and every other package at its floor. TORCH=2.11.0 takes another.
 TORCH ?= 2.13.0
+# What builds the package, in an environment of pip's own, is locked as well: by the one or the other, as pip is old or new.
+LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 DEMO := outputs/demo.png
@@ -27,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "no Python 3.11 or later with its venv module found (Debian: apt install python3.11-venv)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (torch is large; once only)"
-	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test]'
+	@$(LOCKED) $(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test]'
 	@touch $@
 
 lock:  ## write constraints.txt: the newest versions that the ranges admit, which `make demo` and `make test` install

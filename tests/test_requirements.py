@@ -117,7 +117,7 @@ def test_the_two_commands_install_what_is_locked():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"^\$\(READY\):(.*?)\n\n", makefile, re.MULTILINE | re.DOTALL)
     assert recipe.splitlines()[0].split() == ["pyproject.toml", "constraints.txt"]
-    assert "$(PIP_INSTALL) -c constraints.txt -e" in recipe
+    assert "$(LOCKED) $(BIN)/python $(PIP_INSTALL) -c constraints.txt -e" in recipe
     for target in ("demo", "lint", "types"):
         assert re.search(rf"^{target}: \$\(READY\)", makefile, re.MULTILINE)
     assert re.search(r"^test: lint types", makefile, re.MULTILINE)
