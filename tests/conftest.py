@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from safelight.core import registry
+from tests import attribution
 from tests.families.report import ParityRow, markdown, table
 
+attribution.attribute()
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
 

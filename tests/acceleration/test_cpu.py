@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from safelight.acceleration.cpu import (
     PLAIN,
     CpuPlan,
-    Processor,
     accelerate_on_cpu,
     accelerate_vae,
     cpu_plan,
@@ -41,12 +40,10 @@ from safelight.acceleration.group_norm import MIN_PIXELS, group_norm_silu
 from safelight.acceleration.winograd import PANEL_WIDTH, winograd_conv2d
 from safelight.attention.chunked import chunked_attention
 from safelight.layers.linear import FeedForward, GELUProjection
+from tests.acceleration.processors import PROCESSORS
 
-ZEN5 = Processor("x86_64", "AuthenticAMD", frozenset({"avx2", "avx512f", "avx512_bf16"}))
-CASCADE_LAKE = Processor("x86_64", "GenuineIntel", frozenset({"avx2", "avx512f", "avx512_vnni"}))
-SAPPHIRE_RAPIDS = Processor("x86_64", "GenuineIntel", frozenset({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}))
-OLD_X86 = Processor("x86_64", "GenuineIntel", frozenset({"avx2"}))
-GRAVITON = Processor("aarch64", "", frozenset({"asimd", "bf16", "sve"}))
+ZEN3, ZEN4, ZEN5 = PROCESSORS["Zen 3"], PROCESSORS["Zen 4"], PROCESSORS["Zen 5"]
+CASCADE_LAKE, SAPPHIRE_RAPIDS = PROCESSORS["Cascade Lake"], PROCESSORS["Sapphire Rapids"]
 EVERYTHING = CpuPlan(True, True, True, True, True)
 
 BACKENDS: Any = torch.backends
@@ -62,32 +59,83 @@ def error(computed, exact):
 @pytest.mark.parametrize(
     ("processor", "expected"),
     [
-        (ZEN5, CpuPlan(onednn_products=True, fused_gelu=True, winograd=True, channels_last=True)),
-        (CASCADE_LAKE, CpuPlan(fused_gelu=True, widened_bfloat16=True, winograd=True, channels_last=True)),
-        (SAPPHIRE_RAPIDS, CpuPlan(fused_gelu=True, winograd=True, channels_last=True)),
-        (OLD_X86, CpuPlan(widened_bfloat16=True)),
-        (GRAVITON, PLAIN),
+        ("Zen 3", CpuPlan(widened_bfloat16=True)),
+        ("Zen 4", CpuPlan(onednn_products=True, fused_gelu=True, winograd=True, channels_last=True)),
+        ("Zen 5", CpuPlan(onednn_products=True, fused_gelu=True, winograd=True, channels_last=True)),
+        ("Cascade Lake", CpuPlan(fused_gelu=True, widened_bfloat16=True, winograd=True, channels_last=True)),
+        ("Sapphire Rapids", CpuPlan(fused_gelu=True, winograd=True, channels_last=True)),
+        ("AVX2", CpuPlan(widened_bfloat16=True)),
+        ("Graviton", PLAIN),
+        ("unknown", PLAIN),
     ],
-    ids=["Zen 5", "Cascade Lake", "Sapphire Rapids", "AVX2", "Graviton"],
 )
 def test_the_plan_is_a_function_of_the_processor(processor, expected):
-    assert make_plan(processor, True, lambda product: True) == expected
-    assert make_plan(processor, False, lambda product: True) == PLAIN
+    assert make_plan(PROCESSORS[processor], True, lambda product: True) == expected
+    assert make_plan(PROCESSORS[processor], False, lambda product: True) == PLAIN
 
 
-@pytest.mark.parametrize("processor", [ZEN5, CASCADE_LAKE, SAPPHIRE_RAPIDS])
+@pytest.mark.parametrize("processor", [ZEN3, ZEN4, ZEN5, CASCADE_LAKE, SAPPHIRE_RAPIDS])
 def test_an_inexact_product_is_not_used(processor):
     plan = make_plan(processor, True, lambda product: False)
     assert not plan.onednn_products and not plan.fused_gelu
 
 
-def test_the_check_tells_float32_from_less():
-    assert is_float32(F.linear)
-    assert not is_float32(lambda x, w, b: F.linear(x.bfloat16().float(), w, b))
-    assert not is_float32(lambda x, w, b: F.linear(x.bfloat16(), w.bfloat16()).float())
-    # ten bits of mantissa, as TF32 has
-    assert not is_float32(lambda x, w, b: F.linear((x.view(torch.int32) & ~0x1FFF).view(torch.float32), w, b))
-    assert not is_float32(lambda x, w, b: torch.full((*x.shape[:-1], w.shape[0]), float("nan")))
+def one_after_the_other(x, weight, bias):
+    """Add the products up in the order in which they stand: no float32 product is further from exact."""
+    total = bias.expand(*x.shape[:-1], -1).clone()
+    for channel in range(x.shape[-1]):
+        total.addcmul_(x[..., channel : channel + 1], weight[:, channel])
+    return total
+
+
+def in_parts(size):
+    """Return a product that adds up partial sums of so many channels, as another kernel would."""
+    return lambda x, w, b: sum(
+        (F.linear(part, its) for part, its in zip(x.split(size, -1), w.split(size, -1), strict=True)), b
+    )
+
+
+FLOAT32_PRODUCTS = {
+    "torch": F.linear,
+    "channels one by one": one_after_the_other,
+    "channels by 4": in_parts(4),
+    "channels by 64": in_parts(64),
+    "backwards": lambda x, w, b: F.linear(x.flip(-1), w.flip(-1), b),
+    "float64": lambda x, w, b: F.linear(x.double(), w.double(), b.double()).float(),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT32_PRODUCTS)
+def test_a_float32_product_is_one_in_whatever_order_it_adds_up(name):
+    assert is_float32(FLOAT32_PRODUCTS[name])
+
+
+@needs_onednn
+def test_what_plans_compute_by_is_float32_here():
+    """Where the processor rounds to less by itself, the plan does without; nothing else may refuse it."""
+    assert is_float32(onednn_linear) or "amx_bf16" in this_processor().flags
+
+
+def cut(bits):
+    """Return a function that keeps so many bits of a float32's mantissa."""
+    return lambda x: (x.view(torch.int32) & -(1 << (23 - bits))).view(torch.float32)
+
+
+LESS = {
+    "bfloat16 inputs": lambda x, w, b: F.linear(x.bfloat16().float(), w, b),
+    "bfloat16 weights": lambda x, w, b: F.linear(x, w.bfloat16().float(), b),
+    "bfloat16 result": lambda x, w, b: F.linear(x, w, b).bfloat16().float(),
+    "bfloat16": lambda x, w, b: F.linear(x.bfloat16(), w.bfloat16()).float(),
+    "float16": lambda x, w, b: F.linear(x.half().float(), w.half().float(), b),
+    "TF32": lambda x, w, b: F.linear(cut(10)(x), cut(10)(w), b),
+    "no bias": lambda x, w, b: F.linear(x, w),
+    "nothing": lambda x, w, b: torch.full((*x.shape[:-1], w.shape[0]), float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", LESS)
+def test_less_than_float32_is_told(name):
+    assert not is_float32(LESS[name])
 
 
 def test_the_plan_is_made_once_and_this_processor_is_read():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -233,3 +234,34 @@ def test_a_name_that_published_configurations_have_is_known():
 def test_an_unknown_resolution_is_refused_before_images_are_looked_at(schema):
     with pytest.raises(InvalidParameterError, match="640 or 1024"):
         prepare(schema(LAYERED), {"prompt": CAT, "resolution": 641})
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_keys_and_values_have_the_name_that_the_installed_version_takes(models, monkeypatch, name):
+    """Another version's: as it is installed here or not, `generate` is given that name, and read by it."""
+    patch_areas(monkeypatch)
+    pipeline = models.ours(all_recipes()[LAYERED])
+    stage = pipeline.stages["before_denoising"]
+    output_cls = dataclasses.make_dataclass("Output", ["sequences", (name, object, None)])
+    assert stages.cache_name(output_cls) == name
+    installed, generate, given = stages.CACHE, stage.text_encoder.generate, []
+
+    def renamed(**arguments):
+        given.append(name in arguments)
+        arguments[installed] = arguments.pop(name)
+        made = generate(**arguments)
+        return {"sequences": made.sequences, name: made[installed]}
+
+    def caption():
+        (req,) = requests(pipeline, {"image": picture(90, 100, "RGBA"), "prompt": "", "use_en_prompt": True})
+        with torch.inference_mode():
+            for _ in stage.write_caption(req):
+                pass
+        return req.params.prompts()
+
+    monkeypatch.setattr(stages, "MAX_CAPTION_TOKENS", 40)
+    expected = caption()
+    monkeypatch.setattr(stages, "CACHE", name)
+    monkeypatch.setattr(stage.text_encoder, "generate", renamed)
+    assert caption() == expected
+    assert len(given) > 1 and all(given)

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from safelight import ServerArgs
 from safelight.errors import CheckpointError, ModelIndexError
+from safelight.loading.alignment import ALIGNMENT
 from safelight.loading.loader import load_pipeline
 from tests.loading.conftest import edit_json
+from tests.safetensors_files import begins, lay
 
 STEMS = {
     "transformer": "diffusion_pytorch_model",
@@ -284,9 +286,19 @@ def mapped(path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", True), ("bfloat16", False)])
-def test_weights_are_the_mapped_file(damaged, dtype, expected):
-    transformer = load(damaged, dtype=dtype).get_module("transformer")
-    spans = mapped(weights(damaged, "transformer"))
-    inside = {any(parameter.data_ptr() in span for span in spans) for parameter in transformer.parameters()}
-    assert inside == {expected}
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shift", [0, 8, 32])
+def test_weights_are_the_mapped_file(damaged, stored, dtype, shift):
+    """Nothing is copied but what is cast, and what is float32 and lies across the boundary in the file."""
+    path = weights(damaged, "transformer")
+    save_file({key: tensor.to(stored) for key, tensor in load_file(path).items()}, path)
+    lay(path, shift)
+    transformer, own = load(damaged, dtype=dtype).get_module("transformer"), getattr(torch, dtype)
+    spans, places, stays = mapped(path), begins(path), set()
+    for name, parameter in transformer.named_parameters():
+        is_mapped = any(parameter.data_ptr() in span for span in spans)
+        assert is_mapped == (stored == own and (own == torch.bfloat16 or places[name] % ALIGNMENT == 0)), name
+        assert own == torch.bfloat16 or parameter.data_ptr() % ALIGNMENT == 0
+        stays.add(is_mapped)
+    assert (True in stays) == (stored == own and (own == torch.bfloat16 or shift == 0))

@@ -24,6 +24,7 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UsageError
+from safelight.loading.alignment import align_weights
 from safelight.loading.bounds import bounded, check_numbers
 from safelight.loading.checkpoint import WEIGHT_SUFFIXES
 from safelight.loading.components import (
@@ -131,10 +132,12 @@ def _load_native(
     for name, target in by_library:
         begun = time.perf_counter()
         dtype = server_args.component_dtype(name, config.precisions.get(name))
-        waits = (plan is not None and name in plan.placed) or waits_on_host(name, mesh)
-        home = HOST if waits else server_args.torch_device()
+        placed = plan is not None and name in plan.placed
+        home = HOST if placed or waits_on_host(name, mesh) else server_args.torch_device()
         modules[name] = load_component(repository.path / name, target, dtype, home, (mesh.tp.rank, mesh.tp.size))
         if isinstance(modules[name], nn.Module):
+            if not placed and server_args.torch_device() == HOST:  # elsewhere they are copied before they are used
+                align_weights(modules[name])
             # Bands walk the library's own modules, which faster ones would replace.
             in_bands = name == "vae" and (tiled or mesh.layout.vae)
             empty[name] = functools.partial(empty_component, repository.path / name, target, dtype)

@@ -34,7 +34,8 @@ class ImageEncodingStage(PipelineStage):
         found = self.cache.get(*key)
         if found is None:
             pixels = self.image_processor(images=images, return_tensors="pt").pixel_values
-            pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype)
+            # A copy: what NumPy made lies anywhere, and bytes may depend on where.
+            pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype, copy=True)
             dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
             hidden_states = self.image_encoder(pixels, output_hidden_states=True).hidden_states
             found = self.cache.put(hidden_states[-2].to(dtype), None, *key)

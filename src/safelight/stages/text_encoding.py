@@ -68,7 +68,8 @@ class TextEncodingStage(PipelineStage):
     def _make(self, index: int, spec: PromptSpec, text: str, batch: Req) -> Tensor:
         encoder, tokenizer = self.text_encoders[index], self.tokenizers[index]
         inputs = self.config.text_encoder_inputs(spec, text, batch, tokenizer, self.processor)
-        outputs = encoder(**{name: tensor.to(encoder.device) for name, tensor in inputs.items()})
+        # Copies: what NumPy made of an image lies anywhere, and bytes may depend on where.
+        outputs = encoder(**{name: tensor.to(encoder.device, copy=True) for name, tensor in inputs.items()})
         if spec.output == "pooler_output":
             pooled: Tensor = outputs.pooler_output
             return pooled

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
@@ -28,6 +29,15 @@ UNIT_TOKENS = 32
 IDS, POSITIONS, KEYS, VALUES = "caption_ids", "caption_positions", "caption_keys", "caption_values"
 """In the feature cache, while a caption is written: one tensor of ids [1, S], one of positions [4, 1, S] (the token's
 number, then its time, row and column), and a tensor [1, H, S, D] a layer."""
+
+
+def cache_name(output_cls: type) -> str:
+    """Return what `generate` calls its keys and values, as an argument and in its output: 5.24 renamed them."""
+    names = {field.name for field in dataclasses.fields(output_cls)}
+    return "cache" if "cache" in names else "past_key_values"
+
+
+CACHE = cache_name(GenerateDecoderOnlyOutput)
 
 
 class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
@@ -96,7 +106,8 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
         """Lay what is continued into the feature cache, and return the caption's first tokens."""
         template = CAPTION_PROMPT_EN if layered_params_of(batch).use_en_prompt else CAPTION_PROMPT_CN
         inputs = self.config.caption_inputs(template, batch, self.tokenizer, self.processor)
-        inputs = {name: tensor.to(self.text_encoder.device) for name, tensor in inputs.items()}
+        # Copies: what NumPy made lies anywhere, and bytes may depend on where.
+        inputs = {name: tensor.to(self.text_encoder.device, copy=True) for name, tensor in inputs.items()}
         ids, pixels, grid = (inputs.pop(name) for name in ("input_ids", "pixel_values", "image_grid_thw"))
         places, _ = self.text_encoder.model.get_rope_index(ids, image_grid_thw=grid, **inputs)  # [3, 1, S]
         positions = torch.cat((torch.arange(ids.shape[1], device=ids.device).expand(1, 1, -1), places))
@@ -113,19 +124,19 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             position_ids=positions,
-            past_key_values=DynamicCache(zip(batch.feature_cache[KEYS], batch.feature_cache[VALUES], strict=True)),
             max_new_tokens=num_tokens,
             do_sample=False,
             return_dict_in_generate=True,
+            **{CACHE: DynamicCache(zip(batch.feature_cache[KEYS], batch.feature_cache[VALUES], strict=True))},
             **image,
         )
-        written = made.sequences[:, ids.shape[1] :]
+        written = made["sequences"][:, ids.shape[1] :]
         following = positions[..., -1:] + torch.arange(1, written.shape[1] + 1, device=ids.device)
         batch.feature_cache = {
-            IDS: [made.sequences],
+            IDS: [made["sequences"]],
             POSITIONS: [torch.cat((positions, following), dim=-1)],
-            KEYS: [layer.keys for layer in made.past_key_values.layers],
-            VALUES: [layer.values for layer in made.past_key_values.layers],
+            KEYS: [layer.keys for layer in made[CACHE].layers],
+            VALUES: [layer.values for layer in made[CACHE].layers],
         }
         new_ids: list[int] = written[0].tolist()
         return new_ids
