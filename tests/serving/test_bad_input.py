@@ -200,7 +200,7 @@ GENERATIONS = {
     },
     "size and height": ({"size": "64x64", "height": 64}, 400, "size"),
     "height": ({"height": 65}, 400, "height"),
-    **{f"n {n!r}": ({"n": n}, 400, "n") for n in [0, -1, 10**7, 11, True, "2", 2.5, 1.0, [], {}]},
+    **{f"n {n!r}": ({"n": n}, 400, "n") for n in [0, -1, 10**7, 11, True, "2", 2.5, [], {}]},
     "n in 900 lists": ({"n": json.loads("[" * 900 + "]" * 900)}, 400, "n"),
     "n by its other name": ({"num_images_per_prompt": 11}, 400, "num_images_per_prompt"),
     "n twice": ({"n": 2, "num_images_per_prompt": 2}, 400, "num_images_per_prompt"),
@@ -211,7 +211,7 @@ GENERATIONS = {
     **{
         f"format {f!r}": ({"output_format": f}, 400, "output_format") for f in ["exe", "../png", "gif", "svg", "PNG", 1]
     },
-    **{f"quality {q!r}": ({"quality": q}, 400, "quality") for q in ["hd", "standard", "best", 1]},
+    **{f"quality {q!r}": ({"quality": q}, 400, "quality") for q in ["HD", "best", 1]},
     "quality and steps": ({"quality": "low", "num_inference_steps": 4}, 400, "quality"),
     "compression": ({"output_format": "jpeg", "output_compression": 101}, 400, "output_compression"),
     "compression of png": ({"output_compression": 50}, 400, "output_compression"),

@@ -69,7 +69,11 @@ class Option:
 
 
 def _integer(value: Any) -> int | None:
-    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    """Take 3.0 for 3, as JSON Schema does."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    is_whole = isinstance(value, numbers.Integral) or (math.isfinite(value) and value == int(value))
+    return int(value) if is_whole else None
 
 
 def _number(value: Any) -> float | None:

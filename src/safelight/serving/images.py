@@ -18,8 +18,17 @@ from safelight.runtime.client import Ticket
 from safelight.serving.context import Context, Finished, job_error, json_response, total_timings, unless_gone
 from safelight.serving.errors import GONE, MalformedRequestError, error_body
 from safelight.serving.events import EventStream, event
-from safelight.serving.fields import EFFECTLESS, QUALITIES, Asked, Resolved, sort_fields
-from safelight.serving.gate import Body, Upload, read_fields
+from safelight.serving.fields import (
+    EFFECTLESS,
+    IMAGES,
+    INPUT_FIDELITY,
+    QUALITIES,
+    QUALITY_NAMES,
+    Asked,
+    Resolved,
+    sort_fields,
+)
+from safelight.serving.gate import Body, Upload, aside, read_fields
 from safelight.serving.jobs import Job, request_digest
 from safelight.serving.jobs_api import content_url, job_object
 from safelight.serving.limits import Limits
@@ -31,22 +40,32 @@ _BYTES_PER_TOKEN = 4
 """Of text, roughly: only the worker has the tokenizer, and usage is no bill here."""
 
 
-def image_fields(limits: Limits) -> dict[str, Option]:
-    """Return the API's own fields for pictures, by name."""
+def image_fields(limits: Limits, edits: bool = True) -> dict[str, Option]:
+    """Return the API's own fields for pictures, by name; those of edits are for models that take pictures."""
+    of_edits = {
+        IMAGES: Option("images", "the input images: data URLs, or objects with image_url", group="basic"),
+        INPUT_FIDELITY: Option("string", "accepted, without effect"),
+    }
     return {
         "prompt": Option("string", "what to generate", group="basic"),
         "model": Option("string", "the served model's name, or another name of it"),
         "n": Option("integer", "pictures, with seeds seed, seed+1 and so on", "basic", 1, limits.outputs),
         "size": Option("string", "auto, or WxH in pixels", group="basic"),
-        "quality": Option("string", "a preset of steps", choices=(*QUALITIES, "auto")),
+        "quality": Option("string", "a preset of steps", choices=(*QUALITIES, *QUALITY_NAMES, "auto")),
         "output_format": Option("string", "of the picture's file", choices=FORMATS),
-        "output_compression": Option("integer", "quality of jpeg and webp", "advanced", 0, 100),
+        "output_compression": Option("integer", "quality of jpeg and webp; png has 100", "advanced", 0, 100),
         "background": Option("string", "of the picture", choices=("transparent", "opaque", "auto")),
         "response_format": Option("string", "how pictures are returned", choices=("b64_json", "url")),
         "stream": Option("boolean", "answer with server-sent events"),
         "partial_images": Option("integer", "previews in a stream", "advanced", 0, 3),
         **{name: Option("string", "accepted, without effect") for name in EFFECTLESS},
+        **(of_edits if edits else {}),
     }
+
+
+def takes_pictures(schema: ModelSchema) -> bool:
+    """Say whether there is a field for input pictures."""
+    return "image" in schema.params_cls.options()
 
 
 def check_image_fields(asked: Asked) -> None:
@@ -60,8 +79,10 @@ def check_image_fields(asked: Asked) -> None:
     output_format, background = own.get("output_format", "png"), own.get("background", "auto")
     if own.get("partial_images"):
         raise InvalidParameterError("partial_images", own["partial_images"], "0 or null: previews are not made yet")
-    if output_format == "png" and "output_compression" in own:
-        raise InvalidParameterError("output_compression", own["output_compression"], "null, unless for jpeg or webp")
+    if output_format == "png" and own.get("output_compression", 100) != 100:
+        raise InvalidParameterError(
+            "output_compression", own["output_compression"], "100 or null for png, which is exact"
+        )
     if background not in ("auto", made := "transparent" if alpha else "opaque"):
         raise InvalidParameterError("background", background, f"{made} or auto, which is what this model makes")
     if alpha and output_format == "jpeg":
@@ -89,7 +110,7 @@ async def _create(request: Request, context: Context, edits: bool) -> Response:
     body = await read_fields(request, context.limits, context.budget, forms=edits)
     schema = context.schema_for(request, makes_video=False)
     context.check_model(body.fields.get("model"))
-    asked = _sorted(body, schema, context.limits, edits)
+    asked = await aside(body, _sorted, body, schema, context.limits, edits)
     resolved = await context.resolve(request, asked)
     as_job = prefers_async(request)
     if as_job and asked.own.get("stream"):
@@ -105,12 +126,11 @@ async def _create(request: Request, context: Context, edits: bool) -> Response:
 
 
 def _sorted(body: Body, schema: ModelSchema, limits: Limits, edits: bool) -> Asked:
-    takes_images = "image" in schema.params_cls.options()
-    if edits and not takes_images:
+    if edits and not takes_pictures(schema):
         error = "image: this model takes no input picture; use /v1/images/generations"
         raise UsageError.rebuilt(error, "image")
-    asked = sort_fields(body, image_fields(limits), schema, limits)
-    if edits and "image" not in asked.pictures:
+    asked = sort_fields(body, image_fields(limits, takes_pictures(schema)), schema, limits)
+    if edits and not asked.pictures.keys() & {"image", IMAGES}:
         raise InvalidParameterError("image", None, "the picture to edit")
     check_image_fields(asked)
     return asked

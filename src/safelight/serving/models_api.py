@@ -14,7 +14,7 @@ from safelight.core.schema import ModelSchema
 from safelight.runtime.messages import SCHEMA_KEY, schema_to_wire
 from safelight.serving.context import Context, json_response
 from safelight.serving.fields import INPUT_REFERENCE, model_fields
-from safelight.serving.images import image_fields
+from safelight.serving.images import image_fields, takes_pictures
 from safelight.serving.limits import Limits
 from safelight.serving.videos import VIDEO_FIELDS
 
@@ -49,7 +49,7 @@ def _model(name: str, context: Context) -> dict[str, Any]:
 
 def own_fields(schema: ModelSchema, limits: Limits) -> Mapping[str, Option]:
     """Return the API's own fields for what a model makes."""
-    return VIDEO_FIELDS if schema.task.makes_video else image_fields(limits)
+    return VIDEO_FIELDS if schema.task.makes_video else image_fields(limits, takes_pictures(schema))
 
 
 def request_schema(schema: ModelSchema, limits: Limits) -> dict[str, Any]:

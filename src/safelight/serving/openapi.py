@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from safelight.serving.context import Context, json_response
+from safelight.serving.fields import IMAGES
 from safelight.serving.models_api import request_schema
 from safelight.version import __version__
 
@@ -50,7 +51,8 @@ def document(context: Context) -> Document:
     body: Document = {"type": "object", "required": ["prompt"]}
     if context.engine.schema is not None:
         body = request_schema(context.schema(), context.limits)
-    edit = {**body, "required": sorted({*body["required"], "image"})}
+    required = [name for name in body["required"] if name != "image"]
+    edit = {**body, "required": required, "anyOf": [{"required": [name]} for name in ("image", IMAGES)]}
     created = {"200": [_JSON, _EVENTS], "202": [_JSON]}
     list_query = [
         _query("after", {"type": "string"}),
