@@ -224,7 +224,7 @@ BUDGETS = {
     "cli": 600,
     "generator.py": 300,
     "runtime": 1700,
-    "serving": 2600,
+    "serving": 3000,
 }
 OVER = 1.25
 """A budget is a habit: what is over is printed, and fails at this factor."""
@@ -305,8 +305,9 @@ REQ_FIELDS = (
     "denoised outputs warnings timings feature_cache host_tensors"
 )
 SERVE_ARGS = (
-    "host port state_dir api_key_file served_model_name public_url replicas max_running max_waiting max_cost batching "
-    "share warm_up keep_hours max_storage drain_seconds unit_limit first_unit_limit heartbeat_limit"
+    "host port state_dir api_key_file served_model_name public_url allowed_origins response_format replicas "
+    "max_running max_waiting max_cost batching share warm_up keep_hours max_storage drain_seconds unit_limit first_unit_limit "
+    "heartbeat_limit"
 )
 SERVER_ARGS = (
     "model revision device dtype component_dtypes backend attention_backend kernels offload memory_limit compile "

@@ -145,8 +145,8 @@ def test_a_body_in_chunks_is_too_large_as_soon_as_it_is(images, expected):
         ("GET", "/v1/images/generations", 405),
         ("PUT", "/v1/videos", 405),
         ("POST", "/livez", 405),
-        ("GET", "/", 404),
-        ("GET", "/v1/videos/", 404),
+        ("GET", "/index.html", 404),
+        ("GET", "/v1/videos%2f", 404),
         ("GET", "/docs", 404),
         ("GET", "/v1/videos/%2e%2e", 404),
         ("GET", "/v1/videos/..%2f..%2fetc%2fpasswd", 404),
@@ -163,7 +163,7 @@ def test_paths(images, expected, method, path, status):
 
 
 @pytest.mark.parametrize(
-    "model", ["..%2f..%2fetc", "org%2Ftiny%2F", "%00", "", "org/tiny/schema/schema", "x" * 5000, "\u202e"]
+    "model", ["..%2f..%2fetc", "org%2Ftiny%2F", "%00", "org/tiny/schema/schema", "x" * 5000, "\u202e"]
 )
 def test_models_that_are_not_served(images, model):
     error = assert_error(images.get(f"/v1/models/{model}"), 404, "model")

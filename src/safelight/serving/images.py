@@ -15,7 +15,15 @@ from safelight.core.params import Option, SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, SafelightError, UsageError
 from safelight.runtime.client import Ticket
-from safelight.serving.context import Context, Finished, job_error, json_response, total_timings, unless_gone
+from safelight.serving.context import (
+    Context,
+    Finished,
+    job_error,
+    json_response,
+    request_id,
+    total_timings,
+    unless_gone,
+)
 from safelight.serving.errors import GONE, MalformedRequestError, error_body
 from safelight.serving.events import EventStream, event
 from safelight.serving.fields import (
@@ -115,11 +123,11 @@ async def _create(request: Request, context: Context, edits: bool) -> Response:
     as_job = prefers_async(request)
     if as_job and asked.own.get("stream"):
         raise InvalidParameterError("stream", True, "false, with Prefer: respond-async")
-    if as_job or asked.own.get("response_format") == "url":
+    if not as_job and asked.own.get("stream"):
+        return _as_stream(request, context, resolved, "image_edit" if edits else "image_generation")
+    if as_job or asked.own.get("response_format", context.settings.response_format) == "url":
         return await _as_job(request, context, body, resolved, wait=not as_job)
-    if asked.own.get("stream"):
-        return _as_stream(context, resolved, "image_edit" if edits else "image_generation")
-    finished = await context.generate(request.receive, resolved.params)
+    finished = await context.generate(request, resolved.params)
     pictures = await context.jobs.outputs.run(_encode, resolved, finished)
     context.count(resolved, finished)
     return json_response({**_response(resolved, pictures, finished), "metrics": _metrics(finished)})
@@ -196,28 +204,32 @@ def usage(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
     }
 
 
-def _as_stream(context: Context, resolved: Resolved, prefix: str) -> Response:
+def _as_stream(request: Request, context: Context, resolved: Resolved, prefix: str) -> Response:
     """Submit the request, which may be refused still, and answer with its events."""
-    ticket = context.submit(resolved.params)
+    ticket = context.submit(request, resolved.params)
 
     def close() -> None:
         if not ticket.done:
             context.metrics.ended(resolved.schema.task.value, GONE)
         context.engine.cancel(ticket.request.request_id)
 
-    return EventStream(_stream(context, resolved, ticket, prefix), context.limits.ping_seconds, close)
+    return EventStream(_stream(request, context, resolved, ticket, prefix), context.limits.ping_seconds, close)
 
 
-async def _stream(context: Context, resolved: Resolved, ticket: Ticket, prefix: str) -> AsyncGenerator[bytes, None]:
+async def _stream(
+    request: Request, context: Context, resolved: Resolved, ticket: Ticket, prefix: str
+) -> AsyncGenerator[bytes, None]:
     """Yield one completed event a picture, or an error: the answer has begun, so that it is an event too."""
     task = resolved.schema.task.value
     try:
         finished = await context.follow(ticket)
         pictures = await context.jobs.outputs.run(_encode, resolved, finished)
-    except SafelightError as error:
-        context.metrics.answered(error)
-        context.metrics.ended(task, error.status)
-        yield event("error", error_body(error))
+    except Exception as error:  # the boundary of a request whose answer has begun
+        known = error if isinstance(error, SafelightError) else SafelightError("the pictures could not be made")
+        known.__cause__ = known.__cause__ if known is error else error
+        context.answered(request, known)
+        context.metrics.ended(task, known.status)
+        yield event("error", error_body(known))
         return
     context.count(resolved, finished)
     response = _response(resolved, pictures, finished)
@@ -243,7 +255,7 @@ async def _as_job(request: Request, context: Context, body: Body, resolved: Reso
         if not job.finished:
             await context.jobs.cancel(job.id)
     if job.error is not None:
-        raise job_error(job.error)
+        raise job_error(job)
     steps = resolved.params.num_steps() * len(job.outputs)
     context.count_completed(job, resolved.schema.task.value, steps)
     pictures = [
@@ -289,6 +301,7 @@ def submission(
         compression=compression,
         warnings=resolved.warnings,
         owner=context.owner,
+        request_id=request_id(request),
         idempotency_key=key,
         digest=request_digest(plain, body.files) if key is not None else "",
     )
