@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import time
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import httpx
@@ -49,6 +50,12 @@ def address(server):
         url = client.images.generate(prompt=PROMPT, response_format="url", n=2).data[1].url
     assert url.startswith(server.url)
     return url.removeprefix(server.url)
+
+
+def picture_of(answer) -> Any:
+    """Return the one picture of an SDK's answer, whose fields are those that were asked for."""
+    (picture,) = answer.data
+    return picture
 
 
 def get_routes(server):
@@ -230,9 +237,9 @@ def test_the_secret_is_for_the_server_alone(tmp_path):
 def test_addresses_may_be_the_default_form(tmp_path):
     with running(tmp_path, more={"response_format": "url"}) as server, server.openai() as client:
         answer = client.images.generate(prompt=PROMPT)
-        assert answer.data[0].b64_json is None and answer.data[0].url.startswith(server.url)
-        assert client.images.generate(prompt=PROMPT, response_format="b64_json").data[0].url is None
-        assert client.images.generate(prompt=PROMPT, extra_body={"response_format": None}).data[0].url
+        assert picture_of(answer).b64_json is None and picture_of(answer).url.startswith(server.url)
+        assert picture_of(client.images.generate(prompt=PROMPT, response_format="b64_json")).url is None
+        assert picture_of(client.images.generate(prompt=PROMPT, extra_body={"response_format": None})).url
         (event,) = client.images.generate(prompt=PROMPT, stream=True)
         assert event.b64_json, "events hold their pictures"
         with server.http() as http:
@@ -558,16 +565,23 @@ def test_keys_that_a_client_cannot_send(key):
 # the log
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "stream": {"stream": True},
+    "url": {"response_format": "url"},
+    "job": {},
+}
+
+
 def ids_in_log(caplog):
     return [set(re.findall(r"req_[0-9a-f]{32}", record.getMessage())) for record in caplog.records]
 
 
 @pytest.mark.parametrize("prompt", ["[garbage]", "[fail:internal_error]"])
-@pytest.mark.parametrize("form", ["plain", "stream", "url", "job"])
+@pytest.mark.parametrize("form", FORMS)
 def test_the_log_has_the_id_of_a_failed_request(server, caplog, prompt, form):
-    more = {"stream": {"stream": True}, "url": {"response_format": "url"}}.get(form, {})
     with caplog.at_level(logging.ERROR), server.http() as http:
-        answer = http.post(GENERATIONS, json={"prompt": prompt, **more}, headers=ASYNC if form == "job" else {})
+        answer = http.post(GENERATIONS, json={"prompt": prompt, **FORMS[form]}, headers=ASYNC if form == "job" else {})
         told = answer.headers["x-request-id"]
         if form == "job":
             job = finished_job(http, answer.json()["id"])
@@ -607,16 +621,16 @@ def test_ids_addresses_and_origins_of_a_whole_server(tmp_path):
     options = ["--allowed-origins", PAGE, "--response-format", "url", "--no-warm-up"]
     with serving(tmp_path, model, *options, key=KEY) as server, server.http() as http:
         told = {}
-        for form, headers in (("b64_json", {}), ("url", {})):
+        for form in ("b64_json", "url"):
             body = {"prompt": "[raise@denoising:1] a cat", "response_format": form}
-            answer = http.post(GENERATIONS, json=body, headers=headers)
+            answer = http.post(GENERATIONS, json=body)
             assert_error(answer, 500)
             told[form] = answer.headers["x-request-id"]
         log = server.log.read_text()
         for request_id in told.values():
             assert re.search(rf"worker ERROR [^\n]*{request_id}[^\n]*failed\nTraceback", log), log
         with OpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client:
-            url = client.images.generate(prompt="a cat").data[0].url
+            url = picture_of(client.images.generate(prompt="a cat")).url
         assert KEY not in url and httpx.get(url).status_code == 200
         assert httpx.get(url, headers={"origin": PAGE}).headers["access-control-allow-origin"] == PAGE
         secret = tmp_path / "state" / KEY_NAME

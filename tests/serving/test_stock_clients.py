@@ -339,6 +339,12 @@ CLIENTS = {
         part([disposed('name="image"; filename="\u00fc %22a%22.png"'), "Content-Type: image/png"], PICTURE),
         part([disposed('name="mask"; filename=""'), FILE], b""),
     ],
+    "Node, with a file that was not chosen": [
+        part(disposed('name="prompt"'), b"x"),
+        part(disposed('name="n"'), b"2"),
+        part([disposed('name="image"; filename="blob"'), "Content-Type: image/png"], PICTURE),
+        part([disposed('name="mask"'), FILE], b""),
+    ],
     "Java": [
         part(
             [disposed('name="prompt"'), "Content-Type: text/plain; charset=UTF-8", "Content-Transfer-Encoding: 8bit"],
@@ -481,6 +487,17 @@ def test_a_part_in_another_coding_is_refused_by_name(editor, coding):
         headers = {"content-type": "multipart/form-data; boundary=b"}
         error = assert_error(http.post(EDITS, content=form(parts, "b"), headers=headers), 400, "image")
     assert "content-transfer-encoding" in error["message"]
+
+
+def test_parts_in_a_part_are_told_how_to_come(editor):
+    """As curl writes `-F image=@a.png,b.png`."""
+    parts = [part([disposed('name="image"'), "Content-Type: multipart/mixed; boundary=c"], form([PICTURE] * 2, "c"))]
+    with editor.http() as http:
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        assert (
+            "image[]"
+            in assert_error(http.post(EDITS, content=form(parts, "b"), headers=headers), 400, "image")["message"]
+        )
 
 
 def test_text_in_another_charset_is_refused_by_name(editor):

@@ -70,10 +70,10 @@ class Option:
 
 def _integer(value: Any) -> int | None:
     """Take 3.0 for 3, as JSON Schema does."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    is_whole = isinstance(value, numbers.Integral) or (math.isfinite(value) and value == int(value))
-    return int(value) if is_whole else None
+    if isinstance(value, numbers.Integral):
+        return None if isinstance(value, bool) else int(value)
+    number = _number(value)
+    return int(number) if number is not None and number.is_integer() else None
 
 
 def _number(value: Any) -> float | None:

@@ -286,11 +286,11 @@ def _parse_form(data: bytes, limits: Limits, boundary: bytes) -> Body:
     files = []
     for part in parts.found:
         options = parse_options_header(part.headers.get(b"content-disposition"))[1]
-        if options.get(b"filename") == b"" and not part.content:
-            continue  # a browser's input for a file, in which none was chosen
         name = options.get(b"name", b"").decode("utf-8", "replace")
         value = _value(name, part, is_file=b"filename" in options)
         if isinstance(value, Upload):
+            if not value.data and not options.get(b"filename"):
+                continue  # a browser's input for a file, in which none was chosen
             files.append(value.data)
         _insert(fields, name, value)
     return Body(fields, is_form=True, files=tuple(files))
@@ -302,6 +302,8 @@ def _value(name: str, part: _Part, is_file: bool) -> Upload | str:
     coding = part.headers.get(b"content-transfer-encoding", b"binary").strip().lower()
     if coding not in _PLAIN_CODINGS:
         raise about(name, "a part is taken as it is, without a content-transfer-encoding")
+    if media_type.startswith(b"multipart/"):
+        raise about(name, "several files are several parts, each named image[]")
     if is_file or not (media_type in (b"", b"application/json") or media_type.startswith(b"text/")):
         return Upload(bytes(part.content))
     if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
