@@ -239,6 +239,26 @@ def test_paths_queries_and_headers(fed, data):
     fed.check(method, target_of(data, fed, path), data.draw(SOME_HEADERS))
 
 
+@pytest.mark.parametrize("name", QUERY_NAMES)
+def test_each_value_in_a_query(fed, name):
+    """One at a time, on the routes that read one."""
+    for path in ("/v1/videos", f"/v1/jobs/{fed.ids[-1]}/content", f"/v1/videos/{fed.ids[-1]}/content"):
+        for value in QUERY_VALUES:
+            fed.check("GET", f"{path}?{name}={value}", [])
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_each_value_of_a_header(fed, name):
+    """One at a time, with what is open, what is a file, and what has a body."""
+    for value in HEADERS[name]:
+        fed.check("GET", "/livez", [(name, value)])
+        fed.check("GET", f"/v1/jobs/{fed.ids[-1]}/content", [(name, value)])
+        fed.check("OPTIONS", GENERATIONS, [("origin", "https://a.example")] * (name != "origin") + [(name, value)])
+        usual = [("content-type", "application/json")] * (name != "content-type")
+        for path in (GENERATIONS, "/v1/images/edits", "/v1/videos"):
+            fed.check("POST", path, [*usual, (name, value)], b'{"prompt": "x"}')
+
+
 def json_body(data):
     """Draw a JSON object that has some of the right fields, with some of the right values."""
     fields = {"prompt": "x", "size": "64x64", **data.draw(st.dictionaries(NAMES, VALUES, max_size=4))}

@@ -629,10 +629,13 @@ def test_ids_addresses_and_origins_of_a_whole_server(tmp_path):
         log = server.log.read_text()
         for request_id in told.values():
             assert re.search(rf"worker ERROR [^\n]*{request_id}[^\n]*failed\nTraceback", log), log
+        lost = http.post(GENERATIONS, json={"prompt": "[exit@denoising:1] a cat", "response_format": "b64_json"})
+        assert assert_error(lost, 503)["code"] == "worker_lost"
         with OpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client:
             url = picture_of(client.images.generate(prompt="a cat")).url
         assert KEY not in url and httpx.get(url).status_code == 200
         assert httpx.get(url, headers={"origin": PAGE}).headers["access-control-allow-origin"] == PAGE
+        assert re.search(rf"worker died [^\n]*{lost.headers['x-request-id']}", server.log.read_text())
         secret = tmp_path / "state" / KEY_NAME
         assert secret.stat().st_mode & 0o777 == 0o600
     with serving(tmp_path, model, "--no-warm-up", key=KEY) as server:
