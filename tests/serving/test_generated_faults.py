@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from safelight.core.schema import ModelSchema
 from safelight.errors import SafelightError, by_code
 from safelight.serving.images import image_fields
 from safelight.serving.limits import Limits
@@ -24,7 +25,7 @@ from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, IMAGE_TO_VIDEO_
 from tests.serving.test_api import ASYNC, GENERATIONS, finished_job, flat
 
 KEY = "sk-a key of many characters"
-SERVERS = {
+SERVERS: dict[str, tuple[ModelSchema, dict[str, Any]]] = {
     "pictures": (IMAGE_SCHEMA, {}),
     "edits": (EDIT_SCHEMA, {"more": {"allowed_origins": ("https://a.example",), "response_format": "url"}}),
     "videos": (VIDEO_SCHEMA, {"key": KEY}),
@@ -32,6 +33,17 @@ SERVERS = {
     "loading": (EDIT_SCHEMA, {"state": "loading"}),
 }
 LIMITS = Limits(max_cost=20_000, image_pixels=100_000, parts=16, ping_seconds=1.0)
+
+
+class Kept(logging.Handler):
+    """Keeps what is logged of errors."""
+
+    def __init__(self, records: list[logging.LogRecord]) -> None:
+        super().__init__(logging.ERROR)
+        self.records = records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 class Fed:
@@ -84,8 +96,7 @@ class Fed:
 def fed(request, tmp_path_factory):
     schema, more = SERVERS[request.param]
     records: list[logging.LogRecord] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler = Kept(records)
     logging.getLogger().addHandler(handler)
     try:
         with running(tmp_path_factory.mktemp("fed"), schema, limits=LIMITS, **more) as server, server.http() as http:

@@ -23,6 +23,7 @@ from safelight.serving.gate import Upload, read_number
 from safelight.serving.images import image_fields
 from safelight.serving.limits import Limits
 from safelight.serving.pictures import picture_bytes
+from safelight.serving.videos import VIDEO_FIELDS
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
 
@@ -469,10 +470,9 @@ def test_a_list_of_numbers_comes_as_parts_of_one_name(editor):
 @pytest.mark.parametrize("schema", [SEVERAL, IMAGE_TO_VIDEO_SCHEMA], ids=["edits", "videos"])
 def test_nothing_else_may_come_twice(tmp_path, schema):
     path = "/v1/videos" if schema.task.makes_video else EDITS
-    options = {**image_fields(Limits()), **schema.params_cls.options(), "seconds": Option("number", "")}
-    scalars = [
-        name for name, option in options.items() if option.kind not in ("image", "images", "numbers", "integers")
-    ]
+    own = VIDEO_FIELDS if schema.task.makes_video else image_fields(Limits())
+    options, lists = {**schema.params_cls.options(), **own}, ("image", "images", "numbers", "integers")
+    scalars = [name for name, option in options.items() if option.kind not in lists and name != "output_type"]
     with running(tmp_path, schema) as server, server.http() as http:
         for name in scalars:
             parts = [part(disposed(f'name="{name}"'), b"1")] * 2 + [part(disposed('name="image"'), PICTURE)]
