@@ -19,6 +19,7 @@ from PIL import Image
 from safelight.core.params import Option
 from safelight.errors import InvalidParameterError
 from safelight.serving import fields as fields_module
+from safelight.serving import images as images_module
 from safelight.serving.gate import Upload, read_number
 from safelight.serving.images import image_fields
 from safelight.serving.limits import Limits
@@ -293,19 +294,24 @@ def test_other_text_is_not_called_base64(value):
         picture_bytes(value, "image", Limits())
 
 
-def test_large_bodies_are_looked_at_in_a_thread(editor, monkeypatch):
-    threads = []
+@pytest.mark.parametrize(
+    ("module", "function"), [(fields_module, "picture_bytes"), (images_module, "request_digest")], ids=["read", "hash"]
+)
+def test_large_bodies_are_looked_at_in_a_thread(editor, monkeypatch, module, function):
+    threads, real = [], vars(module)[function]
 
     def recorded(*arguments):
         threads.append(threading.current_thread().name)
-        return picture_bytes(*arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(fields_module, "picture_bytes", recorded)
+    monkeypatch.setattr(module, function, recorded)
     file = io.BytesIO()
     Image.effect_noise((400, 400), 100).save(file, "PNG")
     with editor.http() as http:
-        assert http.post(EDITS, json={"prompt": "x", "image": data_url(file.getvalue())}).status_code == 200
-        assert http.post(EDITS, json={"prompt": "x", "image": data_url(png())}).status_code == 200
+        for index, data in enumerate((file.getvalue(), png())):
+            headers = {"idempotency-key": f"{function} {index}", "prefer": "respond-async"}
+            answer = http.post(EDITS, json={"prompt": "x", "image": data_url(data)}, headers=headers)
+            assert answer.status_code == 202
     assert threads[0] != "server" and threads[1] == "server"
 
 

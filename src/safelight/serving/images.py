@@ -244,7 +244,8 @@ async def _as_job(request: Request, context: Context, body: Body, resolved: Reso
     own = resolved.asked.own
     echo = {"quality": resolved.quality, "background": resolved.background}
     compression = own.get("output_compression")
-    job = await context.jobs.submit(submission(request, context, body, resolved, echo, compression))
+    submitted = await aside(body, submission, request, context, body, resolved, echo, compression)
+    job = await context.jobs.submit(submitted)
     if not wait:
         context.count_job(job, resolved)
         headers = {"preference-applied": "respond-async", "location": f"/v1/jobs/{job.id}"}
@@ -283,7 +284,7 @@ def submission(
     echo: Mapping[str, Any],
     compression: int | None = None,
 ) -> Submission:
-    """Return a request as a job is made of it, with its `Idempotency-Key`.
+    """Return a request as a job is made of it, with its `Idempotency-Key`. Of a large body: run it in a thread.
 
     Raises:
         MalformedRequestError: for a key that is empty or too long.
@@ -292,7 +293,7 @@ def submission(
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= context.limits.key_length:
         raise MalformedRequestError(f"idempotency-key: it takes 1 to {context.limits.key_length} characters")
-    plain = {"path": request.url.path, "fields": _without_files(body.fields)}
+    plain = {"path": request.scope["path"], "fields": _without_files(body.fields)}
     return Submission(
         params=resolved.params,
         images=resolved.images,

@@ -136,7 +136,7 @@ async def _remixed(source: Job, asked: Asked, context: Context) -> Asked:
 async def _submit(request: Request, context: Context, body: Body, asked: Asked, source: Job | None = None) -> Response:
     resolved = await context.resolve(request, asked)
     echo = {**_echo(resolved), "remixed_from_video_id": source.id if source else None}
-    job = await context.jobs.submit(submission(request, context, body, resolved, echo))
+    job = await context.jobs.submit(await aside(body, submission, request, context, body, resolved, echo))
     context.count_job(job, resolved)
     return _answer(job, context)
 
