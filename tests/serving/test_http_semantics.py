@@ -213,6 +213,10 @@ def test_the_secret_is_for_the_server_alone(tmp_path):
     path = tmp_path / KEY_NAME
     assert len(key) == 32 and path.stat().st_mode & 0o777 == 0o600
     assert read_address_key(tmp_path) == key and [each.name for each in tmp_path.iterdir()] == [KEY_NAME]
+    path.unlink()
+    (tmp_path / f".{KEY_NAME}").write_bytes(b"what a server left that died")
+    key = read_address_key(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == [KEY_NAME]
     path.chmod(0o640)
     with pytest.raises(StateDirectoryError, match="others may read it"):
         read_address_key(tmp_path)
@@ -252,6 +256,12 @@ def test_addresses_may_be_the_default_form(tmp_path):
 def test_forms_that_there_are_not(value):
     with pytest.raises(InvalidParameterError, match="response_format: got"):
         ServeArgs(response_format=value)
+
+
+@pytest.mark.parametrize("hours", [float("inf"), float("nan"), -1, 1e9])
+def test_every_address_has_an_end(hours):
+    with pytest.raises(InvalidParameterError, match="keep_hours: got"):
+        ServeArgs(keep_hours=hours)
 
 
 # origins

@@ -230,11 +230,17 @@ class Context:
             raise NotFoundError(f"there is no {kind or 'job'} of that id")
         return job
 
-    def answered(self, request: Request, error: SafelightError) -> None:
-        """Count an error that is answered; a mistake of ours is told to the log alone, under the request's id."""
-        self.metrics.answered(error)
-        if is_internal(error):
-            logger.error("request %s failed: %s", request_id(request), error, exc_info=error.__cause__)
+    def answered(self, request: Request, error: Exception) -> SafelightError:
+        """Count what ended a request, and return it as it may be answered.
+
+        A mistake of ours is told to the log alone, under the id that the client is told.
+        """
+        known = error if isinstance(error, SafelightError) else SafelightError("this was not foreseen")
+        self.metrics.answered(known)
+        if is_internal(known):
+            cause = error.__cause__ if known is error else error
+            logger.error("request %s failed: %s", request_id(request), known, exc_info=cause)
+        return known
 
     def progress(self, job: Job) -> Progress:
         """Return how far an unfinished job is."""

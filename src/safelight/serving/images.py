@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from safelight.core.params import Option, SamplingParams
 from safelight.core.schema import ModelSchema
-from safelight.errors import InvalidParameterError, SafelightError, UsageError
+from safelight.errors import InvalidParameterError, UsageError
 from safelight.runtime.client import Ticket
 from safelight.serving.context import (
     Context,
@@ -225,9 +225,7 @@ async def _stream(
         finished = await context.follow(ticket)
         pictures = await context.jobs.outputs.run(_encode, resolved, finished)
     except Exception as error:  # the boundary of a request whose answer has begun
-        known = error if isinstance(error, SafelightError) else SafelightError("the pictures could not be made")
-        known.__cause__ = known.__cause__ if known is error else error
-        context.answered(request, known)
+        known = context.answered(request, error)
         context.metrics.ended(task, known.status)
         yield event("error", error_body(known))
         return

@@ -70,7 +70,7 @@ class ServeArgs:
     batching: str = serve_setting("exact", "exact, or throughput: stack the model calls of several requests.")
     share: float = serve_setting(0.1, "Share of device time that the longest request and the oldest always get.", 0, 1)
     warm_up: bool = serve_setting(True, "Run one small request before the server is ready.")
-    keep_hours: float = serve_setting(24.0, "Hours for which finished jobs are kept.", 0)
+    keep_hours: float = serve_setting(24.0, "Hours for which finished jobs are kept.", 0, 1_000_000)
     max_storage: int | None = serve_setting(None, "Bytes of all outputs together.  [default: no limit]", 1)
     drain_seconds: float = serve_setting(30.0, "Seconds that running requests have when the server stops.", 0)
     unit_limit: float = serve_setting(60.0, "Seconds after which a unit of work counts as hung.", 0.1)
