@@ -58,11 +58,12 @@ class LiveServer:
     port: int
     log: Path
     key: str | None = None
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
         """Where it is."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -112,7 +113,12 @@ class LiveServer:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, model: Path | None, *arguments: str, ready: bool = True, key: str | None = None
+    folder: Path,
+    model: Path | None,
+    *arguments: str,
+    ready: bool = True,
+    key: str | None = None,
+    host: str = "127.0.0.1",
 ) -> Iterator[LiveServer]:
     """Run a server until the block ends; it must end well, and leave nothing behind.
 
@@ -122,10 +128,11 @@ def serving(
         arguments: further ones.
         ready: whether to wait until it is ready.
         key: that every request must bring.
+        host: where it listens, on this machine.
 
     """
     port, log = free_port(), folder / "server.log"
-    options = ["--port", str(port), "--state-dir", str(folder / "state")]
+    options = ["--host", host, "--port", str(port), "--state-dir", str(folder / "state")]
     if key is not None:
         (folder / "key").write_text(key)
         options += ["--api-key-file", str(folder / "key")]
@@ -138,7 +145,7 @@ def serving(
             text=True,
             env={**environment(), "TMPDIR": str(folder)},
         )
-        server = LiveServer(process, port, log, key)
+        server = LiveServer(process, port, log, key, host)
         try:
             if ready:
                 server.wait_ready()

@@ -17,3 +17,11 @@ JOB=$(curl -fsS "$URL/v1/images/generations" \
 curl -fsSN "$URL/v1/jobs/$JOB/events" | grep '^event:'
 curl -fsS "$URL/v1/jobs/$JOB/content" -o star.png
 echo star.png
+
+# As an address, which opens without the server's key until its job expires: for a browser, or for somebody else.
+ADDRESS=$(curl -fsS "$URL/v1/images/generations" \
+  -H 'content-type: application/json' \
+  -d '{"prompt": "a large green square at the right on a black background", "seed": 2, "response_format": "url"}' \
+  | python3 -c 'import json, sys; print(json.load(sys.stdin)["data"][0]["url"])')
+curl -fsS "$ADDRESS" -o square.png
+echo square.png

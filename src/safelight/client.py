@@ -61,9 +61,16 @@ class RemoteEngine:
         """
         if not url.startswith(("http://", "https://")):
             raise InvalidParameterError("url", url, "an address that begins with http:// or https://")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise InvalidParameterError("api_key", "something else", "the server's key: printable ASCII characters")
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
+        except httpx.InvalidURL as error:
+            raise InvalidParameterError(
+                "url", url, "an address such as http://127.0.0.1:8000 or http://[::1]:8000"
+            ) from error
         try:
             name = self._json("GET", "/v1/models")["data"][0]["id"]
             found = self._json("GET", f"/v1/models/{name.replace('/', '%2F')}/schema")

@@ -11,6 +11,9 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar, Self
 
+MAX_NAME = 100
+"""Characters of a name that was given: longer than any that is known."""
+
 
 class SafelightError(Exception):
     """Base of every error that Safelight raises on purpose.
@@ -64,16 +67,16 @@ class UnknownParameterError(UsageError):
     """A parameter that this model does not have.
 
     Attributes:
-        param: the name that was given.
+        param: the name that was given, or the first characters of a long one.
 
     """
 
     code = "unknown_parameter"
 
     def __init__(self, param: str, known: Iterable[str], instead: str | None = None) -> None:
-        self.param = param
+        self.param = param[:MAX_NAME]
         hint = instead or nearest(param, known)
-        super().__init__(f"unknown parameter {param!r}: {hint}")
+        super().__init__(f"unknown parameter {shown(param)}: {hint}")
 
 
 class OutputError(UsageError):
@@ -226,11 +229,12 @@ def _classes(base: type[SafelightError]) -> dict[str, type[SafelightError]]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Suggest the known name closest to `name`, or list them all."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    # Of a long name the beginning: the comparison makes tables of every character, a gigabyte for a name of megabytes.
+    close = difflib.get_close_matches(name[:MAX_NAME], names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
 
 
 def shown(value: object, limit: int = 80) -> str:
     """Represent a value for a message, cut to `limit` characters."""
-    text = repr(value)
+    text = repr(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -103,7 +103,7 @@ def test_what_is_set_wins_over_defaults_and_resolving_twice_changes_nothing(para
         ("negative_prompt", ["one", "two"]),
         ("height", 0),
         ("height", -64),
-        ("height", 64.0),
+        ("height", 64.5),
         ("height", "64"),
         ("height", True),
         ("width", 10**9),
@@ -140,6 +140,12 @@ def test_numpy_numbers_are_numbers(params_cls):
     assert [(params[name], type(params[name])) for name in plain] == [
         (plain[name], type(plain[name])) for name in plain
     ]
+
+
+@pytest.mark.parametrize("value", [3.0, np.float32(3.0), 3])
+def test_a_number_is_whole_if_its_value_is(params_cls, value):
+    params = resolved(params_cls, seed=value)
+    assert params.seed == 3 and type(params.seed) is int
 
 
 def test_sizes_name_the_multiple_and_the_nearest():

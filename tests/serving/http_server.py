@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -111,10 +111,15 @@ def next_answer(file: BinaryIO) -> tuple[int, dict[str, str], Any]:
 
 @contextlib.contextmanager
 def running(
-    folder: Path, schema: ModelSchema = IMAGE_SCHEMA, key: str | None = None, limits: Limits | None = None, **stub: Any
+    folder: Path,
+    schema: ModelSchema = IMAGE_SCHEMA,
+    key: str | None = None,
+    limits: Limits | None = None,
+    more: Mapping[str, Any] | None = None,
+    **stub: Any,
 ) -> Iterator[Running]:
-    """Run a server until the block ends."""
-    settings = Settings(NAMES, key, poll_after_ms=20, drain_seconds=1.0, limits=limits or Limits())
+    """Run a server until the block ends; `more` are further settings, `stub` is for the engine."""
+    settings = Settings(NAMES, key, poll_after_ms=20, drain_seconds=1.0, limits=limits or Limits(), **(more or {}))
     schema = dataclasses.replace(schema, model=NAMES[0])
     engine = StubEngine(schema, **stub)
     jobs = JobManager(SqliteJobStore(folder / "state"), Outputs(folder / "outputs"), engine)

@@ -145,8 +145,8 @@ def test_a_body_in_chunks_is_too_large_as_soon_as_it_is(images, expected):
         ("GET", "/v1/images/generations", 405),
         ("PUT", "/v1/videos", 405),
         ("POST", "/livez", 405),
-        ("GET", "/", 404),
-        ("GET", "/v1/videos/", 404),
+        ("GET", "/index.html", 404),
+        ("GET", "/v1/videos%2f", 404),
         ("GET", "/docs", 404),
         ("GET", "/v1/videos/%2e%2e", 404),
         ("GET", "/v1/videos/..%2f..%2fetc%2fpasswd", 404),
@@ -163,7 +163,7 @@ def test_paths(images, expected, method, path, status):
 
 
 @pytest.mark.parametrize(
-    "model", ["..%2f..%2fetc", "org%2Ftiny%2F", "%00", "", "org/tiny/schema/schema", "x" * 5000, "\u202e"]
+    "model", ["..%2f..%2fetc", "org%2Ftiny%2F", "%00", "org/tiny/schema/schema", "x" * 5000, "\u202e"]
 )
 def test_models_that_are_not_served(images, model):
     error = assert_error(images.get(f"/v1/models/{model}"), 404, "model")
@@ -200,7 +200,7 @@ GENERATIONS = {
     },
     "size and height": ({"size": "64x64", "height": 64}, 400, "size"),
     "height": ({"height": 65}, 400, "height"),
-    **{f"n {n!r}": ({"n": n}, 400, "n") for n in [0, -1, 10**7, 11, True, "2", 2.5, 1.0, [], {}]},
+    **{f"n {n!r}": ({"n": n}, 400, "n") for n in [0, -1, 10**7, 11, True, "2", 2.5, [], {}]},
     "n in 900 lists": ({"n": json.loads("[" * 900 + "]" * 900)}, 400, "n"),
     "n by its other name": ({"num_images_per_prompt": 11}, 400, "num_images_per_prompt"),
     "n twice": ({"n": 2, "num_images_per_prompt": 2}, 400, "num_images_per_prompt"),
@@ -211,7 +211,7 @@ GENERATIONS = {
     **{
         f"format {f!r}": ({"output_format": f}, 400, "output_format") for f in ["exe", "../png", "gif", "svg", "PNG", 1]
     },
-    **{f"quality {q!r}": ({"quality": q}, 400, "quality") for q in ["hd", "standard", "best", 1]},
+    **{f"quality {q!r}": ({"quality": q}, 400, "quality") for q in ["HD", "best", 1]},
     "quality and steps": ({"quality": "low", "num_inference_steps": 4}, 400, "quality"),
     "compression": ({"output_format": "jpeg", "output_compression": 101}, 400, "output_compression"),
     "compression of png": ({"output_compression": 50}, 400, "output_compression"),

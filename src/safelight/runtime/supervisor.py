@@ -248,7 +248,8 @@ class Supervisor(EngineClient):
         """Answer the request whose unit ran; let all others wait for the next worker."""
         unit = worker.board.read()
         culprits = set(unit.requests) if unit is not None else set()
-        logger.error("the worker %s (exit code %s)", reason, worker.process.returncode)
+        work = ", ".join(sorted(culprits)) or "no request"
+        logger.error("the worker %s (exit code %s) with %s in work", reason, worker.process.returncode, work)
         if self._ready is not None and not self._ready.done():
             self._give_up()
             self._ready.set_exception(ModelError("the worker died while it loaded the model; the log says more"))

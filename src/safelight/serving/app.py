@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from safelight.errors import SafelightError
 from safelight.runtime.client import EngineClient
 from safelight.serving import health, images, jobs_api, models_api, openapi, videos
-from safelight.serving.auth import Envelope, KeyCheck
+from safelight.serving.auth import KeyCheck
 from safelight.serving.context import Context, Settings
+from safelight.serving.envelope import Envelope
 from safelight.serving.errors import GONE, error_response, from_status
 from safelight.serving.job_manager import JobManager
+from safelight.serving.origins import Origins, Preflight
 
 
 def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> FastAPI:
@@ -42,7 +46,7 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
             await jobs.close(settings.drain_seconds)
             context.close()
 
-    context = Context(engine, jobs, settings)
+    context, origins = Context(engine, jobs, settings), Origins(settings.allowed_origins)
     app = FastAPI(
         title="Safelight",
         lifespan=lifespan,
@@ -50,7 +54,11 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[Middleware(Envelope), Middleware(KeyCheck, key=settings.api_key)],
+        middleware=[
+            Middleware(Envelope, origins=origins),
+            Middleware(Preflight, origins=origins),
+            Middleware(KeyCheck, key=settings.api_key, origins=origins, addresses=context.addresses),
+        ],
     )
     for part in (health, images, videos, jobs_api, models_api, openapi):
         app.include_router(part.routes(context))
@@ -68,7 +76,7 @@ def _answer_errors(app: FastAPI, context: Context) -> None:
 
     def answer(request: Request, error: SafelightError, headers: dict[str, str] | None = None) -> Response:
         ended(request, error.status)
-        context.metrics.answered(error)
+        context.answered(request, error)
         return error_response(error, headers)
 
     @app.exception_handler(SafelightError)
@@ -77,10 +85,18 @@ def _answer_errors(app: FastAPI, context: Context) -> None:
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
-        headers = dict(error.headers or {})
-        return answer(request, from_status(error.status_code, headers.get("Allow", "")), headers)
+        allowed = _allowed(app, request)
+        headers = {"allow": allowed} if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else {}
+        return answer(request, from_status(error.status_code, allowed), headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         ended(request, GONE)
         return Response(status_code=GONE)
+
+
+def _allowed(app: FastAPI, request: Request) -> str:
+    """Return the methods that a path takes, over all routes: the router knows those of the first that fits."""
+    scopes = {method: {**request.scope, "method": method} for method in ("GET", "POST", "DELETE")}
+    found = [m for m, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in app.router.routes)]
+    return ", ".join(["HEAD", *found] if "GET" in found else found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Awaitable, Mapping
@@ -19,15 +20,17 @@ from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import NotReadyError, SafelightError, UsageError, by_code, nearest, shown
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
-from safelight.serving.errors import ModelNameError, NotFoundError
+from safelight.serving.addresses import KEY_BYTES, Addresses
+from safelight.serving.errors import ModelNameError, NotFoundError, is_internal
 from safelight.serving.fields import Asked, Resolved, resolve
 from safelight.serving.gate import Budget
 from safelight.serving.job_manager import JobManager
-from safelight.serving.jobs import Job, JobError, Kind, owner_of
+from safelight.serving.jobs import Job, Kind, owner_of
 from safelight.serving.limits import Limits
 from safelight.serving.metrics import Metrics
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,11 @@ class Settings:
 
     Attributes:
         served_names: under which the model is asked for; the first is the one that answers name.
-        api_key: which every route but `/livez` asks for; None asks for none.
+        api_key: which every route but `/livez`, and those by signed addresses, asks for; None asks for none.
         public_url: where clients reach the server, without a path; None is what their `Host` header says.
+        allowed_origins: of web pages that may use the server, as browsers write them; `*` is all.
+        response_format: how pictures are returned where a request does not say it: `b64_json` or `url`.
+        address_key: the secret that signs addresses of files; it has to outlive the process for them to do so.
         poll_after_ms: what clients that poll a video are told to wait.
         drain_seconds: which running jobs have to finish when the server stops.
         limits: bounds of what clients send and ask for.
@@ -47,6 +53,9 @@ class Settings:
     served_names: tuple[str, ...]
     api_key: str | None = None
     public_url: str | None = None
+    allowed_origins: tuple[str, ...] = ()
+    response_format: str = "b64_json"
+    address_key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
     poll_after_ms: int = 1000
     drain_seconds: float = 30.0
     limits: Limits = field(default_factory=Limits)
@@ -67,6 +76,7 @@ class Context:
     Attributes:
         engine, jobs, settings, metrics: the parts.
         budget: of memory for what clients send.
+        addresses: of files, signed.
         owner: of every job that is sent here.
         started_at: when the application was made, in seconds since 1970.
 
@@ -76,6 +86,7 @@ class Context:
         self.engine, self.jobs, self.settings = engine, jobs, settings
         self.metrics = Metrics(engine)
         self.budget = Budget(settings.limits.held_bytes)
+        self.addresses = Addresses(settings.address_key)
         self.owner = owner_of(settings.api_key)
         self.started_at = int(time.time())
         # One thread: a picture of 25 megapixels takes 225 MB on its way, which malloc keeps for each thread apart.
@@ -139,15 +150,15 @@ class Context:
         self.budget.take(request, sum(image.width * image.height * len(image.getbands()) for image in flat))
         return resolved
 
-    def submit(self, params: SamplingParams) -> Ticket:
-        """Put a request into the engine's queue that somebody waits for.
+    def submit(self, request: Request, params: SamplingParams) -> Ticket:
+        """Put a request into the engine's queue that somebody waits for; there too it has the id that they are told.
 
         Raises:
             ServingError: if it cannot be taken now.
 
         """
-        name = f"sync_{secrets.token_hex(16)}"
-        return self.engine.submit(GenerationRequest(name, params, deadline=self.limits.deadline_seconds))
+        deadline = self.limits.deadline_seconds
+        return self.engine.submit(GenerationRequest(request_id(request), params, deadline=deadline))
 
     async def follow(self, ticket: Ticket) -> Finished:
         """Wait for a request's outputs.
@@ -163,7 +174,7 @@ class Context:
         outputs = await ticket.result()
         return Finished(outputs, time.perf_counter() - began, queue_seconds)
 
-    async def generate(self, receive: Receive, params: SamplingParams) -> Finished:
+    async def generate(self, request: Request, params: SamplingParams) -> Finished:
         """Run a request now, and end it within one step if its client goes away.
 
         Raises:
@@ -171,9 +182,9 @@ class Context:
             ClientDisconnect: if nobody waits for it any more.
 
         """
-        ticket = self.submit(params)
+        ticket = self.submit(request, params)
         try:
-            return await unless_gone(receive, self.follow(ticket))
+            return await unless_gone(request.receive, self.follow(ticket))
         finally:
             self.engine.cancel(ticket.request.request_id)
 
@@ -197,7 +208,7 @@ class Context:
             job = event.job
         self.count_completed(job, task, steps)
         if job.error is not None:
-            error = job_error(job.error)
+            error = job_error(job)
             self.metrics.ended(task, error.status)
             self.metrics.answered(error)
 
@@ -219,6 +230,18 @@ class Context:
             raise NotFoundError(f"there is no {kind or 'job'} of that id")
         return job
 
+    def answered(self, request: Request, error: Exception) -> SafelightError:
+        """Count what ended a request, and return it as it may be answered.
+
+        A mistake of ours is told to the log alone, under the id that the client is told.
+        """
+        known = error if isinstance(error, SafelightError) else SafelightError("this was not foreseen")
+        self.metrics.answered(known)
+        if is_internal(known):
+            cause = error.__cause__ if known is error else error
+            logger.error("request %s failed: %s", request_id(request), known, exc_info=cause)
+        return known
+
     def progress(self, job: Job) -> Progress:
         """Return how far an unfinished job is."""
         return self.jobs.progress(job.id) or Progress(num_outputs=0)
@@ -232,9 +255,16 @@ class Context:
         return (self.settings.public_url or str(request.base_url)).rstrip("/")
 
 
-def job_error(error: JobError) -> SafelightError:
-    """Return the error that a job failed with."""
-    return by_code(error.code).rebuilt(error.message, error.param)
+def request_id(request: Request) -> str:
+    """Return what the client is told as `x-request-id`, and finds in the log."""
+    return str(request.scope["state"]["request_id"])
+
+
+def job_error(job: Job) -> SafelightError:
+    """Return the error that a job failed with; a mistake of ours names the job, for the log."""
+    assert job.error is not None
+    error = by_code(job.error.code).rebuilt(job.error.message, job.error.param)
+    return SafelightError(f"job {job.id}: {error}") if is_internal(error) else error
 
 
 def total_timings(outputs: list[Output]) -> dict[str, float]:

@@ -54,6 +54,19 @@ class ForeignOriginError(SafelightError):
     code = "foreign_origin"
 
 
+class AddressError(UsageError):
+    """The signature of an address is not this server's, or not of this address."""
+
+    status = 403
+    code = "invalid_signature"
+
+
+class ExpiredAddressError(AddressError):
+    """A signed address has come to its end."""
+
+    code = "address_expired"
+
+
 class AuthenticationError(UsageError):
     """No key, or a wrong one."""
 
@@ -117,6 +130,11 @@ _OBJECT = re.compile(r"<[A-Za-z_][\w.]*[^<>]* at 0x[0-9a-fA-F]+>")
 _INTERNAL = "the server made a mistake; its log has the details under this request's x-request-id"
 
 
+def is_internal(error: SafelightError) -> bool:
+    """Say whether it is a mistake of ours, which the log has and no answer tells."""
+    return error.code == SafelightError.code
+
+
 def error_type(status: int) -> str:
     """Return the kind of error that SDKs sort by."""
     special = {401: "authentication_error", 429: "rate_limit_error"}
@@ -125,8 +143,7 @@ def error_type(status: int) -> str:
 
 def error_body(error: SafelightError) -> dict[str, Any]:
     """Return an error as `{"error": {message, type, param, code}}`."""
-    internal = error.code == SafelightError.code
-    message = _INTERNAL if internal else _OBJECT.sub("an image", str(error))
+    message = _INTERNAL if is_internal(error) else _OBJECT.sub("an image", str(error))
     return {
         "error": {
             "message": message,

@@ -16,14 +16,18 @@ from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.preparation import prepare
 from safelight.serving.cost import check_cost
-from safelight.serving.gate import Body
+from safelight.serving.gate import Body, Repeated, about, read_number
 from safelight.serving.limits import Limits
 from safelight.serving.pictures import decode_picture, picture_bytes, upright_size
 
 QUALITIES: Mapping[str, float] = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0}
 """Steps, in the model's default number of them."""
+QUALITY_NAMES: Mapping[str, str] = {"standard": "medium", "hd": "high"}
+"""Other names of qualities, from before there were these."""
 EFFECTLESS = ("moderation", "style", "user", "safety_identifier")
 """Accepted, so that clients written for other servers work, and named in the warnings."""
+INPUT_FIDELITY = "input_fidelity"
+"""Likewise, where pictures are edited: a model here keeps of them what it keeps."""
 NOT_OFFERED: Mapping[str, str] = {"output_type": "use output_format"}
 OUTPUT_TYPE = "pil"
 """What the engine gives, whatever the model's default is: pixels of 8 bits."""
@@ -31,12 +35,15 @@ REFUSED: Mapping[str, str] = {**NOT_OFFERED, "mask": "this model cannot use a ma
 """What is not taken, and what to say of it."""
 INPUT_REFERENCE = "input_reference"
 """The API's name for the picture that a video begins with."""
+IMAGES = "images"
+"""The API's name for the pictures to edit, in JSON."""
+_LISTS = ("image", "images", "numbers", "integers")
+"""Kinds of fields that parts of one name may fill together."""
 MAX_NUMBER = 1e6
 """Of what is not a whole number: guidance beyond it overflows in half precision."""
 _PASSED_ON = ("prompt", "n")
 """Fields of the API that are the model's too, with other bounds."""
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
-_WHOLE = re.compile(r"-?[0-9]{1,40}")
 _NUMBER = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,3})?")
 
 
@@ -114,7 +121,7 @@ def model_fields(schema: ModelSchema) -> dict[str, Option]:
 
 
 def sort_fields(body: Body, own: Mapping[str, Option], schema: ModelSchema, limits: Limits) -> Asked:
-    """Check each field by itself, and sort the API's from the model's.
+    """Check each field by itself, and sort the API's from the model's. Of a large body: run it in a thread.
 
     Args:
         body: as it was parsed.
@@ -132,9 +139,14 @@ def sort_fields(body: Body, own: Mapping[str, Option], schema: ModelSchema, limi
     for name, value in body.fields.items():
         option = known.get(cls.aliases.get(name, name))
         if option is None:
-            raise UnknownParameterError(name, known, {**REFUSED, **cls.refused}.get(name))
+            refused = {**REFUSED, **cls.refused}
+            if name in refused and value is None:
+                continue
+            raise UnknownParameterError(name, known, refused.get(name))
         if value is None:
             continue
+        if isinstance(value, Repeated) and option.kind not in _LISTS:
+            raise about(name, "is given twice")
         if option.kind in ("image", "images"):
             asked.pictures[name] = list(_pictures(name, option, value, limits))
         else:
@@ -160,10 +172,8 @@ def typed(kind: str, value: Any) -> Any:
         return [typed(one, entry) for entry in (value if isinstance(value, list) else [value])]
     if not isinstance(value, str):
         return value
-    if kind == "integer" and _WHOLE.fullmatch(value):
-        return int(value)
-    if kind == "number" and _NUMBER.fullmatch(value):
-        return float(value)
+    if kind in ("integer", "number") and _NUMBER.fullmatch(value):
+        return read_number(value)
     return {"true": True, "false": False}.get(value, value) if kind == "boolean" else value
 
 
@@ -188,7 +198,10 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
     options = schema.params_cls.options()
     for name, files in asked.pictures.items():
         if (target := _target(name)) in model or target not in options:
-            raise InvalidParameterError(name, "an image", "nothing here: this model takes no such image, or has one")
+            takes = (
+                "nothing, where another field has the image" if target in options else "nothing: this model has no use"
+            )
+            raise InvalidParameterError(name, "an image", takes)
         images = [decode_picture(data, name, limits) for data in files]
         model[target] = images if options[target].kind == "images" else images[0]
     size = asked.own.get("size", "auto")
@@ -202,12 +215,12 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
             raise InvalidParameterError.rebuilt(f"size: got {size!r}; {error}", "size") from error
         raise
     check_cost(params, schema, limits.max_cost)
-    warnings += [f"{name} has no effect" for name in EFFECTLESS if name in asked.own]
+    warnings += [f"{name} has no effect" for name in (*EFFECTLESS, INPUT_FIDELITY) if name in asked.own]
     return Resolved(asked, params, warnings)
 
 
 def _target(name: str) -> str:
-    return "image" if name == INPUT_REFERENCE else name
+    return "image" if name in (INPUT_REFERENCE, IMAGES) else name
 
 
 def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> dict[str, int]:
@@ -248,5 +261,5 @@ def _quality_fields(quality: str, model: Mapping[str, Any], schema: ModelSchema)
         raise InvalidParameterError("quality", quality, "auto: this model's steps are fixed")
     if "num_inference_steps" in model:
         raise InvalidParameterError("quality", quality, "auto, or nothing, where num_inference_steps is given")
-    steps = max(1, round(QUALITIES[quality] * usual))
+    steps = max(1, round(QUALITIES[QUALITY_NAMES.get(quality, quality)] * usual))
     return {"num_inference_steps": min(steps, int(option.maximum or steps))}

@@ -7,9 +7,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -19,6 +20,7 @@ from safelight.errors import QueueFullError
 from safelight.serving.errors import MalformedRequestError, MediaTypeError, TooLargeError
 from safelight.serving.limits import Limits
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _SMALL_BODY = 1 << 16
@@ -26,14 +28,31 @@ _SMALL_BODY = 1 << 16
 _NUMBER_LENGTH = 400
 _INTEGER_LENGTH = 40
 _MAX_NESTING = 4
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
+_PLAIN_CODINGS = (b"7bit", b"8bit", b"binary")
 _NAME = re.compile(r"([^\[\]\x00]{1,100})((?:\[[^\[\]\x00]{0,100}\])*)")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file in a form. Its name and its type are the client's words, and are not kept."""
+    """Bytes in a form: a file, or what is no text. Their name and their type are the client's words, and are not kept.
+
+    Attributes:
+        data: the bytes.
+        described: what a message says of them; it never holds them.
+
+    """
 
     data: bytes
+    described: str = "a file"
+
+    def __repr__(self) -> str:
+        """Say what it is, in a message too."""
+        return f"{self.described} of {len(self.data)} bytes"
+
+
+class Repeated(list[Any]):
+    """The values of parts that have one name; whether it may have several is for the field to say."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +63,14 @@ class Body:
         fields: by name; from a form, every scalar is text or an `Upload`.
         is_form: whether it was a form.
         files: the files of a form, in their order.
+        is_large: whether looking at its fields may take a while, so that it is for a thread.
 
     """
 
     fields: Mapping[str, Any]
     is_form: bool
     files: tuple[bytes, ...] = ()
+    is_large: bool = False
 
 
 class Budget:
@@ -92,13 +113,18 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
     if not is_form and media_type != b"application/json":
         takes = "application/json or multipart/form-data" if forms else "application/json"
         raise MediaTypeError(f"content-type: this route takes {takes}")
-    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+    if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
         raise MediaTypeError("content-type: text is taken as UTF-8 alone")
     data = await read_body(request, limits, budget)
     parse, arguments = (_parse_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
     if len(data) <= _SMALL_BODY:
         return parse(data, limits, *arguments)
-    return await asyncio.to_thread(parse, data, limits, *arguments)
+    return replace(await asyncio.to_thread(parse, data, limits, *arguments), is_large=True)
+
+
+async def aside(body: Body, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call what looks at all of a body: in a thread where that is large, so that the event loop goes on."""
+    return await asyncio.to_thread(function, *args, **kwargs) if body.is_large else function(*args, **kwargs)
 
 
 async def read_body(request: Request, limits: Limits, budget: Budget) -> bytes:
@@ -155,12 +181,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise _about(name, "is given twice")
+            raise about(name, "is given twice")
         found[name] = value
     return found
 
 
-def _about(name: str, problem: str) -> MalformedRequestError:
+def about(name: str, problem: str) -> MalformedRequestError:
+    """Return the error that says what is wrong with a field or part, whatever its name is."""
     shown = name[:100].encode("utf-8", "backslashreplace").decode()  # it may be half of a surrogate pair
     return MalformedRequestError.rebuilt(f"{shown}: {problem}", shown)
 
@@ -169,10 +196,18 @@ def _refuse_constant(name: str) -> NoReturn:
     raise MalformedRequestError(f"the body is not JSON: {name} is no number")
 
 
-def _finite(text: str) -> float:
-    value = float(text) if len(text) <= _NUMBER_LENGTH else math.inf
+def _finite(text: str) -> int | float:
+    value = read_number(text) if len(text) <= _NUMBER_LENGTH else math.inf
     if not math.isfinite(value):
         raise MalformedRequestError("the body has a number that is too large or too long")
+    return value
+
+
+def read_number(text: str) -> int | float:
+    """Return the value of a number in JSON's grammar: `3.0` and `3e0` are whole, to the last digit (JSON Schema)."""
+    value = float(text)
+    if abs(value) < 10.0**_INTEGER_LENGTH and (exact := Decimal(text)) == exact.to_integral_value():
+        return int(exact)
     return value
 
 
@@ -196,11 +231,19 @@ def _check_text(value: Any) -> None:
             _check_text(entry)
 
 
+@dataclass
+class _Part:
+    """One part of a form, as the parser finds it; names of headers are in lower case."""
+
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    content: bytearray = field(default_factory=bytearray)
+
+
 class _Parts:
-    """Collect the parts of a form as the parser finds them."""
+    """Collect the parts of a form."""
 
     def __init__(self, limits: Limits) -> None:
-        self.found: list[tuple[dict[bytes, bytes], bytearray]] = []
+        self.found: list[_Part] = []
         self.is_complete = False
         self._limits = limits
         self._name, self._value = bytearray(), bytearray()
@@ -208,7 +251,7 @@ class _Parts:
     def callbacks(self) -> dict[str, Any]:
         return {
             "on_part_begin": self._begin,
-            "on_part_data": lambda data, start, end: self.found[-1][1].extend(data[start:end]),
+            "on_part_data": lambda data, start, end: self.found[-1].content.extend(data[start:end]),
             "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
             "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
             "on_header_end": self._header,
@@ -218,11 +261,10 @@ class _Parts:
     def _begin(self) -> None:
         if len(self.found) >= self._limits.parts:
             raise MalformedRequestError(f"the form has more than {self._limits.parts} parts")
-        self.found.append(({}, bytearray()))
+        self.found.append(_Part())
 
     def _header(self) -> None:
-        if bytes(self._name).lower() == b"content-disposition":
-            self.found[-1][0].update(parse_options_header(bytes(self._value))[1])
+        self.found[-1].headers[bytes(self._name).lower()] = bytes(self._value)
         self._name, self._value = bytearray(), bytearray()
 
     def _end(self) -> None:
@@ -242,23 +284,34 @@ def _parse_form(data: bytes, limits: Limits, boundary: bytes) -> Body:
         raise MalformedRequestError("the form ends before its last boundary")
     fields: dict[str, Any] = {}
     files = []
-    for options, content in parts.found:
+    for part in parts.found:
+        options = parse_options_header(part.headers.get(b"content-disposition"))[1]
         name = options.get(b"name", b"").decode("utf-8", "replace")
-        value: Upload | str
-        if b"filename" in options or b"filename*" in options:
-            value = Upload(bytes(content))
+        value = _value(name, part, is_file=b"filename" in options)
+        if isinstance(value, Upload):
+            if not value.data and not options.get(b"filename"):
+                continue  # a browser's input for a file, in which none was chosen
             files.append(value.data)
-        else:
-            value = _text(name, content)
         _insert(fields, name, value)
     return Body(fields, is_form=True, files=tuple(files))
 
 
-def _text(name: str, content: bytearray) -> str:
+def _value(name: str, part: _Part, is_file: bool) -> Upload | str:
+    """Return a part's text, or its bytes where it is a file or no text: a file need not have a name (RFC 7578, 4.2)."""
+    media_type, options = parse_options_header(part.headers.get(b"content-type"))
+    coding = part.headers.get(b"content-transfer-encoding", b"binary").strip().lower()
+    if coding not in _PLAIN_CODINGS:
+        raise about(name, "a part is taken as it is, without a content-transfer-encoding")
+    if media_type.startswith(b"multipart/"):
+        raise about(name, "several files are several parts, each named image[]")
+    if is_file or not (media_type in (b"", b"application/json") or media_type.startswith(b"text/")):
+        return Upload(bytes(part.content))
+    if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+        raise about(name, "text is taken as UTF-8 alone")
     try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise _about(name, "the text is not UTF-8") from error
+        return part.content.decode()
+    except UnicodeDecodeError:
+        return Upload(bytes(part.content), "bytes that are no UTF-8 text,")
 
 
 def _insert(fields: dict[str, Any], name: str, value: Upload | str) -> None:
@@ -266,7 +319,7 @@ def _insert(fields: dict[str, Any], name: str, value: Upload | str) -> None:
     match = _NAME.fullmatch(name)
     keys = [] if match is None else [match[1], *re.findall(r"\[([^\]]*)\]", match[2])]
     if not 1 <= len(keys) <= _MAX_NESTING:
-        raise _about(name, "a part's name is a field, with at most three brackets")
+        raise about(name, "a part's name is a field, with at most three brackets")
     place: Any = fields
     for key, following in itertools.pairwise(keys):
         empty: list[Any] | dict[str, Any] = [] if following == "" else {}
@@ -283,13 +336,14 @@ def _insert(fields: dict[str, Any], name: str, value: Upload | str) -> None:
 def _put(place: Any, key: str, value: Upload | str, name: str) -> None:
     if key == "":
         _expect(place, list, name).append(value)
-    elif key in _expect(place, dict, name):
-        raise _about(name, "is given twice")
-    else:
+    elif key not in _expect(place, dict, name):
         place[key] = value
+    else:
+        before = place[key] if isinstance(place[key], Repeated) else Repeated([_expect(place[key], Upload | str, name)])
+        place[key] = Repeated([*before, value])
 
 
-def _expect(place: Any, kind: type[T], name: str) -> T:
+def _expect(place: Any, kind: Any, name: str) -> Any:
     if not isinstance(place, kind):
-        raise _about(name, "is given in two forms")
+        raise about(name, "is given in two forms")
     return place

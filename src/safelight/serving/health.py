@@ -1,4 +1,4 @@
-"""`/livez`, `/readyz` and `/metrics`."""
+"""`/`, `/livez`, `/readyz` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safelight.errors import NotReadyError
 from safelight.serving.auth import LIVE_PATH
 from safelight.serving.context import Context, json_response
 from safelight.serving.metrics import CONTENT_TYPE
+from safelight.version import __version__
 
 _DISK_SECONDS = 2.0
 
@@ -21,6 +22,13 @@ _DISK_SECONDS = 2.0
 def routes(context: Context) -> APIRouter:
     """Return the routes of operations."""
     router = APIRouter()
+
+    @router.get("/")
+    async def root(request: Request) -> Response:
+        base = context.base_url(request)
+        found = {"api": "/openapi.json", "models": "/v1/models", "ready": "/readyz"}
+        where = {name: f"{base}{path}" for name, path in found.items()}
+        return json_response({"name": "safelight", "version": __version__, **where})
 
     @router.get(LIVE_PATH)
     async def livez(request: Request) -> Response:

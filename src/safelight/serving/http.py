@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from safelight.errors import SafelightError
-from safelight.serving.auth import new_request_id
+from safelight.serving.envelope import new_request_id
 from safelight.serving.errors import HeadersTooLargeError, MalformedRequestError, TimedOutError, error_body
 from safelight.serving.limits import Limits
 

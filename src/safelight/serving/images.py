@@ -13,13 +13,30 @@ from starlette.responses import Response
 
 from safelight.core.params import Option, SamplingParams
 from safelight.core.schema import ModelSchema
-from safelight.errors import InvalidParameterError, SafelightError, UsageError
+from safelight.errors import InvalidParameterError, UsageError
 from safelight.runtime.client import Ticket
-from safelight.serving.context import Context, Finished, job_error, json_response, total_timings, unless_gone
+from safelight.serving.context import (
+    Context,
+    Finished,
+    job_error,
+    json_response,
+    request_id,
+    total_timings,
+    unless_gone,
+)
 from safelight.serving.errors import GONE, MalformedRequestError, error_body
 from safelight.serving.events import EventStream, event
-from safelight.serving.fields import EFFECTLESS, QUALITIES, Asked, Resolved, sort_fields
-from safelight.serving.gate import Body, Upload, read_fields
+from safelight.serving.fields import (
+    EFFECTLESS,
+    IMAGES,
+    INPUT_FIDELITY,
+    QUALITIES,
+    QUALITY_NAMES,
+    Asked,
+    Resolved,
+    sort_fields,
+)
+from safelight.serving.gate import Body, Upload, aside, read_fields
 from safelight.serving.jobs import Job, request_digest
 from safelight.serving.jobs_api import content_url, job_object
 from safelight.serving.limits import Limits
@@ -31,22 +48,32 @@ _BYTES_PER_TOKEN = 4
 """Of text, roughly: only the worker has the tokenizer, and usage is no bill here."""
 
 
-def image_fields(limits: Limits) -> dict[str, Option]:
-    """Return the API's own fields for pictures, by name."""
+def image_fields(limits: Limits, edits: bool = True) -> dict[str, Option]:
+    """Return the API's own fields for pictures, by name; those of edits are for models that take pictures."""
+    of_edits = {
+        IMAGES: Option("images", "the input images: data URLs, or objects with image_url", group="basic"),
+        INPUT_FIDELITY: Option("string", "accepted, without effect"),
+    }
     return {
         "prompt": Option("string", "what to generate", group="basic"),
         "model": Option("string", "the served model's name, or another name of it"),
         "n": Option("integer", "pictures, with seeds seed, seed+1 and so on", "basic", 1, limits.outputs),
         "size": Option("string", "auto, or WxH in pixels", group="basic"),
-        "quality": Option("string", "a preset of steps", choices=(*QUALITIES, "auto")),
+        "quality": Option("string", "a preset of steps", choices=(*QUALITIES, *QUALITY_NAMES, "auto")),
         "output_format": Option("string", "of the picture's file", choices=FORMATS),
-        "output_compression": Option("integer", "quality of jpeg and webp", "advanced", 0, 100),
+        "output_compression": Option("integer", "quality of jpeg and webp; png has 100", "advanced", 0, 100),
         "background": Option("string", "of the picture", choices=("transparent", "opaque", "auto")),
         "response_format": Option("string", "how pictures are returned", choices=("b64_json", "url")),
         "stream": Option("boolean", "answer with server-sent events"),
         "partial_images": Option("integer", "previews in a stream", "advanced", 0, 3),
         **{name: Option("string", "accepted, without effect") for name in EFFECTLESS},
+        **(of_edits if edits else {}),
     }
+
+
+def takes_pictures(schema: ModelSchema) -> bool:
+    """Say whether there is a field for input pictures."""
+    return "image" in schema.params_cls.options()
 
 
 def check_image_fields(asked: Asked) -> None:
@@ -60,8 +87,10 @@ def check_image_fields(asked: Asked) -> None:
     output_format, background = own.get("output_format", "png"), own.get("background", "auto")
     if own.get("partial_images"):
         raise InvalidParameterError("partial_images", own["partial_images"], "0 or null: previews are not made yet")
-    if output_format == "png" and "output_compression" in own:
-        raise InvalidParameterError("output_compression", own["output_compression"], "null, unless for jpeg or webp")
+    if output_format == "png" and own.get("output_compression", 100) != 100:
+        raise InvalidParameterError(
+            "output_compression", own["output_compression"], "100 or null for png, which is exact"
+        )
     if background not in ("auto", made := "transparent" if alpha else "opaque"):
         raise InvalidParameterError("background", background, f"{made} or auto, which is what this model makes")
     if alpha and output_format == "jpeg":
@@ -89,28 +118,27 @@ async def _create(request: Request, context: Context, edits: bool) -> Response:
     body = await read_fields(request, context.limits, context.budget, forms=edits)
     schema = context.schema_for(request, makes_video=False)
     context.check_model(body.fields.get("model"))
-    asked = _sorted(body, schema, context.limits, edits)
+    asked = await aside(body, _sorted, body, schema, context.limits, edits)
     resolved = await context.resolve(request, asked)
     as_job = prefers_async(request)
     if as_job and asked.own.get("stream"):
         raise InvalidParameterError("stream", True, "false, with Prefer: respond-async")
-    if as_job or asked.own.get("response_format") == "url":
+    if not as_job and asked.own.get("stream"):
+        return _as_stream(request, context, resolved, "image_edit" if edits else "image_generation")
+    if as_job or asked.own.get("response_format", context.settings.response_format) == "url":
         return await _as_job(request, context, body, resolved, wait=not as_job)
-    if asked.own.get("stream"):
-        return _as_stream(context, resolved, "image_edit" if edits else "image_generation")
-    finished = await context.generate(request.receive, resolved.params)
+    finished = await context.generate(request, resolved.params)
     pictures = await context.jobs.outputs.run(_encode, resolved, finished)
     context.count(resolved, finished)
     return json_response({**_response(resolved, pictures, finished), "metrics": _metrics(finished)})
 
 
 def _sorted(body: Body, schema: ModelSchema, limits: Limits, edits: bool) -> Asked:
-    takes_images = "image" in schema.params_cls.options()
-    if edits and not takes_images:
+    if edits and not takes_pictures(schema):
         error = "image: this model takes no input picture; use /v1/images/generations"
         raise UsageError.rebuilt(error, "image")
-    asked = sort_fields(body, image_fields(limits), schema, limits)
-    if edits and "image" not in asked.pictures:
+    asked = sort_fields(body, image_fields(limits, takes_pictures(schema)), schema, limits)
+    if edits and not asked.pictures.keys() & {"image", IMAGES}:
         raise InvalidParameterError("image", None, "the picture to edit")
     check_image_fields(asked)
     return asked
@@ -176,28 +204,30 @@ def usage(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
     }
 
 
-def _as_stream(context: Context, resolved: Resolved, prefix: str) -> Response:
+def _as_stream(request: Request, context: Context, resolved: Resolved, prefix: str) -> Response:
     """Submit the request, which may be refused still, and answer with its events."""
-    ticket = context.submit(resolved.params)
+    ticket = context.submit(request, resolved.params)
 
     def close() -> None:
         if not ticket.done:
             context.metrics.ended(resolved.schema.task.value, GONE)
         context.engine.cancel(ticket.request.request_id)
 
-    return EventStream(_stream(context, resolved, ticket, prefix), context.limits.ping_seconds, close)
+    return EventStream(_stream(request, context, resolved, ticket, prefix), context.limits.ping_seconds, close)
 
 
-async def _stream(context: Context, resolved: Resolved, ticket: Ticket, prefix: str) -> AsyncGenerator[bytes, None]:
+async def _stream(
+    request: Request, context: Context, resolved: Resolved, ticket: Ticket, prefix: str
+) -> AsyncGenerator[bytes, None]:
     """Yield one completed event a picture, or an error: the answer has begun, so that it is an event too."""
     task = resolved.schema.task.value
     try:
         finished = await context.follow(ticket)
         pictures = await context.jobs.outputs.run(_encode, resolved, finished)
-    except SafelightError as error:
-        context.metrics.answered(error)
-        context.metrics.ended(task, error.status)
-        yield event("error", error_body(error))
+    except Exception as error:  # the boundary of a request whose answer has begun
+        known = context.answered(request, error)
+        context.metrics.ended(task, known.status)
+        yield event("error", error_body(known))
         return
     context.count(resolved, finished)
     response = _response(resolved, pictures, finished)
@@ -212,7 +242,8 @@ async def _as_job(request: Request, context: Context, body: Body, resolved: Reso
     own = resolved.asked.own
     echo = {"quality": resolved.quality, "background": resolved.background}
     compression = own.get("output_compression")
-    job = await context.jobs.submit(submission(request, context, body, resolved, echo, compression))
+    submitted = await aside(body, submission, request, context, body, resolved, echo, compression)
+    job = await context.jobs.submit(submitted)
     if not wait:
         context.count_job(job, resolved)
         headers = {"preference-applied": "respond-async", "location": f"/v1/jobs/{job.id}"}
@@ -223,7 +254,7 @@ async def _as_job(request: Request, context: Context, body: Body, resolved: Reso
         if not job.finished:
             await context.jobs.cancel(job.id)
     if job.error is not None:
-        raise job_error(job.error)
+        raise job_error(job)
     steps = resolved.params.num_steps() * len(job.outputs)
     context.count_completed(job, resolved.schema.task.value, steps)
     pictures = [
@@ -251,7 +282,7 @@ def submission(
     echo: Mapping[str, Any],
     compression: int | None = None,
 ) -> Submission:
-    """Return a request as a job is made of it, with its `Idempotency-Key`.
+    """Return a request as a job is made of it, with its `Idempotency-Key`. Of a large body: run it in a thread.
 
     Raises:
         MalformedRequestError: for a key that is empty or too long.
@@ -260,7 +291,7 @@ def submission(
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= context.limits.key_length:
         raise MalformedRequestError(f"idempotency-key: it takes 1 to {context.limits.key_length} characters")
-    plain = {"path": request.url.path, "fields": _without_files(body.fields)}
+    plain = {"path": request.scope["path"], "fields": _without_files(body.fields)}
     return Submission(
         params=resolved.params,
         images=resolved.images,
@@ -269,6 +300,7 @@ def submission(
         compression=compression,
         warnings=resolved.warnings,
         owner=context.owner,
+        request_id=request_id(request),
         idempotency_key=key,
         digest=request_digest(plain, body.files) if key is not None else "",
     )

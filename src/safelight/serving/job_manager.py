@@ -38,7 +38,7 @@ from safelight.serving.submission import Submission, new_job, read_params
 
 logger = logging.getLogger(__name__)
 
-INTERNAL_ERROR = JobError(SafelightError.code, "the server made a mistake; its log says more")
+INTERNAL_ERROR = JobError(SafelightError.code, "the server made a mistake; its log has it by this job's id")
 CANCELLED = JobError(CancelledError.code, "the job was cancelled")
 WORKER_LOST = JobError(WorkerLostError.code, f"worker or server died while this job ran, {MAX_ATTEMPTS} times")
 _STOP_SECONDS = 5.0
@@ -301,9 +301,11 @@ class JobManager:
         except SafelightError as error:
             # The engine answers so to what it is made to drop; such a job is the next server's.
             if not (self._closing and isinstance(error, CancelledError | NotReadyError | WorkerLostError)):
+                if error.code == INTERNAL_ERROR.code:
+                    logger.error("job %s: %s", _named(run.job), error, exc_info=error.__cause__)
                 await self._fail(run, JobError(error.code, str(error), error.param))
         except Exception:
-            logger.exception("job %s", run.job.id)
+            logger.exception("job %s", _named(run.job))
             await self._fail(run, INTERNAL_ERROR)
 
     async def _carry_out(self, run: _Run) -> None:
@@ -332,7 +334,7 @@ class JobManager:
                     schema = self._engine.schema
                     if schema is not None and self._num_submitted() < self._limits.max_submitted:
                         params = params or await self._read(run.job, schema)
-                        name = f"{run.job.id}.{run.job.attempts + 1}"
+                        name = f"{run.job.id}.{run.job.attempts + 1}.{run.job.request_id}"
                         return self._engine.submit(GenerationRequest(name, params, mode=run.job.mode))
                 # The engine tells nobody when it becomes ready, or when it has room after somebody else's request.
                 with contextlib.suppress(TimeoutError):
@@ -479,6 +481,11 @@ class JobManager:
         if job.state in ("completed", "failed"):
             news.append(JobEvent(job.state, job, progress))
         return news
+
+
+def _named(job: Job) -> str:
+    """Return how the log names a job: with the id that the client was told of its request."""
+    return f"{job.id} of request {job.request_id}"
 
 
 def _total(outputs: Sequence[Output]) -> dict[str, float]:

@@ -100,6 +100,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         output_format: png, jpeg, webp or mp4.
         compression: 0 to 100, of jpeg and webp; None is the format's default.
         owner: `owner_of` the API key; empty where there are no keys.
+        request_id: of the HTTP request that it came with, for the log.
         idempotency_key: as the client chose it.
         digest: of the request, to be compared when the key comes again.
         state: one of four.
@@ -125,6 +126,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     output_format: str = "png"
     compression: int | None = None
     owner: str = ""
+    request_id: str = ""
     idempotency_key: str | None = None
     digest: str = ""
     state: JobState = "queued"

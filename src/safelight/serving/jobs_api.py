@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncGenerator
+from typing import Any, BinaryIO
 
 from fastapi import APIRouter
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+from safelight.core.params import Option
 from safelight.errors import InvalidParameterError
-from safelight.serving.context import Context, json_response, timestamp
+from safelight.serving.context import Context, json_response, timestamp, unless_gone
 from safelight.serving.errors import ConflictStateError, NotFoundError, RangeError
 from safelight.serving.events import EventStream, event
+from safelight.serving.fields import typed
 from safelight.serving.jobs import Job
 from safelight.serving.outputs import MEDIA_TYPES
 
@@ -45,10 +47,9 @@ def routes(context: Context) -> APIRouter:
     @router.get("/v1/jobs/{job_id}/content")
     async def content(request: Request) -> Response:
         job = await context.job(request.path_params["job_id"])
-        index = request.query_params.get("index", "0")
-        if index not in map(str, range(max(1, len(job.outputs)))):
-            raise InvalidParameterError("index", index, f"a whole number from 0 to {max(1, len(job.outputs)) - 1}")
-        return await content_response(request, context, job, int(index))
+        among = Option("integer", "which output", minimum=0, maximum=max(1, len(job.outputs)) - 1)
+        index = among.check("index", typed("integer", request.query_params.get("index", "0")))
+        return await content_response(request, context, job, index)
 
     return router
 
@@ -103,8 +104,10 @@ def percent(job: Job, context: Context) -> int:
 
 
 def content_url(context: Context, request: Request, job: Job, index: int) -> str:
-    """Return the absolute address of an output."""
-    return f"{context.base_url(request)}/v1/jobs/{job.id}/content?index={index}"
+    """Return the absolute address of an output, which opens without the key for as long as the job is kept."""
+    assert job.expires_at is not None
+    signed = context.addresses.signed(f"/v1/jobs/{job.id}/content", {"index": str(index)}, job.expires_at)
+    return f"{context.base_url(request)}{signed}"
 
 
 async def _events(context: Context, request: Request, job: Job) -> AsyncGenerator[bytes, None]:
@@ -132,19 +135,19 @@ async def content_response(request: Request, context: Context, job: Job, index: 
     if variant != "video":
         extra = output.extras[variant]
         name, media_type, size = extra.name, MEDIA_TYPES[extra.name.rpartition(".")[2]], extra.num_bytes
-    path = context.jobs.outputs.path(name)
-    if not await asyncio.to_thread(path.is_file):
-        raise NotFoundError("the job has been removed")
     etag = f'"{name}"'
     headers = {"accept-ranges": "bytes", "etag": etag, "cache-control": "private"}
     asked = request.headers.get("range", "") if request.headers.get("if-range", etag) == etag else ""
     part = _part(asked, size, context.limits.ranges)
-    if part is None:
-        headers["content-length"] = str(size)
-        return StreamingResponse(_read(path, 0, size), 200, headers, media_type)
-    first, last = part
-    headers |= {"content-length": str(last - first + 1), "content-range": f"bytes {first}-{last}/{size}"}
-    return StreamingResponse(_read(path, first, last - first + 1), 206, headers, media_type)
+    first, last = part or (0, size - 1)
+    headers["content-length"] = str(last - first + 1)
+    if part is not None:
+        headers["content-range"] = f"bytes {first}-{last}/{size}"
+    try:
+        file = await asyncio.to_thread(context.jobs.outputs.path(name).open, "rb")
+    except FileNotFoundError as error:
+        raise NotFoundError("the job has been removed") from error
+    return _FilePart(file, first, last - first + 1, 200 if part is None else 206, headers, media_type)
 
 
 def _part(header: str, size: int, most: int) -> tuple[int, int] | None:
@@ -171,12 +174,28 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
-async def _read(path: Path, start: int, count: int) -> AsyncIterator[bytes]:
-    file = await asyncio.to_thread(path.open, "rb")
-    try:
-        await asyncio.to_thread(file.seek, start)
-        while count > 0 and (chunk := await asyncio.to_thread(file.read, min(_CHUNK, count))):
-            count -= len(chunk)
-            yield chunk
-    finally:
-        file.close()
+class _FilePart(Response):
+    """A part of an open file, which is closed whatever becomes of the client."""
+
+    def __init__(
+        self, file: BinaryIO, start: int, count: int, status: int, headers: dict[str, str], media_type: str
+    ) -> None:
+        self._file, self._start, self._count = file, start, count
+        super().__init__(None, status, headers, media_type)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the part, unless the client goes away."""
+        try:
+            await unless_gone(receive, self._send(send))
+        except ClientDisconnect:
+            pass
+        finally:
+            self._file.close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await asyncio.to_thread(self._file.seek, self._start)
+        left = self._count
+        while left > 0 and (chunk := await asyncio.to_thread(self._file.read, min(_CHUNK, left))):
+            left -= len(chunk)
+            await send({"type": "http.response.body", "body": chunk, "more_body": left > 0})

@@ -14,7 +14,7 @@ from safelight.core.schema import ModelSchema
 from safelight.runtime.messages import SCHEMA_KEY, schema_to_wire
 from safelight.serving.context import Context, json_response
 from safelight.serving.fields import INPUT_REFERENCE, model_fields
-from safelight.serving.images import image_fields
+from safelight.serving.images import image_fields, takes_pictures
 from safelight.serving.limits import Limits
 from safelight.serving.videos import VIDEO_FIELDS
 
@@ -31,8 +31,7 @@ def routes(context: Context) -> APIRouter:
     @router.get("/v1/models/{model:path}/schema")
     async def schema(request: Request) -> Response:
         context.check_model(request.path_params["model"])
-        found = context.schema()
-        return json_response({**request_schema(found, context.limits), SCHEMA_KEY: schema_to_wire(found)})
+        return json_response({**request_schema(context), SCHEMA_KEY: schema_to_wire(context.schema())})
 
     @router.get("/v1/models/{model:path}")
     async def retrieve(request: Request) -> Response:
@@ -49,19 +48,21 @@ def _model(name: str, context: Context) -> dict[str, Any]:
 
 def own_fields(schema: ModelSchema, limits: Limits) -> Mapping[str, Option]:
     """Return the API's own fields for what a model makes."""
-    return VIDEO_FIELDS if schema.task.makes_video else image_fields(limits)
+    return VIDEO_FIELDS if schema.task.makes_video else image_fields(limits, takes_pictures(schema))
 
 
-def request_schema(schema: ModelSchema, limits: Limits) -> dict[str, Any]:
+def request_schema(context: Context) -> dict[str, Any]:
     """Return a JSON Schema (2020-12) of a request's body: the API's fields and the model's, with its defaults."""
+    schema = context.schema()
     whole = schema.json_schema()
     properties = {name: whole["properties"][name] for name in model_fields(schema)}
     for name, option in model_fields(schema).items():
         properties[name] = {**_described(option), **properties[name], **dict(KINDS[option.kind].json_schema)}
         properties[name].pop("anyOf", None)
-    for name, option in own_fields(schema, limits).items():
-        default = {"default": properties[name]["default"]} if "default" in properties.get(name, {}) else {}
-        properties[name] = {**_described(option), **default}
+    defaults = {name: entry["default"] for name, entry in properties.items() if "default" in entry}
+    defaults["response_format"] = context.settings.response_format
+    for name, option in own_fields(schema, context.limits).items():
+        properties[name] = {**_described(option), **({"default": defaults[name]} if name in defaults else {})}
     required = [name for name in whole["required"] if name == "prompt" or INPUT_REFERENCE not in properties]
     return {
         **whole,

@@ -8,7 +8,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from safelight.serving.addresses import EXPIRES, SIGNATURE
 from safelight.serving.context import Context, json_response
+from safelight.serving.fields import IMAGES
 from safelight.serving.models_api import request_schema
 from safelight.version import __version__
 
@@ -49,8 +51,9 @@ def document(context: Context) -> Document:
     """Return an OpenAPI 3.1 document; what a request may hold is known once the model is loaded."""
     body: Document = {"type": "object", "required": ["prompt"]}
     if context.engine.schema is not None:
-        body = request_schema(context.schema(), context.limits)
-    edit = {**body, "required": sorted({*body["required"], "image"})}
+        body = request_schema(context)
+    required = [name for name in body["required"] if name != "image"]
+    edit = {**body, "required": required, "anyOf": [{"required": [name]} for name in ("image", IMAGES)]}
     created = {"200": [_JSON, _EVENTS], "202": [_JSON]}
     list_query = [
         _query("after", {"type": "string"}),
@@ -59,7 +62,10 @@ def document(context: Context) -> Document:
     list_query.append(_query("order", {"enum": ["asc", "desc"]}))
     variant = _query("variant", {"enum": ["video", "thumbnail", "spritesheet"]})
     index = _query("index", {"type": "integer", "minimum": 0})
-    content = {"200": ["*/*"], "206": ["*/*"]}
+    content, signed = (
+        {"200": ["*/*"], "206": ["*/*"]},
+        [_query(name, {"type": "string"}) for name in (EXPIRES, SIGNATURE)],
+    )
     ok = {"200": [_JSON]}
     paths: dict[str, dict[str, Document]] = {
         "/v1/images/generations": {"post": _operation("Make pictures", created, _BODY_ERRORS, body, [_JSON])},
@@ -73,7 +79,7 @@ def document(context: Context) -> Document:
             "delete": _operation("Stop and remove a video", ok, (404, 507)),
         },
         "/v1/videos/{video_id}/content": {
-            "get": _operation("Download a video", content, (400, 404, 409, 416), parameters=[variant])
+            "get": _operation("Download a video", content, (400, 403, 404, 409, 416), parameters=[variant])
         },
         "/v1/videos/{video_id}/remix": {
             "post": _operation("Make a video again, otherwise", ok, (*_BODY_ERRORS, 409), body, [_FORM, _JSON])
@@ -84,11 +90,14 @@ def document(context: Context) -> Document:
         },
         "/v1/jobs/{job_id}/events": {"get": _operation("Follow a job", {"200": [_EVENTS]}, (404,))},
         "/v1/jobs/{job_id}/content": {
-            "get": _operation("Download an output", content, (400, 404, 409, 416), parameters=[variant, index])
+            "get": _operation(
+                "Download an output", content, (400, 403, 404, 409, 416), parameters=[variant, index, *signed]
+            )
         },
         "/v1/models": {"get": _operation("List the served names", ok, ())},
         "/v1/models/{model}": {"get": _operation("Describe a model", ok, (404,))},
         "/v1/models/{model}/schema": {"get": _operation("Say what may be asked of a model", ok, (404, 503))},
+        "/": {"get": _operation("Say what this is", ok, ())},
         "/livez": {"get": {**_operation("Say that the server lives", ok, ()), "security": []}},
         "/readyz": {"get": _operation("Say whether requests are taken", ok, (503,))},
         "/metrics": {"get": _operation("Tell Prometheus", {"200": ["text/plain"]}, ())},

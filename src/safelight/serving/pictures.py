@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import re
 import struct
@@ -11,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from PIL import ExifTags, Image
 
@@ -19,12 +21,18 @@ from safelight.serving.errors import TooLargeError
 from safelight.serving.gate import Upload
 from safelight.serving.limits import Limits
 
-_DATA_URL = re.compile(r"data:[\w.+/-]{0,100};base64,", re.ASCII)
+_DATA_URL = re.compile(r'data:((?:[^,"]|"[^"]{0,1000}"){0,1000}),', re.IGNORECASE)
+"""RFC 2397: a media type, its parameters, whose values may be quoted, and perhaps `;base64`."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{100,}={0,2}[\r\n]*")
+_BLANK = b" \t\r\n\f"
+_MAX_ESCAPES = 1_000_000
+"""Of `%XX` in one data URL: a million are a file of a few megabytes, and take 100 MB on their way."""
 _MAX_CHUNKS = 16_384
 """Of a PNG: encoders cut 16 MiB into 2,048 pieces of 8 KiB."""
 _MAX_SCANS = 100
 """Of a JPEG: a progressive one has about ten, and each is a pass over all pixels."""
 _TAKES = "a PNG, JPEG or WebP picture"
+_TAKES_BYTES = "the picture itself: a file in a form (image, or image[] for each of several), or a data URL"
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for a file that is no whole picture."""
 Size = tuple[int, int]
@@ -32,28 +40,65 @@ Size = tuple[int, int]
 
 
 def picture_bytes(value: Any, param: str, limits: Limits) -> bytes:
-    """Return the file of an uploaded picture, or of a base64 data URL.
+    """Return the file of an uploaded picture, or of a data URL. Of a large one that takes a while: run it in a thread.
 
     Raises:
         InvalidParameterError: for anything else: no path is opened, and no URL is fetched.
         TooLargeError: for more bytes than are taken.
 
     """
-    if isinstance(value, dict) and set(value) == {"image_url"}:  # as the SDK writes a reference
-        value = value["image_url"]
+    if isinstance(value, dict):
+        value = _referenced(value, param)
     if isinstance(value, Upload):
         data = value.data
     elif isinstance(value, str) and (match := _DATA_URL.match(value)):
-        try:
-            data = base64.b64decode(value[match.end() :], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise InvalidParameterError(param, "a data URL", "base64 in a data URL") from error
+        data = _data_url_bytes(match[1], value[match.end() :], param)
     else:
-        got = "a URL or a path" if isinstance(value, str) else value
-        raise InvalidParameterError(param, got, "the picture itself: a file in a form, or a base64 data URL in JSON")
+        got = _text_described(value) if isinstance(value, str) else value
+        raise InvalidParameterError(param, got, _TAKES_BYTES)
     if len(data) > limits.image_bytes:
         raise TooLargeError.rebuilt(f"{param}: at most {limits.image_bytes} bytes are taken", param)
     return data
+
+
+def _referenced(value: dict[str, Any], param: str) -> Any:
+    """Return what a reference to a picture holds, as the SDK writes one."""
+    given = {name: entry for name, entry in value.items() if entry is not None}
+    if set(given) == {"image_url"}:
+        return given["image_url"]
+    if "file_id" in given:
+        raise InvalidParameterError(
+            param, "a file_id", "image_url with a data URL: this server keeps no files of clients"
+        )
+    names = ", ".join(given)
+    raise InvalidParameterError(param, f"an object with {names[:60]}" if given else "an empty object", _TAKES_BYTES)
+
+
+def _data_url_bytes(about: str, text: str, param: str) -> bytes:
+    """Return what a data URL holds: percent-encoded, and then perhaps base64, which may be broken into lines."""
+    if text.count("%") > _MAX_ESCAPES:
+        raise InvalidParameterError(param, f"more than {_MAX_ESCAPES} escapes in a data URL", "base64 in a data URL")
+    data = unquote_to_bytes(text)
+    if not about.rstrip().lower().endswith(";base64"):
+        return data
+    data = data.translate(None, _BLANK)
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidParameterError(param, "a data URL", "base64 in a data URL") from error
+
+
+def _text_described(text: str) -> str:
+    """Say what a text is that is no data URL, so that whoever sent it knows what to change."""
+    begin = "".join(text[:100].split())[:24]
+    with contextlib.suppress(binascii.Error, ValueError):
+        head = base64.b64decode(begin[: len(begin) // 4 * 4], validate=True)
+        for name, known in _SIGNATURES.items():
+            if known(head):
+                return f"base64 of a {name} file without data:image/{name.lower()};base64, before it"
+    if _BASE64.fullmatch(text[:1000]):
+        return "base64 without data:image/png;base64, before it"
+    return "a URL or a path"
 
 
 def decode_picture(data: bytes, param: str, limits: Limits) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 
 BATCHING = ("exact", "throughput")
+RESPONSE_FORMATS = ("b64_json", "url")
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[0-9]{1,5})?")
+_USUAL_PORTS = {("http", ":80"), ("https", ":443")}
+"""Which browsers leave out of an origin."""
 MIN_KEY_LENGTH = 16
 DEFAULT_STATE_DIR = Path("~/.local/state/safelight")
 
@@ -32,6 +37,8 @@ class ServeArgs:
         api_key_file: a file whose first line is the key that every request must bring.
         served_model_name: what the model is asked for by; its own name unless given. Several are separated by commas.
         public_url: where clients reach the server, if that is not what their `Host` header says.
+        allowed_origins: of web pages that may use the server, as browsers write them, separated by commas; `*` is all.
+        response_format: how pictures are returned where a request does not say it.
         replicas: of the model, each on devices of its own.
         max_running: outputs that hold device memory at most, of each replica.
         max_waiting: requests that may wait.
@@ -54,6 +61,8 @@ class ServeArgs:
     api_key_file: str | None = serve_setting(None, "File with the key that every request must bring.")
     served_model_name: str | None = serve_setting(None, "Name of the model for clients; aliases after commas.")
     public_url: str | None = serve_setting(None, "Where clients reach the server.  [default: their Host header]")
+    allowed_origins: str | None = serve_setting(None, "Origins of web pages that may use it, after commas; or *.")
+    response_format: str = serve_setting("b64_json", "How pictures are returned unless asked otherwise: b64_json, url.")
     replicas: int = serve_setting(1, "Replicas of the model, each on devices of its own.", 1, 64)
     max_running: int = serve_setting(4, "Outputs that hold device memory at most.", 1, 1024)
     max_waiting: int = serve_setting(64, "Requests that may wait.", 1, 100_000)
@@ -61,7 +70,7 @@ class ServeArgs:
     batching: str = serve_setting("exact", "exact, or throughput: stack the model calls of several requests.")
     share: float = serve_setting(0.1, "Share of device time that the longest request and the oldest always get.", 0, 1)
     warm_up: bool = serve_setting(True, "Run one small request before the server is ready.")
-    keep_hours: float = serve_setting(24.0, "Hours for which finished jobs are kept.", 0)
+    keep_hours: float = serve_setting(24.0, "Hours for which finished jobs are kept.", 0, 1_000_000)
     max_storage: int | None = serve_setting(None, "Bytes of all outputs together.  [default: no limit]", 1)
     drain_seconds: float = serve_setting(30.0, "Seconds that running requests have when the server stops.", 0)
     unit_limit: float = serve_setting(60.0, "Seconds after which a unit of work counts as hung.", 0.1)
@@ -79,6 +88,26 @@ class ServeArgs:
                 raise InvalidParameterError(each.name, value, takes)
         if self.batching not in BATCHING:
             raise InvalidParameterError("batching", self.batching, ", ".join(BATCHING))
+        if self.response_format not in RESPONSE_FORMATS:
+            raise InvalidParameterError("response_format", self.response_format, ", ".join(RESPONSE_FORMATS))
+        if self.host.startswith("["):
+            raise InvalidParameterError("host", self.host, "an address without brackets, such as ::1")
+        self.origins()
+
+    def origins(self) -> tuple[str, ...]:
+        """Return the origins whose pages may use the server.
+
+        Raises:
+            InvalidParameterError: for what no browser would write.
+
+        """
+        names = tuple(name.strip() for name in (self.allowed_origins or "").split(",") if name.strip())
+        for name in names:
+            match = _ORIGIN.fullmatch(name)
+            if name != "*" and (match is None or (match[1], match[4]) in _USUAL_PORTS):
+                example = "https://app.example.com or http://localhost:3000, without a path or a usual port"
+                raise InvalidParameterError("allowed_origins", name, f"origins as browsers write them: {example}; or *")
+        return names
 
     def state_path(self) -> Path:
         """Return the state directory."""

@@ -19,6 +19,7 @@ from safelight.parallel.torchrun import launched
 from safelight.runtime.group import EngineSettings
 from safelight.runtime.replicas import ReplicaSet
 from safelight.runtime.watch import UnitLimits
+from safelight.serving.addresses import read_address_key
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
@@ -83,6 +84,9 @@ class Server:
                 served_names(self.server_args, self.serve_args),
                 api_key=key,
                 public_url=self.serve_args.public_url,
+                allowed_origins=self.serve_args.origins(),
+                response_format=self.serve_args.response_format,
+                address_key=read_address_key(state),
                 drain_seconds=CLOSING_SECONDS,
                 limits=Limits(max_cost=self.serve_args.max_cost),
             )
@@ -99,7 +103,8 @@ class Server:
             begun = time.monotonic()
             if not await self._before_stop(engine.start(), http):
                 return 0
-            address = f"http://{self.serve_args.host}:{listener.getsockname()[1]}"
+            host = f"[{self.serve_args.host}]" if ":" in self.serve_args.host else self.serve_args.host
+            address = f"http://{host}:{listener.getsockname()[1]}"
             warm = ", warmed up with one small request" if self.serve_args.warm_up else ""
             self.say(f"{self.model} is ready after {time.monotonic() - begun:.1f} s{warm}: {address}")
             if self.server_args.compile != "none" and not self._told_compiled:

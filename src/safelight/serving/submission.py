@@ -28,6 +28,7 @@ class Submission:
         compression: as `encode_image` takes it.
         warnings: what the user should know already.
         owner: `owner_of` the API key.
+        request_id: of the HTTP request that it came with, for the log.
         idempotency_key: as the client chose it; None if it chose none.
         digest: `request_digest`, where there is a key.
 
@@ -40,6 +41,7 @@ class Submission:
     compression: int | None = None
     warnings: Sequence[str] = ()
     owner: str = ""
+    request_id: str = ""
     idempotency_key: str | None = None
     digest: str = ""
 
@@ -63,6 +65,7 @@ def new_job(submission: Submission, schema: ModelSchema, now: float) -> tuple[Jo
         output_format=submission.output_format,
         compression=submission.compression,
         owner=submission.owner,
+        request_id=submission.request_id,
         idempotency_key=submission.idempotency_key,
         digest=submission.digest,
         inputs=tuple(inputs),

@@ -17,7 +17,7 @@ from safelight.errors import InvalidParameterError, UnknownParameterError, Usage
 from safelight.serving.context import Context, json_response, timestamp
 from safelight.serving.errors import ConflictStateError, ModelNameError
 from safelight.serving.fields import EFFECTLESS, INPUT_REFERENCE, Asked, Resolved, sort_fields, typed
-from safelight.serving.gate import Body, read_fields
+from safelight.serving.gate import Body, aside, read_fields
 from safelight.serving.images import submission
 from safelight.serving.jobs import Job
 from safelight.serving.jobs_api import content_response, error_object, percent
@@ -43,7 +43,8 @@ def routes(context: Context) -> APIRouter:
         body = await read_fields(request, context.limits, context.budget, forms=True)
         schema = context.schema_for(request, makes_video=True)
         context.check_model(body.fields.get("model"))
-        return await _submit(request, context, body, sort_video_fields(body, schema, context))
+        asked = await aside(body, sort_video_fields, body, schema, context)
+        return await _submit(request, context, body, asked)
 
     @router.get("/v1/videos")
     async def page(request: Request) -> Response:
@@ -70,7 +71,8 @@ def routes(context: Context) -> APIRouter:
         body = await read_fields(request, context.limits, context.budget, forms=True)
         schema = context.schema_for(request, makes_video=True)
         source = await context.job(request.path_params["video_id"], "video")
-        asked = await _remixed(source, sort_video_fields(body, schema, context), context)
+        asked = await aside(body, sort_video_fields, body, schema, context)
+        asked = await _remixed(source, asked, context)
         return await _submit(request, context, body, asked, source)
 
     return router
@@ -134,7 +136,7 @@ async def _remixed(source: Job, asked: Asked, context: Context) -> Asked:
 async def _submit(request: Request, context: Context, body: Body, asked: Asked, source: Job | None = None) -> Response:
     resolved = await context.resolve(request, asked)
     echo = {**_echo(resolved), "remixed_from_video_id": source.id if source else None}
-    job = await context.jobs.submit(submission(request, context, body, resolved, echo))
+    job = await context.jobs.submit(await aside(body, submission, request, context, body, resolved, echo))
     context.count_job(job, resolved)
     return _answer(job, context)
 
@@ -180,11 +182,10 @@ async def _page(request: Request, context: Context) -> Response:
     for name in query:
         if name not in _LIST_FIELDS:
             raise UnknownParameterError(name, _LIST_FIELDS)
-    limit = query.get("limit", "20")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= context.limits.page):
-        raise InvalidParameterError("limit", limit, f"a whole number from 1 to {context.limits.page}")
+    counted = Option("integer", "jobs in a page", minimum=1, maximum=context.limits.page)
+    limit = counted.check("limit", typed("integer", query.get("limit", "20")))
     order = cast(Literal["asc", "desc"], query.get("order", "desc"))  # the store refuses any other
-    found = await context.jobs.store.page("video", context.owner, query.get("after"), int(limit), order)
+    found = await context.jobs.store.page("video", context.owner, query.get("after"), limit, order)
     data = [video_object(job, context) for job in found.jobs]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return json_response({"object": "list", "data": data, **ends, "has_more": found.has_more})

@@ -1,0 +1,86 @@
+"""What surrounds every request: one form of its path, its id, and an answer whatever happens.
+
+Plain ASGI, so that streams pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import secrets
+from urllib.parse import unquote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from safelight.errors import SafelightError
+from safelight.serving.errors import error_response
+from safelight.serving.origins import Origins
+
+logger = logging.getLogger(__name__)
+
+_AUTHORITY = re.compile(rb"\A[a-z]+://[^/]*", re.IGNORECASE)
+"""Of a target in absolute form, as some proxies send it (RFC 9112, 3.2.2)."""
+_SLASHES = re.compile(rb"//+")
+
+
+class Envelope:
+    """Give every response an `x-request-id`, and every failure of ours a 500 in the API's form.
+
+    What is behind it, the check of the key among it, sees one path: slashes that are doubled, or at the end, are left
+    out (an escaped `%2F` is no separator). HEAD is GET whose answer ends after its headers.
+
+    What a request registers with `state["at_end"]`, an `ExitStack`, is done when it has been answered.
+
+    Args:
+        app: what is behind it.
+        origins: whose pages may read answers.
+
+    """
+
+    def __init__(self, app: ASGIApp, origins: Origins) -> None:
+        self._app, self._origins = app, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run what is behind it; nothing that it raises gets out, so that its connection stays usable."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id, started = new_request_id(), False
+        is_head = scope["method"] == "HEAD"
+
+        async def named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.update(self._origins.answer_headers(Headers(scope=scope)))
+                await send(message)
+                if is_head:
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+            elif not is_head:
+                await send(message)
+
+        try:
+            with contextlib.ExitStack() as at_end:
+                state = {**scope.get("state", {}), "at_end": at_end, "request_id": request_id}
+                plain = {**scope, **_plain_path(scope), "method": "GET" if is_head else scope["method"], "state": state}
+                await self._app(plain, receive, named)
+        except Exception:  # the boundary of a request
+            logger.exception("request %s failed", request_id)
+            if started:
+                raise  # what was promised cannot be sent any more: the server ends the connection
+            await error_response(SafelightError("internal"))(scope, receive, named)
+
+
+def _plain_path(scope: Scope) -> Scope:
+    raw = _SLASHES.sub(b"/", _AUTHORITY.sub(b"", scope["raw_path"]))
+    raw = raw.rstrip(b"/") or b"/"
+    return {} if raw == scope["raw_path"] else {"raw_path": raw, "path": unquote(raw.decode("ascii"))}
+
+
+def new_request_id() -> str:
+    """Return a fresh id, which says nothing."""
+    return f"req_{secrets.token_hex(16)}"

@@ -1,0 +1,88 @@
+"""Which web pages may use the server: browsers ask it (CORS), and say whose page sends a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from safelight.serving.errors import ForeignOriginError, error_response
+
+ANY = "*"
+_METHODS = "GET, HEAD, POST, DELETE"
+_EXPOSED = ", ".join(
+    (
+        *("x-request-id", "openai-poll-after-ms", "retry-after", "x-should-retry", "location", "preference-applied"),
+        *("content-length", "content-range", "accept-ranges", "etag"),
+    )
+)
+"""What a page may read of an answer's headers."""
+_REMEMBERED = "600"
+"""Seconds for which a browser need not ask again."""
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Whose pages may use the server, beside its own.
+
+    Attributes:
+        allowed: origins as browsers write them, or `*` for all.
+
+    """
+
+    allowed: tuple[str, ...] = ()
+
+    def is_foreign(self, headers: Headers) -> bool:
+        """Say whether a browser sends this for a page that may not spend what the user has here."""
+        origin = headers.get("origin")
+        return origin is not None and not self._allows(origin) and not _is_own(origin, headers)
+
+    def answer_headers(self, headers: Headers) -> dict[str, str]:
+        """Return the headers by which a browser lets a page read the answer; none for a page that may not."""
+        found = {} if not self.allowed or ANY in self.allowed else {"vary": "origin"}
+        origin = headers.get("origin")
+        if origin is not None and self._allows(origin):
+            found["access-control-allow-origin"] = ANY if ANY in self.allowed else origin
+            found["access-control-expose-headers"] = _EXPOSED
+        return found
+
+    def _allows(self, origin: str) -> bool:
+        return origin in self.allowed or ANY in self.allowed
+
+
+class Preflight:
+    """Answer what a browser asks before it sends a page's request: without a key, since it sends none then.
+
+    Args:
+        app: what is behind it.
+        origins: whose pages may.
+
+    """
+
+    def __init__(self, app: ASGIApp, origins: Origins) -> None:
+        self._app, self._origins = app, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a preflight, or pass the request on."""
+        if scope["type"] != "http" or scope["method"] != "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if "origin" not in headers or "access-control-request-method" not in headers:
+            await self._app(scope, receive, send)
+        elif self._origins.is_foreign(headers):
+            error = ForeignOriginError(
+                "pages of this origin may not use the server; its setting allowed_origins names who may"
+            )
+            await error_response(error)(scope, receive, send)
+        else:
+            asked = headers.get("access-control-request-headers")
+            answer = {"access-control-allow-methods": _METHODS, "access-control-max-age": _REMEMBERED}
+            answer |= {"access-control-allow-headers": asked} if asked else {}
+            await Response(status_code=204, headers=answer)(scope, receive, send)
+
+
+def _is_own(origin: str, headers: Headers) -> bool:
+    return origin.partition("://")[2].lower() == headers.get("host", "").lower()
