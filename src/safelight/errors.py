@@ -109,6 +109,10 @@ class CheckpointError(ModelError):
     """A checkpoint's files are missing, damaged, of a refused kind, or do not fit the model."""
 
 
+class WorkerStartError(ModelError):
+    """The process that loads the model cannot be started, or ends before it has."""
+
+
 class CompilationError(ModelError):
     """A model cannot be compiled, or a request that began in its compiled form cannot have it again."""
 

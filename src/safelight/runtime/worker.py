@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -49,17 +47,16 @@ class GPUWorker:
     """One device's worker.
 
     Args:
-        channel_path: of the supervisor's socket.
+        channel: to the supervisor.
         board_path: of the file in which each unit is announced.
-        parent: process id of the supervisor.
 
     """
 
-    def __init__(self, channel_path: str, board_path: str, parent: int) -> None:
+    def __init__(self, channel: WorkerChannel, board_path: str) -> None:
         self.scheduler: Scheduler | Follower | None = None
-        self.channel_path = Path(channel_path)
         self.board = UnitBoard(Path(board_path))
-        self.channel = WorkerChannel(channel_path, parent, self._heartbeat)
+        self.channel = channel
+        channel.heartbeat = self._heartbeat
 
     def run(self) -> int:
         """Load, and serve until told to stop; return the exit code."""
@@ -89,7 +86,7 @@ class GPUWorker:
     def _load(self, start: Start) -> Loaded:
         self.board.write(Unit("load", (), time.monotonic(), start.limits.first))
         begun = time.perf_counter()
-        engine = build_engine(start, self.channel_path.parent, self.board if start.rank == 0 else None)
+        engine = build_engine(start, self.channel.path.parent, self.board if start.rank == 0 else None)
         load_seconds = time.perf_counter() - begun
         begun = time.perf_counter()
         if start.warm_up:
@@ -225,18 +222,3 @@ def warm_up(engine: Engine) -> None:
         logger.warning("no warm-up: %s", task.error)
     elif task.error is not None:
         raise ModelError(f"the model fails on a first small request: {task.error}") from task.error
-
-
-def main() -> None:
-    """Run a worker: the arguments are the socket, the board and the supervisor's process id."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s worker %(levelname)s %(name)s: %(message)s")
-    for name in ("safelight.memory", "safelight.layout"):  # of what was planned, because it was asked for
-        logging.getLogger(name).setLevel(logging.INFO)
-    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, or for a whole group: the supervisor decides
-        signal.signal(number, signal.SIG_IGN)
-    channel_path, board_path, parent = sys.argv[1:]
-    sys.exit(GPUWorker(channel_path, board_path, int(parent)).run())
-
-
-if __name__ == "__main__":
-    main()
