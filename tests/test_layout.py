@@ -223,7 +223,7 @@ BUDGETS = {
     "loading": 900,
     "cli": 600,
     "generator.py": 300,
-    "runtime": 1700,
+    "runtime": 2000,
     "serving": 2600,
 }
 OVER = 1.25
