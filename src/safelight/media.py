@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +135,53 @@ def check_output(path: Path, overwrite: bool, alpha: bool = False) -> None:
     if alpha and path.suffix.lower() not in ALPHA_WRITERS:
         takes = f"a name that ends in {' or '.join(ALPHA_WRITERS)}, which keep the picture's transparency"
         raise OutputError(f"output: got {str(path)!r}; it takes {takes}")
+    check_place(path, overwrite)
+
+
+def check_place(path: Path, overwrite: bool) -> None:
+    """Refuse a path under which no file could be put.
+
+    A path without an ending is a folder's, which must not exist yet, or be empty.
+
+    Raises:
+        OutputError: naming the path and what is the matter.
+
+    """
     try:
-        if not path.parent.is_dir():
-            raise OutputError(f"output: folder {str(path.parent)!r} does not exist")
-        if path.is_dir():
+        if path.name in ("", ".."):
+            raise OutputError(f"output: {str(path)!r} has no name of its own")
+        check_folder(path.parent)
+        with suppress(FileNotFoundError):
+            path.lstat()  # of a name that cannot be, the system says more than pathlib
+        if path.suffix and path.is_dir():
             raise OutputError(f"output: {str(path)!r} is a folder")
-        if path.exists() and not overwrite:
-            raise OutputError(f"output: {str(path)!r} exists already; --overwrite (overwrite=True) replaces it")
-    except OSError as error:  # a name that is too long
-        raise OutputError(f"output: {shown(str(path))}: {error.strerror}") from error
+        taken = path.exists() if path.suffix else path.is_file() or (path.is_dir() and any(path.iterdir()))
+        if taken and (not overwrite or not path.suffix):
+            instead = "--overwrite (overwrite=True) replaces it" if path.suffix else "name a new folder"
+            raise OutputError(f"output: {str(path)!r} exists already; {instead}")
+    except (OSError, ValueError) as error:  # a name that is too long, or that the system does not know
+        raise OutputError(f"output: {shown(str(path))}: {reason_of(error)}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder in which no file can be made: by making one, without a name, which is gone at once.
+
+    Raises:
+        OutputError: naming the folder.
+
+    """
+    if not folder.is_dir():
+        raise OutputError(f"output: folder {str(folder)!r} {'is no folder' if folder.exists() else 'does not exist'}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"output: folder {str(folder)!r} cannot be written: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return what the system says."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], overwrite: bool = False) -> None:

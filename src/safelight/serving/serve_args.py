@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from safelight.core.server_args import ServerArgs
-from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
+from safelight.errors import InvalidParameterError, StateDirectoryError, UnknownParameterError, UsageError
 
 BATCHING = ("exact", "throughput")
 MIN_KEY_LENGTH = 16
@@ -81,8 +81,18 @@ class ServeArgs:
             raise InvalidParameterError("batching", self.batching, ", ".join(BATCHING))
 
     def state_path(self) -> Path:
-        """Return the state directory."""
-        return Path(self.state_dir or DEFAULT_STATE_DIR).expanduser()
+        """Return the state directory.
+
+        Raises:
+            StateDirectoryError: if it lies in a home directory, and this user has none.
+
+        """
+        path = Path(self.state_dir or DEFAULT_STATE_DIR)
+        try:
+            return path.expanduser()
+        except RuntimeError as error:
+            reason = f"{str(path)!r}: there is no such home directory; name a folder elsewhere"
+            raise StateDirectoryError(f"state_dir: {reason} (--state-dir, SAFELIGHT_STATE_DIR)") from error
 
     def api_key(self) -> str | None:
         """Return the key; None where there is none.
@@ -115,7 +125,7 @@ def read_key(path: str) -> str:
     """
     try:
         key = Path(path).expanduser().read_text(encoding="utf-8").strip().partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: ~ where there is no home directory
         raise InvalidParameterError("api_key_file", path, "a file that can be read") from error
     if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable():
         takes = f"a file whose first line is a key of {MIN_KEY_LENGTH} or more printable ASCII characters"
