@@ -76,6 +76,12 @@ class UnknownParameterError(UsageError):
         super().__init__(f"unknown parameter {param!r}: {hint}")
 
 
+class PackageError(UsageError):
+    """The package that runs a pipeline cannot run it with the values that it was given."""
+
+    code = "not_runnable"
+
+
 class OutputError(UsageError):
     """A result cannot be written where it was asked to go."""
 

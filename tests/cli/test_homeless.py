@@ -78,7 +78,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "code", "says"), REFUSED.values(), ids=REFUSED)
+def slow(case):
+    return [pytest.mark.slow] if case.startswith(("serve compiled", "check")) else []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"), [pytest.param(*REFUSED[case], id=case, marks=slow(case)) for case in REFUSED]
+)
 def test_what_needs_a_home_says_what_to_set(homeless, arguments, code, says):
     if arguments[0] == "serve":
         arguments = [*arguments, "--port", str(free_port())]
