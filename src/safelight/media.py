@@ -15,6 +15,7 @@ from typing import Any
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from safelight.errors import InvalidParameterError, OutputError, shown
+from safelight.file_kinds import HEAD_BYTES, kind_of
 
 READ_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_INPUT_PIXELS = 100_000_000
@@ -41,11 +42,20 @@ def open_image(source: Any, param: str = "image", mode: str = "RGB") -> Image.Im
         raise InvalidParameterError(param, source, "a path, a PIL image, or a list of these")
     name = "a PIL image" if isinstance(source, Image.Image) else os.fspath(source)
     try:
+        kind = None if isinstance(source, Image.Image) else _foreign_kind(source)
+        if kind is not None:
+            raise InvalidParameterError(param, name, f"a {', '.join(READ_FORMATS)} file of one picture; this is {kind}")
         with _opened(source) as image:
             return _converted(image, param, name, mode)
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise InvalidParameterError(param, name, f"a readable {', '.join(READ_FORMATS)} file ({reason})") from error
+
+
+def _foreign_kind(path: str | os.PathLike[str]) -> str | None:
+    """Say what a file is, if it is known and no picture that is taken."""
+    with Path(path).open("rb") as file:
+        return kind_of(file.read(HEAD_BYTES))
 
 
 @contextmanager

@@ -281,7 +281,7 @@ def write_images(folder):
         "text.png": "readable PNG, JPEG, WEBP",
         "empty.png": "readable PNG, JPEG, WEBP",
         "1x1.png": "1x1 pixels",
-        "picture.gif": "readable PNG, JPEG, WEBP",
+        "picture.gif": "this is a GIF",
         "missing.png": "No such file",
         ".": "Is a directory",
     }

@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -77,6 +78,9 @@ class ServeArgs:
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= (most or value):
                 takes = f"a number from {least} to {most}" if most else f"a number of at least {least}"
                 raise InvalidParameterError(each.name, value, takes)
+        if self.public_url is not None and not is_base_url(self.public_url):
+            takes = "http:// or https:// and a host, perhaps a port and a path, such as https://pictures.example.org"
+            raise InvalidParameterError("public_url", self.public_url, takes)
         if self.batching not in BATCHING:
             raise InvalidParameterError("batching", self.batching, ", ".join(BATCHING))
 
@@ -106,6 +110,17 @@ class ServeArgs:
                 raise UsageError(f"host: {self.host} is reachable by others; it needs --api-key-file")
             return None
         return read_key(self.api_key_file)
+
+
+def is_base_url(url: str) -> bool:
+    """Say whether an address is one before which nothing is missing, and to which a path can be added."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port or an address in brackets
+        return False
+    plain = url.isascii() and url.isprintable() and not set(url) & set(' ?#\\<>"')
+    return known and plain and parts.username is None and parts.password is None
 
 
 def is_loopback(host: str) -> bool:
