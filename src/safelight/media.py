@@ -225,16 +225,46 @@ def read_metadata(path: Path) -> dict[str, Any]:
         InvalidParameterError: if it is no picture, or carries no parameters of ours.
 
     """
-    takes = "a picture that Safelight made"
+    check_is_file(path)
     try:
         with _opened(path) as image:
             text = image.info.get(METADATA_KEY)
             if text is None:
                 comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
                 text = comment.removeprefix(_USER_COMMENT).decode("ascii") if isinstance(comment, bytes) else ""
-        found = json.loads(text)
-    except (*_UNREADABLE, RecursionError) as error:
+    except _UNREADABLE as error:
+        kind = _foreign_kind(path)
+        takes = f"a picture or video that Safelight made{f'; this is {kind}' if kind else ''}"
         raise InvalidParameterError("file", str(path), takes) from error
+    return parameters_in(text, path)
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse what is no file that can be read.
+
+    Raises:
+        InvalidParameterError: saying why.
+
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except (OSError, ValueError) as error:
+        raise InvalidParameterError("file", str(path), f"a file that can be read ({reason_of(error)})") from error
+
+
+def parameters_in(text: str, path: Path) -> dict[str, Any]:
+    """Return the parameters that a file carries.
+
+    Raises:
+        InvalidParameterError: if they are none of ours, or there are none.
+
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
     if not isinstance(found, dict):
-        raise InvalidParameterError("file", str(path), takes)
+        takes = "a file that carries its parameters, as `safelight generate`, result.save and a server write it"
+        raise InvalidParameterError("file", str(path), f"{takes}; this one has none of Safelight's")
     return found

@@ -173,11 +173,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     import av
 
+    media.check_is_file(path)
     try:
         with av.open(str(path)) as container:
-            found = json.loads(container.metadata.get(METADATA_TAG, ""))
+            text = str(container.metadata.get(METADATA_TAG, ""))
     except (OSError, ValueError, av.FFmpegError) as error:
         raise InvalidParameterError("file", str(path), "a picture or video that Safelight made") from error
-    if not isinstance(found, dict):
-        raise InvalidParameterError("file", str(path), "a picture or video that Safelight made")
-    return found
+    return media.parameters_in(text, path)

@@ -346,6 +346,13 @@ def test_an_alpha_channel_in_a_jpeg(http):
     assert_error(answer, 400, "output_format")
 
 
+def gettable(http):
+    """Return the paths that are there for GET, with an id that no job has."""
+    described = http.get("/openapi.json").json()["paths"]
+    paths = [re.sub(r"\{[^}]*(id|job)[^}]*\}", "video_none", path) for path, ways in described.items() if "get" in ways]
+    return ["/openapi.json", *(path.replace("/models/video_none", "/models/tiny") for path in paths)]
+
+
 def test_while_the_model_is_loaded(tmp_path):
     with running(tmp_path, state="loading") as server, server.http() as http:
         for answer in (
@@ -355,8 +362,13 @@ def test_while_the_model_is_loaded(tmp_path):
             http.get("/v1/models/tiny/schema"),
         ):
             assert assert_error(answer, 503)["code"] == "not_ready"
-        assert http.get("/livez").status_code == 200
-        assert http.get("/openapi.json").status_code == 200
+        answered = {path for path in gettable(http) if http.get(path).status_code < 500}
+        unknown = {path for path in gettable(http) if http.get(path).status_code == 404}
+        text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+        (sentence,) = re.findall(r"Until the model is loaded.*?\n\n", text, re.DOTALL)
+        named = set(re.findall(r"`(/[\w./]*)`", sentence)) - {"/readyz"}
+        assert named == {path for path in answered - unknown if not path.startswith("/v1/videos")}
+        assert all(re.match("/v1/(videos|jobs)", path) for path in unknown), "what is known of jobs"
         server.call(lambda: setattr(server.engine, "state", "ready"))
         assert http.get("/readyz").json() == {"status": "ready"}
         states: tuple[State, ...] = ("restarting", "failed", "draining")

@@ -89,12 +89,11 @@ class GPUWorker:
         engine = build_engine(start, self.channel.path.parent, self.board if start.rank == 0 else None)
         load_seconds = time.perf_counter() - begun
         begun = time.perf_counter()
-        if start.warm_up:
-            warm_up(engine)
+        is_warm = start.warm_up and warm_up(engine)
         compile_in_background(engine, start.limits.first)
         self.board.write(None)
         self.scheduler = Scheduler(engine, self.channel) if engine.ranks.leads else Follower(engine)
-        warm_up_seconds = time.perf_counter() - begun if start.warm_up else 0.0
+        warm_up_seconds = time.perf_counter() - begun if is_warm else 0.0
         return Loaded(schema_to_wire(engine.pipeline.schema), load_seconds, warm_up_seconds)
 
     def _give_up(self, message: str, exit_code: int) -> int:
@@ -203,8 +202,8 @@ def follow(start: Start) -> int:
     return 0
 
 
-def warm_up(engine: Engine) -> None:
-    """Run one small request, so that the first one of a user does not pay for what happens once.
+def warm_up(engine: Engine) -> bool:
+    """Run one small request, so that the first one of a user does not pay for what happens once; say whether it ran.
 
     Raises:
         ModelError: if the model fails on it.
@@ -214,7 +213,7 @@ def warm_up(engine: Engine) -> None:
         params = warm_up_params(engine.pipeline.schema)
     except UsageError as error:
         logger.warning("no warm-up: %s", error)
-        return
+        return False
     task = engine.add(Req("warm-up", params.split()[0]))
     while not task.done:
         engine.tick()
@@ -222,3 +221,4 @@ def warm_up(engine: Engine) -> None:
         logger.warning("no warm-up: %s", task.error)
     elif task.error is not None:
         raise ModelError(f"the model fails on a first small request: {task.error}") from task.error
+    return task.error is None

@@ -100,7 +100,7 @@ class Server:
             if not await self._before_stop(engine.start(), http):
                 return 0
             address = f"http://{self.serve_args.host}:{listener.getsockname()[1]}"
-            warm = ", warmed up with one small request" if self.serve_args.warm_up else ""
+            warm = ", warmed up with one small request" if engine.stats.warm_up_seconds else ""
             self.say(f"{self.model} is ready after {time.monotonic() - begun:.1f} s{warm}: {address}")
             if self.server_args.compile != "none" and not self._told_compiled:
                 self.say("the model is being compiled in the background; until then requests run eagerly")
