@@ -189,3 +189,35 @@ def test_a_server_with_a_long_temporary_folder_serves(tmp_path):
     model = live_server.fault_model(tmp_path / "model")
     with serving(long, model) as server, server.http() as http:
         assert generate(http).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "refused", "is_warm"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_a_server_is_warm_only_if_a_request_was_run(
+    fault_family, fault_model, tmp_path, monkeypatch, warm_up, refused, is_warm
+):
+    """A model that no small request fits logs that there was none."""
+    if refused:
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(NO_SMALL_REQUEST)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ['PYTHONPATH']}")
+
+    async def test():
+        async with running(fault_model(name="served"), warm_up=warm_up) as supervisor:
+            assert supervisor.stats.load_seconds > 0
+            assert bool(supervisor.stats.warm_up_seconds) is is_warm
+            await answer(ask(supervisor))
+
+    drive(test())
+
+
+NO_SMALL_REQUEST = """
+from safelight import preparation
+from safelight.errors import UsageError
+
+def none(schema):
+    raise UsageError("no small request fits")
+
+preparation.warm_up_params = none
+"""
