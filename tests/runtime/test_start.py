@@ -51,7 +51,10 @@ def folder(tmp_path, monkeypatch):
     assert not folder.is_dir() or not list(folder.glob("safelight-*")), "a socket's folder is left over"
 
 
-@pytest.mark.parametrize("name", ["a" * 60, "b" * 90, "ü" * 50, "/".join(["c" * 200] * 4)], ids=lambda name: name[:1])
+NAMES = ["a" * 60, "b" * 90, "ü" * 50, "/".join(["c" * 200] * 4), os.fsdecode(b"d\xfc\xff")]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:1])
 def test_a_folder_of_any_length_holds_sockets(fault_family, fault_model, folder, monkeypatch, name):
     long = folder / name
     long.mkdir(parents=True)

@@ -33,8 +33,8 @@ def make_folder() -> Path:
 class SocketName:
     """The name of a socket file for the library: its path, or a way to it that is short enough to be a socket's name.
 
-    The system takes some hundred bytes, and folders of temporary files may have longer names. Then the name goes
-    through the folder, held open, so that the socket lies in it all the same.
+    The system takes some hundred bytes and the library takes text, and folders of temporary files may have other names.
+    Then the name goes through the folder, held open, so that the socket lies in it all the same.
 
     Args:
         path: of the socket.
@@ -46,17 +46,17 @@ class SocketName:
 
     def __init__(self, path: Path) -> None:
         self._folder: int | None = None
-        name = os.fsencode(path)
-        if len(name) > zmq.IPC_PATH_MAX_LEN:
+        name, given = str(path), os.fsencode(path)
+        if len(given) > zmq.IPC_PATH_MAX_LEN or given.decode(errors="replace").encode() != given:
             if not Path(DESCRIPTORS).is_dir():
-                takes = f"a folder whose name is {len(name) - zmq.IPC_PATH_MAX_LEN} bytes shorter"
-                raise PortError(f"TMPDIR: {str(path)!r} is too long for a socket; it takes {takes}")
+                takes = f"a folder whose name is text, and {max(0, len(given) - zmq.IPC_PATH_MAX_LEN)} bytes shorter"
+                raise PortError(f"TMPDIR: {str(path)!r} cannot be a socket's name; it takes {takes}")
             try:
                 self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except OSError as error:
                 raise PortError(f"TMPDIR: {str(path.parent)!r} cannot be opened: {error.strerror}") from error
-            name = os.fsencode(f"{DESCRIPTORS}/{self._folder}/{path.name}")
-        self.address = b"ipc://" + name
+            name = f"{DESCRIPTORS}/{self._folder}/{path.name}"
+        self.address = f"ipc://{name}"
 
     def close(self) -> None:
         """Let go of the folder, once the socket is closed."""

@@ -338,8 +338,8 @@ class Supervisor(EngineClient):
     def _take_loaded(self, message: Loaded) -> None:
         schema = schema_from_wire(message.schema)
         self._schema = replace(schema, model=self.settings.model_name or schema.model)
-        seconds = {"load_seconds": message.load_seconds, "warm_up_seconds": message.warm_up_seconds}
-        self._stats = replace(self._stats, **seconds)
+        load, warm_up = message.load_seconds, message.warm_up_seconds
+        self._stats = replace(self._stats, load_seconds=load, warm_up_seconds=warm_up)
         if self._worker is not None:
             self._worker.ready = True
         if self._state != "draining":
