@@ -341,6 +341,19 @@ def test_modules_and_targets_that_sentences_name_are_there():
             assert (ROOT / name).exists() or "NAME" in name, f"{path.name}: {name}"
 
 
+def test_files_and_names_that_sentences_name_are_there():
+    """Python's files by their place in the package, and classes by their names."""
+    folders = ("src", "tests", "examples", "benchmarks", "training")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:\w+/)+\w+\.py)`", text):
+            assert any(each.match(name) for each in files) or "NAME" in name, f"{path.name}: {name}"
+        for name in re.findall(r"`([A-Z][a-z]+(?:[A-Z]\w*)+)`", text):
+            assert re.search(rf"\b{name}\b", source), f"{path.name}: {name}"
+
+
 def is_error(cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, errors.SafelightError)
 
