@@ -154,7 +154,7 @@ WAYS: Mapping[str, tuple[Callable[[Console, Command], str], bool]] = {
     r"safelight serve": (served, False),
     r"safelight check-model CHECKPOINT .*": (diverging, False),
     r"(\.venv/bin/)?safelight (generate|info|models|schema|plan|env) ?.*": (as_it_stands, False),
-    r"\.venv/bin/python -m pytest .*": (collected, False),
+    r"\.venv/bin/python -m pytest .*": (collected, True),
     r"pip install examples/\w+": (installed, True),
     r"python -m toy_models\.\w+ .*": (module, True),
     r"torchrun .* -m safelight\.cli\.main serve MODEL .*": (on_one_machine, False),

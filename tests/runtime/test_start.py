@@ -159,6 +159,33 @@ def test_a_worker_that_fails_at_its_imports_ends_the_server(tmp_path, code, says
     assert not list(tmp_path.glob("safelight-*"))
 
 
+PACKAGES = {
+    "serve": ["fastapi", "uvicorn", "zmq", "msgspec", "diffusers"],
+    "generate": ["torch", "diffusers", "PIL", "rich"],
+}
+
+
+@pytest.mark.parametrize(("name", "package"), [(name, each) for name, found in PACKAGES.items() for each in found])
+def test_a_package_that_is_missing_is_named(tmp_path, name, package):
+    """In the server's own process, in its worker as it loads, and in a command."""
+    (tmp_path / f"{package}.py").write_text(
+        f"raise ModuleNotFoundError('No module named {package}', name='{package}')\n"
+    )
+    arguments = ["serve", "--port", str(free_port()), "--state-dir", str(tmp_path / "state")]
+    ended = subprocess.run(
+        command(*(arguments if name == "serve" else ["generate", "a cat", "-o", str(tmp_path / "a.png")])),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**environment(), "PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+    )
+    assert ended.returncode in (1, 3), ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("safelight: ") and f"No module named {package}" in last, ended.stderr
+    assert "internal error" not in last
+
+
 def test_a_worker_that_cannot_be_started_again_ends_the_server(fault_family, fault_model, folder, monkeypatch):
     monkeypatch.setattr(supervisor, "AGAIN_SECONDS", 0.05)
 

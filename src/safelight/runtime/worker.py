@@ -70,7 +70,8 @@ class GPUWorker:
             return self._give_up(str(error), error.exit_code)
         except Exception as error:  # the process's boundary: whatever it was, the supervisor is told
             logger.exception("the model cannot be loaded")
-            return self._give_up(f"the model cannot be loaded: {type(error).__name__}; the log says more", 3)
+            reason = f"{type(error).__name__}: {error}"[:300]
+            return self._give_up(f"the model cannot be loaded: {reason}; the log says more", 3)
         self.channel.send(loaded)
         assert self.scheduler is not None
         try:
