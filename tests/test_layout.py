@@ -89,7 +89,8 @@ LAYERS = {
     "acceleration": {"errors", "core", "stages", "layers", "attention", "parallel", "preparation", "acceleration"},
     "parallel": {"errors", "core", "stages", "layers", "attention", "parallel"},
     "loading": {"errors", "core", "attention", "acceleration", "backends", "parallel", "loading"},
-    "media": {"errors"},
+    "file_kinds": set(),
+    "media": {"errors", "file_kinds"},
     "video": {"errors", "media"},
     "results": {"errors", "core", "media", "video", "version"},
     "preparation": {"errors", "core", "media"},
@@ -109,7 +110,7 @@ LAYERS = {
         "runtime",
     },
     "serving": {"errors", "version", "core", "loading", "media", "video", "parallel", "preparation", "runtime"}
-    | {"serving"},
+    | {"file_kinds", "serving"},
     "checking": {"errors", "core", "backends", "layers", "loading", "generator", "preparation", "checking"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
     | {"acceleration", "client", "generator", "checking", "parallel", "runtime", "serving", "cli"},

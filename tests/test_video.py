@@ -63,7 +63,17 @@ def test_folder_of_pngs(tmp_path):
         video.save_video(frames, path, 10, METADATA, overwrite=True)
 
 
-@pytest.mark.parametrize("name", ["clip.png", "clip.avi", "nowhere/clip.mp4"])
+@pytest.mark.parametrize("length", [200, 251, 255])
+@pytest.mark.parametrize("ending", [".mp4", ".webp", ""])
+def test_the_longest_names(tmp_path, length, ending):
+    """Whatever passes the check before the work is done can be written after it."""
+    path = tmp_path / ("x" * (length - len(ending)) + ending)
+    video.check_output(path, overwrite=False)
+    video.save_video(clip(1), path, 8, METADATA)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["clip.png", "clip.avi", "nowhere/clip.mp4", "/proc/clip.mp4", "x" * 256, "a\0b.mp4"])
 def test_where_a_video_cannot_go(tmp_path, name):
     with pytest.raises(OutputError, match="output: "):
         video.check_output(tmp_path / name, overwrite=False)

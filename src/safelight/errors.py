@@ -79,6 +79,12 @@ class UnknownParameterError(UsageError):
         super().__init__(f"unknown parameter {shown(param)}: {hint}")
 
 
+class PackageError(UsageError):
+    """The package that runs a pipeline cannot run it with the values that it was given."""
+
+    code = "not_runnable"
+
+
 class OutputError(UsageError):
     """A result cannot be written where it was asked to go."""
 
@@ -110,6 +116,10 @@ class ModelIndexError(ModelError):
 
 class CheckpointError(ModelError):
     """A checkpoint's files are missing, damaged, of a refused kind, or do not fit the model."""
+
+
+class WorkerStartError(ModelError):
+    """The process that loads the model cannot be started, or ends before it has."""
 
 
 class CompilationError(ModelError):

@@ -30,7 +30,7 @@ class DiffusionGenerator:
     """A loaded model that makes pictures.
 
     >>> with DiffusionGenerator.from_pretrained() as generator:
-    ...     generator.generate("a large red circle at the left on a white background").images[0].save("circle.png")
+    ...     generator.generate("a large red circle at the left on a white background").save("circle.png")
     """
 
     def __init__(self, engine: ComposedPipeline | GroupEngine | RemoteEngine) -> None:

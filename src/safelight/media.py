@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from safelight.errors import InvalidParameterError, OutputError, shown
+from safelight.file_kinds import HEAD_BYTES, kind_of
 
 READ_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_INPUT_PIXELS = 100_000_000
@@ -40,11 +42,20 @@ def open_image(source: Any, param: str = "image", mode: str = "RGB") -> Image.Im
         raise InvalidParameterError(param, source, "a path, a PIL image, or a list of these")
     name = "a PIL image" if isinstance(source, Image.Image) else os.fspath(source)
     try:
+        kind = None if isinstance(source, Image.Image) else _foreign_kind(source)
+        if kind is not None:
+            raise InvalidParameterError(param, name, f"a {', '.join(READ_FORMATS)} file of one picture; this is {kind}")
         with _opened(source) as image:
             return _converted(image, param, name, mode)
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise InvalidParameterError(param, name, f"a readable {', '.join(READ_FORMATS)} file ({reason})") from error
+
+
+def _foreign_kind(path: str | os.PathLike[str]) -> str | None:
+    """Say what a file is, if it is known and no picture that is taken."""
+    with Path(path).open("rb") as file:
+        return kind_of(file.read(HEAD_BYTES))
 
 
 @contextmanager
@@ -134,15 +145,53 @@ def check_output(path: Path, overwrite: bool, alpha: bool = False) -> None:
     if alpha and path.suffix.lower() not in ALPHA_WRITERS:
         takes = f"a name that ends in {' or '.join(ALPHA_WRITERS)}, which keep the picture's transparency"
         raise OutputError(f"output: got {str(path)!r}; it takes {takes}")
+    check_place(path, overwrite)
+
+
+def check_place(path: Path, overwrite: bool) -> None:
+    """Refuse a path under which no file could be put.
+
+    A path without an ending is a folder's, which must not exist yet, or be empty.
+
+    Raises:
+        OutputError: naming the path and what is the matter.
+
+    """
     try:
-        if not path.parent.is_dir():
-            raise OutputError(f"output: folder {str(path.parent)!r} does not exist")
-        if path.is_dir():
+        if path.name in ("", ".."):
+            raise OutputError(f"output: {str(path)!r} has no name of its own")
+        check_folder(path.parent)
+        with suppress(FileNotFoundError):
+            path.lstat()  # of a name that cannot be, the system says more than pathlib
+        if path.suffix and path.is_dir():
             raise OutputError(f"output: {str(path)!r} is a folder")
-        if path.exists() and not overwrite:
-            raise OutputError(f"output: {str(path)!r} exists already; --overwrite (overwrite=True) replaces it")
-    except OSError as error:  # a name that is too long
-        raise OutputError(f"output: {shown(str(path))}: {error.strerror}") from error
+        taken = path.exists() if path.suffix else path.is_file() or (path.is_dir() and any(path.iterdir()))
+        if taken and (not overwrite or not path.suffix):
+            instead = "--overwrite (overwrite=True) replaces it" if path.suffix else "name a new folder"
+            raise OutputError(f"output: {str(path)!r} exists already; {instead}")
+    except (OSError, ValueError) as error:  # a name that is too long, or that the system does not know
+        raise OutputError(f"output: {shown(str(path))}: {reason_of(error)}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder in which no file can be made: by making one, without a name, which is gone at once.
+
+    Raises:
+        OutputError: naming the folder.
+
+    """
+    if not folder.is_dir():
+        raise OutputError(f"output: folder {str(folder)!r} {'is no folder' if folder.exists() else 'does not exist'}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"output: folder {str(folder)!r} cannot be written: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return what the system says."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -176,16 +225,46 @@ def read_metadata(path: Path) -> dict[str, Any]:
         InvalidParameterError: if it is no picture, or carries no parameters of ours.
 
     """
-    takes = "a picture that Safelight made"
+    check_is_file(path)
     try:
         with _opened(path) as image:
             text = image.info.get(METADATA_KEY)
             if text is None:
                 comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
                 text = comment.removeprefix(_USER_COMMENT).decode("ascii") if isinstance(comment, bytes) else ""
-        found = json.loads(text)
-    except (*_UNREADABLE, RecursionError) as error:
+    except _UNREADABLE as error:
+        kind = _foreign_kind(path)
+        takes = f"a picture or video that Safelight made{f'; this is {kind}' if kind else ''}"
         raise InvalidParameterError("file", str(path), takes) from error
+    return parameters_in(text, path)
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse what is no file that can be read.
+
+    Raises:
+        InvalidParameterError: saying why.
+
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except (OSError, ValueError) as error:
+        raise InvalidParameterError("file", str(path), f"a file that can be read ({reason_of(error)})") from error
+
+
+def parameters_in(text: str, path: Path) -> dict[str, Any]:
+    """Return the parameters that a file carries.
+
+    Raises:
+        InvalidParameterError: if they are none of ours, or there are none.
+
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
     if not isinstance(found, dict):
-        raise InvalidParameterError("file", str(path), takes)
+        takes = "a file that carries its parameters, as `safelight generate`, result.save and a server write it"
+        raise InvalidParameterError("file", str(path), f"{takes}; this one has none of Safelight's")
     return found

@@ -95,14 +95,7 @@ def check_output(path: Path, overwrite: bool) -> None:
         endings = ", ".join(VIDEO_WRITERS)
         takes = f"a name that ends in {endings}, or a folder's name without an ending, for PNGs"
         raise OutputError(f"output: got {str(path)!r}; for a video it takes {takes}")
-    if not path.parent.is_dir():
-        raise OutputError(f"output: folder {str(path.parent)!r} does not exist")
-    if path.suffix and path.is_dir():
-        raise OutputError(f"output: {str(path)!r} is a folder")
-    taken = path.exists() if path.suffix else path.is_file() or (path.is_dir() and any(path.iterdir()))
-    if taken and (not overwrite or not path.suffix):
-        instead = "--overwrite (overwrite=True) replaces it" if path.suffix else "name a new folder"
-        raise OutputError(f"output: {str(path)!r} exists already; {instead}")
+    media.check_place(path, overwrite)
 
 
 def save_video(frames: Frames, path: Path, fps: int, metadata: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -123,7 +116,7 @@ def save_video(frames: Frames, path: Path, fps: int, metadata: Mapping[str, Any]
     if path.suffix.lower() == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise OutputError(f"output: {frames.shape[2]}x{frames.shape[1]} has an odd side, which MP4 cannot hold")
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".safelight-") as folder:
             made = Path(folder) / path.name
             if path.suffix:
                 VIDEO_WRITERS[path.suffix.lower()](frames, made, fps, json.dumps(metadata))
@@ -145,7 +138,7 @@ def save_file(data: bytes, path: Path, overwrite: bool = False) -> None:
     """
     check_output(path, overwrite)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".safelight-") as folder:
             made = Path(folder) / path.name
             made.write_bytes(data)
             made.replace(path)
@@ -180,11 +173,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     import av
 
+    media.check_is_file(path)
     try:
         with av.open(str(path)) as container:
-            found = json.loads(container.metadata.get(METADATA_TAG, ""))
+            text = str(container.metadata.get(METADATA_TAG, ""))
     except (OSError, ValueError, av.FFmpegError) as error:
         raise InvalidParameterError("file", str(path), "a picture or video that Safelight made") from error
-    if not isinstance(found, dict):
-        raise InvalidParameterError("file", str(path), "a picture or video that Safelight made")
-    return found
+    return media.parameters_in(text, path)

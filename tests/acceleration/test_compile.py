@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from benchmarks.common import as_tensor
 from safelight import DiffusionGenerator, ServerArgs
@@ -161,12 +162,27 @@ def test_a_second_process_finds_everything_in_the_cache(flux, tiny_folder):
     assert said["bytes"] == expected.contiguous().numpy().tobytes().hex()
 
 
-def test_the_cache_is_the_users_and_closed_to_others(tmp_path, monkeypatch):
-    monkeypatch.delenv(compile_module.CACHE_VARIABLE)
+@pytest.mark.parametrize("named", ["nobody", "torch", "the user"])
+def test_the_cache_is_the_users_and_closed_to_others(tmp_path, monkeypatch, named):
+    """Dynamo names a folder that all share when it is imported, which in a real process is before this."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    own = tmp_path / "own"
+    names = {"nobody": None, "torch": default_cache_dir(), "the user": str(own)}
+    if names[named] is None:
+        monkeypatch.delenv(compile_module.CACHE_VARIABLE)
+    else:
+        monkeypatch.setenv(compile_module.CACHE_VARIABLE, names[named])
     folder = compile_module.use_cache()
-    assert folder == tmp_path / ".cache" / "safelight" / "inductor" and os.environ[compile_module.CACHE_VARIABLE]
+    assert folder == (own if named == "the user" else tmp_path / ".cache" / "safelight" / "inductor")
+    assert os.environ[compile_module.CACHE_VARIABLE] == str(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_cache_that_cannot_be_used_says_what_to_set(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(compile_module.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    with pytest.raises(CompilationError, match=compile_module.CACHE_VARIABLE):
+        compile_module.use_cache()
 
 
 def test_a_model_without_repeated_blocks_is_refused(fault_pipeline_of):

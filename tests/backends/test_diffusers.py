@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 
@@ -12,10 +13,18 @@ import pytest
 import torch
 
 from safelight import DiffusionGenerator, ServerArgs
+from safelight.backends.refusals import one_line, refusal
 from safelight.backends.step_thread import StepThread
 from safelight.core.executor import Execution
 from safelight.core.registry import pipelines
-from safelight.errors import CheckpointError, InvalidParameterError, ModelIndexError, UnknownParameterError, UsageError
+from safelight.errors import (
+    CheckpointError,
+    InvalidParameterError,
+    ModelIndexError,
+    PackageError,
+    UnknownParameterError,
+    UsageError,
+)
 from safelight.loading.loader import load_pipeline
 from tests.backends.conftest import BUILDERS, FIELDS
 from tests.families.conftest import requests
@@ -142,6 +151,70 @@ def test_a_value_that_the_pipeline_refuses_is_one_clear_error(loaded):
         while execution.advance():
             pass
     assert not threads()
+
+
+UNCHECKED = {
+    "more layers than there are": ("StableDiffusion3Pipeline", {"clip_skip": 99}, "out of range"),
+    "a layer that is none": ("StableDiffusionXLPipeline", {"clip_skip": 99}, "out of range"),
+    "a shift that is missing": ("shifted", {}, "mu"),
+    "two schedules": ("StableDiffusionXLPipeline", {"sigmas": (1.0, 0.5), "timesteps": (900, 500)}, "timesteps"),
+    "a length without end": ("LTXPipeline", {"num_frames": 9, "frame_rate": 0}, "zero"),
+}
+
+
+@pytest.mark.parametrize(("name", "fields", "says"), UNCHECKED.values(), ids=UNCHECKED)
+def test_a_value_that_breaks_the_pipeline_is_one_clear_error_too(loaded, checkpoint, tmp_path, name, fields, says):
+    """Whatever the package raises, its words come back in one line, and the next request runs."""
+    if name == "shifted":
+        name, folder = "StableDiffusionXLPipeline", tmp_path / "shifted"
+        shutil.copytree(checkpoint(name), folder)
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        pipeline = load_pipeline(ServerArgs(str(folder), device="cpu"))
+    else:
+        pipeline = loaded(name)
+    (req,) = requests(pipeline, {"prompt": "a cat", **FIELDS[name], **fields})
+    with pytest.raises(PackageError, match=says) as caught, Execution(pipeline, req) as execution:
+        while execution.advance():
+            pass
+    message = str(caught.value)
+    assert name in message and "\n" not in message and not re.search(r"0x|\.py|Traceback|torch\.", message)
+    assert len(message) < 400 and not threads()
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), True),
+        (CheckpointError("damaged"), True),
+        (OSError("disk"), True),
+        (TypeError("must be real number, not NoneType"), False),
+        (AttributeError("'NoneType' object has no attribute 'shape'"), False),
+        (AssertionError(), False),
+        (KeyError("mu"), False),
+        (ZeroDivisionError("division by zero"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_of_the_values_and_what_is_not(error, kept):
+    found = refusal("SomePipeline", error)
+    assert found is error if kept else isinstance(found, PackageError) and found.status == 400
+    assert kept or str(error).strip("'") in str(found)
+
+
+def test_what_is_said_is_one_safe_line():
+    said = one_line(
+        "expected torch.FloatTensor\n  in /usr/lib/python3/site-packages/diffusers/models/unet.py:12, "
+        "<torch.nn.Linear object at 0x7f00aa> at 0x1234 " + "x" * 999
+    )
+    assert said.startswith("expected FloatTensor in a file:12, ") and len(said) <= 240 and "\n" not in said
+    assert not re.search(r"0x|/|torch|\.py", said)
 
 
 @pytest.mark.parametrize(

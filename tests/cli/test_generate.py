@@ -138,7 +138,9 @@ def refused(ended, code, *words):
         ("x", [".png, .jpg, .jpeg, .webp"]),
         (".png", [".png, .jpg, .jpeg, .webp"]),
         ("nowhere/x.png", ["nowhere' does not exist"]),
-        ("there.png/x.png", ["does not exist"]),
+        ("there.png/x.png", ["there.png' is no folder"]),
+        ("/proc/x.png", ["folder '/proc' cannot be written"]),  # by root neither
+        ("..", [".png, .jpg, .jpeg, .webp"]),
         ("folder.png", ["is a folder"]),
         ("x" * 300 + ".png", ["too long"]),
     ],
@@ -150,6 +152,58 @@ def test_output_is_refused_before_anything_is_loaded(generate, tmp_path, name, w
     refused(generate("x", "-o", tmp_path / name), 2, "output: ", *words)
     assert (tmp_path / "there.png").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"there.png", "folder.png"}
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("way", ["written", "gone", "taken"])
+def test_a_folder_is_looked_at_when_no_name_is_given_too(generate, tmp_path, monkeypatch, way):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here if way != "written" else "/proc")
+    if way == "gone":
+        here.rmdir()
+    if way == "taken":
+        for letter in ("", *(f"-{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")):
+            (here / f"safelight-3{letter}.png").touch()
+    words = {"written": "cannot be written", "gone": "", "taken": "every name"}[way]
+    refused(generate("x", "--seed", 3), 2, "output: ", words)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos") / "model"
+    wan.DMD.build(folder, "default")
+    return folder
+
+
+VIDEOS = {
+    "there.mp4": "exists already",
+    "full": "exists already",
+    "folder.mp4": "is a folder",
+    "/proc/x.mp4": "cannot be written",
+    "/proc/frames": "cannot be written",
+    "nowhere/x.mp4": "does not exist",
+    "there.mp4/frames": "is no folder",
+    "x" * 300 + ".mp4": "too long",
+    "x.gif": ".mp4, .webp",
+    "..": "no name of its own",
+}
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(("name", "words"), VIDEOS.items(), ids=[name[:20] for name in VIDEOS])
+def test_a_videos_place_is_looked_at_before_anything_is_loaded(videos, run, tmp_path, name, words):
+    (tmp_path / "there.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "full" / "frame").mkdir(parents=True)
+    refused(run("generate", "x", "--model", videos, "-o", tmp_path / name), 2, "output: ", words)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("no_weights")
+def test_a_folder_that_is_closed(generate, tmp_path):
+    tmp_path.chmod(0o500)
+    refused(generate("x", "-o", tmp_path / "x.png"), 2, "cannot be written")
 
 
 def test_one_of_several_outputs_exists(generate, tmp_path):
@@ -227,7 +281,7 @@ def write_images(folder):
         "text.png": "readable PNG, JPEG, WEBP",
         "empty.png": "readable PNG, JPEG, WEBP",
         "1x1.png": "1x1 pixels",
-        "picture.gif": "readable PNG, JPEG, WEBP",
+        "picture.gif": "this is a GIF",
         "missing.png": "No such file",
         ".": "Is a directory",
     }

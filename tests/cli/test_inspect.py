@@ -148,14 +148,31 @@ def test_env_names_versions_and_devices(run):
     assert any(name.startswith("cuda") for name in rows)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"text", b"\x89PNG\r\n\x1a\n"])
-def test_info_of_what_is_no_picture_of_ours(run, tmp_path, content):
-    path = tmp_path / "x.png"
+NOT_OURS = {
+    "nothing": (None, "can be read (No such file"),
+    "an empty file": (b"", "this is an empty file"),
+    "a GIF": (b"GIF89a", "this is a GIF"),
+    "text": (b"text", "a picture or video that Safelight made"),
+    "half a picture": (b"\x89PNG\r\n\x1a\n", "a picture or video that Safelight made"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), NOT_OURS.values(), ids=NOT_OURS)
+@pytest.mark.parametrize("name", ["x.png", "x.mp4"])
+def test_info_of_what_is_no_picture_of_ours(run, tmp_path, name, content, says):
+    path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     ended = run("info", path)
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert "a picture that Safelight made" in ended.err
+    assert says in ended.err or (name == "x.mp4" and "Safelight" in ended.err.removeprefix("safelight: "))
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp"])
+def test_info_of_a_picture_that_was_saved_without_its_parameters(run, tmp_path, ending):
+    Image.new("RGB", (8, 8)).save(tmp_path / f"x{ending}")
+    ended = run("info", tmp_path / f"x{ending}")
+    assert ended.code == 2 and "result.save" in ended.err and "has none of Safelight's" in ended.err
 
 
 def test_verbose_shows_where_an_error_came_from(monkeypatch):

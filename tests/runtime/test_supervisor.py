@@ -258,7 +258,7 @@ def test_a_server_that_was_held_up_does_not_blame_its_worker(tmp_path):
     """Many requests at once can keep its loop from what the worker says."""
 
     async def test():
-        rank: Any = SimpleNamespace(heard=time.monotonic())
+        rank: Any = SimpleNamespace(heard=time.monotonic(), has_begun=True)
         worker = WorkerGroup([rank], UnitBoard(tmp_path / "unit"), ready=True)
         watching = asyncio.create_task(worker.watch(EngineSettings(heartbeat_limit=0.6)))
         await asyncio.sleep(0.15)

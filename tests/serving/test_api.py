@@ -347,6 +347,13 @@ def test_an_alpha_channel_in_a_jpeg(http):
     assert_error(answer, 400, "output_format")
 
 
+def gettable(http):
+    """Return the paths that are there for GET, with the served model, and an id that no job has."""
+    described = http.get("/openapi.json").json()["paths"]
+    paths = [path.replace("{model}", "tiny") for path, ways in described.items() if "get" in ways]
+    return ["/openapi.json", *(re.sub(r"\{\w+\}", "video_none", path) for path in paths)]
+
+
 def test_while_the_model_is_loaded(tmp_path):
     with running(tmp_path, state="loading") as server, server.http() as http:
         for answer in (
@@ -356,8 +363,16 @@ def test_while_the_model_is_loaded(tmp_path):
             http.get("/v1/models/tiny/schema"),
         ):
             assert assert_error(answer, 503)["code"] == "not_ready"
-        assert http.get("/livez").status_code == 200
-        assert http.get("/openapi.json").status_code == 200
+        statuses = {path: http.get(path).status_code for path in gettable(http)}
+        statuses.pop("/", None)  # which says what this is, whatever the model does
+        text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+        (sentence,) = re.findall(r"Until the model is loaded.*?\n\n", text, re.DOTALL)
+        named = set(re.findall(r"`(/[\w./]*)`", sentence)) - {"/readyz"}
+        for path, status in statuses.items():
+            of_jobs = path.startswith(("/v1/videos", "/v1/jobs"))
+            is_named = any(path == name or (name != "/" and path.startswith(f"{name}/")) for name in named)
+            assert status in ((200, 404) if of_jobs else (200,) if is_named and "schema" not in path else (503,)), path
+        assert named <= statuses.keys()
         server.call(lambda: setattr(server.engine, "state", "ready"))
         assert http.get("/readyz").json() == {"status": "ready"}
         states: tuple[State, ...] = ("restarting", "failed", "draining")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 
@@ -115,6 +116,21 @@ def test_the_command_line_lets_a_server_do_it(shipped, local, tmp_path):
         assert np.array_equal(np.asarray(picture), np.asarray(expected))
     refused = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
     assert refused.returncode != 0 and "Traceback" not in refused.stderr and "key" in refused.stderr
+
+
+def test_the_command_line_looks_at_the_folder_before_the_server_works(shipped, tmp_path):
+    def num_steps():
+        with shipped.http() as http:
+            (line,) = re.findall(r"^safelight_step_seconds_count (\S+)", http.get("/metrics").text, re.MULTILINE)
+        return float(line)
+
+    (tmp_path / "key").write_text(KEY + "\n")
+    before = num_steps()
+    for name in ("/proc/a.png", str(tmp_path / "nowhere" / "a.png"), str(tmp_path / "key" / "a.png")):
+        arguments = ["generate", PROMPT, "--server", shipped.url, "--api-key-file", str(tmp_path / "key"), "-o", name]
+        refused = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+        assert refused.returncode == 2 and "output: folder" in refused.stderr, refused.stderr
+    assert num_steps() == before
 
 
 @pytest.fixture(scope="module")

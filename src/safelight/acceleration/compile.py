@@ -17,6 +17,7 @@ import functools
 import os
 import shutil
 import sysconfig
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -142,9 +143,27 @@ def compiling(classes: Sequence[BlockClass]) -> Iterator[None]:
 
 
 def use_cache() -> Path:
-    """Let Inductor keep what it compiles in the user's cache directory, of mode 0700: it loads code from there."""
-    path = Path(os.environ.setdefault(CACHE_VARIABLE, str(Path(CACHE_DIRECTORY).expanduser())))
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Let Inductor keep what it compiles in the user's cache directory, of mode 0700: it loads code from there.
+
+    Dynamo has named a folder that all users share, by its import, where nobody has named one before. That is not kept:
+    another user could put code there.
+
+    Raises:
+        CompilationError: if there is no home directory, or it cannot be written.
+
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    named = Path(os.environ.get(CACHE_VARIABLE) or default_cache_dir()).absolute()
+    try:
+        path = Path(CACHE_DIRECTORY).expanduser() if named == Path(default_cache_dir()).absolute() else named
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        where = f"{CACHE_VARIABLE} takes a folder that can be written, of this user alone"
+        raise CompilationError(f"compile: the cache of what is compiled cannot be used: {error}; {where}") from error
+    os.environ[CACHE_VARIABLE] = str(path)
     return path
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safelight.backends.refusals import refusal
 from safelight.backends.signature import params_from_signature, takes_tuple
 from safelight.backends.step_thread import StepThread
 from safelight.core.config import PipelineConfig
@@ -23,7 +24,7 @@ from safelight.core.request import Req
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage, Steps
-from safelight.errors import ModelIndexError, UsageError
+from safelight.errors import ModelIndexError
 
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
@@ -176,8 +177,8 @@ class DiffusersStage(PipelineStage):
         try:
             with torch.inference_mode():
                 media = pipe(**self._arguments(batch), **steps, return_dict=False)[0]
-        except ValueError as error:  # how these pipelines refuse a value
-            raise UsageError(f"{type(pipe).__name__}: {error}") from error
+        except Exception as error:  # the package's boundary: what it cannot run is said in its words
+            raise refusal(type(pipe).__name__, error) from error
         batch.outputs.extend(to_output(entry, batch.params.output_type) for entry in media)
 
     def _arguments(self, batch: Req) -> dict[str, Any]:

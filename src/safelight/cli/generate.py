@@ -152,8 +152,8 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     event = _run(console, source, engine_settings(values), fields, partial(check_files, output, overwrite))
     result = event.result
     assert result is not None
-    ending = ".mp4" if result.videos else ".png"
-    path = output or free_path(Path(f"safelight-{result.seeds[0]}{ending}"), len(result.images) or len(result.videos))
+    count = len(result.images) or len(result.videos)
+    path = output or free_path(source.schema(), result.seeds[0], count)
     for made in result.save(path, overwrite):
         click.echo(os.fsencode(made))
     for warning in result.warnings:
@@ -177,7 +177,7 @@ def _source(ctx: click.Context, values: dict[str, str | None]) -> Source:
 
 
 def check_files(output: Path | None, overwrite: bool, schema: ModelSchema, params: SamplingParams) -> None:
-    """Refuse a name under which not every file could be written.
+    """Refuse a name, or a folder if no name was given, under which not every file could be written.
 
     Args:
         output: the name; None if a free one is to be found.
@@ -189,9 +189,9 @@ def check_files(output: Path | None, overwrite: bool, schema: ModelSchema, param
         OutputError: naming the path and what it takes.
 
     """
-    if output is None:
-        return
-    for path in media.output_paths(output, len(params.split()) * params.num_pictures()):
+    assert params.seed is not None
+    count = len(params.split()) * params.num_pictures()
+    for path in media.output_paths(output or free_path(schema, params.seed, count), count):
         if schema.task.makes_video:
             video.check_output(path, overwrite)
         else:
@@ -207,7 +207,8 @@ def _run(
 ) -> GenerationEvent:
     """Load the model and make the pictures, with a progress bar where somebody watches; return the last event.
 
-    What is wrong with the request, and what `check` refuses, is said before the weights are loaded.
+    What is wrong with the request, and what `check` refuses, is said before the weights are loaded. A seed that nobody
+    chose is drawn there too: it is in the files' name.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -219,9 +220,10 @@ def _run(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
         schema = source.schema()
-        check(schema, prepare(schema, fields)[0])
+        params = prepare(schema, fields)[0]
+        check(schema, params)
         with source.open(settings) as generator:
-            for event in generator.stream(**fields):
+            for event in generator.stream(**{**fields, "seed": params.seed}):
                 number = f" {event.output_index + 1}/{event.num_outputs}" if event.num_outputs > 1 else ""
                 total = event.num_inference_steps or None
                 progress.update(
@@ -230,8 +232,9 @@ def _run(
     return event
 
 
-def free_path(path: Path, count: int) -> Path:
-    """Return the path, or the first of `name-a`, `name-b`, ... whose files do not exist yet."""
+def free_path(schema: ModelSchema, seed: int, count: int) -> Path:
+    """Return a name here of the seed, or the first of `name-a`, `name-b`, ... whose files do not exist yet."""
+    path = Path(f"safelight-{seed}{'.mp4' if schema.task.makes_video else '.png'}")
     for suffix in ("", *(f"-{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")):
         candidate = path.with_name(f"{path.stem}{suffix}{path.suffix}")
         if not any(target.exists() for target in media.output_paths(candidate, count)):

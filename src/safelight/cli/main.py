@@ -78,7 +78,8 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:  # the process's boundary: whatever it was, the user gets one line
         if "-v" in arguments or "--verbose" in arguments:
             raise
-        _end(f"internal error: {type(error).__name__}: {error} (safelight -v shows where)", 1)
+        what = "a package is missing or broken" if isinstance(error, ImportError) else "internal error"
+        _end(f"{what}: {type(error).__name__}: {error} (safelight -v shows where)", 1)
 
 
 def _end(message: str, code: int) -> None:

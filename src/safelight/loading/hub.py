@@ -59,8 +59,11 @@ def download_components(
 def _in_words(repo_id: str, revision: str | None, download: Callable[[], str]) -> str:
     """Run a download; every way in which it can fail becomes an error that says what to do."""
     from huggingface_hub import errors
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     name = f"{repo_id}@{revision}" if revision else repo_id
+    if HF_HUB_CACHE.startswith("~"):
+        raise ModelError(f"{name} would be kept in a home directory, and there is none: set HF_HOME to a folder")
     try:
         return download()
     except errors.GatedRepoError as error:

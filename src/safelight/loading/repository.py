@@ -128,7 +128,7 @@ def open_repository(
 
     """
     name = str(model) if model is not None else str(SHIPPED_MODEL)
-    path = _existing(name)
+    path = existing(name)
     if path is not None:
         if revision is not None:
             raise InvalidParameterError("revision", revision, "nothing here: a folder has no revisions")
@@ -145,7 +145,7 @@ def open_repository(
     return _read(name, folder, backend)
 
 
-def _existing(name: str) -> Path | None:
+def existing(name: str) -> Path | None:
     """Return the path that a name stands for, if there is something."""
     try:
         path = Path(name).expanduser()

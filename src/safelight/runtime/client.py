@@ -112,6 +112,7 @@ class EngineStats:
         num_waiting: requests that have not.
         device_memory_bytes: allocated by the worker on its device; 0 on the CPU.
         load_seconds: what loading the model took.
+        warm_up_seconds: what the small request took that was run before the first of a user; 0 where none was run.
         num_restarts: workers started after the first.
         compiled: whether what begins now runs compiled.
 
@@ -121,6 +122,7 @@ class EngineStats:
     num_waiting: int = 0
     device_memory_bytes: int = 0
     load_seconds: float = 0.0
+    warm_up_seconds: float = 0.0
     num_restarts: int = 0
     compiled: bool = False
 

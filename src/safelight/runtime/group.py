@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from safelight.core.server_args import ServerArgs
+from safelight.errors import PortError, WorkerStartError
 from safelight.runtime.messages import LoadFailed, Start, Stop
 from safelight.runtime.transport import Parcel, ServerChannel
 from safelight.runtime.watch import UnitBoard, UnitLimits
@@ -24,8 +25,11 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.1
 STOP_SECONDS = 5.0
+BEGIN_SECONDS = 30.0
+"""For which a process that was started may say nothing: its first message comes before it imports anything large."""
 GROUP_SILENCE = 1.5
 """Seconds of silence after which one of several ranks counts as stopped: the others wait for it."""
+_SIGNALS = {number.value: number.name for number in signal.Signals}
 
 
 ALLOCATOR, ALLOCATOR_BEFORE = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
@@ -94,13 +98,26 @@ class Rank:
     channel: ServerChannel
     start: Start
     heard: float = field(default_factory=time.monotonic)
+    has_begun: bool = False
+
+    def was_heard(self) -> None:
+        """Note that it has said something."""
+        self.heard, self.has_begun = time.monotonic(), True
+
+    async def end(self) -> str:
+        """Wait until the process ends; say how."""
+        code = await self.process.wait()
+        if code >= 0:
+            return f"exit code {code}"
+        name = _SIGNALS.get(-code, f"signal {-code}")
+        return f"killed by {name}, as where memory runs out" if code == -signal.SIGKILL else f"killed by {name}"
 
     async def hear(self) -> LoadFailed:
         """Tell it to start, as a rank beside the first, and hear that it runs until it says that it cannot load."""
         await self.channel.send(self.start)
         while True:
             message, _ = await self.channel.receive()
-            self.heard = time.monotonic()
+            self.was_heard()
             if isinstance(message, LoadFailed):
                 return message
 
@@ -138,12 +155,17 @@ class WorkerGroup:
             if unit is not None and unit.is_late():
                 logger.error("the worker takes more than %.0f s for a unit of %s", unit.limit, unit.kind)
                 return
-            silence = settings.unit_limits.first
-            if self.ready:
-                silence = min(settings.heartbeat_limit, GROUP_SILENCE if len(self.ranks) > 1 else math.inf)
-            if time.monotonic() > min(rank.heard for rank in self.ranks) + silence:
-                logger.error("the worker has been silent for %.1f s", silence)
-                return
+            for rank in self.ranks:
+                silence = self._silence(rank, settings)
+                if time.monotonic() > rank.heard + silence:
+                    logger.error("the worker has been silent for %.1f s", silence)
+                    return
+
+    def _silence(self, rank: Rank, settings: EngineSettings) -> float:
+        """Return the seconds for which a rank may be silent."""
+        if self.ready:
+            return min(settings.heartbeat_limit, GROUP_SILENCE if len(self.ranks) > 1 else math.inf)
+        return settings.unit_limits.first if rank.has_begun else min(BEGIN_SECONDS, settings.unit_limits.first)
 
     async def stop(self, kindly: bool) -> None:
         """End the worker's processes: kindly, if they are to finish what they do, or at once."""
@@ -170,6 +192,10 @@ async def start_worker(folder: Path, number: int, settings: EngineSettings) -> W
         number: of the worker, among all.
         settings: of the engine.
 
+    Raises:
+        WorkerStartError: if a process cannot be started.
+        PortError: if a socket cannot be made.
+
     """
     num_ranks, board = settings.server_args.num_devices(), folder / f"{number}.unit"
     # The ranks of other machines are started there; this process has the first one's alone.
@@ -177,7 +203,10 @@ async def start_worker(folder: Path, number: int, settings: EngineSettings) -> W
     store = None if local < num_ranks or num_ranks == 1 else folder / f"{number}.store"
     first = settings.start(None if store is None else store.name)
     starts = [msgspec.structs.replace(first, rank=rank, local_rank=rank) for rank in range(local)]
-    worker = WorkerGroup([], UnitBoard(board), store)
+    try:
+        worker = WorkerGroup([], UnitBoard(board), store)
+    except OSError as error:
+        raise PortError(f"TMPDIR: {str(folder)!r} cannot be written: {error.strerror or error}") from error
     worker.outgoing.put_nowait((first, ()))
     try:
         for start in starts:
@@ -192,12 +221,16 @@ async def start_worker(folder: Path, number: int, settings: EngineSettings) -> W
 async def start_rank(socket: Path, board: Path, start: Start) -> Rank:
     """Start one process."""
     channel = ServerChannel(socket)
-    command = [sys.executable, "-m", "safelight.runtime.worker", str(socket), str(board), str(os.getpid())]
+    command = [sys.executable, "-m", "safelight.runtime.worker_process", str(socket), str(board), str(os.getpid())]
     # A session of its own: an interrupt at the terminal is the supervisor's, who decides when the worker ends.
     try:
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True, env=worker_environment()
         )
+    except OSError as error:
+        channel.close()
+        reason = f"{sys.executable!r}: {error.strerror or error}"
+        raise WorkerStartError(f"the worker's process cannot be started: {reason}") from error
     except BaseException:
         channel.close()
         raise

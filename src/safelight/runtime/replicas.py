@@ -70,6 +70,7 @@ class ReplicaSet(EngineClient):
             num_waiting=sum(stats.num_waiting for stats in each),
             device_memory_bytes=sum(stats.device_memory_bytes for stats in each),
             load_seconds=max(stats.load_seconds for stats in each),
+            warm_up_seconds=min(stats.warm_up_seconds for stats in each),
             num_restarts=sum(stats.num_restarts for stats in each),
             compiled=bool(usable) and all(stats.compiled for stats in usable),
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from safelight.errors import (
     SafelightError,
     UsageError,
     WorkerLostError,
+    WorkerStartError,
     by_code,
 )
 from safelight.runtime.client import (
@@ -51,11 +52,16 @@ from safelight.runtime.messages import (
     ToWorker,
     schema_from_wire,
 )
+from safelight.runtime.sockets import make_folder
 
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
 DEATHS_WINDOW = 300.0
+AGAIN_SECONDS = 1.0
+"""After a worker that could not even be started, as where the system has no room for another process."""
+LAST_WORDS_SECONDS = 0.5
+"""In which what a worker said before it died arrives."""
 
 
 class Supervisor(EngineClient):
@@ -116,7 +122,7 @@ class Supervisor(EngineClient):
             SafelightError: why it cannot be loaded, with the exit code.
 
         """
-        self._folder = Path(tempfile.mkdtemp(prefix="safelight-"))  # of mode 0700
+        self._folder = make_folder()
         self._ready = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._keep_alive())
         try:
@@ -182,37 +188,56 @@ class Supervisor(EngineClient):
 
     async def _keep_alive(self) -> None:
         """Run one worker after another, until too many have died."""
-        while not self.gave_up.is_set():
+        try:
+            while not self.gave_up.is_set():
+                await self._run_worker()
+        except Exception:  # the supervisor's boundary: whoever waits is told, whatever it was
+            logger.exception("no worker can be kept")
+            self._end(WorkerStartError("no worker can be kept; the log says more"))
+
+    async def _run_worker(self) -> None:
+        """Run one worker, to its death."""
+        try:
             worker = await start_worker(self._folder, self._stats.num_restarts, self.settings)
-            self._worker = worker
-            try:
-                reason = await self._serve(worker)
-                if self._state == "ready":
-                    self._state = "restarting"
-            finally:
-                self._worker = None
-                await worker.stop(kindly=self._closing)
-            self._mourn(worker, reason)
-            worker.board.remove()
+        except SafelightError as error:
+            logger.error("%s", error)
+            self._lose(set(), error)
+            await asyncio.sleep(0 if self.gave_up.is_set() else AGAIN_SECONDS)
+            return
+        self._worker = worker
+        try:
+            reason = await self._serve(worker)
+            if self._state == "ready":
+                self._state = "restarting"
+        finally:
+            self._worker = None
+            await worker.stop(kindly=self._closing)
+        unit = worker.board.read()
+        culprits = set(unit.requests) if unit is not None else set()
+        logger.error("the worker %s with %s in work", reason, ", ".join(sorted(culprits)) or "no request")
+        self._lose(culprits, WorkerStartError(f"the worker {reason} before the model was loaded; the log says more"))
+        worker.board.remove()
 
     async def _serve(self, worker: WorkerGroup) -> str:
-        """Exchange messages until the worker dies, hangs or gives up; return which."""
-        parts: dict[asyncio.Task[object], str] = {
+        """Exchange messages until the worker dies, hangs or gives up; return which, and how."""
+        hearing = [asyncio.create_task(self._receive_all(worker))]
+        hearing += [asyncio.create_task(self._hear(rank)) for rank in worker.ranks[1:]]
+        parts: dict[asyncio.Task[Any], str] = {
+            **dict.fromkeys(hearing, "gave up"),
             asyncio.create_task(self._send_all(worker)): "cannot be reached",
-            asyncio.create_task(self._receive_all(worker)): "gave up",
             asyncio.create_task(worker.watch(self.settings)): "hung",
+            **{asyncio.create_task(rank.end()): "died" for rank in worker.ranks},
         }
-        for rank in worker.ranks:
-            parts[asyncio.create_task(rank.process.wait())] = "died"
-        for rank in worker.ranks[1:]:
-            parts[asyncio.create_task(self._hear(rank))] = "gave up"
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            part = next(iter(done))
+            if not worker.ready and not done.intersection(hearing):  # it may have said why
+                done |= (await asyncio.wait(hearing, timeout=LAST_WORDS_SECONDS))[0]
+            part = next(part for part in parts if part in done)
             if part.exception() is not None:  # the worker's boundary: what it sends must not end the supervisor
                 logger.error("a message of the worker's cannot be understood", exc_info=part.exception())
                 return "sent nonsense"
-            return parts[part]
+            how = part.result()
+            return f"{parts[part]} ({how})" if how else parts[part]
         finally:
             for part in parts:
                 part.cancel()
@@ -231,7 +256,7 @@ class Supervisor(EngineClient):
         """Take messages until the worker says that it cannot load."""
         while True:
             message, arrays = await worker.channel.receive()
-            worker.ranks[0].heard = time.monotonic()
+            worker.ranks[0].was_heard()
             if isinstance(message, LoadFailed):
                 self._load_failed(message)
                 return
@@ -244,15 +269,16 @@ class Supervisor(EngineClient):
                 self._send(Cancel(message.request_id))
                 self._fail(message.request_id, SafelightError("the request's result cannot be understood"))
 
-    def _mourn(self, worker: WorkerGroup, reason: str) -> None:
-        """Answer the request whose unit ran; let all others wait for the next worker."""
-        unit = worker.board.read()
-        culprits = set(unit.requests) if unit is not None else set()
-        work = ", ".join(sorted(culprits)) or "no request"
-        logger.error("the worker %s (exit code %s) with %s in work", reason, worker.process.returncode, work)
+    def _lose(self, culprits: set[str], error: SafelightError) -> None:
+        """Go on without a worker: answer the requests whose unit ran, and let all others wait for the next worker.
+
+        Args:
+            culprits: these requests.
+            error: what is said where there never was one.
+
+        """
         if self._ready is not None and not self._ready.done():
-            self._give_up()
-            self._ready.set_exception(ModelError("the worker died while it loaded the model; the log says more"))
+            self._end(error)
             return
         self._stats = replace(self._stats, compiled=False)
         for request_id, live in list(self._live.items()):
@@ -275,6 +301,12 @@ class Supervisor(EngineClient):
         else:
             self._stats = replace(self._stats, num_restarts=self._stats.num_restarts + 1)
 
+    def _end(self, error: SafelightError) -> None:
+        """Give up, and tell whoever waits for the first worker why."""
+        self._give_up()
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(error)
+
     def _give_up(self) -> None:
         self._state = "failed"
         self._fail_all(WorkerLostError("the worker died too often"))
@@ -283,8 +315,7 @@ class Supervisor(EngineClient):
     def _load_failed(self, message: LoadFailed) -> None:
         if self._ready is not None and not self._ready.done():
             error = UsageError if message.exit_code == UsageError.exit_code else ModelError
-            self._give_up()
-            self._ready.set_exception(error.rebuilt(message.message))
+            self._end(error.rebuilt(message.message))
         else:
             logger.error("the worker cannot load the model again: %s", message.message)
 
@@ -307,7 +338,8 @@ class Supervisor(EngineClient):
     def _take_loaded(self, message: Loaded) -> None:
         schema = schema_from_wire(message.schema)
         self._schema = replace(schema, model=self.settings.model_name or schema.model)
-        self._stats = replace(self._stats, load_seconds=message.load_seconds)
+        load, warm_up = message.load_seconds, message.warm_up_seconds
+        self._stats = replace(self._stats, load_seconds=load, warm_up_seconds=warm_up)
         if self._worker is not None:
             self._worker.ready = True
         if self._state != "draining":

@@ -6,6 +6,7 @@ bytes, or the name of its file in the socket's directory.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -20,9 +21,10 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from safelight.errors import StorageFullError
+from safelight.errors import PortError, StorageFullError
 from safelight.runtime.client import Media
 from safelight.runtime.messages import Array, Failed, FromWorker, Heartbeat, OutputMade, ToWorker
+from safelight.runtime.sockets import SocketName
 from safelight.runtime.spool import SPOOLED_BYTES, SpooledFrames, spool
 
 logger = logging.getLogger(__name__)
@@ -59,18 +61,26 @@ class ServerChannel:
     """The API process's end: listens on a socket file, for one worker.
 
     Args:
-        path: of the socket; at most 100 bytes, in a directory of mode 0700.
+        path: of the socket, in a directory of mode 0700.
+
+    Raises:
+        PortError: if the socket cannot be made there.
 
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._name = SocketName(path)
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.bind(f"ipc://{path}")
+        try:
+            self._socket.bind(self._name.address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise PortError(f"TMPDIR: a socket cannot be made in {str(path.parent)!r}: {error.strerror}") from error
 
     async def send(self, message: ToWorker, arrays: Sequence[Array] = ()) -> None:
         """Queue a message; the socket keeps what the worker has not taken yet."""
@@ -89,7 +99,9 @@ class ServerChannel:
         """Let go of the socket, and delete its file, which the library leaves where a peer died."""
         self._socket.close()
         self._context.term()
-        self._path.unlink(missing_ok=True)
+        self._name.close()
+        with contextlib.suppress(OSError):  # what else lies there goes with the folder
+            self._path.unlink()
 
 
 class WorkerChannel:
@@ -98,13 +110,20 @@ class WorkerChannel:
     Args:
         path: of the socket.
         parent: process id of the supervisor: without it, the worker ends.
+
+    Attributes:
+        path: of the socket.
         heartbeat: makes the message that says that this process runs.
+
+    Raises:
+        PortError: if the socket's folder is not there.
 
     """
 
-    def __init__(self, path: str, parent: int, heartbeat: Callable[[], Heartbeat]) -> None:
-        self._path = path
-        self._heartbeat = heartbeat
+    def __init__(self, path: str, parent: int) -> None:
+        self.path = Path(path)
+        self.heartbeat: Callable[[], Heartbeat] = lambda: Heartbeat(0, 0, 0, {})
+        self._name = SocketName(self.path)
         self._parent = parent
         self._incoming: queue.SimpleQueue[tuple[ToWorker, list[bytes]]] = queue.SimpleQueue()
         self._outgoing: queue.SimpleQueue[tuple[FromWorker, Sequence[Array]] | None] = queue.SimpleQueue()
@@ -132,6 +151,7 @@ class WorkerChannel:
         """Send what is queued, and end the thread."""
         self._put(None)
         self._thread.join(timeout=5)
+        self._name.close()
 
     def _put(self, parcel: tuple[FromWorker, Sequence[Array]] | None) -> None:
         self._outgoing.put(parcel)
@@ -142,7 +162,7 @@ class WorkerChannel:
             socket.setsockopt(zmq.LINGER, 2000)
             socket.setsockopt(zmq.SNDHWM, 0)
             socket.setsockopt(zmq.RCVHWM, 0)
-            socket.connect(f"ipc://{self._path}")
+            socket.connect(self._name.address)
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN)
             poller.register(self._wake_read, zmq.POLLIN)
@@ -176,10 +196,10 @@ class WorkerChannel:
     def _beat(self, socket: zmq.Socket[bytes]) -> None:
         if os.getppid() != self._parent:
             os._exit(1)  # nobody is there to work for; an orphan would hold the device
-        self._send(socket, self._heartbeat(), ())
+        self._send(socket, self.heartbeat(), ())
 
     def _send(self, socket: zmq.Socket[bytes], message: FromWorker, arrays: Sequence[Array]) -> None:
-        folder = Path(self._path).parent
+        folder = self.path.parent
         try:
             frames = spooled_frames(message, arrays, folder)
         except StorageFullError as error:

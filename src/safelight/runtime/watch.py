@@ -100,7 +100,7 @@ class UnitBoard:
     def remove(self) -> None:
         """Let go of the file, and delete it."""
         self._map.close()
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
 
 
 class Watch:

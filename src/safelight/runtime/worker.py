@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -59,17 +57,16 @@ class GPUWorker:
     """One device's worker.
 
     Args:
-        channel_path: of the supervisor's socket.
+        channel: to the supervisor.
         board_path: of the file in which each unit is announced.
-        parent: process id of the supervisor.
 
     """
 
-    def __init__(self, channel_path: str, board_path: str, parent: int) -> None:
+    def __init__(self, channel: WorkerChannel, board_path: str) -> None:
         self.scheduler: Scheduler | Follower | None = None
-        self.channel_path = Path(channel_path)
         self.board = UnitBoard(Path(board_path))
-        self.channel = WorkerChannel(channel_path, parent, self._heartbeat)
+        self.channel = channel
+        channel.heartbeat = self._heartbeat
 
     def run(self) -> int:
         """Load, and serve until told to stop; return the exit code."""
@@ -83,7 +80,8 @@ class GPUWorker:
             return self._give_up(str(error), error.exit_code)
         except Exception as error:  # the process's boundary: whatever it was, the supervisor is told
             logger.exception("the model cannot be loaded")
-            return self._give_up(f"the model cannot be loaded: {type(error).__name__}; the log says more", 3)
+            reason = f"{type(error).__name__}: {error}"[:300]
+            return self._give_up(f"the model cannot be loaded: {reason}; the log says more", 3)
         self.channel.send(loaded)
         assert self.scheduler is not None
         try:
@@ -102,15 +100,14 @@ class GPUWorker:
     def _load(self, start: Start) -> Loaded:
         self.board.write(Unit("load", (), time.monotonic(), start.limits.first))
         begun = time.perf_counter()
-        engine = build_engine(start, self.channel_path.parent, self.board if start.rank == 0 else None)
+        engine = build_engine(start, self.channel.path.parent, self.board if start.rank == 0 else None)
         load_seconds = time.perf_counter() - begun
         begun = time.perf_counter()
-        if start.warm_up:
-            warm_up(engine)
+        is_warm = start.warm_up and warm_up(engine)
         compile_in_background(engine, start.limits.first)
         self.board.write(None)
         self.scheduler = Scheduler(engine, self.channel) if engine.ranks.leads else Follower(engine)
-        warm_up_seconds = time.perf_counter() - begun if start.warm_up else 0.0
+        warm_up_seconds = time.perf_counter() - begun if is_warm else 0.0
         return Loaded(schema_to_wire(engine.pipeline.schema), load_seconds, warm_up_seconds)
 
     def _give_up(self, message: str, exit_code: int) -> int:
@@ -219,8 +216,8 @@ def follow(start: Start) -> int:
     return 0
 
 
-def warm_up(engine: Engine) -> None:
-    """Run one small request, so that the first one of a user does not pay for what happens once.
+def warm_up(engine: Engine) -> bool:
+    """Run one small request, so that the first one of a user does not pay for what happens once; say whether it ran.
 
     Raises:
         ModelError: if the model fails on it.
@@ -230,7 +227,7 @@ def warm_up(engine: Engine) -> None:
         params = warm_up_params(engine.pipeline.schema)
     except UsageError as error:
         logger.warning("no warm-up: %s", error)
-        return
+        return False
     task = engine.add(Req("warm-up", params.split()[0]))
     while not task.done:
         engine.tick()
@@ -238,18 +235,4 @@ def warm_up(engine: Engine) -> None:
         logger.warning("no warm-up: %s", task.error)
     elif task.error is not None:
         raise ModelError(f"the model fails on a first small request: {task.error}") from task.error
-
-
-def main() -> None:
-    """Run a worker: the arguments are the socket, the board and the supervisor's process id."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s worker %(levelname)s %(name)s: %(message)s")
-    for name in ("safelight.memory", "safelight.layout"):  # of what was planned, because it was asked for
-        logging.getLogger(name).setLevel(logging.INFO)
-    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, or for a whole group: the supervisor decides
-        signal.signal(number, signal.SIG_IGN)
-    channel_path, board_path, parent = sys.argv[1:]
-    sys.exit(GPUWorker(channel_path, board_path, int(parent)).run())
-
-
-if __name__ == "__main__":
-    main()
+    return task.error is None

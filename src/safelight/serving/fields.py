@@ -41,6 +41,7 @@ _LISTS = ("image", "images", "numbers", "integers")
 """Kinds of fields that parts of one name may fill together."""
 MAX_NUMBER = 1e6
 """Of what is not a whole number: guidance beyond it overflows in half precision."""
+_MAX_SIZE_STEP = 64
 _PASSED_ON = ("prompt", "n")
 """Fields of the API that are the model's too, with other bounds."""
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
@@ -227,7 +228,10 @@ def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> di
     """Return height and width as `size` has them, or as the input picture's aspect has them; or leave them unset."""
     given = [name for name in ("height", "width") if name in model]
     if size == "auto":
-        return {} if given or not model.get("image") else _input_aspect(model["image"][-1], schema)
+        if given or not model.get("image"):
+            return {}
+        # A video begins with its first picture; an edited picture is, as in Diffusers, of the last one's aspect.
+        return _input_aspect(model["image"][0 if schema.task.makes_video else -1], schema)
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InvalidParameterError("size", size, "auto, or WxH in pixels, such as 1024x1024")
@@ -244,13 +248,24 @@ def _input_aspect(image: Image.Image, schema: ModelSchema) -> dict[str, int]:
     Models that fit sizes themselves are given the picture's own; those without a default size do it all themselves.
     """
     width, height = upright_size(image)
-    if "height" not in schema.defaults or "width" not in schema.defaults or schema.task.makes_video:
+    if schema.defaults.get("height") is None or schema.defaults.get("width") is None:
         return {}
     if schema.params_cls.fits_size:
         return {"height": height, "width": width}
-    area, multiple = schema.defaults["height"] * schema.defaults["width"], schema.size_multiple
+    area, multiple = schema.defaults["height"] * schema.defaults["width"], _size_step(schema)
     sides = {"height": math.sqrt(area * height / width), "width": math.sqrt(area * width / height)}
     return {name: max(1, round(side / multiple)) * multiple for name, side in sides.items()}
+
+
+def _size_step(schema: ModelSchema) -> int:
+    """Return a number whose multiples the model takes as heights and widths.
+
+    A pipeline of the diffusers package does not say its own. Then it is the largest power of two, up to 64, that both
+    of its default sides are multiples of.
+    """
+    if schema.size_multiple > 1:
+        return schema.size_multiple
+    return math.gcd(schema.defaults["height"], schema.defaults["width"], _MAX_SIZE_STEP)
 
 
 def _quality_fields(quality: str, model: Mapping[str, Any], schema: ModelSchema) -> dict[str, int]:

@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import ExifTags, Image
 
 from safelight.errors import InvalidParameterError
+from safelight.file_kinds import HEAD_BYTES, kind_of
 from safelight.serving.errors import TooLargeError
 from safelight.serving.gate import Upload
 from safelight.serving.limits import Limits
@@ -31,7 +32,7 @@ _MAX_CHUNKS = 16_384
 """Of a PNG: encoders cut 16 MiB into 2,048 pieces of 8 KiB."""
 _MAX_SCANS = 100
 """Of a JPEG: a progressive one has about ten, and each is a pass over all pixels."""
-_TAKES = "a PNG, JPEG or WebP picture"
+_TAKES = "a PNG, JPEG or WebP file of one picture"
 _TAKES_BYTES = "the picture itself: a file in a form (image, or image[] for each of several), or a data URL"
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for a file that is no whole picture."""
@@ -109,8 +110,9 @@ def decode_picture(data: bytes, param: str, limits: Limits) -> Image.Image:
 
     """
     name = next((name for name, known in _SIGNATURES.items() if known(data)), None)
-    if name is None:
-        raise InvalidParameterError(param, "other bytes", _TAKES)
+    foreign = kind_of(data[:HEAD_BYTES])
+    if name is None or foreign is not None:
+        raise InvalidParameterError(param, foreign or "other bytes", _TAKES)
     try:
         size = _SIZES[name](data)
         if size is not None:
@@ -168,8 +170,6 @@ def _webp_size(data: bytes) -> Size:
     """Read the size of a still WebP: Pillow makes room for all of its pixels when it opens one."""
     kind, payload = data[12:16], data[20:30].ljust(10, b"\0")
     if kind == b"VP8X":
-        if payload[0] & 0x02:
-            raise ValueError("animated")
         return int.from_bytes(payload[4:7], "little") + 1, int.from_bytes(payload[7:10], "little") + 1
     if kind == b"VP8L":
         bits = int.from_bytes(payload[1:5], "little")

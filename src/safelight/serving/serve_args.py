@@ -7,11 +7,12 @@ import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from safelight.core.server_args import ServerArgs
-from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
+from safelight.errors import InvalidParameterError, StateDirectoryError, UnknownParameterError, UsageError
 
 BATCHING = ("exact", "throughput")
 RESPONSE_FORMATS = ("b64_json", "url")
@@ -86,6 +87,9 @@ class ServeArgs:
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= (most or value):
                 takes = f"a number from {least} to {most}" if most else f"a number of at least {least}"
                 raise InvalidParameterError(each.name, value, takes)
+        if self.public_url is not None and not is_base_url(self.public_url):
+            takes = "http:// or https:// and a host, perhaps a port and a path, such as https://pictures.example.org"
+            raise InvalidParameterError("public_url", self.public_url, takes)
         if self.batching not in BATCHING:
             raise InvalidParameterError("batching", self.batching, ", ".join(BATCHING))
         if self.response_format not in RESPONSE_FORMATS:
@@ -110,8 +114,18 @@ class ServeArgs:
         return names
 
     def state_path(self) -> Path:
-        """Return the state directory."""
-        return Path(self.state_dir or DEFAULT_STATE_DIR).expanduser()
+        """Return the state directory.
+
+        Raises:
+            StateDirectoryError: if it lies in a home directory, and this user has none.
+
+        """
+        path = Path(self.state_dir or DEFAULT_STATE_DIR)
+        try:
+            return path.expanduser()
+        except RuntimeError as error:
+            reason = f"{str(path)!r}: there is no such home directory; name a folder elsewhere"
+            raise StateDirectoryError(f"state_dir: {reason} (--state-dir, SAFELIGHT_STATE_DIR)") from error
 
     def api_key(self) -> str | None:
         """Return the key; None where there is none.
@@ -125,6 +139,17 @@ class ServeArgs:
                 raise UsageError(f"host: {self.host} is reachable by others; it needs --api-key-file")
             return None
         return read_key(self.api_key_file)
+
+
+def is_base_url(url: str) -> bool:
+    """Say whether an address is one before which nothing is missing, and to which a path can be added."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port or an address in brackets
+        return False
+    plain = url.isascii() and url.isprintable() and not set(url) & set(' ?#\\<>"')
+    return known and plain and parts.username is None and parts.password is None
 
 
 def is_loopback(host: str) -> bool:
@@ -144,7 +169,7 @@ def read_key(path: str) -> str:
     """
     try:
         key = Path(path).expanduser().read_text(encoding="utf-8").strip().partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: ~ where there is no home directory
         raise InvalidParameterError("api_key_file", path, "a file that can be read") from error
     if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable():
         takes = f"a file whose first line is a key of {MIN_KEY_LENGTH} or more printable ASCII characters"

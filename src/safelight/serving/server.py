@@ -9,12 +9,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import uvicorn
 
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, PortError, SafelightError
+from safelight.loading.repository import existing
 from safelight.parallel.torchrun import launched
 from safelight.runtime.group import EngineSettings
 from safelight.runtime.replicas import ReplicaSet
@@ -105,7 +105,7 @@ class Server:
                 return 0
             host = f"[{self.serve_args.host}]" if ":" in self.serve_args.host else self.serve_args.host
             address = f"http://{host}:{listener.getsockname()[1]}"
-            warm = ", warmed up with one small request" if self.serve_args.warm_up else ""
+            warm = ", warmed up with one small request" if engine.stats.warm_up_seconds else ""
             self.say(f"{self.model} is ready after {time.monotonic() - begun:.1f} s{warm}: {address}")
             if self.server_args.compile != "none" and not self._told_compiled:
                 self.say("the model is being compiled in the background; until then requests run eagerly")
@@ -193,8 +193,8 @@ def served_names(server_args: ServerArgs, serve_args: ServeArgs) -> tuple[str, .
         return tuple(name.strip() for name in serve_args.served_model_name.split(",") if name.strip())
     if server_args.model is None:
         return (SHIPPED_MODEL_NAME,)
-    path = Path(server_args.model).expanduser()
-    return (path.resolve().name if path.exists() else server_args.model.partition("@")[0],)
+    path = existing(server_args.model)
+    return (server_args.model.partition("@")[0] if path is None else path.resolve().name,)
 
 
 def engine_settings(server_args: ServerArgs, serve_args: ServeArgs) -> EngineSettings:

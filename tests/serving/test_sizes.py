@@ -1,0 +1,129 @@
+"""`size: auto`, and no size at all: what is made of a picture has its aspect, at about the model's own pixels."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import diffusers
+import pytest
+from PIL import Image
+
+from safelight.backends.diffusers import describe, has_pipeline, pipeline_entry
+from safelight.core.schema import ModelSchema
+from safelight.errors import InvalidParameterError
+from safelight.serving.fields import Asked, resolve
+from safelight.serving.limits import Limits
+from safelight.serving.serve_args import ServeArgs
+from tests.serving.stub_engine import IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
+
+WAN_480P = {**IMAGE_TO_VIDEO_SCHEMA.defaults, "height": 480, "width": 832}
+ASPECTS = [(832, 480), (480, 832), (500, 500), (1000, 300), (300, 1000), (1, 1), (1920, 1080), (333, 777)]
+
+
+def schema_with(schema: ModelSchema, **changes) -> ModelSchema:
+    return ModelSchema(**{**vars(schema), **changes})
+
+
+def png(size, turn=None):
+    file, exif = io.BytesIO(), Image.Exif()
+    if turn is not None:
+        exif[0x0112] = turn
+    Image.new("RGB", size, "red").save(file, "PNG", exif=exif)
+    return file.getvalue()
+
+
+def sides(schema, pictures, **own):
+    asked = Asked(schema, {**own}, {"prompt": "x"}, pictures)
+    params = resolve(asked, Limits(max_cost=math.inf)).params
+    return params.width, params.height
+
+
+def assert_fits(made, size, schema, step):
+    width, height = made
+    area = schema.defaults["width"] * schema.defaults["height"]
+    scale = math.sqrt(area / (size[0] * size[1]))
+    assert width % step == height % step == 0
+    assert abs(width - size[0] * scale) <= step / 2 + 1e-6 and abs(height - size[1] * scale) <= step / 2 + 1e-6
+
+
+@pytest.mark.parametrize("size", ASPECTS, ids=str)
+@pytest.mark.parametrize("own", [{}, {"size": "auto"}], ids=["unset", "auto"])
+@pytest.mark.parametrize("field", ["image", "input_reference"])
+def test_a_video_has_the_aspect_of_its_first_picture(size, own, field):
+    schema = schema_with(IMAGE_TO_VIDEO_SCHEMA, defaults=WAN_480P)
+    assert_fits(sides(schema, {field: [png(size)]}, **own), size, schema, 16)
+
+
+def test_a_picture_is_seen_as_it_is_turned():
+    schema = schema_with(IMAGE_TO_VIDEO_SCHEMA, defaults=WAN_480P)
+    assert sides(schema, {"image": [png((832, 480), turn=6)]}) == (480, 832)
+
+
+def test_the_first_picture_counts_where_there_is_a_last_one_too():
+    schema = schema_with(IMAGE_TO_VIDEO_SCHEMA, defaults=WAN_480P)
+    assert sides(schema, {"image": [png((480, 832))], "last_image": [png((500, 500))]}) == (480, 832)
+
+
+def test_what_is_asked_for_goes_before_it_and_text_alone_has_the_models_size():
+    schema = schema_with(IMAGE_TO_VIDEO_SCHEMA, defaults=WAN_480P)
+    assert sides(schema, {"image": [png((300, 300))]}, size="64x96") == (64, 96)
+    assert sides(VIDEO_SCHEMA, {}, size="auto") == (48, 32)
+
+
+def packages_pipelines():
+    """Return the names of the package's pipelines that make videos of pictures, at a size of their own."""
+    for name in dir(diffusers):
+        if name.endswith("Pipeline") and has_pipeline(name):
+            cls = pipeline_entry(name).sampling_param_cls()
+            known = [cls.defaults.get("height"), cls.defaults.get("width")]
+            if "num_frames" in cls.options() and "image" in cls.options() and all(known):
+                yield name
+
+
+def test_a_pipeline_of_the_package_is_given_sides_like_its_own():
+    """Its rule is not known; its own sides obey it, and so do multiples of what divides both."""
+    names = list(packages_pipelines())
+    assert len(names) >= 5
+    for name in names:
+        schema = describe(name, name, pipeline_entry(name).sampling_param_cls(), ())
+        step = math.gcd(schema.defaults["height"], schema.defaults["width"], 64)
+        assert step >= 8, name
+        for size in ASPECTS:
+            assert_fits(sides(schema, {"image": [png(size)]}), size, schema, step)
+
+
+BASES = {
+    "http://localhost:8000": True,
+    "https://pictures.example.org": True,
+    "https://pictures.example.org/": True,
+    "https://example.org/pictures": True,
+    "http://[::1]:8000": True,
+    "localhost:8000": False,
+    "pictures.example.org": False,
+    "//pictures.example.org": False,
+    "/pictures": False,
+    "": False,
+    "ftp://example.org": False,
+    "https://": False,
+    "https:///path": False,
+    "https://example.org:port": False,
+    "https://example.org:99999": False,
+    "https://[::1": False,
+    "https://example.org/?a=1": False,
+    "https://example.org/#a": False,
+    "https://user:secret@example.org": False,
+    "https://exa mple.org": False,
+    "https://example.org\n": False,
+    "javascript:alert(1)": False,
+}
+
+
+@pytest.mark.parametrize(("url", "taken"), BASES.items())
+def test_the_address_that_clients_are_given_has_a_scheme_and_a_host(url, taken):
+    if taken:
+        assert ServeArgs(public_url=url).public_url == url
+        return
+    with pytest.raises(InvalidParameterError, match=r"public_url: .*https://") as caught:
+        ServeArgs(public_url=url)
+    assert caught.value.param == "public_url"
