@@ -220,7 +220,8 @@ BUDGETS = {
     "stages": 1000,
     "layers": 900,
     "attention": 500,
-    "loading": 900,
+    "loading": 1400,
+    "backends": 800,
     "cli": 600,
     "generator.py": 300,
     "runtime": 1700,
@@ -309,7 +310,7 @@ SERVE_ARGS = (
     "share warm_up keep_hours max_storage drain_seconds unit_limit first_unit_limit heartbeat_limit"
 )
 SERVER_ARGS = (
-    "model revision device dtype component_dtypes backend attention_backend kernels offload memory_limit compile "
+    "model revision variant device dtype component_dtypes backend attention_backend kernels offload memory_limit compile "
     "cuda_graphs devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel vae_tiling "
     "conditioning_cache"
 )
