@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ from safelight.errors import ModelIndexError, UsageError
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
 CALLBACK = "callback_on_step_end"
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""How these pipelines, and their solvers, refuse values, or fail at them and at components that do not fit them."""
+
+logger = logging.getLogger(__name__)
 
 
 def has_pipeline(class_name: str) -> bool:
@@ -155,8 +160,13 @@ class DiffusersStage(PipelineStage):
         try:
             with torch.inference_mode():
                 made = pipe(**self._arguments(batch), **steps)  # by name: as a tuple, some are without their outer list
-        except ValueError as error:  # how these pipelines refuse a value
-            raise UsageError(f"{type(pipe).__name__}: {error}") from error
+        except FAULTS as error:
+            if is_machines_fault(error):
+                raise
+            logger.warning("%s failed", type(pipe).__name__, exc_info=True)
+            reason = " ".join(str(error).split())
+            kind = "" if isinstance(error, ValueError) and reason else f"{type(error).__name__}: "
+            raise UsageError(f"{type(pipe).__name__} cannot do this: {kind}{reason}".rstrip(": ")) from error
         if any(made.get("nsfw_content_detected") or ()):
             batch.warnings.append("the model's safety checker found a picture to be unsafe, and made it black")
         media = made.to_tuple()[0]
@@ -174,6 +184,12 @@ class DiffusersStage(PipelineStage):
         generator = torch.Generator("cpu").manual_seed(params.seed)
         form = "latent" if params.output_type == "latent" else "np"
         return {**given, "generator": generator, "output_type": form}
+
+
+def is_machines_fault(error: Exception) -> bool:
+    """Say whether a call failed because of memory or the device, and not of what it was given."""
+    beside = isinstance(error, RuntimeError) and type(error) not in (RuntimeError, NotImplementedError)
+    return beside or "can't allocate memory" in str(error)
 
 
 def to_output(media: Any, output_type: str | None) -> Tensor:
