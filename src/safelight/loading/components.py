@@ -135,15 +135,16 @@ def unused_settings(folder: Path, cls: Any) -> list[str]:
 
     """
     import diffusers
+    import transformers
 
-    if cls.__module__.startswith("transformers."):
+    if issubclass(cls, diffusers.ConfigMixin):
+        config = _public(read_json(folder / cls.config_name))
+        with quiet():
+            return sorted(cls.extract_init_dict(config)[1])
+    if not issubclass(cls, nn.Module) or issubclass(cls, transformers.PreTrainedModel):
         return []
-    name = cls.config_name if issubclass(cls, diffusers.ConfigMixin) else "config.json"
-    config = {key: value for key, value in read_json(folder / name).items() if not key.startswith("_")}
-    if not issubclass(cls, diffusers.ConfigMixin):
-        return sorted(config.keys() - _known(cls, config).keys())
-    with quiet():
-        return sorted(cls.extract_init_dict(config)[1])
+    config = _public(read_json(folder / "config.json"))
+    return sorted(config.keys() - _known(cls, config).keys())
 
 
 @contextmanager
@@ -193,7 +194,12 @@ def _known(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {field.name for hint in hints if dataclasses.is_dataclass(hint) for field in dataclasses.fields(hint)}
     reference = getattr(diffusers, cls.__name__, None)
     known = fields | (inspect.signature(reference.__init__).parameters.keys() if reference is not None else set())
-    return {name: value for name, value in config.items() if not name.startswith("_") and (name in known or not fields)}
+    return {name: value for name, value in _public(config).items() if name in known or not fields}
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of the model, and not of its writer."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _load_library_module(cls: Any, source: Source, dtype: torch.dtype, device: torch.device) -> nn.Module:
