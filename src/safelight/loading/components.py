@@ -11,34 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 
 from safelight.core.registry import resolve_class
-from safelight.errors import CheckpointError, ModelError, ModelIndexError, shown
+from safelight.errors import CheckpointError, ModelError, ModelIndexError, SafelightError, shown
 from safelight.loading.bounds import bounded, check_numbers
 from safelight.loading.checkpoint import checkpoint_files, float32_parts, listed, load_weights
 from safelight.loading.classes import WEIGHTS_FILES, Source, WeightsFile, library_of
 from safelight.loading.repository import read_json
 from safelight.parallel.plans import tensor_plan
 from safelight.parallel.tensor import shard_parameters
-
-LIBRARY_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""What the libraries raise for a configuration or a file that is not as they expect."""
 
 MAX_REASON = 300
 """Characters of a library's message that ours repeats."""
@@ -152,7 +134,9 @@ def in_words(what: str) -> Iterator[None]:
     """Turn what a library raises while it loads `what` into a `ModelError`."""
     try:
         yield
-    except LIBRARY_FAULTS as error:
+    except SafelightError:
+        raise
+    except Exception as error:  # the libraries' boundary: among what they raise is Exception itself
         reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         raise ModelError(f"{what} cannot be loaded: {reason}") from error
 
