@@ -137,8 +137,9 @@ def repository_of(tmp_path_factory):
             {"num_train_timesteps": 10**9},
             "num_train_timesteps: got 1000000000",
         ),
+        ("tokenizer_2/tokenizer_config.json", {"extra_ids": 2**70}, "tokenizer_2/tokenizer_config.json: extra_ids"),
     ],
-    ids=["layers", "layers of a library", "bytes", "bytes that would be drawn", "tables"],
+    ids=["layers", "layers of a library", "bytes", "bytes that would be drawn", "tables", "tokens"],
 )
 def test_a_small_file_does_not_take_all_memory(repository_of, file, change, message):
     repository = repository_of("FluxPipeline")

@@ -268,6 +268,14 @@ def test_a_small_file_does_not_take_all_memory(checkpoint, tmp_path, file, chang
         load_pipeline(ServerArgs(str(folder), device="cpu"))
 
 
+def test_a_tokenizer_does_not_take_all_memory(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("StableDiffusion3Pipeline"), tmp_path / "model")
+    path = folder / "tokenizer_3" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_ids": 2**70}))
+    with pytest.raises(ModelIndexError, match=r"tokenizer_3/tokenizer_config.json: extra_ids: got 11805"):
+        load_pipeline(ServerArgs(str(folder), device="cpu"))
+
+
 def test_a_step_thread_runs_only_while_its_owner_waits():
     log = []
 

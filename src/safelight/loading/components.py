@@ -22,6 +22,8 @@ from safelight.loading.repository import read_json
 from safelight.parallel.plans import tensor_plan
 from safelight.parallel.tensor import shard_parameters
 
+SETTINGS_FILES = ("scheduler_config.json", "tokenizer_config.json")
+"""What components without weights are built from."""
 MAX_REASON = 300
 """Characters of a library's message that ours repeats."""
 
@@ -46,8 +48,7 @@ def load_component(source: Source, dtype: torch.dtype, device: torch.device, sha
     with in_words(f"{folder.name}: {cls.__name__}"), quiet():
         if issubclass(cls, nn.Module):
             return _load_library_module(cls, source, dtype, device)
-        if library == "diffusers":
-            check_numbers(read_json(folder / cls.config_name), f"{folder.name}/{cls.config_name}")
+        check_settings(folder)
         return cls.from_pretrained(folder, local_files_only=True)
 
 
@@ -106,6 +107,18 @@ def check_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> 
             "take the model's repository with whole weights, in bfloat16 or float32"
         )
     return files
+
+
+def check_settings(folder: Path) -> None:
+    """Refuse a solver or a tokenizer that would make tables without end.
+
+    Raises:
+        ModelIndexError: naming file and setting.
+
+    """
+    for name in SETTINGS_FILES:
+        if (folder / name).is_file():
+            check_numbers(read_json(folder / name), f"{folder.name}/{name}")
 
 
 def unused_settings(folder: Path, cls: Any) -> list[str]:

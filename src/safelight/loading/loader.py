@@ -25,9 +25,10 @@ from safelight.core.registry import resolve_class
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UsageError
-from safelight.loading.bounds import bounded, check_numbers
+from safelight.loading.bounds import bounded
 from safelight.loading.classes import library_of
 from safelight.loading.components import (
+    check_settings,
     check_weights,
     empty_component,
     in_words,
@@ -38,7 +39,7 @@ from safelight.loading.components import (
 from safelight.loading.description import configure, sources
 from safelight.loading.digest import weights_digest
 from safelight.loading.planning import device_memory, plan_memory
-from safelight.loading.repository import Repository, open_for, read_json
+from safelight.loading.repository import Repository, open_for
 from safelight.parallel.apply import share, waits_on_host
 from safelight.parallel.mesh import Mesh, lone_mesh
 from safelight.parallel.plans import tensor_plan
@@ -101,9 +102,8 @@ def _load_diffusers(
     for name in repository.component_names():
         folder = repository.path / name
         cls = components.check_component(repository.path, name, repository.index[name])
-        solver, stem = folder / "scheduler_config.json", components.checkpoint_stem(cls)
-        if solver.is_file():
-            check_numbers(read_json(solver), f"{name}/{solver.name}")
+        stem = components.checkpoint_stem(cls)
+        check_settings(folder)
         if stem is not None:
             files += check_weights(folder, (stem,), repository.component_variant(name))
         warn_of_unused(folder, cls)
