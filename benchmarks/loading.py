@@ -60,10 +60,11 @@ def load_diffusers(folder: Path) -> Any:
 
 def load_ours(folder: Path) -> Any:
     """Load as Safelight does."""
+    from safelight.loading.classes import Source
     from safelight.loading.components import load_component
 
-    target = "safelight.families.flux.transformer:FluxTransformer2DModel"
-    return load_component(folder, target, torch.bfloat16, torch.device("cpu"))
+    source = Source(folder, "safelight.families.flux.transformer:FluxTransformer2DModel")
+    return load_component(source, torch.bfloat16, torch.device("cpu"))
 
 
 LOADERS: dict[str, Callable[[Path], Any]] = {"Diffusers": load_diffusers, "Safelight": load_ours}

@@ -315,8 +315,8 @@ SERVE_ARGS = (
     "first_unit_limit heartbeat_limit"
 )
 SERVER_ARGS = (
-    "model revision device dtype component_dtypes backend attention_backend kernels offload memory_limit compile "
-    "cuda_graphs devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel vae_tiling "
+    "model revision variant device dtype component_dtypes backend attention_backend kernels offload memory_limit "
+    "compile cuda_graphs devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel vae_tiling "
     "conditioning_cache"
 )
 

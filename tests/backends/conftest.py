@@ -16,8 +16,10 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from tests.backends import builders
 from tests.recipes.base import shake
 from tests.recipes.tokenizers import clip_tokenizer, t5_tokenizer
 
@@ -152,11 +154,33 @@ BUILDERS = {
     "StableDiffusion3Pipeline": stable_diffusion_3,
     "StableDiffusionXLPipeline": stable_diffusion_xl,
     "LTXPipeline": ltx,
+    "StableDiffusionPipeline": builders.stable_diffusion,
+    "WanVACEPipeline": builders.wan_vace,
 }
+WITHOUT_TEXT = {
+    "DDPMPipeline": builders.ddpm,
+    "DDIMPipeline": builders.ddim,
+    "DiTPipeline": builders.dit,
+    "StableVideoDiffusionPipeline": builders.stable_video_diffusion,
+}
+VIDEO = {"LTXPipeline", "WanVACEPipeline", "StableVideoDiffusionPipeline"}
 FIELDS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Pipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
     "StableDiffusionXLPipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
     "LTXPipeline": {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 3},
+    "StableDiffusionPipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
+    "WanVACEPipeline": {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3},
+    "DDPMPipeline": {"num_inference_steps": 3},
+    "DDIMPipeline": {"num_inference_steps": 3, "eta": 0.5},
+    "DiTPipeline": {"class_labels": [3], "num_inference_steps": 3},
+    "StableVideoDiffusionPipeline": {
+        "image": Image.linear_gradient("L").resize((96, 64)).convert("RGB"),
+        "height": 32,
+        "width": 48,
+        "num_frames": 3,
+        "num_inference_steps": 3,
+        "decode_chunk_size": 2,
+    },
 }
 
 
@@ -169,7 +193,7 @@ def checkpoint(tmp_path_factory):
         if name not in folders:
             torch.manual_seed(0)
             folders[name] = tmp_path_factory.mktemp(name)
-            getattr(diffusers, name)(**BUILDERS[name](folders[name])).save_pretrained(folders[name])
+            getattr(diffusers, name)(**{**BUILDERS, **WITHOUT_TEXT}[name](folders[name])).save_pretrained(folders[name])
         return folders[name]
 
     return of

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
 import threading
+from collections import Counter
 
 import diffusers
 import numpy as np
@@ -13,6 +15,8 @@ import pytest
 import torch
 
 from safelight import DiffusionGenerator, ServerArgs
+from safelight.backends.diffusers import describe as describe_pipeline
+from safelight.backends.diffusers import has_pipeline, pipeline_entry
 from safelight.backends.refusals import one_line, refusal
 from safelight.backends.step_thread import StepThread
 from safelight.core.executor import Execution
@@ -25,8 +29,12 @@ from safelight.errors import (
     UnknownParameterError,
     UsageError,
 )
-from safelight.loading.loader import load_pipeline
-from tests.backends.conftest import BUILDERS, FIELDS
+from safelight.loading.loader import describe, load_pipeline
+from safelight.loading.repository import open_repository
+from safelight.preparation import prepare
+from safelight.runtime.cost import request_cost
+from tests.backends import builders
+from tests.backends.conftest import BUILDERS, FIELDS, VIDEO, WITHOUT_TEXT
 from tests.families.conftest import requests
 
 NAMES = list(BUILDERS)
@@ -48,7 +56,7 @@ def reference(checkpoint, name, **fields):
     pipe = getattr(diffusers, name).from_pretrained(checkpoint(name))
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(fields.pop("seed", 0))
-    return pipe(**{**FIELDS[name], **fields}, generator=generator, return_dict=False)[0]
+    return pipe(**{**FIELDS[name], **fields}, generator=generator)[0]
 
 
 def alone(pipeline, fields):
@@ -57,6 +65,10 @@ def alone(pipeline, fields):
         while execution.advance():
             pass
     return req.outputs
+
+
+def pixels(result, name):
+    return result.videos if name in VIDEO else result.images
 
 
 def threads():
@@ -70,14 +82,74 @@ def test_the_bytes_are_those_of_diffusers_alone(checkpoint, name, seed):
         result = generator.generate("a photo of a cat", seed=seed, output_type="np", **FIELDS[name])
         pictures = generator.generate("a photo of a cat", seed=seed, output_type="pil", **FIELDS[name])
     expected = reference(checkpoint, name, prompt="a photo of a cat", seed=seed, output_type="np")
-    ours = result.videos if name == "LTXPipeline" else result.images
+    ours = result.videos if name in VIDEO else result.images
     assert np.array_equal(ours, np.asarray(expected))
     in_pil = reference(checkpoint, name, prompt="a photo of a cat", seed=seed, output_type="pil")
-    media = pictures.videos if name == "LTXPipeline" else pictures.images
-    frames, wanted = (media[0], in_pil[0]) if name == "LTXPipeline" else (media, in_pil)
+    media = pictures.videos if name in VIDEO else pictures.images
+    frames, wanted = (media[0], in_pil[0]) if name in VIDEO else (media, in_pil)
     assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in wanted]
     assert any("diffusers package" in warning for warning in result.warnings)
     assert not threads()
+
+
+@pytest.mark.parametrize("name", WITHOUT_TEXT)
+def test_pipelines_without_text_take_none(checkpoint, name, tmp_path):
+    with DiffusionGenerator.from_pretrained(checkpoint(name), device="cpu") as generator:
+        result = generator.generate(seed=3, output_type="np", **FIELDS[name])
+        assert "prompt" not in generator.schema.json_schema()["properties"]
+        with pytest.raises(UnknownParameterError, match="prompt"):
+            generator.generate("a cat", **FIELDS[name])
+        several = generator.generate(seed=3, n=2, output_type="np", **FIELDS[name])
+    expected = reference(checkpoint, name, seed=3, output_type="np")
+    assert np.array_equal(pixels(result, name), np.asarray(expected))
+    assert np.array_equal(pixels(several, name)[:1], pixels(result, name)) and several.seeds == [3, 4]
+    assert result.params.prompt is None and not threads()
+
+
+def test_a_picture_that_the_safety_checker_blackens_says_so(tmp_path):
+    torch.manual_seed(0)
+    components = builders.stable_diffusion(tmp_path, threshold=-2.0)
+    diffusers.StableDiffusionPipeline(**components).save_pretrained(tmp_path)
+    with DiffusionGenerator.from_pretrained(tmp_path, device="cpu") as generator:
+        result = generator.generate("a cat", seed=0, output_type="np", **FIELDS["StableDiffusionPipeline"])
+    assert not result.images.any() and any("safety checker" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TEXT)
+def test_what_a_call_cannot_do_without_is_asked_for(checkpoint, name):
+    schema = describe(open_repository(checkpoint(name)))
+    for field in sorted(schema.params_cls.required):
+        fields = {key: value for key, value in FIELDS[name].items() if key != field}
+        with pytest.raises(InvalidParameterError, match=field):
+            prepare(schema, fields)
+    assert request_cost(prepare(schema, FIELDS[name])[0], schema) > 0
+    assert ("image" in schema.json_schema()["required"]) is (name == "StableVideoDiffusionPipeline")
+
+
+def test_a_form_of_result_that_a_call_does_not_know_is_refused(checkpoint):
+    for name, latent in (("DDPMPipeline", False), ("StableDiffusionPipeline", True)):
+        schema = describe(open_repository(checkpoint(name)))
+        assert ("latent" in schema.params_cls.options()["output_type"].choices) is latent
+
+
+def test_every_pipeline_of_the_package_is_described_or_refused_by_name():
+    """Those that are refused need tensors, or take no generator: with a seed they would make any picture."""
+    counts = Counter()
+    for name in filter(has_pipeline, dir(diffusers)):
+        try:
+            cls = pipeline_entry(name).sampling_param_cls()
+        except ModelIndexError as error:
+            assert name in str(error)
+            counts["refused"] += 1
+            continue
+        call = inspect.signature(getattr(diffusers, name).__call__).parameters
+        assert {"generator", "output_type"} <= call.keys()
+        assert ("prompt" in cls.options()) is ("prompt" in call)
+        passed_on = cls.options().keys() - {"seed", "n", "fps", "output_type"}
+        assert passed_on <= call.keys(), "a field that the call does not take would be dropped"
+        assert describe_pipeline("x", name, cls, ()).json_schema()["title"] == name
+        counts["described"] += 1
+    assert counts["described"] > 250 and counts["refused"] < 30
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,10 +182,11 @@ def test_closing_stops_within_a_step(loaded, name):
     execution = Execution(pipeline, req)
     while req.step_index < 2:
         assert execution.advance()
-    assert len(forwards) == 2
+    calls = 4 if name == "WanVACEPipeline" else 2  # of Wan, one for each branch of guidance
+    assert len(forwards) == calls
     execution.close()
     handle.remove()
-    assert len(forwards) == 2 and not threads() and not req.outputs
+    assert len(forwards) == calls and not threads() and not req.outputs
 
 
 def test_the_backend_can_be_asked_for_by_name(tmp_path):
@@ -265,6 +338,14 @@ def test_a_small_file_does_not_take_all_memory(checkpoint, tmp_path, file, chang
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ModelIndexError, match=message):
+        load_pipeline(ServerArgs(str(folder), device="cpu"))
+
+
+def test_a_tokenizer_does_not_take_all_memory(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("StableDiffusion3Pipeline"), tmp_path / "model")
+    path = folder / "tokenizer_3" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_ids": 2**70}))
+    with pytest.raises(ModelIndexError, match=r"tokenizer_3/tokenizer_config.json: extra_ids: got 11805"):
         load_pipeline(ServerArgs(str(folder), device="cpu"))
 
 

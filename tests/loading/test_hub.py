@@ -117,6 +117,75 @@ def test_only_what_is_needed_is_downloaded(hub, repositories, weights):
     assert {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} == hub.files_sent()
 
 
+HALF = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+def add_variants(folder, components, keep):
+    """Copy, or move, weights to a variant, as whole files."""
+    for component in components:
+        (plain,) = (folder / component).glob("*model.safetensors")
+        copy = plain.with_name(plain.name.replace(".safetensors", ".fp16.safetensors"))
+        copy.write_bytes(plain.read_bytes())
+        if not keep:
+            plain.unlink()
+
+
+@pytest.fixture
+def variants(hub, checkpoints, tmp_path):
+    """Return a function that puts a repository with variants on the Hub, and returns its folder."""
+
+    def put(components=HALF, keep=False):
+        folder = checkpoints.copy(tmp_path / "variants")
+        add_variants(folder, components, keep)
+        hub.repos[ID] = Repo({"main": folder})
+        return folder
+
+    return put
+
+
+def weights_sent(hub):
+    return {name for name in hub.files_sent() if name.endswith(".safetensors")}
+
+
+def test_the_only_variant_is_downloaded(hub, variants, monkeypatch):
+    folder = variants()
+    assert same_weights(load(ID), load(str(folder)))
+    assert len(weights_sent(hub)) == 4 and all(".fp16." in name for name in weights_sent(hub))
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same_weights(load(ID), load(str(folder)))
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(("asked", "word"), [(None, "model.safetensors"), ("fp16", "model.fp16.safetensors")])
+def test_the_variant_that_is_asked_for_is_downloaded_alone(hub, variants, asked, word):
+    variants(keep=True)
+    path = open_repository(ID, variant=asked).path
+    assert len(weights_sent(hub)) == 4 and all(name.endswith(word) for name in weights_sent(hub))
+    assert {str(file.relative_to(path)) for file in path.rglob("*.safetensors")} == weights_sent(hub)
+
+
+def test_one_component_with_a_variant_alone_is_downloaded(hub, variants):
+    folder = variants(components=("vae",))
+    assert same_weights(load(ID), load(str(folder)))
+    assert {name for name in weights_sent(hub) if ".fp16." in name} == {"vae/diffusion_pytorch_model.fp16.safetensors"}
+
+
+def test_a_variant_that_is_not_on_the_hub(hub, variants):
+    variants()
+    with pytest.raises(InvalidParameterError, match="variant: got 'bf16'; it takes fp16"):
+        open_repository(ID, variant="bf16")
+    assert weights_sent(hub) == set()
+
+
+def test_offline_with_a_cache_without_weights_of_a_variant(hub, variants, monkeypatch):
+    variants()
+    open_repository(ID, weights=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError, match="not wholly, in the cache"):
+        open_repository(ID)
+
+
 def test_schema_downloads_no_weights(hub, repositories, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["schema", ID])

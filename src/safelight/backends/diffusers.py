@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from safelight.backends.refusals import refusal
-from safelight.backends.signature import params_from_signature, takes_tuple
+from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
 from safelight.backends.step_thread import StepThread
 from safelight.core.config import PipelineConfig
 from safelight.core.params import SamplingParams
@@ -29,6 +29,7 @@ from safelight.errors import ModelIndexError
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
 CALLBACK = "callback_on_step_end"
+logger = logging.getLogger(__name__)
 
 
 def has_pipeline(class_name: str) -> bool:
@@ -37,29 +38,6 @@ def has_pipeline(class_name: str) -> bool:
 
     found = getattr(diffusers, class_name, None) if class_name in dir(diffusers) else None
     return isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
-
-
-def check_component(folder: Path, name: str, entry: Any) -> None:
-    """Refuse a component of the index that is not the libraries' own.
-
-    Args:
-        folder: the repository.
-        name: the component's.
-        entry: what the index says of it.
-
-    Raises:
-        ModelIndexError: unless it is `[library, class]` of diffusers, its pipelines, or transformers.
-
-    """
-    import diffusers.pipelines
-
-    library = entry[0] if len(entry) == 2 and all(isinstance(part, str) for part in entry) else None
-    known = library in ("diffusers", "transformers") or library in dir(diffusers.pipelines)
-    if not known or Path(name).name != name or (folder / name / f"{library}.py").exists():
-        raise ModelIndexError(
-            f"model_index.json: {name}: {entry!r} is refused; only classes of diffusers and transformers are loaded, "
-            "and never code from a repository"
-        )
 
 
 def pipeline_entry(class_name: str) -> PipelineEntry:
@@ -77,7 +55,9 @@ def describe(model: str, class_name: str, params_cls: type[SamplingParams], note
     """Return what a pipeline takes, as far as its signature says it."""
     options = params_cls.options()
     takes_image, makes_video = "image" in options, "num_frames" in options
-    task = f"{'TI' if takes_image else 'T'}2{'V' if makes_video else 'I'}"
+    needs_image = issubclass(params_cls, PackageParams) and "image" in params_cls.required
+    inputs = f"{'T' if 'prompt' in options else ''}{'I' if takes_image else ''}" or "T"
+    task = f"{inputs}2{'V' if makes_video else 'I'}"
     return ModelSchema(
         model=model,
         pipeline_name=class_name,
@@ -85,18 +65,19 @@ def describe(model: str, class_name: str, params_cls: type[SamplingParams], note
         params_cls=params_cls,
         defaults=params_cls.defaults,
         size_multiple=1,
-        num_input_images=(0, MAX_INPUT_IMAGES if takes_image else 0),
+        num_input_images=(int(needs_image), MAX_INPUT_IMAGES if takes_image else 0),
         notes=notes,
     )
 
 
-def load(path: Path, schema: ModelSchema, server_args: ServerArgs) -> ComposedPipeline:
+def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str | None) -> ComposedPipeline:
     """Load a pipeline with the package's own loader: local files, safetensors, explicit class, no code of others.
 
     Args:
         path: the repository, whose index names only classes of diffusers and transformers.
         schema: what the pipeline takes.
         server_args: device and dtypes.
+        variant: of the weights, of every component that has it.
 
     Raises:
         Exception: whatever the package raises.
@@ -105,7 +86,7 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs) -> ComposedPi
     cls = _pipeline_class(schema.pipeline_name)
     own = {name: server_args.component_dtype(name) for name in server_args.component_dtypes}
     dtypes = {"default": server_args.component_dtype(""), **own}
-    pipe = cls.from_pretrained(path, dtype=dtypes, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
+    pipe = cls.from_pretrained(path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return DiffusersPipeline({"pipeline": pipe.to(server_args.torch_device())}, DiffusersConfig(), schema, server_args)
 
@@ -151,7 +132,7 @@ class DiffusersStage(PipelineStage):
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.parameters = inspect.signature(pipe.__call__).parameters
+        self.parameters = parameters_of(pipe.__call__)
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Run the call to its end, with a boundary after each step; closing stops it there."""
@@ -176,9 +157,13 @@ class DiffusersStage(PipelineStage):
         steps = {CALLBACK: on_step_end} if CALLBACK in self.parameters else {}
         try:
             with torch.inference_mode():
-                media = pipe(**self._arguments(batch), **steps, return_dict=False)[0]
+                made = pipe(**self._arguments(batch), **steps)  # by name: as a tuple, some are without their outer list
         except Exception as error:  # the package's boundary: what it cannot run is said in its words
+            logger.warning("%s failed", type(pipe).__name__, exc_info=True)
             raise refusal(type(pipe).__name__, error) from error
+        if any(made.get("nsfw_content_detected") or ()):
+            batch.warnings.append("the model's safety checker found a picture to be unsafe, and made it black")
+        media = made.to_tuple()[0]
         batch.outputs.extend(to_output(entry, batch.params.output_type) for entry in media)
 
     def _arguments(self, batch: Req) -> dict[str, Any]:

@@ -7,11 +7,15 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
 
 from safelight.core.params import Option, SamplingParams, make_params_cls
+from safelight.errors import InvalidParameterError, ModelIndexError
+
+if TYPE_CHECKING:
+    from safelight.core.schema import ModelSchema
 
 KINDS: Mapping[frozenset[Any], str] = {
     frozenset({str}): "string",
@@ -29,8 +33,37 @@ KINDS: Mapping[frozenset[Any], str] = {
 """What a parameter's types, None aside, make of it; others are refused."""
 DEFAULT_FPS = 24
 """Of a file, for a pipeline that does not say."""
-OURS = frozenset({"prompt", "seed", "n", "output_type"})
-"""Common fields that every pipeline has here, whatever its signature says."""
+OURS = frozenset({"seed", "n", "output_type"})
+"""Common fields that every pipeline has here: each is called with a generator, once an output, for arrays."""
+NEEDED = ("generator", "output_type")
+"""What a pipeline's call must take to be run here."""
+UNSTATED_SIDE, TOKEN_SIDE = 1024, 16
+"""Pixels of a side that the call leaves to the model, and of a latent token's: for the estimate of a request's cost."""
+REFUSED = {"batch_size": "use n", "callback": "use stream(), which yields after every step"}
+"""Arguments of older pipelines that are done otherwise here, and how."""
+
+
+class PackageParams(SamplingParams):
+    """Parameters of a pipeline of the package, whose model alone knows its own size and multiples."""
+
+    required: ClassVar[frozenset[str]] = frozenset()
+    """What the call has no default for."""
+
+    def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
+        """Check that what the call cannot do without is there."""
+        super().validate(schema, given)
+        for name in sorted(self.required):
+            if vars(self)[name] is None:
+                raise InvalidParameterError(name, None, self.options()[name].takes())
+
+    def output_size(self, schema: ModelSchema) -> tuple[int, int]:
+        """Return (height, width) in pixels; a guess where the call does not say, or is not asked."""
+        return self.height or UNSTATED_SIDE, self.width or UNSTATED_SIDE
+
+    def num_latent_tokens(self, schema: ModelSchema) -> int:
+        """Return an estimate of an output's tokens."""
+        height, width = self.output_size(schema)
+        return -(-height // TOKEN_SIDE) * -(-width // TOKEN_SIDE) * (self.num_frames or 1)
 
 
 def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingParams]:
@@ -40,28 +73,64 @@ def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingP
         call: its `__call__`.
         name: of the pipeline.
 
+    Raises:
+        ModelIndexError: for a pipeline that cannot be called with what can be asked for.
+
     """
-    given = {key: value for key, value in inspect.signature(call).parameters.items() if key not in ("self", "kwargs")}
+    given = {key: value for key, value in parameters_of(call).items() if key not in ("self", "kwargs")}
     kinds = {
         key: kind
         for key, value in given.items()
-        if (kind := kind_of(value.annotation)) is not None and "ip_adapter" not in key  # none is ever loaded
+        if (kind := kind_of(value.annotation)) is not None
+        and "ip_adapter" not in key  # none is ever loaded
+        and key not in REFUSED
     }
+    if "prompt" in given:  # whatever else it may be
+        kinds["prompt"] = "strings"
+    required = {key for key, value in given.items() if value.default is inspect.Parameter.empty}
+    lacking = [key for key in NEEDED if key not in given]
+    if lacking or required - kinds.keys():
+        needs = f"its call takes no {' and no '.join(lacking)}" if lacking else ""
+        needs = needs or f"it needs {', '.join(sorted(required - kinds.keys()))}, which cannot be asked for here"
+        raise ModelIndexError(f"model_index.json: pipeline class {name!r} cannot be run: {needs}")
     common = {field.name for field in dataclasses.fields(SamplingParams)}
     aliases = SamplingParams.aliases
     own = [key for key in kinds if key not in common and key not in aliases and key not in SamplingParams.refused]
     kept = common & kinds.keys() | OURS | ({"fps"} if "num_frames" in kinds else set())
     defaults = {key: value.default for key, value in given.items() if key in kinds and _states(value)}
     if "num_frames" in kinds:
-        defaults["fps"] = defaults.get("frame_rate", DEFAULT_FPS)
+        defaults.setdefault("fps", defaults.get("frame_rate", DEFAULT_FPS))
     refused = dict.fromkeys(given.keys() - kinds.keys(), "it is not supported through the diffusers package")
-    return make_params_cls(
+    made = make_params_cls(
         f"{name.removesuffix('Pipeline')}SamplingParams",
-        {key: Option(kinds[key], f"{key} of {name}") for key in own},
+        {**{key: Option(kinds[key], f"{key} of {name}") for key in own}, **_output_type(call)},
         defaults={**SamplingParams.defaults, **{key: defaults[key] for key in defaults.keys() & {*own, *kept}}},
         excluded=frozenset(common - kept),
-        refused={**refused, **SamplingParams.refused},
+        refused={**refused, **SamplingParams.refused, **REFUSED},
+        base=PackageParams,
     )
+    made.required = frozenset(required)  # type: ignore[attr-defined]
+    return made
+
+
+def parameters_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return a call's parameters; annotations that are text as what they stand for, where that can be known."""
+    try:
+        return inspect.signature(call, eval_str=True).parameters
+    except (NameError, TypeError):  # of what is imported for type checkers alone, or unions with text
+        return inspect.signature(call).parameters
+
+
+def _output_type(call: Callable[..., Any]) -> dict[str, Option]:
+    """Return the option for the form of the result, where it is not the common one: a call that knows no latents.
+
+    Such a call would return pixels for latents: whether it asks for the word is seen in its code.
+    """
+    if "latent" in inspect.unwrap(call).__code__.co_consts:
+        return {}
+    common = SamplingParams.options()["output_type"]
+    forms = tuple(form for form in common.choices if form != "latent")
+    return {"output_type": dataclasses.replace(common, choices=forms)}
 
 
 def kind_of(annotation: Any) -> str | None:

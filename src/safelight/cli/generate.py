@@ -145,7 +145,7 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     fields = {"output_type": "pil", **given(source.params_cls(), values)}
     if prompt is not None:
         fields["prompt"] = prompt
-    elif "prompt" not in source.defaults():
+    elif "prompt" in source.params_cls().options() and "prompt" not in source.defaults():
         raise InvalidParameterError("prompt", None, 'the text to generate from: safelight generate "..."')
     console = Console(stderr=True)
     begun = time.perf_counter()

@@ -24,9 +24,8 @@ def models() -> None:
     from safelight.loading.repository import SHIPPED_MODEL, open_repository
 
     if SHIPPED_MODEL.is_dir():
-        click.echo(
-            f"shipped with Safelight, the default: {SHIPPED_MODEL.name} ({open_repository().index['_class_name']})"
-        )
+        shipped = open_repository(backend="native", weights=False)
+        click.echo(f"shipped with Safelight, the default: {SHIPPED_MODEL.name} ({shipped.index['_class_name']})")
     for name, entry in pipelines().items():
         click.echo(f"{name} ({entry.model_family})")
         for path in entry.hf_model_paths:

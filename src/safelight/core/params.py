@@ -260,7 +260,7 @@ class SamplingParams:
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check what concerns several fields, or the loaded model. `given` is what the user set himself."""
-        if self.prompt is None:
+        if self.prompt is None and "prompt" in self.options():
             raise InvalidParameterError("prompt", None, "the text to generate from")
         self._validate_size(schema)
         self._validate_num_frames(schema)
@@ -326,9 +326,8 @@ class SamplingParams:
         return 1
 
     def prompts(self) -> tuple[str, ...]:
-        """Return the prompts, one or several, as a tuple."""
-        assert self.prompt is not None
-        return self.prompt if isinstance(self.prompt, tuple) else (self.prompt,)
+        """Return the prompts, one or several, as a tuple: an empty one for a model that takes no text."""
+        return self.prompt if isinstance(self.prompt, tuple) else (self.prompt or "",)
 
     def split(self) -> list[Self]:
         """Return one copy an output, each with one prompt, one seed and n=1: the outputs of each prompt in turn.
@@ -340,7 +339,13 @@ class SamplingParams:
         given = self.negative_prompt
         negatives = given if isinstance(given, tuple) else (given,) * len(prompts)
         return [
-            dataclasses.replace(self, prompt=prompt, negative_prompt=negative, seed=self.seed + offset, n=1)
+            dataclasses.replace(
+                self,
+                prompt=None if self.prompt is None else prompt,
+                negative_prompt=negative,
+                seed=self.seed + offset,
+                n=1,
+            )
             for prompt, negative in zip(prompts, negatives, strict=True)
             for offset in range(self.n)
         ]
@@ -353,12 +358,13 @@ def make_params_cls(
     defaults: Mapping[str, Any],
     excluded: frozenset[str],
     refused: Mapping[str, str],
+    base: type[SamplingParams] = SamplingParams,
 ) -> type[SamplingParams]:
     """Return a class of parameters that no family wrote: the common fields but for `excluded`, and `own`."""
     return dataclasses.make_dataclass(
         name,
         [(key, Any, field(default=None, metadata={"option": known})) for key, known in own.items()],
-        bases=(SamplingParams,),
+        bases=(base,),
         frozen=True,
         kw_only=True,
         namespace={

@@ -45,6 +45,8 @@ class ComposedPipeline:
     """`_class_name` in `model_index.json`."""
     component_classes: ClassVar[Mapping[str, str]] = {}
     """The family's own components: class name in `model_index.json` to `module:Class`."""
+    optional_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """By component, submodules that this pipeline never runs: a repository may leave their weights out."""
     image_vae_encoding_stage: ClassVar[type[ImageVAEEncodingStage]] = ImageVAEEncodingStage
     decoding_stage: ClassVar[type[DecodingStage]] = DecodingStage
     """The stages that run the VAE, which a model with another kind of VAE sets."""

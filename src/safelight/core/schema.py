@@ -75,7 +75,8 @@ class ModelSchema:
             if name in self.defaults:
                 entry["default"] = self.defaults[name]
             properties[name] = entry
-        required = ["prompt", "image"] if self.num_input_images[0] else ["prompt"]
+        needed = ("prompt", "image") if self.num_input_images[0] else ("prompt",)
+        required = [name for name in needed if name in properties]
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
             "title": self.pipeline_name,

@@ -44,6 +44,8 @@ class ServerArgs:
     Attributes:
         model: a folder in Diffusers layout, or a Hub id, optionally with `@revision`; None is the shipped model.
         revision: branch, tag or commit of a Hub id.
+        variant: of the weights: `fp16` reads `model.fp16.safetensors`, of every component that has it, as in Diffusers;
+            None reads the plain files, or, where a component has none, the one variant that there is.
         device: `auto` (CUDA where there is one, else the CPU), or a torch device such as `cpu` or `cuda:1`.
         dtype: of every component: `auto` (float32 on the CPU, bfloat16 elsewhere), `float32`, `bfloat16`, `float16`.
         component_dtypes: exceptions, by the component's name.
@@ -68,6 +70,7 @@ class ServerArgs:
 
     model: str | None = setting(None, "A folder, or a Hub id with optional @revision.  [default: the shipped model]")
     revision: str | None = setting(None, "Branch, tag or commit of a Hub id.")
+    variant: str | None = setting(None, "Of the weights, such as fp16.  [default: none, or the only one there is]")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...  [default: auto]")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16.  [default: auto]")
     component_dtypes: Mapping[str, str] = settings_per_component("A component's own, as vae=float32; may be repeated.")

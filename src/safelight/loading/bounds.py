@@ -23,7 +23,9 @@ MAX_WIDENING, SPARE_BYTES = 8, 1 << 30
 """A module that a library builds takes at most so many times the bytes of its file, and so many more: a file in
 bfloat16 takes twice its bytes in float32, and embeddings that two modules have in common are counted for both."""
 MAX_NUMBER = 1_000_000
-"""Of a solver's integers, which are lengths of its tables."""
+"""Of the integers of a solver or a tokenizer, which are lengths of its tables."""
+UNBOUNDED = frozenset({"model_max_length"})
+"""A tokenizer's, which is beyond all bounds where it has none."""
 
 
 @contextmanager
@@ -62,12 +64,12 @@ def bounded(where: str, files: Sequence[Path] | None = None) -> Iterator[None]:
 
 
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a solver's configuration whose integers are out of all proportion.
+    """Refuse a solver's or a tokenizer's configuration whose integers are out of all proportion.
 
     Raises:
         ModelIndexError: naming the first.
 
     """
     for name, value in config.items():
-        if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        if isinstance(value, int) and abs(value) > MAX_NUMBER and name not in UNBOUNDED:
             raise ModelIndexError(f"{where}: {name}: got {value}; it takes at most {MAX_NUMBER:,}")

@@ -14,39 +14,35 @@ from torch import Tensor, nn
 
 from safelight.acceleration.memory import carrier
 from safelight.errors import CheckpointError
+from safelight.loading.variants import STEMS, heads
 from safelight.parallel.shards import Shard
 
-STEMS = ("diffusion_pytorch_model", "model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 MAX_NAMED = 5
 """Keys that a message names before it counts the rest."""
 
 
-def checkpoint_files(folder: Path, stems: Sequence[str] = STEMS) -> list[Path]:
+def checkpoint_files(folder: Path, stems: Sequence[str] = STEMS, variant: str | None = None) -> list[Path]:
     """Return the shards of a component's checkpoint, each checked to be a whole safetensors file.
 
     Args:
         folder: the component's.
         stems: names of a checkpoint, without ending; the first that is there is taken.
+        variant: of the checkpoint, such as `fp16`.
 
     Raises:
         CheckpointError: if a shard is missing or damaged, the index names a file elsewhere, or there is only pickle.
 
     """
     where = folder.name
-    for stem in stems:
-        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.is_file():
-            files = [folder / name for name in _shard_names(index)]
-            break
-        if single.is_file():
-            files = [single]
-            break
-    else:
+    found = [folder / name for stem in stems for name in heads(stem, variant) if (folder / name).is_file()]
+    if not found:
         if any(path.suffix in PICKLES for path in folder.glob("*")):
             raise CheckpointError(f"{where}: a pickle checkpoint is refused; convert it to safetensors")
-        raise CheckpointError(f"{where}: no weights there ({' or '.join(f'{stem}.safetensors' for stem in stems)})")
+        raise CheckpointError(f"{where}: no weights there ({' or '.join(heads(stem, variant)[-1] for stem in stems)})")
+    head = found[0]
+    files = [head] if head.suffix == ".safetensors" else [folder / name for name in _shard_names(head)]
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{where}: shard {path.name} is missing")
@@ -61,6 +57,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     shards: Mapping[str, Shard] | None = None,
+    variant: str | None = None,
 ) -> None:
     """Give a module that was built on the meta device its weights, in place.
 
@@ -76,6 +73,7 @@ def load_weights(
         dtype: of the weights.
         device: where they go.
         shards: of tensors that are on several ranks, what this one has, by key: nothing else of them is read.
+        variant: of the checkpoint, such as `fp16`.
 
     Raises:
         CheckpointError: if a key is missing, unexpected or of another shape; it names them.
@@ -90,7 +88,7 @@ def load_weights(
     state: dict[str, Tensor] = {}
     there = carrier(device)
     with ExitStack() as stack:
-        files = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder)]
+        files = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder, variant=variant)]
         for key, path, file in _keys(files):
             parts = frozenset(key.split("."))
             if parts & unused:

@@ -2,110 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 
 from safelight.acceleration.memory import carrier
 from safelight.core.registry import resolve_class
-from safelight.errors import CheckpointError, ModelError, ModelIndexError, nearest
+from safelight.errors import CheckpointError, ModelError, ModelIndexError, SafelightError, shown
 from safelight.loading.bounds import bounded, check_numbers
 from safelight.loading.checkpoint import checkpoint_files, float32_parts, listed, load_weights
-from safelight.loading.repository import Repository, read_json
+from safelight.loading.classes import WEIGHTS_FILES, Source, WeightsFile, library_of
+from safelight.loading.repository import read_json
 from safelight.parallel.plans import tensor_plan
 from safelight.parallel.tensor import shard_parameters
 
-LIBRARY_CLASSES: Mapping[str, str] = {
-    "AutoencoderKL": "diffusers:AutoencoderKL",
-    "AutoencoderKLQwenImage": "diffusers:AutoencoderKLQwenImage",
-    "CLIPImageProcessor": "transformers:CLIPImageProcessorPil",
-    "CLIPImageProcessorFast": "transformers:CLIPImageProcessorPil",
-    "CLIPImageProcessorPil": "transformers:CLIPImageProcessorPil",
-    "CLIPTextModel": "transformers:CLIPTextModel",
-    "CLIPTokenizer": "transformers:CLIPTokenizer",
-    "CLIPTokenizerFast": "transformers:CLIPTokenizer",
-    "CLIPVisionModel": "transformers:CLIPVisionModel",
-    "FlowMatchEulerDiscreteScheduler": "diffusers:FlowMatchEulerDiscreteScheduler",
-    "Qwen2Tokenizer": "transformers:Qwen2Tokenizer",
-    "Qwen2TokenizerFast": "transformers:Qwen2Tokenizer",
-    "Qwen2VLProcessor": "transformers:Qwen2VLImageProcessorPil",
-    "T5EncoderModel": "transformers:T5EncoderModel",
-    "T5Tokenizer": "transformers:T5Tokenizer",
-    "T5TokenizerFast": "transformers:T5Tokenizer",
-    "UMT5EncoderModel": "transformers:UMT5EncoderModel",
-    "UniPCMultistepScheduler": "diffusers:UniPCMultistepScheduler",
-}
-"""Components that the libraries load: class name in the index to `library:Class`."""
-
-UNUSED_KEYS = frozenset({"lm_head.weight"})
-"""A language model's head, which makes words: a family that needs only its hidden states loads it without."""
-
-LIBRARY_STEMS: Mapping[str, str] = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-"""Name of the checkpoint, without ending, that each library reads."""
-
-LIBRARY_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""What the libraries raise for a configuration or a file that is not as they expect."""
-
+SETTINGS_FILES = ("scheduler_config.json", "tokenizer_config.json")
+"""What components without weights are built from."""
 MAX_REASON = 300
 """Characters of a library's message that ours repeats."""
 
 
-def component_target(repository: Repository, component: str, own: Mapping[str, str]) -> str | None:
-    """Return `module:Class` of a component; None where the index has none.
-
-    Args:
-        repository: where it is.
-        component: its name.
-        own: the family's own classes.
-
-    Raises:
-        ModelIndexError: for a class that is in neither table.
-
-    """
-    class_name = repository.component_class_name(component)
-    if class_name is None:
-        return None
-    table = {**LIBRARY_CLASSES, **own}
-    if class_name not in table:
-        raise ModelIndexError(
-            f"model_index.json: {component}: class {class_name!r} is not supported; {nearest(class_name, table)}"
-        )
-    return table[class_name]
-
-
-def library_of(target: str) -> str | None:
-    """Return which library a class is of; None for our own."""
-    package = target.partition(":")[0]
-    return package if package in LIBRARY_STEMS else None
-
-
-def load_component(
-    folder: Path, target: str, dtype: torch.dtype, device: torch.device, share: tuple[int, int] = (0, 1)
-) -> Any:
+def load_component(source: Source, dtype: torch.dtype, device: torch.device, share: tuple[int, int] = (0, 1)) -> Any:
     """Load one component.
 
     Args:
-        folder: the component's folder.
-        target: `module:Class`, from the tables.
+        source: its class, and where it lies.
         dtype: of its weights.
         device: where they go.
         share: this rank and the number of ranks that share the weights of a model with a tensor-parallel plan.
@@ -114,28 +42,27 @@ def load_component(
         ModelError: if it cannot be loaded.
 
     """
-    library = library_of(target)
-    cls = resolve_class(target)
+    folder, cls = source.folder, resolve_class(source.target)
+    library = library_of(source.target)
     if library is None:
-        return _load_native(cls, folder, dtype, device, share)
+        return _load_native(cls, source, dtype, device, share)
     with in_words(f"{folder.name}: {cls.__name__}"), quiet():
         if issubclass(cls, nn.Module):
-            return _load_library_module(cls, folder, dtype, device, LIBRARY_STEMS[library])
-        if library == "diffusers":
-            check_numbers(read_json(folder / cls.config_name), f"{folder.name}/{cls.config_name}")
+            return _load_library_module(cls, source, dtype, device)
+        check_settings(folder)
         return cls.from_pretrained(folder, local_files_only=True)
 
 
-def empty_component(folder: Path, target: str, dtype: torch.dtype) -> nn.Module:
+def empty_component(source: Source, dtype: torch.dtype) -> nn.Module:
     """Return a module as `load_component` would load it, on the meta device: from its JSON alone.
 
     Raises:
         ModelError: if it cannot be built.
 
     """
-    cls = resolve_class(target)
-    if library_of(target) is None:
-        module = _build_native(cls, folder)
+    folder, cls = source.folder, resolve_class(source.target)
+    if library_of(source.target) is None:
+        module = build_native(cls, folder)
         kept = float32_parts(cls)
         state = {
             key: tensor.to(torch.float32 if kept & frozenset(key.split(".")) else dtype)
@@ -146,7 +73,7 @@ def empty_component(folder: Path, target: str, dtype: torch.dtype) -> nn.Module:
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
     with in_words(f"{folder.name}: {cls.__name__}"), quiet(), torch.device("meta"), bounded(folder.name):
-        if library_of(target) == "transformers":
+        if library_of(source.target) == "transformers":
             built: nn.Module = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
         else:
             built = cls.from_config(cls.load_config(folder, local_files_only=True))
@@ -157,22 +84,63 @@ def empty_component(folder: Path, target: str, dtype: torch.dtype) -> nn.Module:
     return built.eval().requires_grad_(False)
 
 
-def check_library_files(folder: Path, stem: str) -> None:
-    """Refuse weights that a library would read from elsewhere, or from anything but whole safetensors files.
+def check_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> list[Path]:
+    """Return the files of a component's weights, as checked as their configuration says nothing of others.
 
     Args:
         folder: a component's.
-        stem: name of the checkpoint, without ending, that the library reads.
+        stems: names of the checkpoint, without ending, that the library reads.
+        variant: of the weights.
 
     Raises:
-        ModelError: naming the file.
+        ModelError: naming the file: weights elsewhere, weights that are not whole safetensors files, or quantised.
 
     """
-    checkpoint_files(folder, (stem,))
-    if "transformers_weights" in read_json(folder / "config.json"):
+    files = checkpoint_files(folder, stems, variant)
+    where, config = f"{folder.name}/config.json", read_json(folder / "config.json")
+    if "transformers_weights" in config:
+        raise ModelIndexError(f"{where}: transformers_weights is refused; weights are {stems[0]}.safetensors")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelIndexError(
-            f"{folder.name}/config.json: transformers_weights is refused; weights are {stem}.safetensors"
+            f"{where}: quantization_config: weights quantised by {shown(method)} are not loaded; "
+            "take the model's repository with whole weights, in bfloat16 or float32"
         )
+    return files
+
+
+def check_settings(folder: Path) -> None:
+    """Refuse a solver or a tokenizer that would make tables without end.
+
+    Raises:
+        ModelIndexError: naming file and setting.
+
+    """
+    for name in SETTINGS_FILES:
+        if (folder / name).is_file():
+            check_numbers(read_json(folder / name), f"{folder.name}/{name}")
+
+
+def unused_settings(folder: Path, cls: Any) -> list[str]:
+    """Return the settings of a component that its class does not know, and that are left out: a newer writer's.
+
+    Args:
+        folder: the component's.
+        cls: its class, ours or of a library; those of transformers keep whatever they are given.
+
+    """
+    import diffusers
+    import transformers
+
+    if issubclass(cls, diffusers.ConfigMixin):
+        config = _public(read_json(folder / cls.config_name))
+        with quiet():
+            return sorted(cls.extract_init_dict(config)[1])
+    if not issubclass(cls, nn.Module) or issubclass(cls, transformers.PreTrainedModel):
+        return []
+    config = _public(read_json(folder / "config.json"))
+    return sorted(config.keys() - _known(cls, config).keys())
 
 
 @contextmanager
@@ -180,47 +148,82 @@ def in_words(what: str) -> Iterator[None]:
     """Turn what a library raises while it loads `what` into a `ModelError`."""
     try:
         yield
-    except LIBRARY_FAULTS as error:
+    except SafelightError:
+        raise
+    except Exception as error:  # the libraries' boundary: among what they raise is Exception itself
         reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         raise ModelError(f"{what} cannot be loaded: {reason}") from error
 
 
-def _load_native(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, share: tuple[int, int]) -> nn.Module:
-    module = _build_native(cls, folder)
+def _load_native(
+    cls: Any, source: Source, dtype: torch.dtype, device: torch.device, share: tuple[int, int]
+) -> nn.Module:
+    check_weights(source.folder, source.stems, source.variant)
+    module = build_native(cls, source.folder)
     shards = shard_parameters(module, *share) if tensor_plan(module) is not None else {}
-    load_weights(module, folder, dtype, device, shards)
+    load_weights(module, source.folder, dtype, device, shards, source.variant)
     return module.eval()
 
 
-def _build_native(cls: Any, folder: Path) -> nn.Module:
-    """Build one of our modules on the meta device."""
-    config = {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
+def build_native(cls: Any, folder: Path) -> nn.Module:
+    """Build one of our modules on the meta device, from what its class knows of the configuration.
+
+    Raises:
+        ModelIndexError: if it describes none.
+
+    """
+    config = read_json(folder / "config.json")
     try:
         with torch.device("meta"), bounded(folder.name):
-            module: nn.Module = cls.from_config(config)
+            module: nn.Module = cls.from_config(_known(cls, config))
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelIndexError(f"{folder.name}/config.json: {' '.join(str(error).split())[:MAX_REASON]}") from error
     return module
 
 
-def _load_library_module(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, stem: str) -> nn.Module:
-    check_library_files(folder, stem)
-    # Diffusers asks for another package, loudly, unless it is told to do without its deferred initialisation.
-    details = {"low_cpu_mem_usage": False} if cls.__module__.startswith("diffusers") else {}
-    with bounded(folder.name, checkpoint_files(folder, (stem,))):
+def _known(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what one of our classes is built from: its architecture's fields, and whatever its reference takes.
+
+    A setting that the reference knows, and we do not, changes its pictures: it is kept, and so refused.
+    """
+    import diffusers
+
+    hints = typing.get_type_hints(cls.__init__).values()
+    fields = {field.name for hint in hints if dataclasses.is_dataclass(hint) for field in dataclasses.fields(hint)}
+    reference = getattr(diffusers, cls.__name__, None)
+    known = fields | (inspect.signature(reference.__init__).parameters.keys() if reference is not None else set())
+    return {name: value for name, value in _public(config).items() if name in known or not fields}
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of the model, and not of its writer."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _load_library_module(cls: Any, source: Source, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    folder, known = source.folder, WEIGHTS_FILES.get(source.target, WeightsFile())
+    details: dict[str, Any] = {"key_mapping": dict(known.renamed)} if known.renamed else {}
+    with bounded(folder.name, check_weights(folder, source.stems, source.variant)):
         module, info = cls.from_pretrained(
             folder,
             dtype=dtype,
+            variant=source.variant,
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are in `info`, by name, and refused below
             output_loading_info=True,
             **details,
         )
-    info["unexpected_keys"] = set(info["unexpected_keys"]) - UNUSED_KEYS
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[fault]:
-            raise CheckpointError(f"{folder.name}: {fault.replace('_', ' ')}: {listed(sorted(map(str, info[fault])))}")
+    faults = {name: set(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    faults["unexpected_keys"] = {key for key in faults["unexpected_keys"] if key.partition(".")[0] not in known.surplus}
+    for part in source.optional_parts:
+        own = {key for key in module.state_dict() if key.startswith(f"{part}.")}
+        if own and own <= faults["missing_keys"]:
+            faults["missing_keys"] -= own
+            setattr(module, part, nn.Identity())
+    for fault, keys in faults.items():
+        if keys:
+            raise CheckpointError(f"{folder.name}: {fault.replace('_', ' ')}: {listed(sorted(keys))}")
     carrier(device).bring_module(module)
     loaded: nn.Module = module.eval().requires_grad_(False)
     return loaded
@@ -233,14 +236,14 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     logs = (diffusers_logging, transformers_logging)
-    bars, levels = transformers_logging.is_progress_bar_enabled(), [log.get_verbosity() for log in logs]
-    transformers_logging.disable_progress_bar()
+    bars, levels = [log for log in logs if log.is_progress_bar_enabled()], [log.get_verbosity() for log in logs]
     for log in logs:
+        log.disable_progress_bar()
         log.set_verbosity_error()
     try:
         yield
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        for log in bars:
+            log.enable_progress_bar()

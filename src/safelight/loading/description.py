@@ -6,7 +6,7 @@ from safelight.core.config import PipelineConfig
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.errors import ModelIndexError
-from safelight.loading.components import component_target
+from safelight.loading.classes import Source, target_of
 from safelight.loading.repository import Repository
 
 
@@ -18,7 +18,7 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
 
     """
     pipeline_cls = repository.pipeline.pipeline_cls()
-    configs = {name: repository.component_config(name) for name in targets(repository, pipeline_cls)}
+    configs = {name: repository.component_config(name) for name in sources(repository, pipeline_cls)}
     configs["model_index"] = dict(repository.index)
     try:
         config = repository.pipeline.pipeline_config_cls().from_model(configs)
@@ -31,13 +31,18 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
     return config, schema
 
 
-def targets(repository: Repository, pipeline_cls: type[ComposedPipeline]) -> dict[str, str]:
-    """Return `module:Class` of every component that there is."""
-    found: dict[str, str] = {}
+def sources(repository: Repository, pipeline_cls: type[ComposedPipeline]) -> dict[str, Source]:
+    """Return the class and the place of every component that there is."""
+    found: dict[str, Source] = {}
     for name in pipeline_cls.component_names():
-        target = component_target(repository, name, pipeline_cls.component_classes)
-        if target is not None:
-            found[name] = target
+        class_name = repository.component_class_name(name)
+        if class_name is not None:
+            found[name] = Source(
+                folder=repository.path / name,
+                target=target_of(name, class_name, pipeline_cls.component_classes),
+                variant=repository.component_variant(name),
+                optional_parts=pipeline_cls.optional_parts.get(name, ()),
+            )
         elif not pipeline_cls.is_optional(name):
             raise ModelIndexError(f"model_index.json: {name} is missing, and {pipeline_cls.pipeline_name} needs it")
     return found

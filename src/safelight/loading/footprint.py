@@ -28,7 +28,7 @@ from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError
 from safelight.loading.components import empty_component, load_component
-from safelight.loading.description import configure, targets
+from safelight.loading.description import configure, sources
 from safelight.loading.repository import Repository
 
 CallKey = tuple[str, tuple[Hashable, ...]]
@@ -115,15 +115,13 @@ def empty_pipeline(repository: Repository, server_args: ServerArgs) -> ComposedP
     config, schema = configure(repository)
     pipeline_cls = repository.pipeline.pipeline_cls()
     modules: dict[str, Any] = {}
-    for name, target in targets(repository, pipeline_cls).items():
+    for name, source in sources(repository, pipeline_cls).items():
         if name.startswith("tokenizer"):
             modules[name] = LongestText()
-        elif issubclass(resolve_class(target), nn.Module):
-            modules[name] = empty_component(
-                repository.path / name, target, args.component_dtype(name, config.precisions.get(name))
-            )
+        elif issubclass(resolve_class(source.target), nn.Module):
+            modules[name] = empty_component(source, args.component_dtype(name, config.precisions.get(name)))
         else:
-            modules[name] = load_component(repository.path / name, target, torch.float32, HOST)
+            modules[name] = load_component(source, torch.float32, HOST)
     for name, module in modules.items():
         if name.startswith("text_encoder"):
             module.register_forward_pre_hook(tokens_alone, with_kwargs=True)

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.errors import ModelAccessError, ModelError, ModelIndexError, ModelNotFoundError
+from safelight.loading.variants import choose_variant, kept
 
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
-_CONFIG_PATTERNS = ("*.json", "*.txt", "*.model")
-_WEIGHT_PATTERNS = ("*.safetensors",)
-_VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
-"""Other precisions and copies of the same weights, which are not downloaded."""
+_CONFIG_SUFFIXES = (".json", ".txt", ".model")
+_WEIGHT_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a repository is downloaded.
+
+    Attributes:
+        components: the folders.
+        files: beside them.
+        weights: whether those of the components are.
+        variant: of the weights, as `open_repository` takes it.
+
+    """
+
+    components: Sequence[str]
+    files: Sequence[str]
+    weights: bool
+    variant: str | None
 
 
 def is_repo_id(name: str) -> bool:
@@ -32,28 +51,50 @@ def download_file(repo_id: str, filename: str, revision: str | None) -> Path:
     return Path(_in_words(repo_id, revision, lambda: hf_hub_download(repo_id, filename, revision=revision)))
 
 
-def download_components(
-    repo_id: str, revision: str | None, components: Sequence[str], files: Sequence[str], weights: bool
-) -> Path:
+def download_components(repo_id: str, revision: str | None, cached: Path, wanted: Wanted) -> Path:
     """Download the folders of the named components, with progress, and return the snapshot's folder.
+
+    Args:
+        repo_id: the repository.
+        revision: branch, tag or commit.
+        cached: the snapshot's folder, as far as it is in the cache.
+        wanted: what of it.
 
     Raises:
         ModelError: in words, for whatever keeps them from being had.
+        InvalidParameterError: if the variant is not there.
 
     """
     from huggingface_hub import snapshot_download
 
-    kinds = _CONFIG_PATTERNS + (_WEIGHT_PATTERNS if weights else ())
-    patterns = [*files, *(f"{component}/{kind}" for component in components for kind in kinds)]
-    return Path(
-        _in_words(
-            repo_id,
-            revision,
-            lambda: snapshot_download(
-                repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=list(_VARIANTS)
-            ),
-        )
-    )
+    patterns = _names(_listed(repo_id, revision, cached), wanted)
+    return Path(_in_words(repo_id, revision, lambda: snapshot_download(repo_id, revision=revision, **patterns)))
+
+
+def _names(listed: Sequence[str], wanted: Wanted) -> dict[str, list[str]]:
+    """Return the patterns of the files to download, by the arguments that take them."""
+    folders: dict[str, list[str]] = {name: [] for name in wanted.components}
+    for path in listed:
+        folder, _, name = path.rpartition("/")
+        if folder in folders and name.endswith((*_CONFIG_SUFFIXES, _WEIGHT_SUFFIX)):
+            folders[folder].append(name)
+    chosen = choose_variant(folders, wanted.variant) if wanted.weights else None
+    names = [name for name in kept(folders, chosen) if wanted.weights or not name.endswith(_WEIGHT_SUFFIX)]
+    patterns = [*wanted.files, *map(glob.escape, names)]
+    if wanted.weights and not any(name.endswith(_WEIGHT_SUFFIX) for name in names):
+        # Of a cache without weights the client says that it is not whole.
+        patterns += [f"{folder}/*{_WEIGHT_SUFFIX}" for folder in folders]
+    return {"allow_patterns": patterns}
+
+
+def _listed(repo_id: str, revision: str | None, cached: Path) -> list[str]:
+    """Return the names of a repository's files: as the Hub says, or, where it is out of reach, what is in the cache."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except (errors.HTTPError, OSError):  # type: ignore[attr-defined]  # httpx's, as bundled there
+        return [path.relative_to(cached).as_posix() for path in cached.rglob("*")]
 
 
 def _in_words(repo_id: str, revision: str | None, download: Callable[[], str]) -> str:

@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,28 +19,29 @@ from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan
 from safelight.acceleration.tiled_vae import tile_decoding
 from safelight.attention import set_attention_backend
-from safelight.backends import diffusers
+from safelight.backends import components, diffusers
 from safelight.core.device import on_device
 from safelight.core.pipeline import ComposedPipeline
+from safelight.core.registry import resolve_class
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UsageError
 from safelight.loading.alignment import align_weights
-from safelight.loading.bounds import bounded, check_numbers
-from safelight.loading.checkpoint import WEIGHT_SUFFIXES
+from safelight.loading.bounds import bounded
+from safelight.loading.classes import library_of
 from safelight.loading.components import (
-    LIBRARY_STEMS,
-    check_library_files,
+    check_settings,
+    check_weights,
     empty_component,
     in_words,
-    library_of,
     load_component,
     quiet,
+    unused_settings,
 )
-from safelight.loading.description import configure, targets
+from safelight.loading.description import configure, sources
 from safelight.loading.digest import weights_digest
 from safelight.loading.planning import device_memory, plan_memory
-from safelight.loading.repository import Repository, open_repository, read_json
+from safelight.loading.repository import Repository, open_for
 from safelight.parallel.apply import share, waits_on_host
 from safelight.parallel.mesh import Mesh, lone_mesh
 from safelight.parallel.plans import tensor_plan
@@ -68,9 +70,11 @@ def load_pipeline(
     """
     refuse_excluded(server_args)
     memory = memory or device_memory(server_args)
-    repository = open_repository(server_args.model, server_args.revision, backend=server_args.backend)
+    repository = open_for(server_args)
     for note in repository.notes:
         logger.warning("%s", note)
+    if repository.variant is not None:
+        logger.info("%s: weights of variant %s", repository.name, repository.variant)
     limit = server_args.memory_limit_bytes()
     if memory is not None and limit is not None:
         memory.limit(limit)
@@ -97,21 +101,21 @@ def describe(repository: Repository) -> ModelSchema:
 def _load_diffusers(
     repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None, mesh: Mesh
 ) -> ComposedPipeline:
+    files: list[Path] = []
     for name in repository.component_names():
-        entry, folder = repository.index[name], repository.path / name
-        diffusers.check_component(repository.path, name, entry)
-        solver = folder / "scheduler_config.json"
-        if solver.is_file():
-            check_numbers(read_json(solver), f"{name}/{solver.name}")
-        if any(path.suffix in WEIGHT_SUFFIXES for path in folder.glob("*")):
-            check_library_files(folder, LIBRARY_STEMS.get(entry[0], LIBRARY_STEMS[diffusers.FAMILY]))
+        folder = repository.path / name
+        cls = components.check_component(repository.path, name, repository.index[name])
+        stem = components.checkpoint_stem(cls)
+        check_settings(folder)
+        if stem is not None:
+            files += check_weights(folder, (stem,), repository.component_variant(name))
+        warn_of_unused(folder, cls)
     for setting in ("offload", "vae_tiling"):
         value = vars(server_args)[setting]
         if value != "none":
             raise InvalidParameterError(setting, value, "none for a model run by the diffusers package")
-    files = sorted(repository.path.glob("*/*.safetensors"))
     with in_words(repository.pipeline.pipeline_name), quiet(), bounded(repository.name, files):
-        return diffusers.load(repository.path, describe(repository), server_args)
+        return diffusers.load(repository.path, describe(repository), server_args, repository.variant)
 
 
 def _load_native(
@@ -128,19 +132,20 @@ def _load_native(
     modules: dict[str, Any] = {}
     empty: dict[str, Callable[[], nn.Module]] = {}
     # Our own classes first: they are mapped in no time, and tell whether the settings fit the model.
-    by_library = sorted(targets(repository, pipeline_cls).items(), key=lambda item: library_of(item[1]) is not None)
-    for name, target in by_library:
+    found = sources(repository, pipeline_cls).items()
+    for name, source in sorted(found, key=lambda item: library_of(item[1].target) is not None):
         begun = time.perf_counter()
         dtype = server_args.component_dtype(name, config.precisions.get(name))
         placed = plan is not None and name in plan.placed
         home = HOST if placed or waits_on_host(name, mesh) else server_args.torch_device()
-        modules[name] = load_component(repository.path / name, target, dtype, home, (mesh.tp.rank, mesh.tp.size))
+        modules[name] = load_component(source, dtype, home, (mesh.tp.rank, mesh.tp.size))
+        warn_of_unused(source.folder, resolve_class(source.target))
         if isinstance(modules[name], nn.Module):
             if not placed and server_args.torch_device() == HOST:  # elsewhere they are copied before they are used
                 align_weights(modules[name])
             # Bands walk the library's own modules, which faster ones would replace.
             in_bands = name == "vae" and (tiled or mesh.layout.vae)
-            empty[name] = functools.partial(empty_component, repository.path / name, target, dtype)
+            empty[name] = functools.partial(empty_component, source, dtype)
             _prepare(modules[name], server_args, dtype, "plain" if in_bands else server_args.kernels, mesh)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
     pipeline = pipeline_cls(modules, config, schema, server_args)
@@ -153,6 +158,12 @@ def _load_native(
     if plan is not None and memory is not None:
         pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
     return pipeline
+
+
+def warn_of_unused(folder: Path, cls: Any) -> None:
+    """Log which settings of a component have no effect, because its class does not know them."""
+    for name in unused_settings(folder, cls):
+        logger.warning("%s: %s does not know %r in its configuration: left out", folder.name, cls.__name__, name)
 
 
 def _prepare(module: nn.Module, server_args: ServerArgs, dtype: torch.dtype, kernels: str, mesh: Mesh) -> None:

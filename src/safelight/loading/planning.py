@@ -15,9 +15,9 @@ from safelight.acceleration.plan import MemoryPlan, make_plan
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError
 from safelight.loading.components import empty_component
-from safelight.loading.description import configure, targets
+from safelight.loading.description import configure, sources
 from safelight.loading.footprint import measure
-from safelight.loading.repository import Repository, open_repository
+from safelight.loading.repository import Repository, open_for
 from safelight.parallel.apply import choose, max_branches
 from safelight.parallel.layout import Choice
 from safelight.parallel.plans import model_facts
@@ -32,18 +32,18 @@ def layout_for(server_args: ServerArgs) -> Choice:
 
     """
     refuse_excluded(server_args)
-    repository = open_repository(server_args.model, server_args.revision, backend=server_args.backend)
+    repository = open_for(server_args)
     if repository.pipeline.backend != "native":
         raise InvalidParameterError("devices", server_args.num_devices(), "1 for a model run by the diffusers package")
     pipeline_cls = repository.pipeline.pipeline_cls()
     config, schema = configure(repository)
-    found = targets(repository, pipeline_cls)
+    found = sources(repository, pipeline_cls)
     name = next((name for name in found if name.startswith("transformer")), None)
     transformer: nn.Module | None = None
     if name is not None:
         dtype = server_args.component_dtype(name, config.precisions.get(name))
-        transformer = empty_component(repository.path / name, found[name], dtype)
-    divides_vae = "vae" in found and can_divide(pipeline_cls.decoding_stage, found["vae"].rpartition(":")[2])
+        transformer = empty_component(found[name], dtype)
+    divides_vae = "vae" in found and can_divide(pipeline_cls.decoding_stage, found["vae"].target.rpartition(":")[2])
     facts = model_facts(repository.name, transformer, max_branches(schema), divides_vae)
     device = server_args.torch_device()
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -11,8 +12,11 @@ from typing import Any
 
 from safelight.core.params import SamplingParams
 from safelight.core.registry import PipelineEntry, get_pipeline, pipelines
+from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError, ModelNotFoundError, shown
 from safelight.loading import hub
+from safelight.loading.classes import LIBRARY_CLASSES
+from safelight.loading.variants import choose_variant, own_variant
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "shapes"
 INDEX_NAME = "model_index.json"
@@ -37,6 +41,7 @@ class Repository:
         index: `model_index.json`.
         pipeline: the pipeline that its `_class_name` names.
         notes: what users of it should know.
+        variant: of the weights that are read, where a component has it; None is the plain files.
 
     """
 
@@ -45,12 +50,24 @@ class Repository:
     index: Mapping[str, Any]
     pipeline: PipelineEntry
     notes: tuple[str, ...] = ()
+    variant: str | None = None
 
     def component_names(self) -> tuple[str, ...]:
-        """Return the components that its pipeline loads: those that the class names, or else all in the index."""
+        """Return the components that its pipeline loads: those that the class names, of the package's those there."""
         if self.pipeline.backend == "native":
             return self.pipeline.pipeline_cls().component_names()
-        return tuple(name for name, entry in self.index.items() if isinstance(entry, list) and entry != [None, None])
+        from safelight.backends import components
+
+        return components.component_names(self.pipeline.pipeline_name, self.index)
+
+    def component_files(self, component: str) -> list[str]:
+        """Return the names of the files in a component's folder."""
+        folder = self.path / component
+        return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+    def component_variant(self, component: str) -> str | None:
+        """Return the variant of a component's weights that is read: the repository's, if the component has it."""
+        return own_variant(self.component_files(component), self.variant)
 
     def component_class_name(self, component: str) -> str | None:
         """Return the class name that the index gives a component; None where it is null or absent.
@@ -113,6 +130,7 @@ def open_repository(
     *,
     backend: str = "auto",
     weights: bool = True,
+    variant: str | None = None,
 ) -> Repository:
     """Find a model: the shipped one (None), a folder, or a Hub id, which is downloaded.
 
@@ -121,10 +139,11 @@ def open_repository(
         revision: branch, tag or commit of a Hub id.
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         weights: whether weights are needed; without, only JSON and tokenizers are downloaded.
+        variant: of the weights, such as `fp16`; None is the plain files, or the only variant that there is.
 
     Raises:
         ModelError: if there is no such model, it may not be read, or its index is not one that can be run.
-        InvalidParameterError: for a revision of a folder, or one beside that in the name.
+        InvalidParameterError: for a revision of a folder, or one beside that in the name; a variant that is not there.
 
     """
     name = str(model) if model is not None else str(SHIPPED_MODEL)
@@ -132,7 +151,8 @@ def open_repository(
     if path is not None:
         if revision is not None:
             raise InvalidParameterError("revision", revision, "nothing here: a folder has no revisions")
-        return _read(name if model is not None else "the shipped model", path, backend)
+        found = _read(name if model is not None else "the shipped model", path, backend)
+        return _with_variant(found, variant) if weights else found
     if not hub.is_repo_id(name):
         raise ModelNotFoundError(f"model: {shown(name)}: no such folder, and not a Hub id (owner/name)")
     repo_id, _, tagged = name.partition("@")
@@ -141,8 +161,27 @@ def open_repository(
     revision = tagged or revision
     index_path = hub.download_file(repo_id, INDEX_NAME, revision)
     components = _read(name, index_path.parent, backend).component_names()
-    folder = hub.download_components(repo_id, revision, components, (DEFAULTS_NAME, INDEX_NAME), weights)
-    return _read(name, folder, backend)
+    wanted = hub.Wanted(components, (DEFAULTS_NAME, INDEX_NAME), weights, variant)
+    found = _read(name, hub.download_components(repo_id, revision, index_path.parent, wanted), backend)
+    return _with_variant(found, variant) if weights else found
+
+
+def open_for(server_args: ServerArgs) -> Repository:
+    """Find the model that an engine is set to, with its weights.
+
+    Raises:
+        ModelError: as `open_repository`.
+        InvalidParameterError: likewise.
+
+    """
+    return open_repository(
+        server_args.model, server_args.revision, backend=server_args.backend, variant=server_args.variant
+    )
+
+
+def _with_variant(repository: Repository, asked: str | None) -> Repository:
+    files = {name: repository.component_files(name) for name in repository.component_names()}
+    return dataclasses.replace(repository, variant=choose_variant(files, asked))
 
 
 def existing(name: str) -> Path | None:
@@ -178,9 +217,12 @@ def _read(name: str, path: Path, backend: str) -> Repository:
     if not isinstance(class_name, str):
         raise ModelIndexError(f"{INDEX_NAME}: _class_name: got {class_name!r}; it takes a pipeline's class name")
     entry = _pipeline_entry(class_name, backend)
-    chosen = backend == "auto" and entry.backend != "native"
-    note = f"{class_name} has no family here: it runs through the {entry.backend} package"
-    return Repository(name, path, index, entry, (note,) if chosen else ())
+    notes: tuple[str, ...] = ()
+    if backend == "auto":
+        notes = (f"{class_name} has no family here: it runs through the {entry.backend} package",)
+        if entry.backend == "native":
+            entry, notes = _with_fallback(entry, index)
+    return Repository(name, path, index, entry, notes)
 
 
 def _pipeline_entry(class_name: str, backend: str) -> PipelineEntry:
@@ -192,3 +234,29 @@ def _pipeline_entry(class_name: str, backend: str) -> PipelineEntry:
     if backend == "auto" and not diffusers.has_pipeline(class_name):
         return get_pipeline(class_name)  # which names those that there are
     return diffusers.pipeline_entry(class_name)
+
+
+def _with_fallback(entry: PipelineEntry, index: Mapping[str, Any]) -> tuple[PipelineEntry, tuple[str, ...]]:
+    """Return the family's pipeline, or the package's where a component's class is the libraries' and not the family's.
+
+    Of a class that is neither, the family's pipeline says so by name.
+    """
+    pipeline_cls = entry.pipeline_cls()
+    known = {**LIBRARY_CLASSES, **pipeline_cls.component_classes}
+    parts = {name: index.get(name) for name in pipeline_cls.component_names()}
+    named = {name: part for name, part in parts.items() if isinstance(part, list) and all(map(_is_text, part))}
+    foreign = {name: part for name, part in named.items() if len(part) == 2 and part[1] not in known}
+    if not foreign:
+        return entry, ()
+    from safelight.backends import components, diffusers
+
+    loadable = all(components.component_class(*part) is not None for part in foreign.values())
+    if not (loadable and diffusers.has_pipeline(entry.pipeline_name)):
+        return entry, ()
+    listed = " and ".join(f"{name} {class_name}" for name, (_, class_name) in foreign.items())
+    note = f"{entry.pipeline_name} has no {listed} here: it runs through the diffusers package"
+    return diffusers.pipeline_entry(entry.pipeline_name), (note,)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

@@ -30,8 +30,9 @@ from safelight.attention import set_attention_backend
 from safelight.core.registry import resolve_class
 from safelight.core.server_args import ServerArgs
 from safelight.errors import SafelightError
-from safelight.loading.components import component_target
-from safelight.loading.repository import open_repository
+from safelight.loading.components import build_native
+from safelight.loading.description import sources
+from safelight.loading.repository import open_for
 
 logger = logging.getLogger(__name__)
 
@@ -179,12 +180,9 @@ def fill_cache(job: Job) -> None:
 
 def skeleton(args: ServerArgs, component: str, dtypes: Mapping[str, str]) -> nn.Module:
     """Return a component as it is loaded, of zeros, with memory for one block of each class."""
-    repository = open_repository(args.model, args.revision, backend=args.backend)
-    target = component_target(repository, component, repository.pipeline.pipeline_cls().component_classes)
-    assert target is not None
-    config = {name: value for name, value in repository.component_config(component).items() if name[0] != "_"}
-    with torch.device("meta"):
-        module: nn.Module = resolve_class(target).from_config(config)
+    repository = open_for(args)
+    source = sources(repository, repository.pipeline.pipeline_cls())[component]
+    module = build_native(resolve_class(source.target), source.folder)
     device = args.torch_device()
     with one_block_each(module):  # the other blocks stay without memory
         weights = {

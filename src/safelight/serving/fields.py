@@ -153,7 +153,8 @@ def sort_fields(body: Body, own: Mapping[str, Option], schema: ModelSchema, limi
         else:
             place = asked.own if name in own and name not in _PASSED_ON else asked.model
             place[name] = _checked(name, option, typed(option.kind, value) if body.is_form else value)
-    if not asked.model.get("prompt", "").strip() and "prompt" not in schema.defaults:
+    needs_text = "prompt" in cls.options() and "prompt" not in schema.defaults
+    if needs_text and not asked.model.get("prompt", "").strip():
         raise InvalidParameterError("prompt", asked.model.get("prompt"), "text that is not blank")
     return asked
 

@@ -14,6 +14,21 @@ def linear_sigmas(num_steps: int) -> list[float]:
     return spaced
 
 
+def check_takes_sigmas(component_configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a solver to which a flow-matching pipeline's noise levels cannot be given.
+
+    Args:
+        component_configs: the components' JSON, `model_index` among them.
+
+    Raises:
+        ValueError: if it spaces its steps for another kind of noise.
+
+    """
+    class_name = component_configs["model_index"]["scheduler"][1]
+    if not class_name.startswith("FlowMatch") and not component_configs["scheduler"].get("use_flow_sigmas"):
+        raise ValueError(f"scheduler: use_flow_sigmas: this pipeline needs it to be true of {class_name}")
+
+
 def linear_mu(num_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
     """Return the dynamic shift for this many image tokens, on the line through the scheduler's two points."""
     base_length = scheduler_config.get("base_image_seq_len", 256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 
 from safelight.core.config import PipelineConfig
@@ -24,8 +25,9 @@ class TimestepPreparationStage(PipelineStage):
         """Fill `scheduler`, `timesteps`, `sigmas` and `num_inference_steps`."""
         scheduler = copy.deepcopy(self.scheduler)
         device = server_args.torch_device()
+        sigmas = self.config.prepare_sigmas(batch)
         given = {
-            "sigmas": self.config.prepare_sigmas(batch),
+            "sigmas": None if sigmas is None else np.asarray(sigmas),  # some solvers compute with them as they are
             "timesteps": self.config.prepare_timesteps(batch),
             "mu": self.config.prepare_mu(batch, scheduler.config),
         }

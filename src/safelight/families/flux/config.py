@@ -13,11 +13,16 @@ from safelight.core.config import PipelineConfig, PromptSpec
 from safelight.core.params import SamplingParams
 from safelight.core.request import Latents, Prediction, Req
 from safelight.core.schema import ModelSchema, ModelTaskType
-from safelight.families.flux.params import EMBEDDED_GUIDANCE, FluxKontextSamplingParams, FluxSamplingParams
+from safelight.families.flux.params import (
+    EMBEDDED_GUIDANCE,
+    OWN_SIGMAS,
+    FluxKontextSamplingParams,
+    FluxSamplingParams,
+)
 from safelight.layers.packing import PATCH_SIZE, pack_latents, unpack_latents
 from safelight.layers.pixels import image_to_tensor
 from safelight.layers.rotary import rotary_table
-from safelight.stages.schedule import linear_mu, linear_sigmas
+from safelight.stages.schedule import check_takes_sigmas, linear_mu, linear_sigmas
 
 DEFAULT_SAMPLE_SIZE = 128
 """Latent pixels along one side of a picture, unless asked otherwise."""
@@ -58,20 +63,25 @@ class FluxPipelineConfig(PipelineConfig):
         axes_dims_rope: channels of a head that turn with image number, row and column.
         guidance_embeds: whether the guidance scale is an input of the transformer.
         clip_length: tokens of the CLIP encoder.
+        own_sigmas: whether the solver spaces its noise levels itself.
 
     """
 
     task: ClassVar[ModelTaskType] = ModelTaskType.T2I
     shared_kwargs: ClassVar[frozenset[str]] = frozenset({"freqs_cis"})
+    leaves_flow_sigmas: ClassVar[bool] = True
+    """Whether a solver with `use_flow_sigmas` is left to space them, as the reference does."""
 
     axes_dims_rope: tuple[int, ...]
     guidance_embeds: bool
     clip_length: int
+    own_sigmas: bool
 
     @classmethod
     def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
         """Build from the components' JSON."""
         transformer, vae = component_configs["transformer"], component_configs["vae"]
+        check_takes_sigmas(component_configs)
         return cls(
             vae_scale_factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
             latent_channels=transformer.get("in_channels", 64) // PATCH_SIZE**2,
@@ -80,6 +90,7 @@ class FluxPipelineConfig(PipelineConfig):
             axes_dims_rope=tuple(transformer.get("axes_dims_rope", (16, 56, 56))),
             guidance_embeds=transformer.get("guidance_embeds", False),
             clip_length=component_configs["tokenizer"].get("model_max_length", 77),
+            own_sigmas=cls.leaves_flow_sigmas and bool(component_configs["scheduler"].get("use_flow_sigmas")),
         )
 
     def model_schema(
@@ -95,7 +106,11 @@ class FluxPipelineConfig(PipelineConfig):
             defaults={**params_cls.defaults, "height": side, "width": side, **defaults},
             size_multiple=self.vae_scale_factor * PATCH_SIZE,
             num_input_images=(0, 1 if "image" in params_cls.options() else 0),
-            capabilities=frozenset({EMBEDDED_GUIDANCE} if self.guidance_embeds else ()),
+            capabilities=frozenset(
+                name
+                for name, holds in ((EMBEDDED_GUIDANCE, self.guidance_embeds), (OWN_SIGMAS, self.own_sigmas))
+                if holds
+            ),
         )
 
     def encode_prompt_spec(self, index: int, batch: Req) -> PromptSpec:
@@ -129,8 +144,10 @@ class FluxPipelineConfig(PipelineConfig):
         return unpack_latents(latents, *batch.raw_latent_shape[2:])
 
     def prepare_sigmas(self, batch: Req) -> list[float] | None:
-        """Return the noise levels asked for, or evenly spaced ones from 1 to 1/steps."""
+        """Return the noise levels asked for, or even ones from 1 to 1/steps; None where the solver has its own."""
         params = params_of(batch)
+        if self.own_sigmas:
+            return None
         if params.sigmas is not None:
             return list(params.sigmas)
         assert params.num_inference_steps is not None
@@ -197,6 +214,7 @@ class FluxKontextPipelineConfig(FluxPipelineConfig):
     """Conventions of `FluxKontextPipeline`: the input image's tokens follow the picture's."""
 
     task: ClassVar[ModelTaskType] = ModelTaskType.TI2I
+    leaves_flow_sigmas: ClassVar[bool] = False
 
     def output_size(self, batch: Req) -> tuple[int, int]:
         """Return the (height, width) in pixels, fitted to `max_area`."""

@@ -13,6 +13,9 @@ from safelight.errors import InvalidParameterError
 EMBEDDED_GUIDANCE = "embedded_guidance"
 """Capability: the transformer was distilled with the guidance scale as an input (dev), or was not (schnell)."""
 
+OWN_SIGMAS = "own_sigmas"
+"""Capability: the solver spaces its noise levels itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FluxSamplingParams(SamplingParams):
@@ -51,8 +54,10 @@ class FluxSamplingParams(SamplingParams):
         return 2 if self.true_cfg_scale > 1 and self.negative_prompt is not None else 1
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
-        """Check that steps and sigmas, where both are given, agree."""
+        """Check that sigmas have an effect, and agree with the steps where both are given."""
         super().validate(schema, given)
+        if self.sigmas is not None and OWN_SIGMAS in schema.capabilities:
+            raise InvalidParameterError("sigmas", self.sigmas, "nothing for this model, whose solver has its own")
         steps = given.get("num_inference_steps")
         if self.sigmas is not None and steps not in (None, len(self.sigmas)):
             raise InvalidParameterError("num_inference_steps", steps, f"the number of sigmas ({len(self.sigmas)})")

@@ -34,7 +34,7 @@ from safelight.families.qwen_image.prompts import (
 from safelight.layers.packing import PATCH_SIZE, pack_latents, unpack_latents
 from safelight.layers.pixels import image_to_tensor
 from safelight.layers.rotary import rotary_table
-from safelight.stages.schedule import linear_mu, linear_sigmas
+from safelight.stages.schedule import check_takes_sigmas, linear_mu, linear_sigmas
 
 DEFAULT_SAMPLE_SIZE = 128
 """Latent pixels along one side of a picture, unless asked otherwise."""
@@ -90,6 +90,7 @@ class QwenImagePipelineConfig(PipelineConfig):
     def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
         """Build from the components' JSON."""
         transformer, vae = component_configs["transformer"], component_configs["vae"]
+        check_takes_sigmas(component_configs)
         return cls(
             vae_scale_factor=2 ** len(vae["temperal_downsample"]),
             latent_channels=transformer.get("in_channels", 64) // PATCH_SIZE**2,

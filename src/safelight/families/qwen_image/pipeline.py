@@ -23,6 +23,7 @@ class QwenImagePipeline(ComposedPipeline):
         **TRANSFORMER,
         "Qwen2_5_VLForConditionalGeneration": "transformers:Qwen2_5_VLModel",
     }
+    optional_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_encoder": ("visual",)}
     _required_config_modules: ClassVar[tuple[str, ...]] = (
         "scheduler",
         "text_encoder",
@@ -40,6 +41,7 @@ class QwenImageEditPipeline(QwenImagePipeline):
     """Text and an image to image."""
 
     pipeline_name: ClassVar[str] = "QwenImageEditPipeline"
+    optional_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     _required_config_modules: ClassVar[tuple[str, ...]] = (*QwenImagePipeline._required_config_modules, "processor")
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
