@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from safelight.backends.signature import params_from_signature, takes_tuple
+from safelight.backends.solvers import give_own_solvers
 from safelight.backends.step_thread import StepThread
 from safelight.core.config import PipelineConfig
 from safelight.core.params import SamplingParams
@@ -162,9 +163,11 @@ class DiffusersStage(PipelineStage):
             thread.cancel()
 
     def _call(self, batch: Req, pause: Callable[[], None]) -> None:
-        """Call a copy of the pipeline that shares the modules, and has a solver of its own."""
+        """Call a copy of the pipeline that shares the modules, and has solvers of its own."""
+        assert batch.params.seed is not None
+        generator = torch.Generator("cpu").manual_seed(batch.params.seed)
         pipe = copy.copy(self.pipe)
-        pipe.scheduler = copy.deepcopy(self.pipe.scheduler)
+        give_own_solvers(pipe, generator)
         pipe.set_progress_bar_config(disable=True)
 
         def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +178,7 @@ class DiffusersStage(PipelineStage):
         steps = {CALLBACK: on_step_end} if CALLBACK in self.parameters else {}
         try:
             with torch.inference_mode():
-                media = pipe(**self._arguments(batch), **steps, return_dict=False)[0]
+                media = pipe(**self._arguments(batch), **steps, generator=generator, return_dict=False)[0]
         except ValueError as error:  # how these pipelines refuse a value
             raise UsageError(f"{type(pipe).__name__}: {error}") from error
         batch.outputs.extend(to_output(entry, batch.params.output_type) for entry in media)
@@ -188,10 +191,8 @@ class DiffusersStage(PipelineStage):
             if isinstance(value, tuple) and not takes_tuple(self.parameters[name].annotation):
                 single = params.options()[name].kind == "images" and len(value) == 1
                 given[name] = value[0] if single else list(value)
-        assert params.seed is not None
-        generator = torch.Generator("cpu").manual_seed(params.seed)
         form = "latent" if params.output_type == "latent" else "np"
-        return {**given, "generator": generator, "output_type": form}
+        return {**given, "output_type": form}
 
 
 def to_output(media: Any, output_type: str | None) -> Tensor:
