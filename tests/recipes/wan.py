@@ -32,6 +32,8 @@ from tests.recipes.flux import CAT, MAP, photo
 from tests.recipes.tokenizers import t5_tokenizer
 
 NEGATIVE = "blurry,   low quality &amp;amp; watermark "
+BROKEN = "\uff41 \uff43\uff41\uff54\x07 with \u201c\ufb02owers\u201d, a caf\xc3\xa9 and a dog\u2019s \ufb01eld\x1b[1m"
+"""Fullwidth letters, ligatures, curly quotes, control codes, and UTF-8 that was read as Latin-1."""
 TEXT_DIM, CLIP_DIM = 24, 20
 
 
@@ -251,13 +253,6 @@ class DMDRecipe(Recipe):
         return DMDReference
 
 
-def patch_cleaning(monkeypatch: Any) -> None:
-    """Let the image pipeline clean text as the text pipeline does without ftfy, whose absence it forgets."""
-    from diffusers.pipelines.wan import pipeline_wan_i2v
-
-    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=lambda text: text), raising=False)
-
-
 def signature_size(pipe: Any) -> tuple[int, int]:
     """Return the default size, which is in the signatures."""
     return 480, 832
@@ -276,6 +271,7 @@ WAN = Recipe(
         Case("2.1, no guidance, 13 frames", {"prompt": MAP, **SMALL, **SHORT, "num_frames": 13, "guidance_scale": 1.0}),
         Case("2.1, two prompts, n=2", {"prompt": [CAT, MAP], "n": 2, **SMALL, **SHORT, "seed": 5}),
         Case("2.1, markup in the prompt", {"prompt": "a &amp;lt;b&gt;\n  cat ", **TALL, **SHORT, "num_frames": 1}),
+        Case("2.1, prompts to be mended", {"prompt": BROKEN, "negative_prompt": BROKEN[::-1], **TALL, **SHORT}),
         Case("2.2", {"prompt": MAP, **SMALL, **SHORT, "guidance_scale_2": 3.0}, variant="2.2"),
         Case("2.2, one scale", {"prompt": CAT, **TALL, **SHORT, "negative_prompt": NEGATIVE}, variant="2.2"),
         Case(
@@ -295,6 +291,7 @@ IMAGE_TO_VIDEO = Recipe(
     cases=(
         Case("2.1", {"prompt": CAT, "image": photo(90, 70), **SMALL, "negative_prompt": NEGATIVE}),
         Case("2.1, 80x32, 9 frames", {"prompt": MAP, "image": photo(33, 61), **TALL, "guidance_scale": 1.0}),
+        Case("2.1, a prompt to be mended", {"prompt": BROKEN, "image": photo(33, 61), **TALL, "guidance_scale": 1.0}),
         Case("2.1, two prompts", {"prompt": [CAT, MAP], "image": photo(80, 48), **SMALL, "seed": 5}),
         Case(
             "2.1, last image",
@@ -313,7 +310,6 @@ IMAGE_TO_VIDEO = Recipe(
             variant="ti2v",
         ),
     ),
-    patch=patch_cleaning,
     load_reference=load_reference,
     default_size=signature_size,
 )

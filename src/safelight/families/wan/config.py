@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import ftfy
 import torch
 from PIL import Image
 from torch import Tensor
@@ -325,8 +326,12 @@ def needed_transformers(boundary_ratio: float | None) -> list[str]:
 
 
 def cleaned(text: str) -> str:
-    """Return a prompt without HTML entities, even doubly escaped ones, and with single spaces."""
-    return " ".join(html.unescape(html.unescape(text)).split())
+    """Return a prompt as the model was trained on: mended by ftfy, without HTML entities, and with single spaces.
+
+    ftfy makes plain letters of fullwidth ones and of ligatures, straight quotes of curly ones, and text of what was
+    decoded wrongly; control codes go. Entities may be escaped doubly.
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def params_of(batch: Req) -> WanSamplingParams:
