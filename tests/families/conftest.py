@@ -24,7 +24,9 @@ def pytest_generate_tests(metafunc):
             ],
         )
     elif "recipe" in metafunc.fixturenames:
-        metafunc.parametrize("recipe", recipes.values(), ids=recipes.keys())
+        differing = "otherwise_rows" in metafunc.fixturenames
+        chosen = {name: recipe for name, recipe in recipes.items() if recipe.difference is not None or not differing}
+        metafunc.parametrize("recipe", chosen.values(), ids=chosen.keys())
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +62,11 @@ class Models:
             self._ours[folder] = load_pipeline(ServerArgs(str(folder), device="cpu", conditioning_cache="0"))
         return self._ours[folder]
 
-    def reference(self, recipe, variant="default"):
-        folder = self.folder(recipe, variant)
-        if folder not in self._references:
-            self._references[folder] = recipe.reference(folder)
-        return self._references[folder]
+    def reference(self, recipe, variant="default", as_installed=False):
+        key = (self.folder(recipe, variant), as_installed)
+        if key not in self._references:
+            self._references[key] = recipe.reference(key[0], as_installed)
+        return self._references[key]
 
 
 @pytest.fixture(scope="session")

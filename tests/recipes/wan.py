@@ -34,6 +34,8 @@ from tests.recipes.tokenizers import t5_tokenizer
 NEGATIVE = "blurry,   low quality &amp;amp; watermark "
 BROKEN = "\uff41 \uff43\uff41\uff54\x07 with \u201c\ufb02owers\u201d, a caf\xc3\xa9 and a dog\u2019s \ufb01eld\x1b[1m"
 """Fullwidth letters, ligatures, curly quotes, control codes, and UTF-8 that was read as Latin-1."""
+TRANSFORMER_GAINS = {"*.attn?.to_out.0.weight": 3.0, "*.attn?.norm_*": 1.5}
+"""Attention that picks out, and what it picks."""
 TEXT_DIM, CLIP_DIM = 24, 20
 
 
@@ -69,7 +71,7 @@ def transformer(seed: int, in_channels: int, out_channels: int, **config: Any) -
         rope_max_seq_len=64,
         **config,
     )
-    return shake(made, seed)
+    return shake(made, seed, gains=TRANSFORMER_GAINS)
 
 
 def text_components(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.signature import params_from_signature, takes_tuple
 from safelight.backends.solvers import give_own_solvers
 from safelight.backends.step_thread import StepThread
@@ -107,6 +108,7 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs) -> ComposedPi
     dtypes = {"default": server_args.component_dtype(""), **own}
     pipe = cls.from_pretrained(path, dtype=dtypes, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
+    tell_where_images_are(pipe)
     return DiffusersPipeline({"pipeline": pipe.to(server_args.torch_device())}, DiffusersConfig(), schema, server_args)
 
 

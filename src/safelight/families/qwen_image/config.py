@@ -281,7 +281,7 @@ class QwenImageEditPipelineConfig(QwenImagePipelineConfig):
     def text_encoder_inputs(
         self, spec: PromptSpec, text: str, batch: Req, tokenizer: Any, processor: Any
     ) -> dict[str, Tensor]:
-        """Return token ids [1, S], and the pixels and grids of the images among them."""
+        """Return token ids [1, S], and the places, pixels and grids of the images among them."""
         return vision_inputs(text, self.condition_images(batch), tokenizer, processor)
 
     def condition_images(self, batch: Req) -> list[Image.Image]:
@@ -333,8 +333,7 @@ class QwenImageLayeredPipelineConfig(QwenImageEditPipelineConfig):
     def caption_inputs(self, text: str, batch: Req, tokenizer: Any, processor: Any) -> dict[str, Tensor]:
         """Return what the text encoder is given to write a caption of the input image."""
         inputs = vision_inputs(text, self.condition_images(batch), tokenizer, processor)
-        is_image = inputs["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-        return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"]), "mm_token_type_ids": is_image.int()}
+        return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
 
     def prepare_latent_shape(self, batch: Req) -> tuple[int, ...]:
         """Return [1, 1 + layers, C, H, W] in latent pixels: the composite, then its layers."""
@@ -392,13 +391,19 @@ def centred_ids(height: int, width: int, number: int, device: torch.device) -> T
 
 
 def vision_inputs(text: str, images: Iterable[Image.Image], tokenizer: Any, processor: Any) -> dict[str, Tensor]:
-    """Return token ids [1, S] with as many places for each image as it has merged patches, pixels [P, C], and grids."""
+    """Return token ids [1, S] with as many places for each image as it has merged patches, pixels [P, C], and grids.
+
+    Beside them, int32 [1, S], 1 where a token is of an image: without, the encoder would count the tokens of an image
+    like words, and not by row and column.
+    """
     features = processor(images=list(images), return_tensors="pt")
     counts = (features.image_grid_thw.prod(dim=-1) // processor.merge_size**2).tolist()
     first, *others = text.split(IMAGE_PAD)
     expanded = first + "".join(IMAGE_PAD * count + other for count, other in zip(counts, others, strict=True))
+    input_ids = tokenizer(expanded, return_tensors="pt").input_ids
     return {
-        "input_ids": tokenizer(expanded, return_tensors="pt").input_ids,
+        "input_ids": input_ids,
+        "mm_token_type_ids": (input_ids == tokenizer.convert_tokens_to_ids(IMAGE_PAD)).int(),
         "pixel_values": features.pixel_values,
         "image_grid_thw": features.image_grid_thw,
     }
