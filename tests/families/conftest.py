@@ -15,10 +15,16 @@ def pytest_generate_tests(metafunc):
     """Parametrise over the registry: a pipeline that is registered has a recipe, or the suite fails."""
     recipes = all_recipes()
     if {"recipe", "case"} <= set(metafunc.fixturenames):
+        quick = getattr(metafunc.module, "QUICK_CASES", None)
         metafunc.parametrize(
             ("recipe", "case"),
             [
-                pytest.param(recipe, case, id=f"{name}: {case.name}", marks=[pytest.mark.slow] if case.slow else [])
+                pytest.param(
+                    recipe,
+                    case,
+                    id=f"{name}: {case.name}",
+                    marks=[pytest.mark.slow] if case.slow or case not in recipe.cases[:quick] else [],
+                )
                 for name, recipe in recipes.items()
                 for case in recipe.cases
             ],

@@ -23,6 +23,7 @@ class Case:
         variant: which of the recipe's checkpoints it runs on.
         slow: whether it runs in `make test-all` only.
         patched: whether the recipe's patch holds.
+        unanswered: inputs that change no picture of it, here as in the reference, and why.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     variant: str = "default"
     slow: bool = False
     patched: bool = True
+    unanswered: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -272,6 +272,7 @@ QWEN_IMAGE = Recipe(
                 "width": 48,
                 "num_inference_steps": 2,
             },
+            unanswered={"negative prompt": "there is no second branch at scale 1"},
         ),
         Case(
             "two prompts, n=2, true CFG",

@@ -285,6 +285,7 @@ WAN = Recipe(
     ),
     load_reference=load_reference,
     default_size=signature_size,
+    silent={"image": "the reference takes none: with a first frame it is held to WanImageToVideoPipeline"},
 )
 
 IMAGE_TO_VIDEO = Recipe(
@@ -331,6 +332,7 @@ DMD = DMDRecipe(
     ),
     load_reference=DMDReference,
     default_size=signature_size,
+    silent={"num_inference_steps": "it is the number of timesteps, and nothing else"},
 )
 
 RECIPES = (WAN, IMAGE_TO_VIDEO, DMD)
