@@ -73,7 +73,7 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
     encoder = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config, tie_word_embeddings=False, **ids)
     )
-    stops = [tokenizer.eos_token_id, *range(0, 400, 16)]
+    stops = [tokenizer.eos_token_id, *range(0, 400, 3)]
     encoder.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     return encoder
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safelight.core.config import PipelineConfig, PromptSpec
+from safelight.core.config import PipelineConfig, PromptSpec, check_field, check_rotary
 from safelight.core.params import SamplingParams
 from safelight.core.request import Latents, Prediction, Req
 from safelight.core.schema import ModelSchema, ModelTaskType
@@ -80,6 +80,8 @@ class QwenImagePipelineConfig(PipelineConfig):
     shared_kwargs: ClassVar[frozenset[str]] = frozenset({"freqs_cis"})
     template: ClassVar[PromptTemplate] = GENERATION_TEMPLATE
     num_input_images: ClassVar[tuple[int, int]] = (0, 0)
+    switches: ClassVar[Mapping[str, tuple[bool, ...]]] = {"use_additional_t_cond": (False,)}
+    """Of the transformer, what this pipeline takes: no learned vector is asked for here."""
 
     axes_dims_rope: tuple[int, ...]
     use_layer3d_rope: bool
@@ -88,8 +90,16 @@ class QwenImagePipelineConfig(PipelineConfig):
 
     @classmethod
     def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Build from the components' JSON."""
+        """Build from the components' JSON.
+
+        Raises:
+            ModelIndexError: if the components do not fit each other.
+
+        """
         transformer, vae = component_configs["transformer"], component_configs["vae"]
+        check_components(component_configs)
+        for name, allowed in cls.switches.items():
+            check_field("transformer", name, transformer.get(name, False), allowed)
         return cls(
             vae_scale_factor=2 ** len(vae["temperal_downsample"]),
             latent_channels=transformer.get("in_channels", 64) // PATCH_SIZE**2,
@@ -318,6 +328,8 @@ class QwenImageLayeredPipelineConfig(QwenImageEditPipelineConfig):
     """
 
     template: ClassVar[PromptTemplate] = GENERATION_TEMPLATE
+    switches: ClassVar[Mapping[str, tuple[bool, ...]]] = {"zero_cond_t": (False,)}
+    """In the reference all layers but the composite would be steered as at time 0, which no model was trained for."""
 
     def encode_prompt_spec(self, index: int, batch: Req) -> PromptSpec:
         """Return how the text encoder takes the text alone."""
@@ -381,6 +393,20 @@ class QwenImageLayeredPipelineConfig(QwenImageEditPipelineConfig):
         if layered_params_of(batch).cfg_normalize:
             return super().combine_guidance(batch, predictions, t)
         return PipelineConfig.combine_guidance(self, batch, predictions, t)
+
+
+def check_components(component_configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse components that do not fit each other: a request would end where they meet."""
+    transformer, encoder = component_configs["transformer"], component_configs["text_encoder"]
+    channels = transformer.get("in_channels", 64)
+    check_field("transformer", "in_channels", channels, (component_configs["vae"].get("z_dim", 16) * PATCH_SIZE**2,))
+    made = (transformer.get("out_channels", 16) or channels) * transformer.get("patch_size", 2) ** 2
+    check_field("transformer", "out_channels, times patch_size squared", made, (channels,))
+    head_dim = transformer.get("attention_head_dim", 128)
+    check_rotary("transformer", transformer.get("axes_dims_rope", (16, 56, 56)), 3, head_dim)
+    width = encoder.get("text_config", encoder).get("hidden_size")
+    if width is not None:
+        check_field("transformer", "joint_attention_dim", transformer.get("joint_attention_dim", 3584), (width,))
 
 
 def centred_ids(height: int, width: int, number: int, device: torch.device) -> Tensor:
