@@ -32,7 +32,14 @@ def pytest_generate_tests(metafunc):
     elif "recipe" in metafunc.fixturenames:
         differing = "otherwise_rows" in metafunc.fixturenames
         chosen = {name: recipe for name, recipe in recipes.items() if recipe.difference is not None or not differing}
-        metafunc.parametrize("recipe", chosen.values(), ids=chosen.keys())
+        slow = getattr(metafunc.module, "SLOW_RECIPES", {}).get(metafunc.function.__name__, ())
+        metafunc.parametrize(
+            "recipe",
+            [
+                pytest.param(recipe, id=name, marks=[pytest.mark.slow] if name in slow else [])
+                for name, recipe in chosen.items()
+            ],
+        )
 
 
 @pytest.fixture(autouse=True)

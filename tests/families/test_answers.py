@@ -17,6 +17,15 @@ ANSWER = 1e-2
 OTHER_PROMPT, OTHER_NEGATIVE = "Two dogs run across the wet field at dawn.", "The sky is orange!"
 QUICK_CASES = 2
 """Of each recipe, in `make test`."""
+SLOW_RECIPES = {
+    "test_every_field_answers_in_some_case": (
+        "FluxKontextPipeline",
+        "QwenImageEditPlusPipeline",
+        "QwenImageLayeredPipeline",
+        "WanImageToVideoPipeline",
+    )
+}
+"""Whose own fields are for `make test-all`: they have the most."""
 ELSEWHERE = {
     "n": "how many outputs there are: each can be had again alone",
     "output_type": "the form of the result",
