@@ -15,7 +15,7 @@ import torch
 
 from safelight.core import registry
 from tests import attribution
-from tests.families.report import ParityRow, markdown, table
+from tests.families.report import OTHERWISE_HEADINGS, OtherwiseRow, ParityRow, markdown, table
 
 attribution.attribute()
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
@@ -44,6 +44,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.stash[PARITY_ROWS] = []
+    config.stash[OTHERWISE_ROWS] = []
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,7 @@ def device(request):
 
 
 PARITY_ROWS = pytest.StashKey[list[ParityRow]]()
+OTHERWISE_ROWS = pytest.StashKey[list[OtherwiseRow]]()
 
 
 @pytest.fixture
@@ -68,14 +70,23 @@ def parity_rows(request):
     return request.config.stash[PARITY_ROWS]
 
 
+@pytest.fixture
+def otherwise_rows(request):
+    """Rows of the table of what the installed reference does otherwise than the models' authors."""
+    return request.config.stash[OTHERWISE_ROWS]
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[PARITY_ROWS]
+    rows, otherwise = config.stash[PARITY_ROWS], config.stash[OTHERWISE_ROWS]
+    if otherwise:
+        terminalreporter.section("where the installed Diffusers errs: difference from the models' authors, and ours")
+        terminalreporter.write_line(table(otherwise, OTHERWISE_HEADINGS))
     if not rows:
         return
     terminalreporter.section("parity with Diffusers: largest difference")
     terminalreporter.write_line(table(rows))
     if config.getoption("--parity-report"):
-        config.getoption("--parity-report").write_text(markdown(rows))
+        config.getoption("--parity-report").write_text(markdown(rows, otherwise))
 
 
 FAULT = Path(__file__).parent / "fault"

@@ -15,16 +15,31 @@ def pytest_generate_tests(metafunc):
     """Parametrise over the registry: a pipeline that is registered has a recipe, or the suite fails."""
     recipes = all_recipes()
     if {"recipe", "case"} <= set(metafunc.fixturenames):
+        quick = getattr(metafunc.module, "QUICK_CASES", None)
         metafunc.parametrize(
             ("recipe", "case"),
             [
-                pytest.param(recipe, case, id=f"{name}: {case.name}", marks=[pytest.mark.slow] if case.slow else [])
+                pytest.param(
+                    recipe,
+                    case,
+                    id=f"{name}: {case.name}",
+                    marks=[pytest.mark.slow] if case.slow or case not in recipe.cases[:quick] else [],
+                )
                 for name, recipe in recipes.items()
                 for case in recipe.cases
             ],
         )
     elif "recipe" in metafunc.fixturenames:
-        metafunc.parametrize("recipe", recipes.values(), ids=recipes.keys())
+        differing = "otherwise_rows" in metafunc.fixturenames
+        chosen = {name: recipe for name, recipe in recipes.items() if recipe.difference is not None or not differing}
+        slow = getattr(metafunc.module, "SLOW_RECIPES", {}).get(metafunc.function.__name__, ())
+        metafunc.parametrize(
+            "recipe",
+            [
+                pytest.param(recipe, id=name, marks=[pytest.mark.slow] if name in slow else [])
+                for name, recipe in chosen.items()
+            ],
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +75,11 @@ class Models:
             self._ours[folder] = load_pipeline(ServerArgs(str(folder), device="cpu", conditioning_cache="0"))
         return self._ours[folder]
 
-    def reference(self, recipe, variant="default"):
-        folder = self.folder(recipe, variant)
-        if folder not in self._references:
-            self._references[folder] = recipe.reference(folder)
-        return self._references[folder]
+    def reference(self, recipe, variant="default", as_installed=False):
+        key = (self.folder(recipe, variant), as_installed)
+        if key not in self._references:
+            self._references[key] = recipe.reference(key[0], as_installed)
+        return self._references[key]
 
 
 @pytest.fixture(scope="session")

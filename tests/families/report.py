@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
-HEADINGS = ("pipeline", "case", "token ids", "sigmas", "noise", "latents", "pixels")
+HEADINGS = ("pipeline", "case", "token ids", "sigmas", "noise", "hidden states", "latents", "pixels")
+OTHERWISE_HEADINGS = ("pipeline", "case", "what the installed Diffusers does", "hidden states", "pixels")
 
 
 @dataclass(frozen=True)
@@ -17,22 +18,34 @@ class ParityRow:
     token_ids: str
     sigmas: str
     noise: str
+    states: float
     latents: float
     pixels: float
 
 
-def cells(row: ParityRow) -> list[str]:
+@dataclass(frozen=True)
+class OtherwiseRow:
+    """What the installed reference does otherwise than the model's authors, and how far that is from ours."""
+
+    pipeline: str
+    case: str
+    sentence: str
+    states: float
+    pixels: float
+
+
+def cells(row: ParityRow | OtherwiseRow) -> list[str]:
     return [f"{cell:.1e}" if isinstance(cell, float) else str(cell) for cell in astuple(row)]
 
 
-def table(rows: Sequence[ParityRow]) -> str:
+def table(rows: Sequence[ParityRow | OtherwiseRow], headings: Sequence[str] = HEADINGS) -> str:
     """Return the rows for a terminal."""
-    lines = [list(HEADINGS), *(cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    lines = [list(headings), *(cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def markdown(rows: Iterable[ParityRow]) -> str:
+def markdown(rows: Iterable[ParityRow], otherwise: Sequence[OtherwiseRow]) -> str:
     """Return the rows as the page `docs/parity.md`."""
     import diffusers
     import torch
@@ -43,12 +56,29 @@ def markdown(rows: Iterable[ParityRow]) -> str:
         "",
         "Made by `make parity`; do not edit. Tiny random checkpoints, every parameter shaken, CPU, float32; the same",
         "prompts and seeds through Diffusers and through Safelight. Token ids, sigmas, timesteps and initial noise are",
-        "equal, or the test fails. Latents are compared after every step, pixels in [0, 1]; both may differ by 1e-4.",
+        "equal, or the test fails. Hidden states of text and image encoders are compared, in parts of their largest",
+        "value if that is above 1; latents after every step; pixels in [0, 1]. Each may differ by 1e-4, while another",
+        "prompt, negative prompt, image or seed moves the pixels of every case by at least 1e-2.",
         "",
         f"diffusers {diffusers.__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__.split('+')[0]}.",
         "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + " --- |" * len(HEADINGS),
+        *markdown_table(rows, HEADINGS),
     ]
-    return "\n".join([*head, *("| " + " | ".join(cells(row)) + " |" for row in rows)]) + "\n"
+    if otherwise:
+        head += [
+            "",
+            "## Where the installed Diffusers errs",
+            "",
+            "Here the model's authors' code is the reference, and so it is in the table above. This is how far the",
+            "installed Diffusers is from it; with its mistake made here too, Safelight's pictures are its pictures.",
+            "",
+            *markdown_table(otherwise, OTHERWISE_HEADINGS),
+        ]
+    return "\n".join(head) + "\n"
+
+
+def markdown_table(rows: Iterable[ParityRow | OtherwiseRow], headings: Sequence[str]) -> list[str]:
+    """Return the lines of a table."""
+    head = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    return [*head, *("| " + " | ".join(cells(row)) + " |" for row in rows)]

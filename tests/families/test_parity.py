@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from contextlib import ExitStack, contextmanager
+from inspect import signature
 from operator import attrgetter
 
 import numpy as np
@@ -15,7 +16,7 @@ from safelight.core.executor import Execution
 from safelight.core.registry import pipelines
 from safelight.loading.loader import load_pipeline
 from tests.families.conftest import requests
-from tests.families.report import ParityRow
+from tests.families.report import OtherwiseRow, ParityRow
 from tests.recipes import all_recipes
 
 TOLERANCE = 1e-4
@@ -32,7 +33,7 @@ def test_parity(recipe, case, models, parity_rows):
     reqs = requests(ours, case.fields)
     expected = run_reference(reference, recipe, reqs, case)
     latent_difference = pixel_difference = 0.0
-    with token_ids([part_of(ours, name) for name in recipe.text_encoders]) as ids:
+    with encodings(parts_of(ours, recipe)) as made:
         for index, req in enumerate(reqs):
             noise, steps = run_ours(ours, req)
             assert torch.equal(noise, expected.noise[index : index + 1]), "the initial noise is another"
@@ -41,23 +42,42 @@ def test_parity(recipe, case, models, parity_rows):
             assert len(steps) == len(expected.steps) == req.num_inference_steps
             for step, wanted in zip(steps, expected.steps, strict=True):
                 latent_difference = max(latent_difference, float((step[0] - wanted[index]).abs().max()))
-            wanted = np.asarray(expected.pixels[index])
-            pictures = np.stack([picture.numpy() for picture in req.outputs]).reshape(wanted.shape)
-            pixel_difference = max(pixel_difference, float(np.abs(pictures - wanted).max()))
-    assert by_prompt(ids) == by_prompt(expected.ids)
-    assert latent_difference <= TOLERANCE and pixel_difference <= TOLERANCE
+            pixel_difference = max(pixel_difference, distance(req, expected.pixels[index]))
+    assert made.keys() == expected.made.keys(), "the token ids are others"
+    state_difference = difference_of_states(made, expected.made)
+    assert max(state_difference, latent_difference, pixel_difference) <= TOLERANCE
     assert float(np.std(np.asarray(expected.pixels))) > 0.01, "a flat picture shows nothing"
-    parity_rows.append(
-        ParityRow(recipe.pipeline_name, case.name, "equal", "equal", "equal", latent_difference, pixel_difference)
-    )
+    differences = (state_difference, latent_difference, pixel_difference)
+    parity_rows.append(ParityRow(recipe.pipeline_name, case.name, "equal", "equal", "equal", *differences))
+
+
+def test_what_the_installed_reference_does_otherwise(recipe, models, monkeypatch, otherwise_rows):
+    """Ours is the authors' way; without it, it is the installed reference's, so that there is no second difference.
+
+    It fails once the installed reference does as the authors do: then the recipe's `difference` is to go.
+    """
+    case, ours = recipe.cases[0], models.ours(recipe)
+    (req,) = requests(ours, {**case.fields, "n": 1})
+    installed = run_reference(models.reference(recipe, as_installed=True), recipe, [req], case)
+    with encodings(parts_of(ours, recipe)) as made:
+        run_ours(ours, req)
+    (alike,) = requests(ours, {**case.fields, "n": 1})
+    with monkeypatch.context() as patch, encodings(parts_of(ours, recipe)) as made_alike:
+        recipe.difference.unlearn(patch)
+        run_ours(ours, alike)
+    states, pixels = difference_of_states(made, installed.made), distance(req, installed.pixels[0])
+    assert difference_of_states(made_alike, installed.made) <= TOLERANCE
+    assert distance(alike, installed.pixels[0]) <= TOLERANCE
+    assert min(states, pixels) > 10 * TOLERANCE, "a difference that nobody would see"
+    otherwise_rows.append(OtherwiseRow(recipe.pipeline_name, case.name, recipe.difference.sentence, states, pixels))
 
 
 def test_defaults_are_those_of_the_signature(recipe, models):
     schema = models.ours(recipe).schema
-    signature = inspect.signature(recipe.reference_class().__call__).parameters
+    stated = signature(recipe.reference_class().__call__).parameters
     to_ours = {theirs: name for name, theirs in recipe.to_diffusers.items()} | schema.params_cls.aliases
     compared = 0
-    for theirs, parameter in signature.items():
+    for theirs, parameter in stated.items():
         name = to_ours.get(theirs, theirs)
         if name not in schema.params_cls.options() or name in recipe.not_in_signature:
             continue
@@ -76,8 +96,32 @@ def test_default_size_is_the_references(recipe, models):
 def test_every_argument_of_the_reference_is_known_or_refused_by_name(recipe, models):
     params_cls = models.ours(recipe).schema.params_cls
     known = params_cls.options().keys() | params_cls.aliases.keys() | params_cls.refused.keys()
-    arguments = set(inspect.signature(recipe.reference_class().__call__).parameters) - {"self"}
+    arguments = set(signature(recipe.reference_class().__call__).parameters) - {"self"}
     assert arguments - known == set()
+
+
+def test_encoders_that_take_images_are_told_where_they_are(models, monkeypatch):
+    """Without it some would count the tokens of an image like words, and say nothing."""
+    told = Counter()
+
+    def check(encoder, _args, kwargs):
+        if kwargs.get("pixel_values") is not None:
+            assert not {"mm_token_type_ids", "position_ids"}.isdisjoint(kwargs)
+            told[type(encoder).__name__] += 1
+
+    for recipe in all_recipes().values():
+        case = next((case for case in recipe.cases if "image" in case.fields), None)
+        if case is None:
+            continue
+        pipeline = models.ours(recipe, case.variant)
+        taking = [m for m in pipeline.modules().values() if "mm_token_type_ids" in signature(m.forward).parameters]
+        with monkeypatch.context() as patch, ExitStack() as hooks:
+            if recipe.patch is not None:
+                recipe.patch(patch)
+            for module in taking:
+                hooks.enter_context(module.register_forward_pre_hook(check, with_kwargs=True))
+            run_alone(pipeline, requests(pipeline, {**case.fields, "n": 1})[0])
+    assert told.total() >= 2
 
 
 class Expected:
@@ -88,7 +132,19 @@ class Expected:
     sigmas: list[float]
     timesteps: torch.Tensor
     pixels: np.ndarray
-    ids: list[tuple[int, list[int]]]
+    made: dict[tuple, list[torch.Tensor]]
+
+
+def distance(req, wanted):
+    """Return the largest difference between what a request made and the reference's pixels."""
+    wanted = np.asarray(wanted)
+    pictures = np.stack([picture.numpy() for picture in req.outputs]).reshape(wanted.shape)
+    return float(np.abs(pictures - wanted).max())
+
+
+def parts_of(pipeline, recipe):
+    """Return the encoders of a pipeline of ours."""
+    return [part_of(pipeline, name) for name in recipe.text_encoders], pipeline.modules().get("image_encoder")
 
 
 def part_of(pipeline, name):
@@ -106,7 +162,8 @@ def run_reference(pipe, recipe, reqs, case):
     expected.noise = torch.cat([one.noise for one in each])
     expected.steps = [torch.cat(latents) for latents in zip(*(one.steps for one in each), strict=True)]
     expected.pixels = [one.pixels[0] for one in each]
-    expected.ids = [row for one in each for row in one.ids]
+    for key, states in (row for one in each[1:] for row in one.made.items()):
+        expected.made[key] += states
     return expected
 
 
@@ -138,7 +195,8 @@ def call_reference(pipe, recipe, reqs, case):
 
     pipe.prepare_latents = recording
     try:
-        with token_ids([attrgetter(name)(pipe) for name in recipe.text_encoders]) as expected.ids:
+        text_encoders = [attrgetter(name)(pipe) for name in recipe.text_encoders]
+        with encodings((text_encoders, getattr(pipe, "image_encoder", None))) as expected.made:
             expected.pixels = pipe(
                 **fields,
                 generator=[torch.Generator().manual_seed(req.params.seed) for req in reqs],
@@ -165,30 +223,55 @@ def run_ours(pipeline, req):
 
 
 @contextmanager
-def token_ids(encoders):
-    """Record (encoder, ids) of every row that passes through the text encoders, without masked padding."""
-    seen: list[tuple[int, list[int]]] = []
+def encodings(encoders):
+    """Record what encoders of text and of images make: hidden states by the encoder and the row that it was given.
 
-    def hook(index):
-        def record(_module, args, kwargs):
+    A row of text is its token ids, and its states are [S, C], both without what is masked; a picture is its number, and
+    its states are those that models are given.
+    """
+    text_encoders, image_encoder = encoders
+    made: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+
+    def text_hook(index):
+        def record(_module, args, kwargs, output):
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-            seen_ids = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
-            seen.extend((index, row[kept.bool()].tolist()) for row, kept in zip(ids, seen_ids, strict=True))
+            seen = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+            for row, kept, states in zip(ids, seen.bool(), output["last_hidden_state"], strict=True):
+                made[index, *row[kept].tolist()].append(states[kept].clone())
 
         return record
 
-    handles = [encoder.register_forward_pre_hook(hook(i), with_kwargs=True) for i, encoder in enumerate(encoders)]
+    def image_hook(_module, _args, _kwargs, output):
+        for row, states in enumerate(output.hidden_states[-2]):
+            made["image", row].append(states.clone())
+
+    # Inside a language model with a head, which one side may have and the other not.
+    bodies = [getattr(encoder, "base_model", encoder) for encoder in text_encoders]
+    handles = [body.register_forward_hook(text_hook(i), with_kwargs=True) for i, body in enumerate(bodies)]
+    if image_encoder is not None:
+        handles.append(image_encoder.register_forward_hook(image_hook, with_kwargs=True))
     try:
-        yield seen
+        yield made
     finally:
         for handle in handles:
             handle.remove()
 
 
-def by_prompt(ids):
-    """Return what was encoded, whatever the order and however often: outputs of one prompt share their ids."""
-    return sorted({(index, tuple(row)) for index, row in ids})
+def difference_of_states(ours, theirs):
+    """Return how far ours are from the nearest of theirs with the same key, in parts of the largest value above 1.
+
+    One row may be encoded several times, and in another context: a token of a caption, after other tokens.
+    """
+
+    def difference(left, right):
+        return float((left - right).abs().max()) / max(1.0, float(right.abs().max()))
+
+    return max(
+        min(difference(mine, other) for other in theirs[key] if other.shape == mine.shape)
+        for key, states in ours.items()
+        for mine in states
+    )
 
 
 def test_outputs_can_be_had_again_alone(recipe, models):

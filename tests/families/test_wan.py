@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from safelight import ServerArgs
 from safelight.acceleration.memory import HostMemory
 from safelight.core.request import map_tensors
 from safelight.errors import InvalidParameterError, ModelIndexError, UnknownParameterError
+from safelight.families.wan.config import cleaned
 from safelight.layers.causal_vae import CausalDecoder
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
@@ -24,7 +28,7 @@ from tests.families.conftest import requests
 from tests.families.test_parity import run_alone
 from tests.recipes.base import shake
 from tests.recipes.flux import photo
-from tests.recipes.wan import DMD, IMAGE_TO_VIDEO, SMALL, WAN, patch_cleaning, vae
+from tests.recipes.wan import BROKEN, DMD, IMAGE_TO_VIDEO, SMALL, WAN, vae
 
 
 def test_the_transformer_not_in_use_waits_on_the_host(models, tmp_path):
@@ -151,8 +155,21 @@ def test_noise_levels_are_the_nearest_of_the_training_schedule():
     assert shifted_sigmas(asked, 8.0, 1000) == expected
 
 
-def test_latents_come_with_the_image_in_its_place(models, monkeypatch):
-    patch_cleaning(monkeypatch)
+MARKUP = ["&amp;", "&lt;b&gt;", "<i>", "\x00", "\x1b[1m", "\x85", "\u2028", "\ufeff", "\u00a0", "\ud83d", " \r\n"]
+LETTERS = ["\ufb03", "\uff21", "\u201c", "\u2026", "\u00c3\u00a9", "\u00e2\u20ac\u2122", "cat"]
+
+
+@given(st.lists(st.sampled_from(MARKUP + LETTERS) | st.text(max_size=5)).map("".join))
+@example(BROKEN)
+def test_prompts_are_cleaned_as_the_reference_cleans_them(text):
+    assert cleaned(text) == pipeline_wan.prompt_clean(text) == pipeline_wan_i2v.prompt_clean(text)
+
+
+def test_cleaning_is_more_than_markup():
+    assert cleaned(BROKEN) == 'a cat with "flowers", a café and a dog\'s field'
+
+
+def test_latents_come_with_the_image_in_its_place(models):
     fields = {
         **SMALL,
         "height": 64,

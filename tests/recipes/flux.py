@@ -22,6 +22,9 @@ from tests.recipes.tokenizers import clip_tokenizer, t5_tokenizer
 CAT = "a photo of a cat sitting on a red chair"
 MAP = "an old map of the world, drawn in ink; ships, whales and a compass rose beside the naïve café of 漢字 dogs"
 
+TRANSFORMER_GAINS = {"*.attn.to_out.0.weight": 8.0, "*.attn.norm_*": 2.5}
+"""Attention that picks out, and what it picks."""
+
 
 def components(folder: Path, variant: str) -> dict[str, Any]:
     """Return the components of a pipeline; tokenizers are saved into `folder` on the way."""
@@ -73,7 +76,7 @@ def components(folder: Path, variant: str) -> dict[str, Any]:
         "tokenizer": clip,
         "text_encoder_2": shake(T5EncoderModel(t5_config), 3),
         "tokenizer_2": t5,
-        "transformer": shake(transformer, 4),
+        "transformer": shake(transformer, 4, gains=TRANSFORMER_GAINS),
     }
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.refusals import refusal
 from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
+from safelight.backends.solvers import give_own_solvers
 from safelight.backends.step_thread import StepThread
 from safelight.core.config import PipelineConfig
 from safelight.core.params import SamplingParams
@@ -88,6 +90,7 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str 
     dtypes = {"default": server_args.component_dtype(""), **own}
     pipe = cls.from_pretrained(path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
+    tell_where_images_are(pipe)
     return DiffusersPipeline({"pipeline": pipe.to(server_args.torch_device())}, DiffusersConfig(), schema, server_args)
 
 
@@ -144,9 +147,11 @@ class DiffusersStage(PipelineStage):
             thread.cancel()
 
     def _call(self, batch: Req, pause: Callable[[], None]) -> None:
-        """Call a copy of the pipeline that shares the modules, and has a solver of its own."""
+        """Call a copy of the pipeline that shares the modules, and has solvers of its own."""
+        assert batch.params.seed is not None
+        generator = torch.Generator("cpu").manual_seed(batch.params.seed)
         pipe = copy.copy(self.pipe)
-        pipe.scheduler = copy.deepcopy(self.pipe.scheduler)
+        give_own_solvers(pipe, generator)
         pipe.set_progress_bar_config(disable=True)
 
         def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +162,8 @@ class DiffusersStage(PipelineStage):
         steps = {CALLBACK: on_step_end} if CALLBACK in self.parameters else {}
         try:
             with torch.inference_mode():
-                made = pipe(**self._arguments(batch), **steps)  # by name: as a tuple, some are without their outer list
+                # By name: as a tuple, some are without their outer list.
+                made = pipe(**self._arguments(batch), **steps, generator=generator)
         except Exception as error:  # the package's boundary: what it cannot run is said in its words
             logger.warning("%s failed", type(pipe).__name__, exc_info=True)
             raise refusal(type(pipe).__name__, error) from error
@@ -174,10 +180,8 @@ class DiffusersStage(PipelineStage):
             if isinstance(value, tuple) and not takes_tuple(self.parameters[name].annotation):
                 single = params.options()[name].kind == "images" and len(value) == 1
                 given[name] = value[0] if single else list(value)
-        assert params.seed is not None
-        generator = torch.Generator("cpu").manual_seed(params.seed)
         form = "latent" if params.output_type == "latent" else "np"
-        return {**given, "generator": generator, "output_type": form}
+        return {**given, "output_type": form}
 
 
 def to_output(media: Any, output_type: str | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from safelight.core.params import SamplingParams
 from safelight.core.request import Latents, Prediction, Req
 from safelight.core.schema import ModelSchema, ModelTaskType
+from safelight.errors import ModelIndexError
 
 COND, UNCOND = "cond", "uncond"
 
@@ -203,6 +204,32 @@ class PipelineConfig:
         positive, negative = predictions
         assert isinstance(positive, Tensor) and isinstance(negative, Tensor)
         return negative + self.guidance_scale(batch, t) * (positive - negative)
+
+
+def check_field(component: str, name: str, got: object, allowed: Collection[object]) -> None:
+    """Refuse a value of a component's configuration that a request could not be made with.
+
+    Raises:
+        ModelIndexError: naming component and field, what is there and what it takes.
+
+    """
+    if got not in allowed:
+        takes = " or ".join(map(repr, allowed)) or "nothing here"
+        raise ModelIndexError(
+            f"{component}/config.json: {name}: got {got!r}; with the rest of this model it takes {takes}"
+        )
+
+
+def check_rotary(component: str, axes_dims: Sequence[int], num_axes: int, head_dim: int) -> None:
+    """Refuse channels of a head that do not turn in pairs, or are not as many as the head has.
+
+    Raises:
+        ModelIndexError: naming component and field.
+
+    """
+    check_field(component, "axes_dims_rope, their number", len(axes_dims), (num_axes,))
+    check_field(component, "axes_dims_rope, their sum", sum(axes_dims), (head_dim,))
+    check_field(component, "axes_dims_rope, odd ones", [dim for dim in axes_dims if dim % 2], ([],))
 
 
 def per_channel(values: float | tuple[float, ...], like: Tensor) -> Tensor:

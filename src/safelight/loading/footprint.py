@@ -136,6 +136,10 @@ class LongestText:
         ids = torch.zeros(1, min(max_length or len(TOKEN.findall(text)), UNCUT), dtype=torch.int64)
         return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
 
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """Return the one id that there is."""
+        return 0
+
 
 def tokens_alone(encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give a text encoder its tokens alone: of images, which it would look at, their places among the tokens count."""

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 from safelight.core.config import PipelineConfig
 from safelight.core.request import ModelCall, Prediction, Req
 from safelight.core.server_args import ServerArgs
+from safelight.core.solver import takes_generator
 from safelight.core.stage import PipelineStage, Steps
 
 
@@ -42,5 +43,7 @@ class DenoisingStage(PipelineStage):
         t = batch.timesteps[batch.step_index]
         batch.pending = []
         prediction = self.config.combine_guidance(batch, predictions, t)
-        batch.latents = batch.scheduler.step(prediction, t, batch.latents, return_dict=False)[0]
+        # A solver that draws noise draws it from the seed, and never from torch's own generator.
+        noise = {"generator": batch.generator} if takes_generator(type(batch.scheduler)) else {}
+        batch.latents = batch.scheduler.step(prediction, t, batch.latents, return_dict=False, **noise)[0]
         batch.step_index += 1

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from safelight.core.config import PipelineConfig, PromptSpec
+from safelight.core.config import PipelineConfig, PromptSpec, check_field, check_rotary
 from safelight.core.params import SamplingParams
 from safelight.core.request import Latents, Prediction, Req
 from safelight.core.schema import ModelSchema, ModelTaskType
@@ -79,9 +79,15 @@ class FluxPipelineConfig(PipelineConfig):
 
     @classmethod
     def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Build from the components' JSON."""
+        """Build from the components' JSON.
+
+        Raises:
+            ModelIndexError: if the components do not fit each other.
+
+        """
         transformer, vae = component_configs["transformer"], component_configs["vae"]
         check_takes_sigmas(component_configs)
+        check_components(component_configs)
         return cls(
             vae_scale_factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
             latent_channels=transformer.get("in_channels", 64) // PATCH_SIZE**2,
@@ -207,6 +213,25 @@ class FluxPipelineConfig(PipelineConfig):
             "freqs_cis": cond.freqs_cis,
         }
         return kwargs if cond.guidance is None else {**kwargs, "guidance": cond.guidance}
+
+
+def check_components(component_configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse components that do not fit each other: a request would end where they meet."""
+    transformer = component_configs["transformer"]
+    channels = transformer.get("in_channels", 64)
+    check_field("transformer", "in_channels", channels, (component_configs["vae"].get("latent_channels", 4) * 4,))
+    made = (transformer.get("out_channels") or channels) * transformer.get("patch_size", 1) ** 2
+    check_field("transformer", "out_channels, times patch_size squared", made, (channels,))
+    head_dim = transformer.get("attention_head_dim", 128)
+    check_rotary("transformer", transformer.get("axes_dims_rope", (16, 56, 56)), 3, head_dim)
+    widths = (
+        ("joint_attention_dim", 4096, "text_encoder_2", "d_model"),
+        ("pooled_projection_dim", 768, "text_encoder", "hidden_size"),
+    )
+    for name, default, encoder, width in widths:
+        given = component_configs[encoder].get(width)
+        if given is not None:
+            check_field("transformer", name, transformer.get(name, default), (given,))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safelight.core.config import PipelineConfig, PromptSpec
+from safelight.core.config import PipelineConfig, PromptSpec, check_field, check_rotary
 from safelight.core.params import SamplingParams
 from safelight.core.request import Latents, Prediction, Req
 from safelight.core.schema import ModelSchema, ModelTaskType
@@ -80,6 +80,8 @@ class QwenImagePipelineConfig(PipelineConfig):
     shared_kwargs: ClassVar[frozenset[str]] = frozenset({"freqs_cis"})
     template: ClassVar[PromptTemplate] = GENERATION_TEMPLATE
     num_input_images: ClassVar[tuple[int, int]] = (0, 0)
+    switches: ClassVar[Mapping[str, tuple[bool, ...]]] = {"use_additional_t_cond": (False,)}
+    """Of the transformer, what this pipeline takes: no learned vector is asked for here."""
 
     axes_dims_rope: tuple[int, ...]
     use_layer3d_rope: bool
@@ -88,9 +90,17 @@ class QwenImagePipelineConfig(PipelineConfig):
 
     @classmethod
     def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Build from the components' JSON."""
+        """Build from the components' JSON.
+
+        Raises:
+            ModelIndexError: if the components do not fit each other.
+
+        """
         transformer, vae = component_configs["transformer"], component_configs["vae"]
         check_takes_sigmas(component_configs)
+        check_components(component_configs)
+        for name, allowed in cls.switches.items():
+            check_field("transformer", name, transformer.get(name, False), allowed)
         return cls(
             vae_scale_factor=2 ** len(vae["temperal_downsample"]),
             latent_channels=transformer.get("in_channels", 64) // PATCH_SIZE**2,
@@ -282,7 +292,7 @@ class QwenImageEditPipelineConfig(QwenImagePipelineConfig):
     def text_encoder_inputs(
         self, spec: PromptSpec, text: str, batch: Req, tokenizer: Any, processor: Any
     ) -> dict[str, Tensor]:
-        """Return token ids [1, S], and the pixels and grids of the images among them."""
+        """Return token ids [1, S], and the places, pixels and grids of the images among them."""
         return vision_inputs(text, self.condition_images(batch), tokenizer, processor)
 
     def condition_images(self, batch: Req) -> list[Image.Image]:
@@ -319,6 +329,8 @@ class QwenImageLayeredPipelineConfig(QwenImageEditPipelineConfig):
     """
 
     template: ClassVar[PromptTemplate] = GENERATION_TEMPLATE
+    switches: ClassVar[Mapping[str, tuple[bool, ...]]] = {"zero_cond_t": (False,)}
+    """In the reference all layers but the composite would be steered as at time 0, which no model was trained for."""
 
     def encode_prompt_spec(self, index: int, batch: Req) -> PromptSpec:
         """Return how the text encoder takes the text alone."""
@@ -334,8 +346,7 @@ class QwenImageLayeredPipelineConfig(QwenImageEditPipelineConfig):
     def caption_inputs(self, text: str, batch: Req, tokenizer: Any, processor: Any) -> dict[str, Tensor]:
         """Return what the text encoder is given to write a caption of the input image."""
         inputs = vision_inputs(text, self.condition_images(batch), tokenizer, processor)
-        is_image = inputs["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-        return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"]), "mm_token_type_ids": is_image.int()}
+        return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
 
     def prepare_latent_shape(self, batch: Req) -> tuple[int, ...]:
         """Return [1, 1 + layers, C, H, W] in latent pixels: the composite, then its layers."""
@@ -385,6 +396,20 @@ class QwenImageLayeredPipelineConfig(QwenImageEditPipelineConfig):
         return PipelineConfig.combine_guidance(self, batch, predictions, t)
 
 
+def check_components(component_configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse components that do not fit each other: a request would end where they meet."""
+    transformer, encoder = component_configs["transformer"], component_configs["text_encoder"]
+    channels = transformer.get("in_channels", 64)
+    check_field("transformer", "in_channels", channels, (component_configs["vae"].get("z_dim", 16) * PATCH_SIZE**2,))
+    made = (transformer.get("out_channels", 16) or channels) * transformer.get("patch_size", 2) ** 2
+    check_field("transformer", "out_channels, times patch_size squared", made, (channels,))
+    head_dim = transformer.get("attention_head_dim", 128)
+    check_rotary("transformer", transformer.get("axes_dims_rope", (16, 56, 56)), 3, head_dim)
+    width = encoder.get("text_config", encoder).get("hidden_size")
+    if width is not None:
+        check_field("transformer", "joint_attention_dim", transformer.get("joint_attention_dim", 3584), (width,))
+
+
 def centred_ids(height: int, width: int, number: int, device: torch.device) -> Tensor:
     """Return float32 [height * width, 3]: the image's number, and each token's row and column from the centre."""
     rows = torch.arange(height, dtype=torch.float32, device=device) - (height - height // 2)
@@ -393,13 +418,19 @@ def centred_ids(height: int, width: int, number: int, device: torch.device) -> T
 
 
 def vision_inputs(text: str, images: Iterable[Image.Image], tokenizer: Any, processor: Any) -> dict[str, Tensor]:
-    """Return token ids [1, S] with as many places for each image as it has merged patches, pixels [P, C], and grids."""
+    """Return token ids [1, S] with as many places for each image as it has merged patches, pixels [P, C], and grids.
+
+    Beside them, int32 [1, S], 1 where a token is of an image: without, the encoder would count the tokens of an image
+    like words, and not by row and column.
+    """
     features = processor(images=list(images), return_tensors="pt")
     counts = (features.image_grid_thw.prod(dim=-1) // processor.merge_size**2).tolist()
     first, *others = text.split(IMAGE_PAD)
     expanded = first + "".join(IMAGE_PAD * count + other for count, other in zip(counts, others, strict=True))
+    input_ids = tokenizer(expanded, return_tensors="pt").input_ids
     return {
-        "input_ids": tokenizer(expanded, return_tensors="pt").input_ids,
+        "input_ids": input_ids,
+        "mm_token_type_ids": (input_ids == tokenizer.convert_tokens_to_ids(IMAGE_PAD)).int(),
         "pixel_values": features.pixel_values,
         "image_grid_thw": features.image_grid_thw,
     }

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import ftfy
 import torch
 from PIL import Image
 from torch import Tensor
 
-from safelight.core.config import PipelineConfig, PromptSpec
+from safelight.core.config import PipelineConfig, PromptSpec, check_field
 from safelight.core.params import SamplingParams
 from safelight.core.request import Latents, Req
 from safelight.core.schema import ModelSchema, ModelTaskType
@@ -28,6 +29,10 @@ from safelight.layers.pixels import image_to_tensor
 from safelight.layers.rotary import rotary_table
 from safelight.stages.schedule import shifted_sigmas
 
+TRANSFORMERS = ("transformer", "transformer_2")
+PATCH_SIZE = (1, 2, 2)
+SHARED_BY_STAGES = ("attention_head_dim", "image_dim", "patch_size", "pos_embed_seq_len")
+"""Fields in which two transformers agree, because a request's tables and images are made once for both."""
 NUM_TRAIN_TIMESTEPS = 1000
 FAST_TIMESTEPS = (1000.0, 757.0, 522.0)
 """FastWan's, where the index states none."""
@@ -91,7 +96,7 @@ class WanPipelineConfig(PipelineConfig):
         """Build from the components' JSON.
 
         Raises:
-            ModelIndexError: if a transformer that steps would ask for is null.
+            ModelIndexError: if a transformer that steps would ask for is null, or components do not fit each other.
 
         """
         index, vae = component_configs["model_index"], component_configs["vae"]
@@ -100,6 +105,8 @@ class WanPipelineConfig(PipelineConfig):
             if name not in component_configs:
                 raise ModelIndexError(f"model_index.json: {name} is null, and boundary_ratio {boundary_ratio} needs it")
         transformer = component_configs.get("transformer") or component_configs["transformer_2"]
+        cls.check_components(component_configs)
+        takes_image_embeds = component_configs.get("transformer", {}).get("image_dim") is not None
         head_dim = transformer.get("attention_head_dim", 128)
         side_dim = 2 * (head_dim // 6)
         return cls(
@@ -108,15 +115,42 @@ class WanPipelineConfig(PipelineConfig):
             vae_scale=tuple(1.0 / std for std in vae["latents_std"]),
             vae_shift=tuple(vae["latents_mean"]),
             temporal_scale_factor=vae.get("scale_factor_temporal", 4),
-            patch_size=tuple(transformer.get("patch_size", (1, 2, 2))),
+            patch_size=tuple(transformer.get("patch_size", PATCH_SIZE)),
             axes_dims_rope=(head_dim - 2 * side_dim, side_dim, side_dim),
             boundary_timestep=None if boundary_ratio is None else boundary_ratio * NUM_TRAIN_TIMESTEPS,
             expand_timesteps=index.get("expand_timesteps", False),
-            takes_image_embeds=component_configs.get("transformer", {}).get("image_dim") is not None,
-            needs_last_image=transformer.get("pos_embed_seq_len") is not None,
+            takes_image_embeds=takes_image_embeds,
+            needs_last_image=takes_image_embeds and transformer.get("pos_embed_seq_len") is not None,
             timesteps=tuple(index.get("dmd_denoising_steps", FAST_TIMESTEPS)),
             flow_shift=index.get("flow_shift", FAST_FLOW_SHIFT),
         )
+
+    @classmethod
+    def check_components(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse components that do not fit each other: a request would end where they meet."""
+        vae, expand = component_configs["vae"], component_configs["model_index"].get("expand_timesteps", False)
+        made = vae.get("z_dim", 16)
+        present = {name: component_configs[name] for name in TRANSFORMERS if name in component_configs}
+        for name, transformer in present.items():
+            given = transformer.get("in_channels", 16)
+            check_field(name, "in_channels", given, (cls.in_channels(vae, expand),))
+            check_field(name, "out_channels", transformer.get("out_channels", 16) or given, (made,))
+            frames, rows, columns = transformer.get("patch_size", PATCH_SIZE)
+            check_field(name, "patch_size, of frames", frames, (1,))
+            check_field(name, "patch_size, of columns", columns, (rows,))
+            if expand:  # where the reference counts timesteps by tokens of this size
+                check_field(name, "patch_size, of rows", rows, (PATCH_SIZE[1],))
+            width = component_configs["text_encoder"].get("d_model")
+            if width is not None:
+                check_field(name, "text_dim", transformer.get("text_dim", 4096), (width,))
+            for field in SHARED_BY_STAGES:
+                check_field(name, field, transformer.get(field), (next(iter(present.values())).get(field),))
+
+    @classmethod
+    def in_channels(cls, vae: Mapping[str, Any], expand_timesteps: bool) -> int:
+        """Return the channels of a transformer's input: of the latents alone."""
+        channels: int = vae.get("z_dim", 16)
+        return channels
 
     def model_schema(
         self, model: str, pipeline_name: str, params_cls: type[SamplingParams], defaults: Mapping[str, Any]
@@ -239,6 +273,26 @@ class WanImageToVideoPipelineConfig(WanPipelineConfig):
 
     task: ClassVar[ModelTaskType] = ModelTaskType.TI2V
 
+    @classmethod
+    def check_components(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse components that do not fit each other, and a transformer of embedded images without their encoder."""
+        super().check_components(component_configs)
+        image_dim = component_configs.get("transformer", {}).get("image_dim")
+        if image_dim is None:
+            return
+        for name in ("image_encoder", "image_processor"):
+            if name not in component_configs:
+                raise ModelIndexError(f"model_index.json: {name} is null, and the transformer's image_dim needs it")
+        width = component_configs["image_encoder"].get("hidden_size", image_dim)
+        check_field("transformer", "image_dim", image_dim, (width,))
+
+    @classmethod
+    def in_channels(cls, vae: Mapping[str, Any], expand_timesteps: bool) -> int:
+        """Return the channels of a transformer's input: of the latents, and beside them of the image's and its mask."""
+        channels = super().in_channels(vae, expand_timesteps)
+        mask: int = vae.get("scale_factor_temporal", 4)
+        return channels if expand_timesteps else 2 * channels + mask
+
     def num_input_images(self) -> tuple[int, int]:
         """Return the least and the most images; a last one has a field of its own."""
         return (1, 1)
@@ -325,8 +379,12 @@ def needed_transformers(boundary_ratio: float | None) -> list[str]:
 
 
 def cleaned(text: str) -> str:
-    """Return a prompt without HTML entities, even doubly escaped ones, and with single spaces."""
-    return " ".join(html.unescape(html.unescape(text)).split())
+    """Return a prompt as the model was trained on: mended by ftfy, without HTML entities, and with single spaces.
+
+    ftfy makes plain letters of fullwidth ones and of ligatures, straight quotes of curly ones, and text of what was
+    decoded wrongly; control codes go. Entities may be escaped doubly.
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def params_of(batch: Req) -> WanSamplingParams:

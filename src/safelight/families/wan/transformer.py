@@ -38,7 +38,7 @@ class WanArchitecture:
         qk_norm: always over all heads together.
         eps: of the norms.
         image_dim: channels of the image embeddings; None where the model takes none.
-        added_kv_proj_dim: the same in cross-attention, after their MLP.
+        added_kv_proj_dim: the same in cross-attention, after their MLP; without it they join the text there.
         rope_max_seq_len: not needed here, where the rotary table is as long as the video.
         pos_embed_seq_len: tokens of a learned position embedding over a first and a last image.
 
@@ -277,8 +277,11 @@ class WanTransformer3DModel(nn.Module):
         super().__init__()
         if architecture.qk_norm != QK_NORM:
             raise ValueError(f"qk_norm: got {architecture.qk_norm!r}; it takes {QK_NORM!r}")
+        if architecture.freq_dim % 2:
+            raise ValueError(f"freq_dim: got {architecture.freq_dim}; it takes an even number")
         dim, self.patch_size = architecture.dim, architecture.patch_size
         patch_volume = self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+        self.joins_images = architecture.added_kv_proj_dim is None
         self.patch_embedding = nn.Conv3d(architecture.in_channels, dim, self.patch_size, self.patch_size)
         self.condition_embedder = WanConditionEmbedding(architecture)
         self.blocks = nn.ModuleList(WanTransformerBlock(architecture) for _ in range(architecture.num_layers))
@@ -308,15 +311,17 @@ class WanTransformer3DModel(nn.Module):
             timestep: [B, G], from 0 to 1000: one for all tokens (G = 1), or one a latent frame.
             encoder_hidden_states: [B, S_text, text_dim].
             freqs_cis: complex64 [S, D/2].
-            encoder_hidden_states_image: [B, S_images, image_dim], where the model takes them.
+            encoder_hidden_states_image: [B, S_images, image_dim], where the model takes them, and None where not.
 
         """
         dtype, embedder = self.patch_embedding.weight.dtype, self.condition_embedder
         patches = self.patch_embedding(hidden_states.to(dtype))  # B C T H W, of tokens
         temb, steering = embedder(timestep, dtype)
         text, images = embedder.text_embedder(encoder_hidden_states.to(dtype)), None
-        if embedder.image_embedder is not None:
+        if encoder_hidden_states_image is not None:
             images = embedder.image_embedder(encoder_hidden_states_image)
+        if images is not None and self.joins_images:
+            text, images = torch.cat((images, text), dim=1), None
         tokens = patches.flatten(2).transpose(1, 2).contiguous()
         for block in self.blocks:
             tokens = block(tokens, text, images, steering, freqs_cis)
