@@ -19,7 +19,7 @@ DEMO := outputs/demo.png
 PROMPT ?= a large red circle at the left on a white background
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-lowest lock test-reliability test-parallel fuzz lint types parity features bench clean
+.PHONY: help demo test test-all test-newest test-lowest lock gpu-wheels test-reliability test-parallel fuzz lint types parity features bench clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | sort
@@ -68,6 +68,9 @@ test-lowest:  ## the tests with the lowest versions that the ranges admit, in an
 	@$(LOWEST)/bin/python tools/requirements.py floors torch==$(TORCH) > $(LOWEST)/floors.txt
 	@$(LOWEST)/bin/python $(PIP_INSTALL) -c $(LOWEST)/floors.txt -e '.[test]'
 	@$(LOWEST)/bin/python -m pytest -q -n 3 --dist loadfile
+
+gpu-wheels: $(READY)  ## fetch what a machine with a GPU may lack for `python -m benchmarks.gpu_day`, as wheels
+	@$(BIN)/python -m benchmarks.gpu_wheels
 
 test-reliability: $(READY)  ## the tests of faults: deaths, hangs, kill -9, full disks
 	@$(BIN)/python -m pytest -q --slow tests/reliability tests/serving tests/runtime
