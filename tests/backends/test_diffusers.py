@@ -255,6 +255,8 @@ def test_a_value_that_breaks_the_pipeline_is_one_clear_error_too(loaded, checkpo
     message = str(caught.value)
     assert name in message and "\n" not in message and not re.search(r"0x|\.py|Traceback|torch\.", message)
     assert len(message) < 400 and not threads()
+    if pipeline is loaded(name):  # the other one can run nothing
+        assert len(alone(pipeline, {"prompt": "a cat", "seed": 0, **FIELDS[name]})) == 1
 
 
 @pytest.mark.parametrize(

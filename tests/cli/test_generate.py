@@ -279,7 +279,7 @@ def write_images(folder):
     return {
         "truncated.png": "truncated",
         "text.png": "readable PNG, JPEG, WEBP",
-        "empty.png": "readable PNG, JPEG, WEBP",
+        "empty.png": "this is an empty file",
         "1x1.png": "1x1 pixels",
         "picture.gif": "this is a GIF",
         "missing.png": "No such file",
