@@ -10,6 +10,7 @@ On the CPU, where host and device are one memory, a tiny stack: counts only, and
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -105,13 +106,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = begin(parser)
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.set_num_threads(os.cpu_count() or 1)  # pages of the host are copied by all cores, as in a server
     device = "cuda" if on_gpu else "cpu"
     stack = STACKS[arguments.stack]
     size = stack.full if on_gpu and not arguments.quick else stack.tiny
     dtype = torch.bfloat16 if on_gpu else torch.float32
     if not on_gpu:
         print("No GPU: host and device are one memory here, so that bytes are counted and nothing is timed.\n")
-    transformer = stack.random_transformer(size.architecture, dtype, "cpu")
+    transformer = stack.random_transformer(size.architecture, dtype, device).cpu()  # one core would draw for a minute
     name, grid = next(iter(size.grids.items()))
     inputs = stack.inputs(size, grid, dtype, device)
     memory: DeviceMemory = CudaMemory(torch.device("cuda")) if on_gpu else HostMemory()

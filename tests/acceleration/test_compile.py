@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 
 import pytest
@@ -18,7 +20,7 @@ from safelight import DiffusionGenerator, ServerArgs
 from safelight.acceleration import compile as compile_module
 from safelight.acceleration.callers import Callers
 from safelight.acceleration.compilation import Compilation
-from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
+from safelight.acceleration.compile import missing_for_launchers, missing_toolchain, warm_up_compiler
 from safelight.core.executor import Execution, SyncExecutor
 from safelight.errors import CompilationError, InvalidParameterError
 from safelight.runtime.background import BackgroundCompiler, job_of
@@ -271,3 +273,27 @@ def test_bfloat16_is_compiled_for_itself(tiny_flux):
     fields = cases_of("FluxPipeline")[0]
     made, expected = alone(pipeline, fields, callers.finished()), alone(pipeline, fields)
     assert (made - expected).abs().max() < 0.05 and not torch.equal(made, expected)
+
+
+@pytest.mark.parametrize(
+    ("compilers", "headers", "missing"),
+    [
+        ((), True, "a C compiler (gcc or clang), and there is none"),
+        (("gcc",), False, "the headers of Python (Debian: python3-dev), and they are not here"),
+        (("gcc",), True, None),
+        (("clang",), True, None),
+    ],
+)
+def test_what_building_launchers_lacks_is_named(monkeypatch, tmp_path, compilers, headers, missing):
+    """Slim images have Triton, and neither a compiler nor headers."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name in compilers else None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    if headers:
+        (tmp_path / "Python.h").touch()
+    assert missing_for_launchers() == missing
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert missing_toolchain("cuda") == missing
+    monkeypatch.setenv("CC", "icx")
+    told = missing_for_launchers()
+    assert told is not None and told.startswith("a C compiler (icx)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from safelight.acceleration.plan import (
 from safelight.errors import InvalidParameterError
 from safelight.loading.footprint import Peaks, empty_pipeline, measure, rehearse, request
 from safelight.loading.loader import load_pipeline
+from safelight.loading.planning import plan_memory
 from safelight.loading.repository import open_repository
 from tests.families.conftest import Models
 from tests.recipes import all_recipes
@@ -205,3 +207,19 @@ def test_planned_components_have_the_tensors_that_are_loaded(models, name, dtype
         expected = {key: (tensor.shape, tensor.dtype) for key, tensor in module.named_parameters()}
         assert {key: (tensor.shape, tensor.dtype) for key, tensor in planned[component].named_parameters()} == expected
         assert {tensor.device.type for tensor in tensors_of(planned[component])} == {"meta"}
+
+
+def test_what_a_cache_keeps_on_the_device_is_not_planned_with(tmp_path):
+    """Where nothing waits on the host the conditioning cache is on the device too."""
+    folder = tmp_path / "model"
+    all_recipes()["FluxPipeline"].build(folder, "default")
+    repository, kept = open_repository(folder), 300 * 2**20
+    args = ServerArgs(str(folder), dtype="float32", conditioning_cache="300MiB")
+    roomy = plan_memory(repository, args, 8 * GIB)
+    assert roomy.footprint.kept == kept and roomy.fits
+    least = roomy.peak + WORKSPACE + kept
+    assert plan_memory(repository, args, least).fits
+    with pytest.raises(InvalidParameterError, match="memory_limit"):
+        plan_memory(repository, args, least - 1)
+    on_host = dataclasses.replace(args, offload="components")
+    assert plan_memory(repository, on_host, least - 1).footprint.kept == 0

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from safelight.core.device import is_lost, is_out_of_memory
-from safelight.errors import DeviceLostError, WorkerLostError
+from safelight.core.server_args import ServerArgs
+from safelight.errors import DeviceLostError, ModelError, WorkerLostError
 from safelight.runtime.engine import Engine
-from safelight.runtime.watch import Watch
+from safelight.runtime.group import worker_environment
+from safelight.runtime.messages import Start
+from safelight.runtime.watch import UnitLimits, Watch
 from tests.runtime.conftest import request
 from tests.runtime.test_supervisor import answer, ask, drive, pid_of, running
 
@@ -217,3 +220,34 @@ def test_a_request_that_cannot_be_moved_ends_alone(fault_pipeline, monkeypatch, 
         engine.tick()
     assert short.done and short.error is None
     assert long.done and is_out_of_memory(long.error)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", 0), ("cuda:3", 3)])
+def test_a_worker_works_on_its_own_device(fault_family, fault_model, monkeypatch, tmp_path, device, expected):
+    """Libraries ask for the current device: streams, kernels' launchers, and checks at loading."""
+    from safelight.runtime import worker
+
+    current = []
+    monkeypatch.setattr(ServerArgs, "torch_device", lambda self: torch.device(self.device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+
+    def load(args, mesh):
+        assert current == [expected], "before anything is loaded"
+        raise ModelError("far enough")
+
+    monkeypatch.setattr(worker, "load_pipeline", load)
+    asked = {"model": str(fault_model(name="served")), "device": device}
+    start = Start(asked, max_running=1, batching="exact", share=0.1, limits=UnitLimits(), warm_up=False)
+    with pytest.raises(ModelError, match="far enough"):
+        worker.build_engine(start, tmp_path, None)
+
+
+def test_a_workers_allocator_has_blocks_that_can_grow(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert worker_environment()["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    assert "PYTORCH_ALLOC_CONF" not in worker_environment()
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    assert worker_environment()["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"

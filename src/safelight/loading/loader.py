@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,7 @@ def _load_native(
     repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None, mesh: Mesh
 ) -> ComposedPipeline:
     pipeline_cls = repository.pipeline.pipeline_cls()
-    names = pipeline_cls.component_names()
-    for component in server_args.component_dtypes:
-        if component not in names:
-            raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
+    _check_component_dtypes(server_args, pipeline_cls.component_names())
     config, schema = configure(repository)
     plan = _plan_for_device(repository, server_args, memory)
     tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
@@ -138,26 +135,32 @@ def _load_native(
         dtype = server_args.component_dtype(name, config.precisions.get(name))
         placed = plan is not None and name in plan.placed
         home = HOST if placed or waits_on_host(name, mesh) else server_args.torch_device()
-        modules[name] = load_component(source, dtype, home, (mesh.tp.rank, mesh.tp.size))
+        modules[name] = component = load_component(source, dtype, home, (mesh.tp.rank, mesh.tp.size))
         warn_of_unused(source.folder, resolve_class(source.target))
-        if isinstance(modules[name], nn.Module):
+        if isinstance(component, nn.Module):
             if not placed and server_args.torch_device() == HOST:  # elsewhere they are copied before they are used
-                align_weights(modules[name])
+                align_weights(component)
             # Bands walk the library's own modules, which faster ones would replace.
             in_bands = name == "vae" and (tiled or mesh.layout.vae)
             empty[name] = functools.partial(empty_component, source, dtype)
-            _prepare(modules[name], server_args, dtype, "plain" if in_bands else server_args.kernels, mesh)
+            _prepare(component, server_args, dtype, "plain" if in_bands else server_args.kernels, mesh)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
     pipeline = pipeline_cls(modules, config, schema, server_args)
     pipeline.empty_components = empty
-    weights = [name for name, component in modules.items() if isinstance(component, nn.Module)]
-    pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in weights}
+    pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in empty}
     share(pipeline, mesh)
     if tiled:
         tile_decoding(pipeline)
     if plan is not None and memory is not None:
         pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
     return pipeline
+
+
+def _check_component_dtypes(server_args: ServerArgs, names: Sequence[str]) -> None:
+    """Refuse the dtype of a component that there is not."""
+    for component in server_args.component_dtypes:
+        if component not in names:
+            raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
 
 
 def warn_of_unused(folder: Path, cls: Any) -> None:

@@ -277,21 +277,22 @@ class Engine:
             no_room = self.ranks.check_room(tasks)
         steps_left = [task.steps_left for task in tasks]
         if no_room is None:
-            ended = [self._advance(task, results) for task, results in zip(tasks, self._results(tasks), strict=True)]
-            errors = self.ranks.agree([error for _, error in ended])
+            self._advance_all(tasks)
         else:
-            ended, errors = [(False, None)] * len(tasks), [no_room] * len(tasks)
+            self._end(tasks[0], no_room)
         span.end()
-        for task, (is_over, _), error in zip(tasks, ended, errors, strict=True):
-            if is_over or error is not None:
-                self._end(task, error)
-        parts = [
-            Part(task.error is None and task.steps_left < before, not before, task.done and task.error is None)
-            for task, before in zip(tasks, steps_left, strict=True)
-        ]
+        parts = [part_of(task, before) for task, before in zip(tasks, steps_left, strict=True)]
         self._issued.append(Issued(tasks, parts, kind, span))
         self._learn(0 if any(task.done or not task.calls for task in tasks) else 1)
         return tasks
+
+    def _advance_all(self, tasks: Sequence[Task]) -> None:
+        """Do a unit of each, vote on what became of it, and end those that are over."""
+        ended = [self._advance(task, results) for task, results in zip(tasks, self._results(tasks), strict=True)]
+        errors = self.ranks.agree([error for _, error in ended])
+        for task, (is_over, _), error in zip(tasks, ended, errors, strict=True):
+            if is_over or error is not None:
+                self._end(task, error)
 
     def _catch_up(self, tasks: Sequence[Task]) -> None:
         """Wait for what the device was given of other tasks than these."""
@@ -383,6 +384,12 @@ class Engine:
         self.tasks.remove(task)
         if is_out_of_memory(error):
             free_memory()
+
+
+def part_of(task: Task, steps_left: int) -> Part:
+    """Return what a unit was for a task that had so many steps left before."""
+    succeeded = task.error is None
+    return Part(succeeded and task.steps_left < steps_left, not steps_left, succeeded and task.done)
 
 
 def free_memory() -> None:
