@@ -208,7 +208,8 @@ def rebuilt(own, folder, target, changes):
         return config, None
     names = [name for name, _ in made.named_parameters()]
     gains = {pattern: gain for pattern, gain in GAINS[kind.__name__].items() if fnmatch.filter(names, pattern)}
-    shake(made, 4, gains=gains).save_pretrained(target / "transformer")
+    shake(made, 4, gains=gains)
+    made.save_pretrained(target / "transformer")
     return config, made
 
 
