@@ -6,6 +6,8 @@ them by `ANSWER`, a hundred times what parity allows. Where a reference has no a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from PIL import Image
 
@@ -76,6 +78,7 @@ def test_every_case_answers(recipe, case, models):
 def changed(schema, name, option, fields):
     """Return a case's fields with one of them changed; None where there is nothing to change."""
     value = fields.get(name, schema.defaults.get(name))
+    other: Any
     match option.kind:
         case "string" | "strings":
             other = OTHER_NEGATIVE if name.startswith("negative") else OTHER_PROMPT
@@ -118,7 +121,7 @@ def test_every_field_answers_in_some_case(recipe, models):
     """Those that the case gives come first; a field that answers in none is in the recipe's list, and nothing else."""
     options = models.ours(recipe).schema.params_cls.options()
     cases = [case for case in recipe.cases if not case.slow]
-    silent, made = set(), {}
+    silent, made = set(), dict[str, torch.Tensor]()
     for name, option in options.items():
         if name in ELSEWHERE:
             continue

@@ -201,13 +201,15 @@ def rebuilt(own, folder, target, changes):
     path = target / "transformer" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
     torch.manual_seed(0)
+    kind: Any = type(own)
     try:
-        made = type(own)(**config)
+        made = kind(**config)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
         return config, None
     names = [name for name, _ in made.named_parameters()]
-    gains = {pattern: gain for pattern, gain in GAINS[type(own).__name__].items() if fnmatch.filter(names, pattern)}
-    shake(made, 4, gains=gains).save_pretrained(target / "transformer")
+    gains = {pattern: gain for pattern, gain in GAINS[kind.__name__].items() if fnmatch.filter(names, pattern)}
+    shake(made, 4, gains=gains)
+    made.save_pretrained(target / "transformer")
     return config, made
 
 

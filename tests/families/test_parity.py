@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_every_argument_of_the_reference_is_known_or_refused_by_name(recipe, mod
 
 def test_encoders_that_take_images_are_told_where_they_are(models, monkeypatch):
     """Without it some would count the tokens of an image like words, and say nothing."""
-    told = Counter()
+    told: Counter[str] = Counter()
 
     def check(encoder, _args, kwargs):
         if kwargs.get("pixel_values") is not None:
@@ -132,7 +133,7 @@ class Expected:
     sigmas: list[float]
     timesteps: torch.Tensor
     pixels: np.ndarray
-    made: dict[tuple, list[torch.Tensor]]
+    made: dict[tuple[Any, ...], list[torch.Tensor]]
 
 
 def distance(req, wanted):
@@ -230,7 +231,7 @@ def encodings(encoders):
     its states are those that models are given.
     """
     text_encoders, image_encoder = encoders
-    made: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+    made: dict[tuple[Any, ...], list[torch.Tensor]] = defaultdict(list)
 
     def text_hook(index):
         def record(_module, args, kwargs, output):

@@ -22,7 +22,7 @@ def give_own_solvers(pipe: Any, generator: torch.Generator) -> None:
         if not isinstance(component, diffusers.SchedulerMixin):
             continue
         solver = copy.deepcopy(component)
-        if takes_generator(type(solver)):
+        if takes_generator(solver.__class__):
             # A partial of the class's function, which a pipeline that copies its solver can copy along.
             step = functools.partial(type(solver).step, solver, generator=generator)
             vars(solver)["step"] = step

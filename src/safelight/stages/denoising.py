@@ -44,6 +44,6 @@ class DenoisingStage(PipelineStage):
         batch.pending = []
         prediction = self.config.combine_guidance(batch, predictions, t)
         # A solver that draws noise draws it from the seed, and never from torch's own generator.
-        noise = {"generator": batch.generator} if takes_generator(type(batch.scheduler)) else {}
+        noise = {"generator": batch.generator} if takes_generator(batch.scheduler.__class__) else {}
         batch.latents = batch.scheduler.step(prediction, t, batch.latents, return_dict=False, **noise)[0]
         batch.step_index += 1

@@ -319,6 +319,7 @@ class WanTransformer3DModel(nn.Module):
         temb, steering = embedder(timestep, dtype)
         text, images = embedder.text_embedder(encoder_hidden_states.to(dtype)), None
         if encoder_hidden_states_image is not None:
+            assert embedder.image_embedder is not None
             images = embedder.image_embedder(encoder_hidden_states_image)
         if images is not None and self.joins_images:
             text, images = torch.cat((images, text), dim=1), None
