@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import typing
+from typing import Any
 
 import diffusers
 import diffusers.pipelines
@@ -47,7 +48,7 @@ def test_every_class_has_its_librarys_file():
     """Whatever package the index names it of: Stable Diffusion's safety checker is transformers', IF's mark is not."""
     classes = model_classes()
     assert len({library for library, _ in classes}) > 10, "single pipelines' packages are among them"
-    stems = {"diffusers": {}, "transformers": {}}
+    stems: dict[str, dict[tuple[str, str], str | None]] = {"diffusers": {}, "transformers": {}}
     for (library, name), cls in classes.items():
         package = {"diffusers": diffusers, "transformers": transformers}.get(library)
         package = package or getattr(diffusers.pipelines, library, None)
@@ -165,6 +166,6 @@ def test_wan_runs_through_the_package(tmp_path):
     fields = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3}
     with DiffusionGenerator.from_pretrained(tmp_path, device="cpu", backend="diffusers") as generator:
         ours = generator.generate("a cat", seed=0, output_type="np", **fields)
-    pipe = diffusers.WanPipeline.from_pretrained(tmp_path)
+    pipe: Any = diffusers.WanPipeline.from_pretrained(tmp_path)
     theirs = pipe("a cat", generator=torch.Generator().manual_seed(0), output_type="np", **fields)
     assert np.array_equal(ours.videos, theirs.frames)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -19,13 +20,13 @@ from tests.recipes.base import shake
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SHIFTED = {**FLOW, "use_dynamic_shifting": True, "time_shift_type": "exponential"}
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     "FluxPipeline": {},
     "FluxKontextPipeline": {"max_area": 32 * 48},
     "QwenImagePipeline": {"true_cfg_scale": 2.0, "negative_prompt": "blurry"},
     "WanPipeline": {"num_frames": 5},
 }
-COMMON = {"prompt": "a cat", "height": 32, "width": 48, "num_inference_steps": 4}
+COMMON: dict[str, Any] = {"prompt": "a cat", "height": 32, "width": 48, "num_inference_steps": 4}
 BOUND = 1e-4
 
 
@@ -50,7 +51,7 @@ def built(tmp_path_factory):
 def reference(name, folder, **fields):
     """Return what the package makes, or what it raises."""
     try:
-        pipe = getattr(diffusers, name).from_pretrained(folder)
+        pipe: Any = getattr(diffusers, name).from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         return np.asarray(pipe(generator=generator, output_type="np", **{**COMMON, **FIELDS[name], **fields})[0])

@@ -151,6 +151,8 @@ def open_repository(
     if path is not None:
         if revision is not None:
             raise InvalidParameterError("revision", revision, "nothing here: a folder has no revisions")
+        if model is None and backend == "auto":
+            backend = "native"  # as it is known to be: whether a family has all classes is not asked, which needs torch
         found = _read(name if model is not None else "the shipped model", path, backend)
         return _with_variant(found, variant) if weights else found
     if not hub.is_repo_id(name):
