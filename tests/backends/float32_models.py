@@ -61,8 +61,13 @@ TOO_LARGE = {
 def classes() -> list[str]:
     """Return the names of the public model classes with parts in float32."""
     public: list[Any] = [getattr(diffusers, name, None) for name in dir(diffusers)]
-    models = {cls for cls in public if isinstance(cls, type) and issubclass(cls, ModelMixin)}
-    return sorted(cls.__name__ for cls in models if cls._keep_in_fp32_modules)
+    return sorted(
+        {
+            cls.__name__
+            for cls in public
+            if isinstance(cls, type) and issubclass(cls, ModelMixin) and cls._keep_in_fp32_modules
+        }
+    )
 
 
 def build(name: str) -> torch.nn.Module:

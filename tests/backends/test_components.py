@@ -150,7 +150,8 @@ def test_classes_with_parts_in_float32_load(flux_folder, tmp_path, name):
     """In place of another pipeline's transformer, which nothing looks at while it is loaded."""
     folder = shutil.copytree(flux_folder, tmp_path / "model")
     shutil.rmtree(folder / "transformer")
-    float32_models.build(name).save_pretrained(folder / "transformer")
+    made: Any = float32_models.build(name)
+    made.save_pretrained(folder / "transformer")
     edit_json(folder / "model_index.json", transformer=["diffusers", name])
     pipeline = load_pipeline(ServerArgs(str(folder), device="cpu", dtype="bfloat16", backend="diffusers"))
     ours = pipeline.get_module("pipeline").transformer.state_dict()

@@ -40,8 +40,10 @@ def built(tmp_path_factory):
         all_recipes()[name].build(folder, "default")
         for path in (folder / component).iterdir():
             path.unlink()
-        made = getattr(diffusers, cls)(**config)
-        (shake(made, 3) if isinstance(made, torch.nn.Module) else made).save_pretrained(folder / component)
+        made: Any = getattr(diffusers, cls)(**config)
+        if isinstance(made, torch.nn.Module):
+            shake(made, 3)
+        made.save_pretrained(folder / component)
         edit_json(folder / "model_index.json", **{component: ["diffusers", cls]})
         return folder
 
@@ -170,6 +172,13 @@ def test_several_at_once_are_all_named(built):
     edit_json(folder / "model_index.json", text_encoder=["transformers", "CLIPTextModelWithProjection"])
     (note,) = open_repository(folder).notes
     assert "scheduler FlowMatchLCMScheduler and text_encoder CLIPTextModelWithProjection" in note
+
+
+def test_the_transformer_is_the_familys(built):
+    folder = built("FluxPipeline", "scheduler", "FlowMatchEulerDiscreteScheduler", {})
+    edit_json(folder / "model_index.json", transformer=["diffusers", "SD3Transformer2DModel"])
+    with pytest.raises(ModelIndexError, match="transformer: class 'SD3Transformer2DModel' is not supported"):
+        load_pipeline(ServerArgs(str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize(
