@@ -65,7 +65,7 @@ def classes() -> list[str]:
         {
             cls.__name__
             for cls in public
-            if isinstance(cls, type) and issubclass(cls, ModelMixin) and cls._keep_in_fp32_modules
+            if isinstance(cls, type) and issubclass(cls, ModelMixin) and getattr(cls, "_keep_in_fp32_modules", None)
         }
     )
 
