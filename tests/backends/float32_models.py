@@ -60,9 +60,14 @@ TOO_LARGE = {
 
 def classes() -> list[str]:
     """Return the names of the public model classes with parts in float32."""
-    public = [getattr(diffusers, name, None) for name in dir(diffusers)]
-    models = {cls for cls in public if isinstance(cls, type) and issubclass(cls, ModelMixin)}
-    return sorted(cls.__name__ for cls in models if cls._keep_in_fp32_modules)
+    public: list[Any] = [getattr(diffusers, name, None) for name in dir(diffusers)]
+    return sorted(
+        {
+            cls.__name__
+            for cls in public
+            if isinstance(cls, type) and issubclass(cls, ModelMixin) and getattr(cls, "_keep_in_fp32_modules", None)
+        }
+    )
 
 
 def build(name: str) -> torch.nn.Module:
@@ -71,4 +76,5 @@ def build(name: str) -> torch.nn.Module:
     parameters = inspect.signature(cls.__init__).parameters
     small = {key: value for key, value in {**SMALL, **OWN.get(name, {})}.items() if key in parameters}
     torch.manual_seed(0)
-    return cls(**small)
+    made: torch.nn.Module = cls(**small)
+    return made

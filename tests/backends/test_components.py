@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import typing
+from typing import Any
 
 import diffusers
 import diffusers.pipelines
@@ -47,7 +48,7 @@ def test_every_class_has_its_librarys_file():
     """Whatever package the index names it of: Stable Diffusion's safety checker is transformers', IF's mark is not."""
     classes = model_classes()
     assert len({library for library, _ in classes}) > 10, "single pipelines' packages are among them"
-    stems = {"diffusers": {}, "transformers": {}}
+    stems: dict[str, dict[tuple[str, str], str | None]] = {"diffusers": {}, "transformers": {}}
     for (library, name), cls in classes.items():
         package = {"diffusers": diffusers, "transformers": transformers}.get(library)
         package = package or getattr(diffusers.pipelines, library, None)
@@ -149,7 +150,8 @@ def test_classes_with_parts_in_float32_load(flux_folder, tmp_path, name):
     """In place of another pipeline's transformer, which nothing looks at while it is loaded."""
     folder = shutil.copytree(flux_folder, tmp_path / "model")
     shutil.rmtree(folder / "transformer")
-    float32_models.build(name).save_pretrained(folder / "transformer")
+    made: Any = float32_models.build(name)
+    made.save_pretrained(folder / "transformer")
     edit_json(folder / "model_index.json", transformer=["diffusers", name])
     pipeline = load_pipeline(ServerArgs(str(folder), device="cpu", dtype="bfloat16", backend="diffusers"))
     ours = pipeline.get_module("pipeline").transformer.state_dict()
@@ -165,6 +167,6 @@ def test_wan_runs_through_the_package(tmp_path):
     fields = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3}
     with DiffusionGenerator.from_pretrained(tmp_path, device="cpu", backend="diffusers") as generator:
         ours = generator.generate("a cat", seed=0, output_type="np", **fields)
-    pipe = diffusers.WanPipeline.from_pretrained(tmp_path)
+    pipe: Any = diffusers.WanPipeline.from_pretrained(tmp_path)
     theirs = pipe("a cat", generator=torch.Generator().manual_seed(0), output_type="np", **fields)
     assert np.array_equal(ours.videos, theirs.frames)

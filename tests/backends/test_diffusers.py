@@ -18,6 +18,7 @@ from safelight import DiffusionGenerator, ServerArgs
 from safelight.backends.diffusers import describe as describe_pipeline
 from safelight.backends.diffusers import has_pipeline, pipeline_entry
 from safelight.backends.refusals import one_line, refusal
+from safelight.backends.signature import PackageParams
 from safelight.backends.step_thread import StepThread
 from safelight.core.executor import Execution
 from safelight.core.registry import pipelines
@@ -118,6 +119,7 @@ def test_a_picture_that_the_safety_checker_blackens_says_so(tmp_path):
 @pytest.mark.parametrize("name", WITHOUT_TEXT)
 def test_what_a_call_cannot_do_without_is_asked_for(checkpoint, name):
     schema = describe(open_repository(checkpoint(name)))
+    assert issubclass(schema.params_cls, PackageParams)
     for field in sorted(schema.params_cls.required):
         fields = {key: value for key, value in FIELDS[name].items() if key != field}
         with pytest.raises(InvalidParameterError, match=field):
@@ -134,7 +136,7 @@ def test_a_form_of_result_that_a_call_does_not_know_is_refused(checkpoint):
 
 def test_every_pipeline_of_the_package_is_described_or_refused_by_name():
     """Those that are refused need tensors, or take no generator: with a seed they would make any picture."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for name in filter(has_pipeline, dir(diffusers)):
         try:
             cls = pipeline_entry(name).sampling_param_cls()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -19,13 +20,13 @@ from tests.recipes.base import shake
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SHIFTED = {**FLOW, "use_dynamic_shifting": True, "time_shift_type": "exponential"}
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     "FluxPipeline": {},
     "FluxKontextPipeline": {"max_area": 32 * 48},
     "QwenImagePipeline": {"true_cfg_scale": 2.0, "negative_prompt": "blurry"},
     "WanPipeline": {"num_frames": 5},
 }
-COMMON = {"prompt": "a cat", "height": 32, "width": 48, "num_inference_steps": 4}
+COMMON: dict[str, Any] = {"prompt": "a cat", "height": 32, "width": 48, "num_inference_steps": 4}
 BOUND = 1e-4
 
 
@@ -39,8 +40,10 @@ def built(tmp_path_factory):
         all_recipes()[name].build(folder, "default")
         for path in (folder / component).iterdir():
             path.unlink()
-        made = getattr(diffusers, cls)(**config)
-        (shake(made, 3) if isinstance(made, torch.nn.Module) else made).save_pretrained(folder / component)
+        made: Any = getattr(diffusers, cls)(**config)
+        if isinstance(made, torch.nn.Module):
+            shake(made, 3)
+        made.save_pretrained(folder / component)
         edit_json(folder / "model_index.json", **{component: ["diffusers", cls]})
         return folder
 
@@ -50,7 +53,7 @@ def built(tmp_path_factory):
 def reference(name, folder, **fields):
     """Return what the package makes, or what it raises."""
     try:
-        pipe = getattr(diffusers, name).from_pretrained(folder)
+        pipe: Any = getattr(diffusers, name).from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         return np.asarray(pipe(generator=generator, output_type="np", **{**COMMON, **FIELDS[name], **fields})[0])
@@ -169,6 +172,13 @@ def test_several_at_once_are_all_named(built):
     edit_json(folder / "model_index.json", text_encoder=["transformers", "CLIPTextModelWithProjection"])
     (note,) = open_repository(folder).notes
     assert "scheduler FlowMatchLCMScheduler and text_encoder CLIPTextModelWithProjection" in note
+
+
+def test_the_transformer_is_the_familys(built):
+    folder = built("FluxPipeline", "scheduler", "FlowMatchEulerDiscreteScheduler", {})
+    edit_json(folder / "model_index.json", transformer=["diffusers", "SD3Transformer2DModel"])
+    with pytest.raises(ModelIndexError, match="transformer: class 'SD3Transformer2DModel' is not supported"):
+        load_pipeline(ServerArgs(str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize(

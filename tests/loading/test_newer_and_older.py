@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 
 import diffusers
 import numpy as np
@@ -232,7 +233,7 @@ def test_a_whole_clip_file_makes_the_same_picture(original, changed):
 
 # Keys of other versions
 
-QWEN = {
+QWEN: dict[str, Callable[[str], str]] = {
     "older": lambda key: key,
     "newer": lambda key: QWEN["other"](key) if key.startswith("model.") else QWEN["both"](key),
     "both": lambda key: f"model.{key}" if key.startswith("visual.") else key,

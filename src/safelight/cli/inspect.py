@@ -24,7 +24,7 @@ def models() -> None:
     from safelight.loading.repository import SHIPPED_MODEL, open_repository
 
     if SHIPPED_MODEL.is_dir():
-        shipped = open_repository(backend="native", weights=False)
+        shipped = open_repository(weights=False)
         click.echo(f"shipped with Safelight, the default: {SHIPPED_MODEL.name} ({shipped.index['_class_name']})")
     for name, entry in pipelines().items():
         click.echo(f"{name} ({entry.model_family})")

@@ -67,12 +67,14 @@ def download_components(repo_id: str, revision: str | None, cached: Path, wanted
     """
     from huggingface_hub import snapshot_download
 
-    patterns = _names(_listed(repo_id, revision, cached), wanted)
-    return Path(_in_words(repo_id, revision, lambda: snapshot_download(repo_id, revision=revision, **patterns)))
+    patterns = _patterns(_listed(repo_id, revision, cached), wanted)
+    return Path(
+        _in_words(repo_id, revision, lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    )
 
 
-def _names(listed: Sequence[str], wanted: Wanted) -> dict[str, list[str]]:
-    """Return the patterns of the files to download, by the arguments that take them."""
+def _patterns(listed: Sequence[str], wanted: Wanted) -> list[str]:
+    """Return the patterns of the files to download."""
     folders: dict[str, list[str]] = {name: [] for name in wanted.components}
     for path in listed:
         folder, _, name = path.rpartition("/")
@@ -84,7 +86,7 @@ def _names(listed: Sequence[str], wanted: Wanted) -> dict[str, list[str]]:
     if wanted.weights and not any(name.endswith(_WEIGHT_SUFFIX) for name in names):
         # Of a cache without weights the client says that it is not whole.
         patterns += [f"{folder}/*{_WEIGHT_SUFFIX}" for folder in folders]
-    return {"allow_patterns": patterns}
+    return patterns
 
 
 def _listed(repo_id: str, revision: str | None, cached: Path) -> list[str]:

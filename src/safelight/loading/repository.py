@@ -27,6 +27,8 @@ CONFIG_NAMES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+LOOP = "transformer"
+"""What the names of the denoising loop's components begin with."""
 DEFAULTS_NAME = "generation_config.json"
 """Where a repository may state its own default sampling values, as transformers' repositories do."""
 
@@ -239,13 +241,17 @@ def _pipeline_entry(class_name: str, backend: str) -> PipelineEntry:
 def _with_fallback(entry: PipelineEntry, index: Mapping[str, Any]) -> tuple[PipelineEntry, tuple[str, ...]]:
     """Return the family's pipeline, or the package's where a component's class is the libraries' and not the family's.
 
-    Of a class that is neither, the family's pipeline says so by name.
+    The transformer is not looked at: it is what the family is for. Of a class that is neither, the family's pipeline
+    says so by name.
     """
-    pipeline_cls = entry.pipeline_cls()
-    known = {**LIBRARY_CLASSES, **pipeline_cls.component_classes}
-    parts = {name: index.get(name) for name in pipeline_cls.component_names()}
-    named = {name: part for name, part in parts.items() if isinstance(part, list) and all(map(_is_text, part))}
-    foreign = {name: part for name, part in named.items() if len(part) == 2 and part[1] not in known}
+    parts = {name: part for name, part in index.items() if isinstance(part, list) and not name.startswith(LOOP)}
+    named = {name: part for name, part in parts.items() if len(part) == 2 and all(map(_is_text, part))}
+    foreign = {name: part for name, part in named.items() if part[1] not in LIBRARY_CLASSES}
+    if not foreign:
+        return entry, ()
+    pipeline_cls = entry.pipeline_cls()  # imports torch, and so after what can be known without
+    own, used = pipeline_cls.component_classes, pipeline_cls.component_names()
+    foreign = {name: part for name, part in foreign.items() if name in used and part[1] not in own}
     if not foreign:
         return entry, ()
     from safelight.backends import components, diffusers
