@@ -20,6 +20,20 @@ WRAPPERS = frozenset({"contextlib", "functools", "torch.utils._contextlib", "typ
 """Modules whose frames stand between a function and whoever called it."""
 
 
+STRICT = tuple(
+    part
+    for rule in (
+        "error",
+        "ignore::DeprecationWarning",
+        "ignore::PendingDeprecationWarning",
+        "ignore::FutureWarning",
+        "error:::__main__",
+    )
+    for part in ("-W", rule)
+)
+"""Python's options for a process that runs a user's own code: the same rule, where that code stands for ours."""
+
+
 def module_of(frame: FrameType) -> str:
     """Return the name of the module that a frame runs."""
     return str(frame.f_globals.get("__name__", ""))

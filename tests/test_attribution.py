@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import builtins
 import functools
+import subprocess
 import sys
 import types
 
 import pytest
 import torch
+
+from tests.attribution import STRICT
 
 LIBRARY = """
 import functools, warnings, contextlib
@@ -128,3 +131,19 @@ def test_torchs_own_deprecations_are_told_apart():
 
     with pytest.raises(FutureWarning, match="grown"):
         grown()
+
+
+@pytest.mark.parametrize(
+    ("code", "fails"),
+    [
+        ("import warnings; warnings.warn('old', FutureWarning)", True),
+        ("import library; library.old()", True),
+        ("import library; library.within()", False),
+        ("import library; library.serious()", True),
+        ("import library", False),
+    ],
+)
+def test_a_users_own_code_is_held_to_the_same(tmp_path, code, fails):
+    (tmp_path / "library.py").write_text(LIBRARY)
+    ran = subprocess.run([sys.executable, *STRICT, "-c", code], cwd=tmp_path, capture_output=True, timeout=120)
+    assert (ran.returncode != 0) == fails, ran.stderr

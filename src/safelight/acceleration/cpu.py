@@ -61,8 +61,8 @@ class CpuPlan:
     """What is computed otherwise than torch would by itself.
 
     Attributes:
-        onednn_products: float32 linear layers by oneDNN. torch's MKL runs at half rate on AMD's processors with
-            AVX-512: 118 GFLOP/s a thread against 248 (Zen 5). On Intel's they are equal.
+        onednn_products: float32 linear layers by oneDNN. torch's MKL is slower on AMD's processors with
+            AVX-512: 118 GFLOP/s a thread against 248 (Zen 5), 94 against 104 (Zen 4). On Intel's they are equal.
         fused_gelu: linear layers with GELU as one operator of oneDNN; GELU's tanh costs a quarter of the product.
         widened_bfloat16: bfloat16 linear layers and convolutions in float32, rounded once, where the processor has no
             bfloat16 instructions: 26 GFLOP/s against 105 (Cascade Lake).

@@ -26,7 +26,7 @@ from safelight.core.request import Req
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage, Steps
-from safelight.errors import ModelIndexError
+from safelight.errors import ModelIndexError, NonFiniteOutputError
 
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
@@ -185,6 +185,13 @@ class DiffusersStage(PipelineStage):
 
 
 def to_output(media: Any, output_type: str | None) -> Tensor:
-    """Return one of a pipeline's outputs, float32 [..., H, W, C] in [0, 1], rounded to uint8 for `pil`."""
+    """Return one of a pipeline's outputs, float32 [..., H, W, C] in [0, 1], rounded to uint8 for `pil`.
+
+    Raises:
+        NonFiniteOutputError: if it holds NaN or infinity, which some solvers make of some numbers of steps.
+
+    """
     tensor = torch.from_numpy(media) if isinstance(media, np.ndarray) else media.cpu()
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise NonFiniteOutputError("the model made an output that is not finite; no picture is made of it")
     return (tensor * 255).round().to(torch.uint8) if output_type == "pil" else tensor

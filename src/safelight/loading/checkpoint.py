@@ -65,7 +65,7 @@ def load_weights(
     whatever the rest is, and keys with a part in `_keys_to_ignore_on_load_unexpected` are left in the file.
 
     On the CPU, in the checkpoint's own dtype, parameters are the mapped file itself: nothing is copied, and pages are
-    read when they are first touched.
+    read when they are first touched. What must not lie where the file has it is moved later (`alignment.py`).
 
     Args:
         module: whose parameters are filled.
