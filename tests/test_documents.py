@@ -19,10 +19,10 @@ from PIL import Image
 from safelight import errors
 from safelight.cli.main import COMMANDS, cli
 from safelight.core.registry import pipelines
-<<<<<<< ours
 from safelight.core.server_args import ServerArgs
 from safelight.serving import errors as serving_errors
 from safelight.serving.serve_args import ServeArgs, read_config
+from tests.attribution import STRICT
 from tests.documents import (
     DOCUMENTS,
     ROOT,
@@ -40,15 +40,11 @@ from tests.documents import (
 )
 from tests.recipes import flux
 from training.shapes import all_scenes, prompt_for
-=======
-from tests.attribution import STRICT
->>>>>>> theirs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block for path in DOCUMENTS for block in blocks(path)]
 
 
-<<<<<<< ours
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
@@ -121,12 +117,6 @@ def diverging(here: Console, command: Command) -> str:
     words = [str(here.folder / "checkpoint") if word == "CHECKPOINT" else word for word in command.words[1:]]
     ended = subprocess.run(
         [sys.executable, "-c", BROKEN, *words], capture_output=True, text=True, env=here.environment, timeout=300
-=======
-def test_the_python_in_the_readme_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    ran = subprocess.run(
-        [sys.executable, *STRICT, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
->>>>>>> theirs
     )
     assert ended.returncode == 1, ended.stderr
     return ended.stdout
@@ -193,7 +183,7 @@ def run_console(block: Block, folder: Path, hub: Path) -> None:
 def run_python(block: Block, folder: Path, hub: Path) -> None:
     """Run it, warnings being errors, in a folder of its own."""
     here = Console(folder, hub)
-    here.python("-W", "error", "-c", block.text)
+    here.python(*STRICT, "-c", block.text)
     for name in re.findall(r'"([\w-]+\.png)"', block.text):
         shown = here.safelight("info", name)
         assert "prompt" in shown, "a picture that a document saves says how it was made"
