@@ -11,7 +11,7 @@ import torch
 from safelight import ServerArgs
 from safelight.core.executor import Execution
 from safelight.core.registry import resolve_class
-from safelight.loading.components import LIBRARY_CLASSES
+from safelight.loading.classes import LIBRARY_CLASSES
 from safelight.loading.loader import load_pipeline
 from tests.families.conftest import requests
 
@@ -24,9 +24,6 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 """What makes a solver of other models one of flow matching, where it has the option."""
 OPTIONS_OF_NOISE = {"stochastic_sampling": True, "algorithm_type": "sde-dpmsolver++"}
 """Options by which a solver draws noise at each step."""
-OWN_SCHEDULE = {"UniPCMultistepScheduler": ("WanPipeline", "WanImageToVideoPipeline")}
-"""Solvers that make their noise levels themselves, and the pipelines that leave them to the solver."""
-
 WITHOUT_SOLVER = ("WanDMDPipeline",)
 """Pipelines whose loop steps by itself, whatever solver the repository has."""
 
@@ -45,9 +42,8 @@ def is_noisy(config):
 def solvers_of(recipe):
     """Return the solvers that a recipe's pipeline is tried with: class names and configurations."""
     for name, solver in SOLVERS.items():
-        if recipe.pipeline_name in OWN_SCHEDULE.get(name, (recipe.pipeline_name,)):
-            for config in configurations(solver, **FLOW):
-                yield name, config
+        for config in configurations(solver, **FLOW):
+            yield name, config
 
 
 def with_solver(folder, name, config, target):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import diffusers
 import pytest
 import torch
@@ -14,6 +17,7 @@ from safelight.serving.fields import resolve, sort_fields
 from safelight.serving.gate import Body
 from safelight.serving.limits import Limits
 from safelight.serving.models_api import own_fields, request_schema
+from safelight.serving.serve_args import ServeArgs
 from tests.backends import builders
 
 
@@ -34,7 +38,8 @@ def asked(folder, **fields):
 def test_no_prompt_is_asked_for(folder):
     resolved = asked(folder, num_inference_steps=2, seed=1)
     assert resolved.params.prompt is None and resolved.params.seed == 1
-    assert "prompt" not in request_schema(resolved.schema, Limits())["required"]
+    context: Any = SimpleNamespace(schema=lambda: resolved.schema, settings=ServeArgs(), limits=Limits())
+    assert "prompt" not in request_schema(context)["required"]
 
 
 def test_a_prompt_is_refused(folder):
