@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
@@ -78,21 +78,9 @@ def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingP
 
     """
     given = {key: value for key, value in parameters_of(call).items() if key not in ("self", "kwargs")}
-    kinds = {
-        key: kind
-        for key, value in given.items()
-        if (kind := kind_of(value.annotation)) is not None
-        and "ip_adapter" not in key  # none is ever loaded
-        and key not in REFUSED
-    }
-    if "prompt" in given:  # whatever else it may be
-        kinds["prompt"] = "strings"
+    kinds = askable(given)
     required = {key for key, value in given.items() if value.default is inspect.Parameter.empty}
-    lacking = [key for key in NEEDED if key not in given]
-    if lacking or required - kinds.keys():
-        needs = f"its call takes no {' and no '.join(lacking)}" if lacking else ""
-        needs = needs or f"it needs {', '.join(sorted(required - kinds.keys()))}, which cannot be asked for here"
-        raise ModelIndexError(f"model_index.json: pipeline class {name!r} cannot be run: {needs}")
+    check_callable(name, given.keys(), required - kinds.keys())
     common = {field.name for field in dataclasses.fields(SamplingParams)}
     aliases = SamplingParams.aliases
     own = [key for key in kinds if key not in common and key not in aliases and key not in SamplingParams.refused]
@@ -111,6 +99,27 @@ def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingP
     )
     made.required = frozenset(required)  # type: ignore[attr-defined]
     return made
+
+
+def askable(given: Mapping[str, inspect.Parameter]) -> dict[str, str]:
+    """Return the kinds of those parameters that can be asked for."""
+    kinds = {
+        key: kind
+        for key, value in given.items()
+        if (kind := kind_of(value.annotation)) is not None
+        and "ip_adapter" not in key  # none is ever loaded
+        and key not in REFUSED
+    }
+    return {**kinds, "prompt": "strings"} if "prompt" in given else kinds  # whatever else it may be
+
+
+def check_callable(name: str, given: Collection[str], missing: Collection[str]) -> None:
+    """Refuse a pipeline that takes no generator, say, or that needs what cannot be asked for."""
+    lacking = [key for key in NEEDED if key not in given]
+    if lacking or missing:
+        needs = f"its call takes no {' and no '.join(lacking)}" if lacking else ""
+        needs = needs or f"it needs {', '.join(sorted(missing))}, which cannot be asked for here"
+        raise ModelIndexError(f"model_index.json: pipeline class {name!r} cannot be run: {needs}")
 
 
 def parameters_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -126,6 +126,7 @@ def _load_native(
     config, schema = configure(repository)
     plan = _plan_for_device(repository, server_args, memory)
     tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
+    placed = frozenset(() if plan is None else plan.placed)
     modules: dict[str, Any] = {}
     empty: dict[str, Callable[[], nn.Module]] = {}
     # Our own classes first: they are mapped in no time, and tell whether the settings fit the model.
@@ -133,17 +134,15 @@ def _load_native(
     for name, source in sorted(found, key=lambda item: library_of(item[1].target) is not None):
         begun = time.perf_counter()
         dtype = server_args.component_dtype(name, config.precisions.get(name))
-        placed = plan is not None and name in plan.placed
-        home = HOST if placed or waits_on_host(name, mesh) else server_args.torch_device()
-        modules[name] = component = load_component(source, dtype, home, (mesh.tp.rank, mesh.tp.size))
+        home = HOST if name in placed or waits_on_host(name, mesh) else server_args.torch_device()
+        modules[name] = load_component(source, dtype, home, (mesh.tp.rank, mesh.tp.size))
         warn_of_unused(source.folder, resolve_class(source.target))
-        if isinstance(component, nn.Module):
-            if not placed and server_args.torch_device() == HOST:  # elsewhere they are copied before they are used
-                align_weights(component)
+        if isinstance(modules[name], nn.Module):
             # Bands walk the library's own modules, which faster ones would replace.
             in_bands = name == "vae" and (tiled or mesh.layout.vae)
             empty[name] = functools.partial(empty_component, source, dtype)
-            _prepare(component, server_args, dtype, "plain" if in_bands else server_args.kernels, mesh)
+            kernels = "plain" if in_bands else server_args.kernels
+            _prepare(modules[name], server_args, dtype, kernels, mesh, name in placed)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
     pipeline = pipeline_cls(modules, config, schema, server_args)
     pipeline.empty_components = empty
@@ -169,9 +168,13 @@ def warn_of_unused(folder: Path, cls: Any) -> None:
         logger.warning("%s: %s does not know %r in its configuration: left out", folder.name, cls.__name__, name)
 
 
-def _prepare(module: nn.Module, server_args: ServerArgs, dtype: torch.dtype, kernels: str, mesh: Mesh) -> None:
-    """Choose what a component computes by, and connect its shards to those of other ranks."""
+def _prepare(
+    module: nn.Module, server_args: ServerArgs, dtype: torch.dtype, kernels: str, mesh: Mesh, placed: bool
+) -> None:
+    """Lay a component's weights, choose what it computes by, and connect its shards to those of other ranks."""
     device = server_args.torch_device()
+    if device == HOST and not placed:  # elsewhere, and where it comes and goes, weights are copied before they are used
+        align_weights(module)
     set_attention_backend(module, server_args.attention_backend, device.type, dtype)
     accelerate(module, kernels, device, dtype)
     if tensor_plan(module) is not None:
