@@ -307,3 +307,32 @@ def test_auto_leaves_out_what_is_taken_by_name_alone(monkeypatch, in_auto, expec
     assert select_backend("chunked", "cpu", torch.bfloat16, True, 64).name == "chunked"
     assert select_backend("auto", "cpu", torch.float32, False, 64).name == "sdpa"
     select_backend.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "math", "flash"])
+@pytest.mark.parametrize(("num_queries", "num_keys", "causal"), [(7, 7, True), (5, 9, False), (1, 3, False)])
+def test_what_a_compiler_is_shown_is_what_is_computed(name, num_queries, num_keys, causal):
+    query, key, value = (torch.randn(2, tokens, 4, 16).transpose(1, 2) for tokens in (num_queries, num_keys, num_keys))
+    given = (query, key, value, None, causal, None, name)
+    torch.library.opcheck(backends.attention_operator, given, test_utils=("test_schema", "test_faketensor"))
+    expected = BACKENDS[name](query, key, value, None, causal, None)
+    assert torch.equal(backends.attention_operator(*given), expected)
+
+
+def test_one_graph_takes_every_length_where_a_compiler_may_not_look_in(monkeypatch):
+    """As on CUDA, where it would find a length that it takes for a constant."""
+    monkeypatch.setattr(backends, "OPAQUE_ON", frozenset({"cpu"}))
+    seen = []
+
+    def counting(graph, inputs):
+        seen.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    layer = Attention(4, 16)
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=counting)
+    with torch.inference_mode():
+        for length in (7, 12, 33):
+            query, key, value = (torch.randn(2, length, 4, 16) for _ in range(3))
+            assert torch.equal(compiled(query, key, value), layer(query, key, value))
+    assert len(seen) == 1
+    assert [target for target in seen[0] if "attention" in str(target)] == [torch.ops.safelight.attention.default]

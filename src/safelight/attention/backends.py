@@ -104,6 +104,15 @@ class AttentionBackend:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> Tensor:
         """Compute attention on [B, H, S, D]; keys and values may have fewer heads, by a whole factor."""
+        if torch.compiler.is_compiling() and query.device.type in OPAQUE_ON:
+            hidden: Tensor = attention_operator(query, key, value, mask, causal, scale, self.name)
+            return hidden
+        return self.compute(query, key, value, mask, causal, scale)
+
+    def compute(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    ) -> Tensor:
+        """Compute as `__call__` does, and let a compiler look in."""
         if self.kernel is not None and not isinstance(self.kernel, SDPBackend):
             return self.kernel(query, key, value, mask, causal, scale)
         grouped = query.shape[1] != key.shape[1]
@@ -148,6 +157,34 @@ BACKENDS: Mapping[str, AttentionBackend] = {
 On CUDA `auto` leaves the choice among kernels to torch: on a Hopper it takes cuDNN's by itself, and naming that one
 costs 30 us more a call (docs/benchmarks.md).
 """
+
+
+OPAQUE_ON = frozenset({"cuda"})
+"""Device types on which a compiler is shown one operator: torch's choice among CUDA's kernels may read a size as a
+number, and the graph would be one of that size alone."""
+
+
+@torch.library.custom_op("safelight::attention", mutates_args=())
+def attention_operator(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, backend: str
+) -> Tensor:
+    """Compute attention by the backend of a name; as one operator, whose result lies as [B, S, H, D]."""
+    attended = loaded_backend(backend).compute(query, key, value, mask, causal, scale)
+    return attended.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention_operator.register_fake
+def _attention_without_values(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, backend: str
+) -> Tensor:
+    batch, num_heads, num_queries, _ = query.shape
+    return query.new_empty(batch, num_queries, num_heads, value.shape[-1]).transpose(1, 2)
+
+
+@cache
+def loaded_backend(name: str) -> AttentionBackend:
+    """Return a backend of the table with its kernel at hand."""
+    return BACKENDS[name].loaded()
 
 
 def compute_capability(device_type: str) -> int | None:
