@@ -128,6 +128,12 @@ def collected(here: Console, command: Command) -> str:
     return here.run(sys.executable, *words, "--collect-only", "-q", "-p", "no:cacheprovider", folder=ROOT)
 
 
+def explained(here: Console, command: Command) -> str:
+    """It takes minutes, of a machine with a GPU: its help says what it does; `tests/test_gpu_day.py` runs its parts."""
+    assert "--help" in here.run(sys.executable, *command.words[1:], "--help", folder=ROOT)
+    return ""
+
+
 def installed(here: Console, command: Command) -> str:
     """Install into a folder of its own, without a network: the package's dependencies are there."""
     flags = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet")
@@ -158,6 +164,7 @@ WAYS: Mapping[str, tuple[Callable[[Console, Command], str], bool]] = {
     r"\.venv/bin/python -m pytest .*": (collected, True),
     r"pip install examples/\w+": (installed, True),
     r"python -m toy_models\.\w+ .*": (module, True),
+    r"python -m benchmarks\.\w+": (explained, False),
     r"torchrun .* -m safelight\.cli\.main serve MODEL .*": (on_one_machine, False),
 }
 """How each command is covered, and whether that takes long. One that is not here fails."""

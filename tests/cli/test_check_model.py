@@ -239,7 +239,7 @@ def test_command_on_a_pipeline_that_takes_images(run, checkpoints, monkeypatch, 
     rows = {row["what"]: row for row in report["rows"]}
     assert rows["image for the VAE"]["verdict"] == rows["image latents"]["verdict"] == "ok"
     assert rows["image latents"]["shape"] == "1x4x30x44"
-    assert rows["transformer: output"]["largest"] < 1e-5
+    assert rows["transformer: output"]["largest"] < 1e-4, "what check-model allows; the weights answer loudly"
 
 
 def test_command_names_the_first_divergence(run, checkpoints, monkeypatch):

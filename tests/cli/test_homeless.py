@@ -71,7 +71,7 @@ REFUSED = {
     "serve from the Hub": (["serve", "someone/model", "--state-dir", "state"], 3, "HF_HOME"),
     "generate from the Hub": (["generate", "a cat", "--model", "someone/model", "-o", "a.png"], 3, "HF_HOME"),
     "schema of the Hub's": (["schema", "someone/model"], 3, "HF_HOME"),
-    "plan for the Hub's": (["plan", "someone/model", "--memory-limit", "1GiB"], 3, "HF_HOME"),
+    "plan for the Hub's": (["plan", "someone/model", "--memory-limit", "2GiB"], 3, "HF_HOME"),
     "check the Hub's": (["check-model", "someone/model"], 3, "HF_HOME"),
     "compile": (["generate", "a cat", "--compile", "blocks", "-o", "a.png"], 3, "TORCHINDUCTOR_CACHE_DIR"),
     "serve compiled": (["serve", "--compile", "blocks", "--state-dir", "state"], 3, "TORCHINDUCTOR_CACHE_DIR"),
@@ -98,7 +98,7 @@ def test_what_needs_a_home_says_what_to_set(homeless, arguments, code, says):
 def test_what_needs_none_works(homeless):
     picture = run(homeless, "generate", "a large red circle at the left on a white background", "-o", "a.png")
     assert picture.returncode == 0, picture.stderr
-    for arguments in (["info", "a.png"], ["models"], ["schema"], ["plan", "--memory-limit", "1GiB"], ["env"]):
+    for arguments in (["info", "a.png"], ["models"], ["schema"], ["plan", "--memory-limit", "2GiB"], ["env"]):
         ended = run(homeless, *arguments)
         assert ended.returncode == 0 and ended.stdout, ended.stderr
     assert [path.name for path in homeless[1].iterdir()] == ["a.png"]

@@ -22,9 +22,9 @@ def without_weights(tmp_path):
 
 
 def test_the_table(capsys, without_weights):
-    code, out, err = run(capsys, without_weights, "--memory-limit", "1GiB", "--size", "128x64")
+    code, out, err = run(capsys, without_weights, "--memory-limit", "2GiB", "--size", "128x64")
     assert (code, err) == (0, "")
-    for expected in ("transformer", "denoising", "bfloat16", "128x64", "offload=none", "1.00 GiB"):
+    for expected in ("transformer", "denoising", "bfloat16", "128x64", "offload=none", "2.00 GiB"):
         assert expected in out
 
 
@@ -44,10 +44,10 @@ def test_json_has_the_same_in_bytes(capsys, without_weights):
         (["--memory-limit", "257MiB"], "memory_limit: got '257.00 MiB'; it takes"),
         (["--memory-limit", "much"], "memory_limit: got 'much'"),
         ([], "memory_limit: got None; it takes a size such as 24GiB: there is no device here to ask"),
-        (["--memory-limit", "1GiB", "--size", "63x64"], "width: got 63"),
-        (["--memory-limit", "1GiB", "--size", "64"], "WIDTHxHEIGHT"),
-        (["--memory-limit", "1GiB", "--offload", "some"], "offload: got 'some'"),
-        (["--memory-limit", "1GiB", "--offload", "alternates"], "offload: got 'alternates'"),
+        (["--memory-limit", "2GiB", "--size", "63x64"], "width: got 63"),
+        (["--memory-limit", "2GiB", "--size", "64"], "WIDTHxHEIGHT"),
+        (["--memory-limit", "2GiB", "--offload", "some"], "offload: got 'some'"),
+        (["--memory-limit", "2GiB", "--offload", "alternates"], "offload: got 'alternates'"),
     ],
 )
 def test_what_is_refused(capsys, without_weights, args, message):

@@ -44,3 +44,8 @@ def test_on_the_cpu_there_is_no_memory_to_plan_for(settings):
     (name,) = settings
     with pytest.raises(InvalidParameterError, match=f"{name}: got .* on cpu: there is no memory but the host's"):
         load_pipeline(ServerArgs(device="cpu", **settings))
+
+
+@pytest.mark.parametrize("num_bytes", [1, 1023, 1025, 2**20 + 1, 2**30 - 1, 2**30 + 1, 12 * 2**30 + 12345, 10**12 + 7])
+def test_a_size_that_is_needed_is_enough_as_it_is_shown(num_bytes):
+    assert num_bytes <= parse_size(shown_size(num_bytes, up=True), "memory_limit") <= num_bytes * 1.02 + 1

@@ -259,6 +259,7 @@ def test_keys_and_values_have_the_name_that_the_installed_version_takes(models, 
                 pass
         return req.params.prompts()
 
+    monkeypatch.setattr(stages, "UNIT_TOKENS", 4)  # a caption of several units, however soon it ends
     monkeypatch.setattr(stages, "MAX_CAPTION_TOKENS", 40)
     expected = caption()
     monkeypatch.setattr(stages, "CACHE", name)

@@ -44,6 +44,7 @@ class LateSpan:
     device: LateDevice
     first: float
     last: float = 0.0
+    seen: float = 0.0
 
     def end(self):
         self.last = self.device.busy_until
@@ -52,7 +53,7 @@ class LateSpan:
         return self.device.now >= self.last
 
     def wait(self):
-        self.device.now = max(self.device.now, self.last)
+        self.device.now = self.seen = max(self.device.now, self.last)
         return max(0.0, self.last - self.first)
 
 

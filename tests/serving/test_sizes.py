@@ -11,7 +11,7 @@ from PIL import Image
 
 from safelight.backends.diffusers import describe, has_pipeline, pipeline_entry
 from safelight.core.schema import ModelSchema
-from safelight.errors import InvalidParameterError
+from safelight.errors import InvalidParameterError, ModelIndexError
 from safelight.serving.fields import Asked, resolve
 from safelight.serving.limits import Limits
 from safelight.serving.serve_args import ServeArgs
@@ -34,7 +34,8 @@ def png(size, turn=None):
 
 
 def sides(schema, pictures, **own):
-    asked = Asked(schema, {**own}, {"prompt": "x"}, pictures)
+    prompt = {"prompt": "x"} if "prompt" in schema.params_cls.options() else {}
+    asked = Asked(schema, {**own}, prompt, pictures)
     params = resolve(asked, Limits(max_cost=math.inf)).params
     return params.width, params.height
 
@@ -75,7 +76,10 @@ def packages_pipelines():
     """Return the names of the package's pipelines that make videos of pictures, at a size of their own."""
     for name in dir(diffusers):
         if name.endswith("Pipeline") and has_pipeline(name):
-            cls = pipeline_entry(name).sampling_param_cls()
+            try:
+                cls = pipeline_entry(name).sampling_param_cls()
+            except ModelIndexError:
+                continue  # its call needs what cannot be asked for
             known = [cls.defaults.get("height"), cls.defaults.get("width")]
             if "num_frames" in cls.options() and "image" in cls.options() and all(known):
                 yield name

@@ -197,7 +197,8 @@ def make_plan(footprint: Footprint, limit: int, offload: str = "auto") -> Memory
     raise InvalidParameterError(
         "memory_limit",
         shown_size(limit),
-        f"{shown_size(least.peak + footprint.reserve)} or more for {footprint.request} with offload={least.offload}"
+        f"{shown_size(least.peak + footprint.reserve, up=True)} or more for {footprint.request} "
+        f"with offload={least.offload}"
         f"{' and tiles' if least.tiled else ''}: {at.footprint.stage} needs {shown_size(at.weights)} of weights "
         f"({', '.join(at.resident)}) and {shown_size(at.footprint.activations)} of activations",
     )

@@ -50,7 +50,14 @@ def is_lost(device: torch.device, error: BaseException) -> bool:
 
 
 class Span(Protocol):
-    """The time of some work. What the device is given between its making and `end` is that work."""
+    """The time of some work. What the device is given between its making and `end` is that work.
+
+    Attributes:
+        seen: when, by the host's clock, it was seen to be done; once `wait` has returned.
+
+    """
+
+    seen: float
 
     def end(self) -> None:
         """Say that the device has been given all of it."""
@@ -72,12 +79,11 @@ class HostSpan:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._begun = clock()
-        self._seconds = 0.0
+        self._begun = self.seen = clock()
 
     def end(self) -> None:
         """Stop the clock."""
-        self._seconds = self._clock() - self._begun
+        self.seen = self._clock()
 
     def is_over(self) -> bool:
         """It is."""
@@ -85,7 +91,7 @@ class HostSpan:
 
     def wait(self) -> float:
         """Return the seconds."""
-        return self._seconds
+        return self.seen - self._begun
 
 
 class CudaSpan:
@@ -96,12 +102,15 @@ class CudaSpan:
 
     Args:
         device: of CUDA.
+        clock: seconds.
 
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self._device = device
-        self._host = HostSpan()
+        self._clock = clock
+        self._host = HostSpan(clock)
+        self.seen = self._host.seen
         # An event that blocks lets the core sleep.
         self._first, self._last = (
             torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
@@ -121,6 +130,7 @@ class CudaSpan:
     def wait(self) -> float:
         """Wait for the mark; return the seconds."""
         self._last.synchronize()
+        self.seen = self._clock()
         seconds: float = self._first.elapsed_time(self._last) / 1000
         return max(self._host.wait(), seconds)
 
@@ -130,7 +140,7 @@ def begin_span(device: torch.device, clock: Callable[[], float] = time.perf_coun
 
     Args:
         device: whose work it is.
-        clock: of the host, where that does the work.
+        clock: of the host.
 
     """
-    return CudaSpan(device) if device.type == "cuda" else HostSpan(clock)
+    return CudaSpan(device, clock) if device.type == "cuda" else HostSpan(clock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from safelight.errors import InvalidParameterError
@@ -38,9 +39,16 @@ def parse_size(value: int | str, field: str) -> int:
     return int(size)
 
 
-def shown_size(num_bytes: int) -> str:
-    """Return a size for people, such as `22.17 GiB`."""
+def shown_size(num_bytes: int, up: bool = False) -> str:
+    """Return a size for people, such as `22.17 GiB`.
+
+    Args:
+        num_bytes: the size.
+        up: whether it is one that is needed: what is shown, given back, is then enough.
+
+    """
     for power, prefix in ((3, "Gi"), (2, "Mi"), (1, "Ki")):
         if num_bytes >= 1024**power:
-            return f"{num_bytes / 1024**power:.2f} {prefix}B"
+            hundredths = num_bytes * 100 / 1024**power
+            return f"{(math.ceil(hundredths) if up else round(hundredths)) / 100:.2f} {prefix}B"
     return f"{num_bytes} B"

@@ -111,6 +111,7 @@ class Engine:
         self.callers = callers or Callers(pipeline, stacked=batching == "throughput")
         self.ranks = ranks or Ranks()
         self.tasks: list[Task] = []
+        self._given_span = begin
         self._begin_span = begin or partial(begin_span, pipeline.device, clock)
         self._issued: deque[Issued] = deque()
         self._num_added = 0
@@ -129,7 +130,7 @@ class Engine:
         """
         now, params = self.clock(), req.params
         cost = step_cost(params, self.pipeline.schema)
-        execution = Execution(self.pipeline, req, begin=self._begin_span)
+        execution = Execution(self.pipeline, req, begin=self._given_span)
         task = Task(execution, cost, params.num_steps(), now, self._num_added, priority)
         self._num_added += 1
         if deadline is not None:
@@ -304,7 +305,7 @@ class Engine:
         while self._issued and (len(self._issued) > ahead or self._issued[0].span.is_over()):
             issued = self._issued.popleft()
             seconds = issued.span.wait()  # each task had the device for all of it, alone or with others
-            self.policy.record(issued.tasks, self.clock(), seconds)
+            self.policy.record(issued.tasks, issued.span.seen, seconds)
             for task, part in zip(issued.tasks, issued.parts, strict=True):
                 self._learn_of(task, part, seconds)
             self.watch.learn(issued.kind, seconds)
