@@ -105,8 +105,8 @@ def least_limit(folder, mode):
     return plan_mode(footprint_of(folder), 0, mode, False).peak + WORKSPACE
 
 
-def load(folder, mode, limit, memory):
-    args = ServerArgs(str(folder), device="cpu", dtype="float32", offload=mode, memory_limit=limit)
+def load(folder, mode, limit, memory, **settings):
+    args = ServerArgs(str(folder), device="cpu", dtype="float32", offload=mode, memory_limit=limit, **settings)
     return load_pipeline(args, memory)
 
 
@@ -159,12 +159,16 @@ def test_weights_that_wait_are_the_mapped_files(model):
 
 @pytest.mark.parametrize("mode", ["components", "blocks"])
 def test_no_room_and_failing_copies_leave_it_consistent(model, mode):
-    """Whatever fails when a component, or a block, is brought: the next request is right."""
+    """Whatever fails when a component, or a block, is brought, to the last one: the next request is right."""
     folder, asked, expected = model
     memory = FailingMemory()
-    pipeline = load(folder, mode, least_limit(folder, mode), memory)
-    for left in (0, 1, 3):
+    pipeline = load(folder, mode, least_limit(folder, mode), memory, conditioning_cache="0")
+    pipeline.residency.clear()
+    alone(pipeline, asked[0])
+    needed = UNLIMITED - (memory.allocations_left if mode == "components" else memory.copies_left)
+    for left in sorted({0, 1, needed // 2, needed - 1}):
         pipeline.residency.clear()
+        memory.allocations_left = memory.copies_left = UNLIMITED
         memory.allocations_left, memory.copies_left = (left, UNLIMITED) if mode == "components" else (UNLIMITED, left)
         with pytest.raises((torch.OutOfMemoryError, RuntimeError), match=r"no room|the copy failed"):
             alone(pipeline, asked[0])

@@ -172,6 +172,17 @@ class PinnedCopies:
         self._marks: list[Any] = []
         self._turn = self._used = 0
 
+    def prepare(self) -> None:
+        """Pin the buffers now, and not when they are first used: where that cannot be done the start fails.
+
+        Raises:
+            SafelightError: if the system does not let so many bytes be pinned.
+
+        """
+        if not self._buffers:
+            self._buffers = [self._memory.pin(BUFFER_BYTES) for _ in range(NUM_BUFFERS)]
+            self._marks = [self._memory.mark() for _ in self._buffers]
+
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Copy tensors; the device's work from now on waits for them, and the sources are free.
 
@@ -179,10 +190,8 @@ class PinnedCopies:
             pairs: target on the device and source on the host, of one shape, dtype and strides, each dense.
 
         """
+        self.prepare()
         after = self._memory.mark()
-        if not self._buffers:
-            self._buffers = [self._memory.pin(BUFFER_BYTES) for _ in range(NUM_BUFFERS)]
-            self._marks = [after for _ in self._buffers]
         for target, source in pairs:
             if not source.nbytes:
                 continue

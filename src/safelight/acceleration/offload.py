@@ -337,6 +337,7 @@ def place_components(
         stager = Stager(memory, largest)  # one for all: of alternates one is on the device
         streams = {name: BlockStream(blocks[name], count, stager, memory) for name, count in resident_blocks.items()}
     copies = PinnedCopies(memory)  # one for all: components come one after another
+    copies.prepare()
     return {
         name: StreamedModule(module, streams[name], memory, copies)
         if name in streams
