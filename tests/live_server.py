@@ -41,7 +41,7 @@ def fault_model(
 
 def command(*arguments: str) -> list[str]:
     """Return a command line of ours."""
-    return [sys.executable, "-m", "safelight.cli.main", *arguments]
+    return [sys.executable, "-P", "-m", "safelight.cli.main", *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -119,6 +119,7 @@ def serving(
     ready: bool = True,
     key: str | None = None,
     host: str = "127.0.0.1",
+    where: Path | None = None,
 ) -> Iterator[LiveServer]:
     """Run a server until the block ends; it must end well, and leave nothing behind.
 
@@ -129,6 +130,7 @@ def serving(
         ready: whether to wait until it is ready.
         key: that every request must bring.
         host: where it listens, on this machine.
+        where: the working directory.
 
     """
     port, log = free_port(), folder / "server.log"
@@ -144,6 +146,7 @@ def serving(
             stdin=subprocess.DEVNULL,
             text=True,
             env={**environment(), "TMPDIR": str(folder)},
+            cwd=where,
         )
         server = LiveServer(process, port, log, key, host)
         try:

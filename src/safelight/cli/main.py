@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import click
 
 from safelight.errors import SafelightError, nearest
+from safelight.runtime.processes import guard_children
 from safelight.version import __version__
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -66,6 +67,8 @@ def cli(verbose: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run a command line; an error is one line on standard error, and an exit code."""
     arguments = sys.argv[1:] if args is None else args
+    if args is None:  # the process is ours
+        guard_children()
     try:
         code = cli.main(arguments or ["--help"], prog_name="safelight", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
