@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,7 @@ def serving(
     key: str | None = None,
     host: str = "127.0.0.1",
     where: Path | None = None,
+    most_files: int | None = None,
 ) -> Iterator[LiveServer]:
     """Run a server until the block ends; it must end well, and leave nothing behind.
 
@@ -131,6 +134,7 @@ def serving(
         key: that every request must bring.
         host: where it listens, on this machine.
         where: the working directory.
+        most_files: that it may open.
 
     """
     port, log = free_port(), folder / "server.log"
@@ -147,6 +151,7 @@ def serving(
             text=True,
             env={**environment(), "TMPDIR": str(folder)},
             cwd=where,
+            preexec_fn=None if most_files is None else partial(limit_files, most_files),
         )
         server = LiveServer(process, port, log, key, host)
         try:
@@ -165,6 +170,11 @@ def serving(
         if process.returncode != -9:
             assert not list(folder.glob("safelight-*")), "a socket's folder is left over"
         assert not [pid for pid in workers if alive(pid)], "a worker is left over"
+
+
+def limit_files(most: int) -> None:
+    """Let this process open so many files."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def alive(pid: int) -> bool:

@@ -52,7 +52,7 @@ from safelight.runtime.messages import (
     ToWorker,
     schema_from_wire,
 )
-from safelight.runtime.sockets import make_folder
+from safelight.runtime.sockets import LIBRARY, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Supervisor(EngineClient):
         self._ready: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._folder = Path()
-        self._closing = False
+        self._closing = self._holds_library = False
 
     @property
     def schema(self) -> ModelSchema | None:
@@ -125,6 +125,8 @@ class Supervisor(EngineClient):
             SafelightError: why it cannot be loaded, with the exit code.
 
         """
+        LIBRARY.hold()
+        self._holds_library = True
         self._folder = make_folder()
         self._ready = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._keep_alive())
@@ -143,6 +145,9 @@ class Supervisor(EngineClient):
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             shutil.rmtree(self._folder, ignore_errors=True)  # there is one only if it was started
+        if self._holds_library:
+            self._holds_library = False
+            LIBRARY.let_go()
         self._fail_all(NotReadyError("the server stopped before the request was done"))
 
     def drain(self) -> None:
