@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import click
 
 from safelight.errors import SafelightError, nearest
+from safelight.runtime.logs import configure, printable
 from safelight.runtime.processes import guard_children
 from safelight.version import __version__
 
@@ -60,7 +61,7 @@ class LazyGroup(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Log what is done, and show tracebacks.")
 def cli(verbose: bool) -> None:
     """Run diffusion models: `safelight generate "a large red circle at the left on a white background"`."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    configure(logging.INFO if verbose else logging.ERROR, "%(name)s: %(message)s")
     logging.getLogger("safelight.memory").setLevel(logging.INFO)  # of a plan that was asked for
 
 
@@ -86,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _end(message: str, code: int) -> None:
-    click.echo(f"safelight: {' '.join(message.split())}", err=True)
+    click.echo(f"safelight: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -52,7 +51,7 @@ from safelight.runtime.messages import (
     ToWorker,
     schema_from_wire,
 )
-from safelight.runtime.sockets import LIBRARY, make_folder
+from safelight.runtime.sockets import LIBRARY, make_folder, remove_folder
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ class Supervisor(EngineClient):
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-            shutil.rmtree(self._folder, ignore_errors=True)  # there is one only if it was started
+            remove_folder(self._folder)  # there is one only if it was started
         if self._holds_library:
             self._holds_library = False
             LIBRARY.let_go()
