@@ -234,7 +234,7 @@ def test_what_no_one_thought_of_ends_a_server_that_ran(fault_family, fault_model
                 monkeypatch.setattr(only, "_lose", fail_at_once)
             else:
                 monkeypatch.setattr(supervisor, "start_worker", fail)
-            os.kill(only._worker.process.pid, signal.SIGKILL)
+            os.kill(await pid_of(only), signal.SIGKILL)
             await asyncio.wait_for(replicas.gave_up.wait(), SOON)
             assert replicas.state == "failed"
         finally:
