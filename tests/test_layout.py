@@ -280,6 +280,9 @@ def test_no_context_manager_spans_a_yield():
                 assert not [n for n in ast.walk(node) if isinstance(n, ast.Yield | ast.YieldFrom)], path
 
 
+STARTING = {"subprocess.Popen", "subprocess.run", "asyncio.create_subprocess_exec", "asyncio.create_subprocess_shell"}
+
+
 def test_nothing_runs_code_from_data():
     """No pickle, no torch.load, no eval, no trust_remote_code."""
     for path, tree in TREES.items():
@@ -291,6 +294,16 @@ def test_nothing_runs_code_from_data():
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "torch.load", "yaml.load", "compile"), (path, called)
                 assert not [k for k in node.keywords if k.arg == "trust_remote_code"], path
+
+
+def test_processes_are_started_in_one_way():
+    """Whoever starts a Python asks `runtime/processes.py`, which keeps the working directory out of its path."""
+    for path, tree in TREES.items():
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "executable"]
+        assert not found or path.name == "processes.py", path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in STARTING:
+                assert "env" in {keyword.arg for keyword in node.keywords}, path
 
 
 def test_models_know_no_technique():
@@ -338,7 +351,7 @@ def test_frozen_lists(cls, fields, limit):
     assert len(names) <= limit
 
 
-READ_BY = ("generate.py", "compile.py", "torchrun.py", "group.py")
+READ_BY = ("generate.py", "compile.py", "torchrun.py", "processes.py")
 ENVIRONMENT_VARIABLES = {"SAFELIGHT_STATE_DIR", "SAFELIGHT_API_KEY_FILE"}
 
 

@@ -218,7 +218,7 @@ class PortError(SafelightError):
 
 
 class StateDirectoryError(SafelightError):
-    """The state directory cannot be used: unwritable, full, of a newer version, or held by another server."""
+    """The state directory cannot be used: unwritable, full, of a newer version, held by another server, or not ours."""
 
     exit_code = 5
 

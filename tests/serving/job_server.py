@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from safelight.preparation import prepare
+from safelight.serving.directories import MARKER
 from safelight.serving.job_manager import JobLimits, JobManager
 from safelight.serving.jobs import Job, SqliteJobStore
 from safelight.serving.outputs import Outputs
@@ -63,7 +64,7 @@ class Server:
         raise AssertionError("it ended before")
 
     def files(self) -> set[str]:
-        return {path.name for path in (self.state / "outputs").iterdir()}
+        return {path.name for path in (self.state / "outputs").iterdir()} - {MARKER}
 
     def pixels(self, job: Job, index: int = 0) -> Any:
         with Image.open(self.outputs.path(job.outputs[index].name)) as image:

@@ -15,6 +15,7 @@ from PIL import Image
 from safelight import media, video
 from safelight.errors import ConflictError, NotReadyError, QueueFullError
 from safelight.serving import outputs as outputs_module
+from safelight.serving.directories import MARKER
 from safelight.serving.jobs import SqliteJobStore, owner_of
 from tests.serving.disks import as_left_by_a_death
 from tests.serving.job_server import SECONDS, Server, collect, picture, serving, submission
@@ -117,7 +118,7 @@ def test_a_job_is_durable_when_it_is_acknowledged(tmp_path):
         left = SqliteJobStore(as_left_by_a_death(tmp_path / "state", tmp_path / "left"))
         try:
             assert await left.get(job.id) == job
-            assert {path.name for path in (tmp_path / "left" / "outputs").iterdir()} == {job.inputs[0].name}
+            assert {path.name for path in (tmp_path / "left" / "outputs").iterdir()} == {job.inputs[0].name, MARKER}
         finally:
             await left.close()
 

@@ -292,16 +292,16 @@ def test_directories_that_cannot_be_used(tmp_path):
     with small_disk(tmp_path / "disk") as disk:
         fill(disk)
         with pytest.raises(StateDirectoryError, match="cannot be used"):
-            SqliteJobStore(disk)
+            SqliteJobStore(disk / "state")
         (disk / "filling").unlink()
-        with_store(disk, lambda store: store.add(make_job()))
+        with_store(disk / "state", lambda store: store.add(make_job()))
         fill(disk)
         with pytest.raises(StateDirectoryError, match="cannot be used"):
-            SqliteJobStore(disk)
+            SqliteJobStore(disk / "state")
         (disk / "filling").unlink()
         make_read_only(disk)
         with pytest.raises(StateDirectoryError, match="cannot be used"):
-            SqliteJobStore(disk)
+            SqliteJobStore(disk / "state")
 
 
 def test_a_full_disk_changes_nothing_and_passes(tmp_path):
@@ -317,7 +317,7 @@ def test_a_full_disk_changes_nothing_and_passes(tmp_path):
 
     with small_disk(tmp_path / "disk") as disk:
         fill(disk, leave=1 << 20)
-        with_store(disk, use)
+        with_store(disk / "state", use)
 
 
 KEYS = st.sampled_from(["k1", "k2"]) | st.none()

@@ -12,6 +12,7 @@ import click
 
 from safelight import media, video
 from safelight.core.registry import pipelines
+from safelight.runtime.logs import printable
 from safelight.version import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
@@ -55,7 +56,7 @@ def info(file: Path, as_json: bool) -> None:
         return
     width = max(map(len, found), default=0)
     for name, value in found.items():
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(printable(f"{name:<{width}}  {value}"))
 
 
 @click.command()

@@ -17,7 +17,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,6 +118,8 @@ class JobManager:
         self._left = asyncio.Event()  # a job has left the engine
         self._room = asyncio.Lock()
         self._background: set[asyncio.Task[Any]] = set()
+        self._leaving: set[str] = set()
+        """Jobs that are not there yet or any more, and whose files are being written or removed."""
         self._sweeper: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -128,11 +130,14 @@ class JobManager:
             StorageFullError: if the disk is full.
 
         """
-        await self.outputs.clean(await self.store.file_names())
-        for job in await self.store.unfinished():
+        unfinished = await self.store.unfinished()
+        for job in unfinished:
             if job.attempts >= MAX_ATTEMPTS:
                 await self.store.replace(job, self._failed(job, WORKER_LOST))
-            else:
+        await self.outputs.clean(await self.store.file_names(), await self.store.over())
+        await self.store.forget(())
+        for job in unfinished:
+            if job.attempts < MAX_ATTEMPTS:
                 self._launch(job)
         self._sweeper = asyncio.create_task(self._sweep_forever(), name="sweep jobs")
 
@@ -230,6 +235,7 @@ class JobManager:
                 await self._remove(job)
         async with self._room:
             await self._make_room(0)
+        await self.store.forget({*self._runs, *self._leaving})
 
     async def close(self, drain: float) -> None:
         """Stop: what waits stays in the store, and what runs has `drain` seconds to finish. Then close the store.
@@ -257,11 +263,25 @@ class JobManager:
         if waited:
             await asyncio.wait(waited, timeout=seconds)
 
+    @contextlib.contextmanager
+    def _held(self, job: Job) -> Iterator[None]:
+        """Keep the store from forgetting a job that is not there yet or any more: its files are."""
+        self._leaving.add(job.id)
+        try:
+            yield
+        finally:
+            self._leaving.discard(job.id)
+
     async def _accept(self, job: Job, files: Mapping[str, bytes]) -> Job:
-        if files:
-            async with self._room:
-                await self._make_room(job.num_bytes)
-                await self.outputs.save(files)
+        with self._held(job):
+            if files:
+                async with self._room:
+                    await self._make_room(job.num_bytes)
+                    await self.store.announce(job.id)
+                    await self.outputs.save(files)
+            return await self._add(job, files)
+
+    async def _add(self, job: Job, files: Mapping[str, bytes]) -> Job:
         try:
             accepted = await self.store.add(job)
         except SafelightError:  # after anything else it may be stored all the same, and needs its files
@@ -397,11 +417,13 @@ class JobManager:
         for tried in itertools.count():
             try:
                 await self._advance(run, failed)
-                return
+                break
             except StorageFullError:
                 if tried == 0:
                     logger.error("job %s: the disk is too full to write down that it failed", run.job.id)
                 await asyncio.sleep(self._limits.retry_seconds)
+        if run.job.finished:
+            await self._remove_others(run.job, [file.name for file in run.job.files])
 
     def _failed(self, job: Job, error: JobError) -> Job:
         now = self._clock()
@@ -428,13 +450,20 @@ class JobManager:
     async def _remove(self, job: Job) -> bool:
         """Remove a finished job, and then its files; on a full disk the files first, which makes room for the rest."""
         names = [file.name for file in job.files]
-        try:
-            removed = await self.store.delete(job.id)
-        except StorageFullError:
+        with self._held(job):
+            try:
+                removed = await self.store.delete(job.id)
+            except StorageFullError:
+                await self.outputs.remove(names)
+                removed = await self.store.delete(job.id)
             await self.outputs.remove(names)
-            removed = await self.store.delete(job.id)
-        await self.outputs.remove(names)
+            await self._remove_others(job, ())
         return removed is not None
+
+    async def _remove_others(self, job: Job, names: Iterable[str]) -> None:
+        """Remove what an earlier attempt has left of a job that is over: the server died before that was completed."""
+        if job.attempts > 1:
+            await self.outputs.remove_others(job.id, names)
 
     async def _make_room(self, num_bytes: int) -> None:
         """Remove the first finished jobs until so many bytes fit. Only under the lock `_room`."""

@@ -19,7 +19,7 @@ import os
 import secrets
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +29,7 @@ import msgspec
 
 from safelight.core.server_args import Mode
 from safelight.errors import ConflictError, InvalidParameterError, StateDirectoryError, StorageFullError
+from safelight.serving import directories
 
 Kind = Literal["image", "video"]
 JobState = Literal["queued", "in_progress", "completed", "failed"]
@@ -318,6 +319,18 @@ class JobStore(ABC):
         """Return the names of all jobs' files."""
 
     @abstractmethod
+    async def announce(self, job_id: str) -> None:
+        """Note that files are written for a job that is not there yet: until it is added, it counts as removed."""
+
+    @abstractmethod
+    async def over(self) -> set[str]:
+        """Return the ids of jobs that completed or failed, or were removed and are not forgotten."""
+
+    @abstractmethod
+    async def forget(self, but: Collection[str]) -> None:
+        """Forget jobs that were removed, as their files are, but for these."""
+
+    @abstractmethod
     async def close(self) -> None:
         """Let the store go; nothing else may be called afterwards."""
 
@@ -343,6 +356,8 @@ CREATE TABLE jobs (
 CREATE UNIQUE INDEX jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX jobs_by_end ON jobs (state, completed_at);
 """
+_REMOVED = "CREATE TABLE IF NOT EXISTS removed (id TEXT PRIMARY KEY) WITHOUT ROWID"
+"""Jobs that are no more and whose files may still be there. A version that does not know it is not disturbed."""
 _COLUMNS = (
     *("id", "kind", "owner", "idempotency_key", "state", "attempts"),
     *("completed_at", "expires_at", "num_bytes", "record"),
@@ -381,19 +396,27 @@ class SqliteJobStore(JobStore):
         """Open the store, or make it; this waits for the disk, and is for before the event loop serves anybody.
 
         Raises:
-            StateDirectoryError: if the directory cannot be written, is full, is held by another server, or was
-                written by a newer version.
+            StateDirectoryError: if the directory cannot be written, is full, is held by another server, was written
+                by a newer version, or is neither empty nor ours.
 
         """
         self._directory = directory
+        directories.check_ours("state directory", directory, _is_older)
         self._lock = _lock(directory)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="safelight-jobs")
         try:
             self._connection = self._thread.submit(_connect, directory / _DATABASE).result()
+            directories.mark(directory)
+        except OSError as error:
+            self._let_go()
+            raise StateDirectoryError(f"state directory {str(directory)!r} cannot be used: {error.strerror}") from error
         except BaseException:
-            self._thread.shutdown()
-            os.close(self._lock)
+            self._let_go()
             raise
+
+    def _let_go(self) -> None:
+        self._thread.shutdown()
+        os.close(self._lock)
 
     async def add(self, job: Job) -> Job:
         return await self._call(self._add, job)
@@ -454,12 +477,21 @@ class SqliteJobStore(JobStore):
         return await self._call(self._usage)
 
     async def file_names(self) -> set[str]:
-        return await self._call(lambda: {file.name for job in self._select("TRUE", {}) for file in job.files})
+        return await self._call(lambda: {file.name for job in self._each("TRUE", {}) for file in job.files})
+
+    async def announce(self, job_id: str) -> None:
+        await self._call(self._write, "INSERT OR IGNORE INTO removed VALUES (:id)", {"id": job_id})
+
+    async def over(self) -> set[str]:
+        statement = f"SELECT id FROM jobs WHERE {_FINISHED} UNION ALL SELECT id FROM removed"
+        return await self._call(lambda: {job_id for (job_id,) in self._connection.execute(statement)})
+
+    async def forget(self, but: Collection[str]) -> None:
+        await self._call(self._forget, frozenset(but))
 
     async def close(self) -> None:
         await self._call(self._connection.close)
-        self._thread.shutdown()
-        os.close(self._lock)
+        self._let_go()
 
     async def _call(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
@@ -470,6 +502,7 @@ class SqliteJobStore(JobStore):
             if existing is not None:
                 return check_same(existing, job.digest)
             self._connection.execute(_INSERT, _row(job))
+            self._connection.execute("DELETE FROM removed WHERE id = :id", {"id": job.id})
         return job
 
     def _find(self, owner: str, idempotency_key: str) -> Job | None:
@@ -479,16 +512,28 @@ class SqliteJobStore(JobStore):
     def _delete(self, job_id: str) -> Job | None:
         with _transaction(self._connection):
             found = _first(self._select("id = :id", {"id": job_id}))
-            self._connection.execute("DELETE FROM jobs WHERE id = :id", {"id": job_id})
+            if found is not None:
+                self._connection.execute("DELETE FROM jobs WHERE id = :id", {"id": job_id})
+                self._connection.execute("INSERT OR IGNORE INTO removed VALUES (:id)", {"id": job_id})
         return found
+
+    def _forget(self, but: frozenset[str]) -> None:
+        known = [job_id for (job_id,) in self._connection.execute("SELECT id FROM removed")]
+        if forgotten := [(job_id,) for job_id in known if job_id not in but]:
+            with _transaction(self._connection):
+                self._connection.executemany("DELETE FROM removed WHERE id = ?", forgotten)
 
     def _write(self, statement: str, values: Mapping[str, Any]) -> int:
         with _transaction(self._connection):
             return self._connection.execute(statement, values).rowcount
 
     def _select(self, where: str, values: Mapping[str, Any]) -> list[Job]:
+        return list(self._each(where, values))
+
+    def _each(self, where: str, values: Mapping[str, Any]) -> Iterator[Job]:
+        """Read one job after another: all of them are too much for the memory at once."""
         rows = self._connection.execute(f"SELECT record FROM jobs WHERE {where}", values)
-        return [msgspec.json.decode(record, type=Job) for (record,) in rows]
+        return (msgspec.json.decode(record, type=Job) for (record,) in rows)
 
     def _usage(self) -> Usage:
         row = self._connection.execute(
@@ -520,7 +565,6 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 def _lock(directory: Path) -> int:
     """Take the state directory for this process, for as long as the returned descriptor is open."""
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StateDirectoryError(f"state directory {str(directory)!r} cannot be used: {error.strerror}") from error
@@ -533,15 +577,23 @@ def _lock(directory: Path) -> int:
     return descriptor
 
 
+def _is_older(names: frozenset[str]) -> bool:
+    """Say whether an older version made a state directory with such names in it, or died as it began to."""
+    return _DATABASE in names or names == {_LOCK}
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     try:
+        path.touch(mode=directories.PRIVATE)
+        for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", _LOCK):
+            directories.make_private(path.with_name(name))
         connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
         try:
             _prepare(connection, path)
         except BaseException:
             connection.close()
             raise
-    except (sqlite3.Error, StorageFullError) as error:
+    except (OSError, sqlite3.Error, StorageFullError) as error:
         raise StateDirectoryError(f"state directory {str(path.parent)!r} cannot be used: {error}") from error
     return connection
 
@@ -552,6 +604,10 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if version > _VERSION:
         message = f"{path.name} is of version {version}, and this Safelight knows {_VERSION}; use a newer one"
         raise StateDirectoryError(f"state directory {str(path.parent)!r}: {message}")
+    (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if version == 0 and num_tables:
+        message = f"{path.name} is another program's database; name another folder"
+        raise StateDirectoryError(f"state directory {str(path.parent)!r} cannot be used: {message}")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA wal_autocheckpoint = 64")  # pages of 4 KiB: the log stays small beside small disks
@@ -559,4 +615,6 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         if version == 0:
             for statement in _SCHEMA.split(";"):
                 connection.execute(statement)
+        connection.execute(_REMOVED)
+        connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM jobs LIMIT 0")
         connection.execute(f"PRAGMA user_version = {_VERSION}")

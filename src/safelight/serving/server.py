@@ -26,6 +26,7 @@ from safelight.serving.http import uvicorn_config
 from safelight.serving.job_manager import JobLimits, JobManager
 from safelight.serving.jobs import SqliteJobStore
 from safelight.serving.limits import Limits
+from safelight.serving.listening import Listener, bound, raise_limit
 from safelight.serving.outputs import Outputs
 from safelight.serving.serve_args import ServeArgs
 
@@ -74,6 +75,7 @@ class Server:
         """
         key = self.serve_args.api_key()
         with listen(self.serve_args.host, self.serve_args.port) as listener:
+            listener.bound = bound(raise_limit())
             state = self.serve_args.state_path()
             engine = ReplicaSet(engine_settings(self.server_args, self.serve_args), self.serve_args.replicas)
             engine.on_compiled = self._compiled
@@ -165,7 +167,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def listen(host: str, port: int) -> Iterator[socket.socket]:
+def listen(host: str, port: int) -> Iterator[Listener]:
     """Return a socket that is bound, and nothing else than what was asked for.
 
     Raises:
@@ -174,7 +176,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = Listener(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
