@@ -12,6 +12,7 @@ import click
 
 from safelight import media, video
 from safelight.core.registry import pipelines
+from safelight.errors import MAX_NAME
 from safelight.version import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
@@ -53,9 +54,15 @@ def info(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    width = max(map(len, found), default=0)
-    for name, value in found.items():
-        click.echo(f"{name:<{width}}  {value}")
+    rows = {_plain(name[:MAX_NAME]): _plain(str(value)) for name, value in found.items()}
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        click.echo(f"{name:<{width}}  {text}")
+
+
+def _plain(text: str) -> str:
+    """Return a file's words as a terminal shows them, and obeys none: control characters as their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @click.command()

@@ -17,7 +17,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from safelight.errors import QueueFullError
-from safelight.serving.errors import MalformedRequestError, MediaTypeError, TooLargeError
+from safelight.serving.errors import MalformedRequestError, MediaTypeError, TimedOutError, TooLargeError
 from safelight.serving.limits import Limits
 
 P = ParamSpec("P")
@@ -30,6 +30,11 @@ _INTEGER_LENGTH = 40
 _MAX_NESTING = 4
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 _PLAIN_CODINGS = (b"7bit", b"8bit", b"binary")
+_KEPT_PART = 8
+_MEDIA_TYPE_LENGTH = 1000
+_PART_HEADER_BYTES = 8192
+"""Of all headers of a part: its name, a file's name and a type."""
+_NAME_LENGTH = 512
 _NAME = re.compile(r"([^\[\]\x00]{1,100})((?:\[[^\[\]\x00]{0,100}\])*)")
 
 
@@ -79,14 +84,14 @@ class Budget:
     def __init__(self, most: int) -> None:
         self._most, self._held = most, 0
 
-    def take(self, request: Request, num_bytes: int) -> None:
-        """Count bytes until the request has been answered.
+    def take(self, request: Request, num_bytes: int, is_small: bool = False) -> None:
+        """Count bytes until the request has been answered. The last eighth is for what is small.
 
         Raises:
             QueueFullError: if others hold so many that these are too many.
 
         """
-        if self._held + num_bytes > self._most:
+        if self._held + num_bytes > (self._most if is_small else self._most - self._most // _KEPT_PART):
             raise QueueFullError("too much is being received and decoded at once; try again later")
         self._held += num_bytes
         request.scope["state"]["at_end"].callback(self._give_back, num_bytes)
@@ -108,7 +113,10 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
         MediaTypeError, TooLargeError, MalformedRequestError: for what is not taken.
 
     """
-    media_type, options = parse_options_header(request.headers.get("content-type"))
+    described = request.headers.get("content-type", "")
+    if len(described) > _MEDIA_TYPE_LENGTH:
+        raise MediaTypeError(f"content-type: at most {_MEDIA_TYPE_LENGTH} characters are taken")
+    media_type, options = parse_options_header(described)
     is_form = forms and media_type == b"multipart/form-data"
     if not is_form and media_type != b"application/json":
         takes = "application/json or multipart/form-data" if forms else "application/json"
@@ -127,13 +135,14 @@ async def aside(body: Body, function: Callable[P, T], *args: P.args, **kwargs: P
     return await asyncio.to_thread(function, *args, **kwargs) if body.is_large else function(*args, **kwargs)
 
 
-async def read_body(request: Request, limits: Limits, budget: Budget) -> bytes:
+async def read_body(request: Request, limits: Limits, budget: Budget) -> bytearray:
     """Read a body of at most `body_bytes`, not compressed.
 
     Raises:
         MediaTypeError: if it is compressed.
         TooLargeError: as soon as its length, or what came of it, is too much.
         QueueFullError: if all bodies together are too much.
+        TimedOutError: if it comes too slowly.
 
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
@@ -142,18 +151,24 @@ async def read_body(request: Request, limits: Limits, budget: Budget) -> bytes:
     announced = request.headers.get("content-length", "0")
     if len(announced) > 19 or int(announced) > limits.body_bytes:  # the protocol lets digits alone pass
         raise error
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limits.body_bytes:
-            raise error
-        budget.take(request, len(chunk))
-    return bytes(data)
+    data, clock = bytearray(), asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(limits.body_seconds) as patience:
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > limits.body_bytes:
+                    raise error
+                budget.take(request, len(chunk), len(data) <= limits.small_body_bytes)
+                earned = (patience.when() or 0.0) + len(chunk) / limits.body_rate
+                patience.reschedule(min(earned, clock() + limits.body_seconds))
+    except TimeoutError as late:
+        raise TimedOutError(f"the body came more slowly than {limits.body_rate} bytes a second") from late
+    return data
 
 
-def _parse_json(data: bytes, limits: Limits) -> Body:
+def _parse_json(data: bytearray, limits: Limits) -> Body:
     """Parse an object, and refuse what is not in JSON's grammar, or what two readers would read differently."""
-    if not data.strip():
+    if not data or data.isspace():
         raise MalformedRequestError("the body is empty; it takes a JSON object")
     if sum(data.count(mark) for mark in (b"[", b"{", b",", b"\\")) > limits.json_items:
         raise MalformedRequestError(f"the body has more than {limits.json_items} items and escapes")
@@ -247,13 +262,14 @@ class _Parts:
         self.is_complete = False
         self._limits = limits
         self._name, self._value = bytearray(), bytearray()
+        self._num_header_bytes = 0
 
     def callbacks(self) -> dict[str, Any]:
         return {
             "on_part_begin": self._begin,
             "on_part_data": lambda data, start, end: self.found[-1].content.extend(data[start:end]),
-            "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_field": lambda data, start, end: self._extend(self._name, data[start:end]),
+            "on_header_value": lambda data, start, end: self._extend(self._value, data[start:end]),
             "on_header_end": self._header,
             "on_end": self._end,
         }
@@ -262,6 +278,14 @@ class _Parts:
         if len(self.found) >= self._limits.parts:
             raise MalformedRequestError(f"the form has more than {self._limits.parts} parts")
         self.found.append(_Part())
+        self._num_header_bytes = 0
+
+    def _extend(self, place: bytearray, data: bytes) -> None:
+        """Take in a piece of a header, before anything looks at the whole."""
+        self._num_header_bytes += len(data)
+        if self._num_header_bytes > _PART_HEADER_BYTES:
+            raise MalformedRequestError(f"a part's headers have more than {_PART_HEADER_BYTES} bytes")
+        place.extend(data)
 
     def _header(self) -> None:
         self.found[-1].headers[bytes(self._name).lower()] = bytes(self._value)
@@ -271,13 +295,13 @@ class _Parts:
         self.is_complete = True
 
 
-def _parse_form(data: bytes, limits: Limits, boundary: bytes) -> Body:
+def _parse_form(data: bytearray, limits: Limits, boundary: bytes) -> Body:
     parts = _Parts(limits)
     try:
         if not boundary:
             raise MalformedRequestError("the form's content-type has no boundary")
         parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]  # its keys are these
-        parser.write(data)
+        parser.write(bytes(data))
     except FormParserError as error:
         raise MalformedRequestError("the body is no multipart form with that boundary") from error
     if not parts.is_complete:
@@ -316,7 +340,7 @@ def _value(name: str, part: _Part, is_file: bool) -> Upload | str:
 
 def _insert(fields: dict[str, Any], name: str, value: Upload | str) -> None:
     """Put a part in its place: `a`, `a[]` for a list, `a[b]` for an object, `a[][b]` for a list of objects."""
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(name) if len(name) <= _NAME_LENGTH else None
     keys = [] if match is None else [match[1], *re.findall(r"\[([^\]]*)\]", match[2])]
     if not 1 <= len(keys) <= _MAX_NESTING:
         raise about(name, "a part's name is a field, with at most three brackets")
