@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -19,12 +21,15 @@ from starlette.requests import Request
 from safelight.errors import QueueFullError
 from safelight.serving.errors import MalformedRequestError, MediaTypeError, TimedOutError, TooLargeError
 from safelight.serving.limits import Limits
+from safelight.serving.pieces import LongTexts, has_more, is_blank
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _SMALL_BODY = 1 << 16
 """Bytes that are parsed at once; more are parsed in a thread, so that the event loop goes on."""
+_LARGE_BODIES = ThreadPoolExecutor(1, thread_name_prefix="safelight-bodies")
+"""They are looked at one after another: threads take the interpreter from each other, and most from the event loop."""
 _NUMBER_LENGTH = 400
 _INTEGER_LENGTH = 40
 _MAX_NESTING = 4
@@ -115,7 +120,7 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
     """
     described = request.headers.get("content-type", "")
     if len(described) > _MEDIA_TYPE_LENGTH:
-        raise MediaTypeError(f"content-type: at most {_MEDIA_TYPE_LENGTH} characters are taken")
+        raise MalformedRequestError(f"content-type: at most {_MEDIA_TYPE_LENGTH} characters are taken")
     media_type, options = parse_options_header(described)
     is_form = forms and media_type == b"multipart/form-data"
     if not is_form and media_type != b"application/json":
@@ -127,12 +132,17 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
     parse, arguments = (_parse_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
     if len(data) <= _SMALL_BODY:
         return parse(data, limits, *arguments)
-    return replace(await asyncio.to_thread(parse, data, limits, *arguments), is_large=True)
+    return replace(await _in_turn(parse, data, limits, *arguments), is_large=True)
 
 
 async def aside(body: Body, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call what looks at all of a body: in a thread where that is large, so that the event loop goes on."""
-    return await asyncio.to_thread(function, *args, **kwargs) if body.is_large else function(*args, **kwargs)
+    return await _in_turn(function, *args, **kwargs) if body.is_large else function(*args, **kwargs)
+
+
+async def _in_turn(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    call = functools.partial(function, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_LARGE_BODIES, call)
 
 
 async def read_body(request: Request, limits: Limits, budget: Budget) -> bytearray:
@@ -168,23 +178,31 @@ async def read_body(request: Request, limits: Limits, budget: Budget) -> bytearr
 
 def _parse_json(data: bytearray, limits: Limits) -> Body:
     """Parse an object, and refuse what is not in JSON's grammar, or what two readers would read differently."""
-    if not data or data.isspace():
+    if is_blank(data):
         raise MalformedRequestError("the body is empty; it takes a JSON object")
-    if sum(data.count(mark) for mark in (b"[", b"{", b",", b"\\")) > limits.json_items:
+    if has_more(data, (b"[", b"{", b",", b"\\"), limits.json_items):
         raise MalformedRequestError(f"the body has more than {limits.json_items} items and escapes")
     try:
+        texts = LongTexts(data)
+    except UnicodeError as error:
+        raise MalformedRequestError("the body is not UTF-8") from error
+    except ValueError as error:
+        raise MalformedRequestError(f"the body is not JSON: {error}") from error
+    try:
         value = json.loads(
-            data.decode(),
+            texts.rest.decode(),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
             parse_int=_integer,
         )
         _check_text(value)
+        value = texts.put_back(value)
     except UnicodeError as error:
         raise MalformedRequestError("the body is not UTF-8, or has half of a surrogate pair") from error
     except json.JSONDecodeError as error:
-        raise MalformedRequestError(f"the body is not JSON: {error.msg} at character {error.pos}") from error
+        where = "" if texts.are_there else f" at character {error.pos}"
+        raise MalformedRequestError(f"the body is not JSON: {error.msg}{where}") from error
     except RecursionError as error:
         raise MalformedRequestError("the body is nested too deeply") from error
     if not isinstance(value, dict):
