@@ -82,8 +82,8 @@ def heads(text: str) -> Iterator[tuple[str, bytes]]:
     plain = text.replace("\x7f", "\x01")[:IN_A_HEAD].encode()
     for name in HEADERS:
         host = b"" if name == "host" else b"host: localhost\r\n"
-        line = b"POST /v1/videos" if name.startswith(("content", "transfer", "idem")) else b"GET /v1/jobs/x/content"
-        yield f"{name}:", line + b" HTTP/1.1\r\n" + host + name.encode() + b": " + plain + b"\r\n\r\n"
+        begin = b"POST /v1/videos" if name.startswith(("content", "transfer", "idem")) else b"GET /v1/jobs/x/content"
+        yield f"{name}:", begin + b" HTTP/1.1\r\n" + host + name.encode() + b": " + plain + b"\r\n\r\n"
     yield "a header's name", b"GET / HTTP/1.1\r\nhost: localhost\r\n" + plain + b": a\r\n\r\n"
     yield "the method", plain + b" / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
@@ -98,8 +98,8 @@ def post(path: str, media_type: str, body: bytes) -> bytes:
 
 def bodies(text: str, path: str, names: tuple[str, ...], forms: bool) -> Iterator[tuple[str, bytes]]:
     """Yield requests whose word is in their body: as each field's value, as a name, and in what surrounds a part."""
-    prompt = {"prompt": "x"}
-    values = {name: {**prompt, name: text} for name in names}
+    prompt: dict[str, object] = {"prompt": "x"}
+    values: dict[str, dict[str, object]] = {name: {**prompt, name: text} for name in names}
     values |= {f"a list of {name}": {**prompt, name: [text, [text]]} for name in names}
     values |= {f"an object of {name}": {**prompt, name: {text: text, "image_url": text}} for name in names}
     values |= {"a name": {**prompt, text: 1}, "an escaped name": {**prompt, f"é{text}": 1}}

@@ -26,7 +26,7 @@ from tests.serving.stub_engine import EDIT_SCHEMA
 
 SIZE = 28_000_000
 SENDERS = 8
-SECONDS = 8.0
+SECONDS = 5.0
 BETWEEN = 0.01
 """Seconds between two questions."""
 HEAD = "POST /v1/images/edits HTTP/1.1\r\nhost: localhost\r\ncontent-type: {}\r\ncontent-length: {}\r\n\r\n"

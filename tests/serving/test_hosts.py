@@ -14,7 +14,7 @@ from safelight.serving.hosts import Hosts, host_name
 from safelight.serving.origins import Origins
 from safelight.serving.serve_args import ServeArgs
 from tests.serving.http_server import PROMPT, assert_error, running
-from tests.serving.stub_engine import EDIT_SCHEMA, VIDEO_SCHEMA
+from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, VIDEO_SCHEMA
 
 KEY = "0123456789abcdef0123456789abcdef"
 OURS = ["localhost", "LOCALHOST", "localhost.", "app.localhost", "127.0.0.1", "127.8.9.1", "[::1]", "told.example"]
@@ -126,7 +126,7 @@ CROSS = {
     "another port": {"origin": "http://localhost:3000", "sec-fetch-site": "same-site"},
 }
 STARTS = {
-    "pictures": ("/v1/images/generations", None),
+    "pictures": ("/v1/images/generations", IMAGE_SCHEMA),
     "edits": ("/v1/images/edits", EDIT_SCHEMA),
     "videos": ("/v1/videos", VIDEO_SCHEMA),
 }
@@ -142,8 +142,7 @@ SIMPLE = {
 @pytest.mark.parametrize("start", STARTS)
 def test_a_page_of_another_site_starts_nothing(tmp_path, start):
     path, schema = STARTS[start]
-    schemas = {} if schema is None else {"schema": schema}
-    with running(tmp_path, **schemas) as server, server.http() as http:
+    with running(tmp_path, schema) as server, server.http() as http:
         for headers, (media_type, body) in itertools.product(CROSS.values(), SIMPLE.items()):
             typed = {"content-type": media_type} if media_type else {}
             answer = http.post(path, content=body, headers={**headers, **typed, "host": "localhost"})

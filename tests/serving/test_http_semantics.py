@@ -342,7 +342,6 @@ MALFORMED_ORIGINS = (
     "http://[::1",
     "http://a:b",
     "://a",
-    "é://a",
     "h t://a",
 )
 
