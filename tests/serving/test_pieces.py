@@ -6,6 +6,7 @@ import base64
 import json
 import random
 import time
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
@@ -13,7 +14,7 @@ from safelight.serving import pieces
 from safelight.serving.errors import MalformedRequestError
 from safelight.serving.gate import _parse_json
 from safelight.serving.limits import Limits
-from safelight.serving.pieces import LongTexts, from_base64, has_more, is_blank
+from safelight.serving.pieces import LongTexts, from_base64, from_percent, has_more, is_blank
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,13 @@ def test_base64(length):
         if length:
             with pytest.raises(ValueError):
                 from_base64(padded)
+
+
+def test_percent():
+    draw = random.Random(5)
+    for _ in range(1000):
+        text = "".join(draw.choices(["%", "%41", "%4", "a", "é", "%%", "%zz"], k=draw.randrange(30)))
+        assert from_percent(text) == unquote_to_bytes(text)
 
 
 def documents():

@@ -7,6 +7,7 @@ import codecs
 import secrets
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 PIECE = 1 << 20
 """Bytes whose work takes about a millisecond; between two pieces the event loop has its turn."""
@@ -35,6 +36,17 @@ def has_more(data: bytearray, marks: tuple[bytes, ...], most: int) -> bool:
         if left < 0:
             return True
     return False
+
+
+def from_percent(text: str) -> bytes:
+    """Return the bytes of a text with `%XX` escapes."""
+    found, at = bytearray(), 0
+    while at < len(text):
+        end = at + PIECE
+        end = next((cut for cut in (end - 2, end - 1) if text[cut : cut + 1] == "%"), end)  # no escape is cut
+        found += unquote_to_bytes(text[at:end])
+        at = end
+    return bytes(found)
 
 
 def from_base64(data: bytes) -> bytes:
