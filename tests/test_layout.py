@@ -323,8 +323,8 @@ REQ_FIELDS = (
     "denoised outputs warnings timings feature_cache host_tensors"
 )
 SERVE_ARGS = (
-    "host port state_dir api_key_file served_model_name public_url allowed_origins response_format replicas "
-    "max_running max_waiting max_cost batching share warm_up keep_hours max_storage drain_seconds unit_limit "
+    "host port state_dir api_key_file served_model_name public_url allowed_origins allowed_hosts response_format "
+    "replicas max_running max_waiting max_cost batching share warm_up keep_hours max_storage drain_seconds unit_limit "
     "first_unit_limit heartbeat_limit"
 )
 SERVER_ARGS = (

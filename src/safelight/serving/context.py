@@ -42,6 +42,7 @@ class Settings:
         api_key: which every route but `/livez`, and those by signed addresses, asks for; None asks for none.
         public_url: where clients reach the server, without a path; None is what their `Host` header says.
         allowed_origins: of web pages that may use the server, as browsers write them; `*` is all.
+        allowed_hosts: names that a server without a key answers to, beside this machine's own.
         response_format: how pictures are returned where a request does not say it: `b64_json` or `url`.
         address_key: the secret that signs addresses of files; it has to outlive the process for them to do so.
         poll_after_ms: what clients that poll a video are told to wait.
@@ -54,6 +55,7 @@ class Settings:
     api_key: str | None = None
     public_url: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     response_format: str = "b64_json"
     address_key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
     poll_after_ms: int = 1000

@@ -130,7 +130,8 @@ async def _create(request: Request, context: Context, edits: bool) -> Response:
     finished = await context.generate(request, resolved.params)
     pictures = await context.jobs.outputs.run(_encode, resolved, finished)
     context.count(resolved, finished)
-    return json_response({**_response(resolved, pictures, finished), "metrics": _metrics(finished)})
+    content = {**_response(resolved, pictures, finished), "metrics": _metrics(finished)}
+    return await context.jobs.outputs.run(json_response, content)
 
 
 def _sorted(body: Body, schema: ModelSchema, limits: Limits, edits: bool) -> Asked:

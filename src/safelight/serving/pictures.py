@@ -12,7 +12,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from PIL import ExifTags, Image
 
@@ -21,11 +20,11 @@ from safelight.file_kinds import HEAD_BYTES, kind_of
 from safelight.serving.errors import TooLargeError
 from safelight.serving.gate import Upload
 from safelight.serving.limits import Limits
+from safelight.serving.pieces import from_base64, from_percent
 
 _DATA_URL = re.compile(r'data:((?:[^,"]|"[^"]{0,1000}"){0,1000}),', re.IGNORECASE)
 """RFC 2397: a media type, its parameters, whose values may be quoted, and perhaps `;base64`."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{100,}={0,2}[\r\n]*")
-_BLANK = b" \t\r\n\f"
 _MAX_ESCAPES = 1_000_000
 """Of `%XX` in one data URL: a million are a file of a few megabytes, and take 100 MB on their way."""
 _MAX_CHUNKS = 16_384
@@ -79,13 +78,12 @@ def _data_url_bytes(about: str, text: str, param: str) -> bytes:
     """Return what a data URL holds: percent-encoded, and then perhaps base64, which may be broken into lines."""
     if text.count("%") > _MAX_ESCAPES:
         raise InvalidParameterError(param, f"more than {_MAX_ESCAPES} escapes in a data URL", "base64 in a data URL")
-    data = unquote_to_bytes(text)
+    data = from_percent(text)
     if not about.rstrip().lower().endswith(";base64"):
         return data
-    data = data.translate(None, _BLANK)
     try:
-        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return from_base64(data)
+    except ValueError as error:
         raise InvalidParameterError(param, "a data URL", "base64 in a data URL") from error
 
 

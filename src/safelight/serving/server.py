@@ -87,6 +87,7 @@ class Server:
                 api_key=key,
                 public_url=self.serve_args.public_url,
                 allowed_origins=self.serve_args.origins(),
+                allowed_hosts=self.serve_args.hosts(),
                 response_format=self.serve_args.response_format,
                 address_key=read_address_key(state),
                 drain_seconds=CLOSING_SECONDS,
