@@ -52,6 +52,7 @@ class JobLimits:
     Attributes:
         max_unfinished: jobs that wait or run; more are refused.
         max_submitted: of these, how many the engine is given; the others leave its queue to who waits for an answer.
+        max_submitted_bytes: of the input files of these, unless it is one job alone; the others' stay on the disk.
         keep_seconds: how long a finished job and its files are kept.
         max_bytes: of all jobs' files; the first finished are removed for later ones. None is no limit.
         sweep_seconds: between two searches for what has expired.
@@ -61,6 +62,7 @@ class JobLimits:
 
     max_unfinished: int = 1000
     max_submitted: int = 16
+    max_submitted_bytes: int = 64 << 20
     keep_seconds: float = 24 * 3600.0
     max_bytes: int | None = None
     sweep_seconds: float = 60.0
@@ -332,7 +334,7 @@ class JobManager:
                 self._left.clear()
                 with contextlib.suppress(QueueFullError, NotReadyError):
                     schema = self._engine.schema
-                    if schema is not None and self._num_submitted() < self._limits.max_submitted:
+                    if schema is not None and self._may_submit(run.job):
                         params = params or await self._read(run.job, schema)
                         name = f"{run.job.id}.{run.job.attempts + 1}.{run.job.request_id}"
                         return self._engine.submit(GenerationRequest(name, params, mode=run.job.mode))
@@ -340,8 +342,11 @@ class JobManager:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), self._limits.retry_seconds)
 
-    def _num_submitted(self) -> int:
-        return sum(run.ticket is not None and not run.ticket.done for run in self._runs.values())
+    def _may_submit(self, job: Job) -> bool:
+        submitted = [run.job for run in self._runs.values() if run.ticket is not None and not run.ticket.done]
+        held = sum(file.num_bytes for each in (*submitted, job) for file in each.inputs)
+        is_small = not submitted or held <= self._limits.max_submitted_bytes
+        return is_small and len(submitted) < self._limits.max_submitted
 
     async def _read(self, job: Job, schema: ModelSchema) -> SamplingParams:
         paths = [self.outputs.path(file.name) for file in job.inputs]

@@ -11,7 +11,7 @@ class Limits:
 
     Attributes:
         body_bytes: of a request's body.
-        held_bytes: of bodies and decoded pictures, over all requests that are under way.
+        held_bytes: of bodies, the files of pictures in them, over all requests that are under way.
         header_bytes: of a request's line and headers.
         json_items: commas, brackets and backslashes in a JSON body, images aside: what parsing costs.
         parts: of a multipart body.
