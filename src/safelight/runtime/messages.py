@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from safelight.core.architecture import Architecture
 from safelight.core.params import Option, SamplingParams, make_params_cls
 from safelight.core.registry import get_pipeline, pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
@@ -239,6 +240,9 @@ class WireSchema(msgspec.Struct, frozen=True):
     frame_step: int
     notes: list[str]
     capabilities: list[str]
+    architecture: Architecture | None = None
+    token_bytes: int = 0
+    device_bytes: int = 0
 
 
 ToWorker = Start | Submit | Cancel | Stop
@@ -299,6 +303,9 @@ def schema_to_wire(schema: ModelSchema) -> WireSchema:
         frame_step=schema.frame_step,
         notes=list(schema.notes),
         capabilities=sorted(schema.capabilities),
+        architecture=schema.architecture,
+        token_bytes=schema.token_bytes,
+        device_bytes=schema.device_bytes,
     )
 
 
@@ -317,6 +324,9 @@ def schema_from_wire(wire: WireSchema) -> ModelSchema:
         frame_step=wire.frame_step,
         notes=tuple(wire.notes),
         capabilities=frozenset(wire.capabilities),
+        architecture=wire.architecture,
+        token_bytes=wire.token_bytes,
+        device_bytes=wire.device_bytes,
     )
 
 

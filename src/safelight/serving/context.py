@@ -142,8 +142,9 @@ class Context:
 
         """
         if not asked.pictures:
-            return resolve(asked, self.limits)
-        return await asyncio.get_running_loop().run_in_executor(self._decoder, resolve, asked, self.limits)
+            return resolve(asked, self.limits, self.engine.stats.cost_seconds)
+        arguments = (asked, self.limits, self.engine.stats.cost_seconds)
+        return await asyncio.get_running_loop().run_in_executor(self._decoder, resolve, *arguments)
 
     def submit(self, request: Request, params: SamplingParams) -> Ticket:
         """Put a request into the engine's queue that somebody waits for; there too it has the id that they are told.

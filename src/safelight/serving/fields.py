@@ -190,10 +190,11 @@ def _checked(name: str, option: Option, value: Any) -> Any:
     return checked
 
 
-def resolve(asked: Asked, limits: Limits) -> Resolved:
+def resolve(asked: Asked, limits: Limits, cost_seconds: float = 0.0) -> Resolved:
     """Resolve all fields together, and see that the pictures can be decoded: what is kept of them are their files.
 
-    With pictures it takes a while: run it in a thread, and one at a time.
+    With pictures it takes a while: run it in a thread, and one at a time. `cost_seconds` are those that a unit of cost
+    takes here; 0 where that is not known.
 
     Raises:
         UsageError: naming the field.
@@ -221,7 +222,7 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
         if error.param in ("height", "width") and size != "auto":
             raise InvalidParameterError.rebuilt(f"size: got {size!r}; {error}", "size") from error
         raise
-    check_cost(params, schema, limits.max_cost)
+    check_cost(params, schema, limits, cost_seconds)
     for name, image in pictures:  # last, one at a time: until here nothing has been decoded
         check_decodes(image.converted(params.image_mode), name)
     warnings += [f"{name} has no effect" for name in (*EFFECTLESS, INPUT_FIDELITY) if name in asked.own]

@@ -18,7 +18,9 @@ class Limits:
         image_bytes, image_pixels, image_side: of one input image, in its file, in all, and along a side.
         images: input images of one request.
         outputs: pictures or videos of one request.
-        max_cost: of one request: steps × latent tokens × branches × outputs.
+        max_cost: of one request: steps × tokens × branches × outputs, attention counted (`runtime/cost.py`).
+        max_tokens: of one step, which cannot be interrupted.
+        unit_seconds: after which a unit of work of a new kind counts as hung: no step may be expected to take longer.
         header_seconds: for a request's line and headers, from the first byte.
         request_seconds: for a whole request, from its first byte.
         stalled_seconds: for which a reader may take nothing while there is something to take.
@@ -40,7 +42,9 @@ class Limits:
     image_side: int = 8192
     images: int = 16
     outputs: int = 10
-    max_cost: float = 20e6
+    max_cost: float = 60e6
+    max_tokens: int = 131_072
+    unit_seconds: float = 1800.0
     header_seconds: float = 10.0
     request_seconds: float = 30.0
     stalled_seconds: float = 60.0
