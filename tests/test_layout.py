@@ -313,8 +313,8 @@ REQ_FIELDS = (
 )
 SERVE_ARGS = (
     "host port state_dir api_key_file served_model_name public_url allowed_origins response_format replicas "
-    "max_running max_waiting max_cost max_tokens batching share warm_up keep_hours max_storage drain_seconds unit_limit "
-    "first_unit_limit heartbeat_limit"
+    "max_running max_waiting max_cost max_tokens batching share warm_up keep_hours max_storage drain_seconds "
+    "unit_limit first_unit_limit heartbeat_limit"
 )
 SERVER_ARGS = (
     "model revision variant device dtype component_dtypes backend attention_backend kernels offload memory_limit "

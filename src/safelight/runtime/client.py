@@ -149,6 +149,11 @@ class Ticket:
         """Whether it has its one answer: outputs, or an error."""
         return self._result.done()
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has not begun."""
+        return not self.done and self.progress.state == "queued"
+
     async def result(self) -> list[Output]:
         """Wait for the outputs, one a prompt and seed.
 

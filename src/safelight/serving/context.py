@@ -28,6 +28,7 @@ from safelight.serving.job_manager import JobManager
 from safelight.serving.jobs import Job, Kind, owner_of
 from safelight.serving.limits import Limits
 from safelight.serving.metrics import Metrics
+from safelight.serving.shares import check_share, client_of
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Context:
         # One thread: a picture of 25 megapixels takes 200 MB while it is tried, and no more than one does.
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="safelight-decoding")
         self._followers: set[asyncio.Task[None]] = set()
+        self._waiting: list[tuple[str, Ticket]] = []
 
     @property
     def limits(self) -> Limits:
@@ -153,8 +155,14 @@ class Context:
             ServingError: if it cannot be taken now.
 
         """
+        client = client_of(request, self.owner)
+        self._waiting = [(name, ticket) for name, ticket in self._waiting if ticket.waits]
+        names = [name for name, _ in self._waiting]
+        check_share(client, names, self.limits.waiting, self.engine.stats.num_waiting)
         deadline = self.limits.deadline_seconds
-        return self.engine.submit(GenerationRequest(request_id(request), params, deadline=deadline))
+        ticket = self.engine.submit(GenerationRequest(request_id(request), params, deadline=deadline))
+        self._waiting.append((client, ticket))
+        return ticket
 
     async def follow(self, ticket: Ticket) -> Finished:
         """Wait for a request's outputs.

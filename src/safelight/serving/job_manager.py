@@ -34,6 +34,7 @@ from safelight.errors import (
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
 from safelight.serving.jobs import MAX_ATTEMPTS, Job, JobError, JobStore, check_same
 from safelight.serving.outputs import Outputs, Staged
+from safelight.serving.shares import check_share
 from safelight.serving.submission import Submission, new_job, read_params
 
 logger = logging.getLogger(__name__)
@@ -79,10 +80,10 @@ class JobEvent:
 
 
 class _Run:
-    """An unfinished job in this process."""
+    """An unfinished job in this process, and whose it is; nobody's, after a restart."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, client: str = "") -> None:
+        self.job, self.client = job, client
         self.ticket: Ticket | None = None
         self.task: asyncio.Task[None] | None = None
         self.over = False
@@ -155,11 +156,14 @@ class JobManager:
         schema = self._engine.schema
         if self._closing or schema is None:
             raise NotReadyError("the server stops" if self._closing else "the model is being loaded")
-        if len(self._runs) + len(self._background) >= self._limits.max_unfinished:
+        num_unfinished = len(self._runs) + len(self._background)
+        if num_unfinished >= self._limits.max_unfinished:
             raise QueueFullError(f"{self._limits.max_unfinished} jobs wait already")
+        clients = [run.client for run in self._runs.values()]
+        check_share(submission.client, clients, self._limits.max_unfinished, num_unfinished)
         job, files = new_job(submission, schema, self._clock())
         # A caller that goes away leaves no job behind that is stored and never run.
-        task = asyncio.create_task(self._accept(job, files))
+        task = asyncio.create_task(self._accept(job, files, submission.client))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return await asyncio.shield(task)
@@ -259,7 +263,7 @@ class JobManager:
         if waited:
             await asyncio.wait(waited, timeout=seconds)
 
-    async def _accept(self, job: Job, files: Mapping[str, bytes]) -> Job:
+    async def _accept(self, job: Job, files: Mapping[str, bytes], client: str) -> Job:
         if files:
             async with self._room:
                 await self._make_room(job.num_bytes)
@@ -272,11 +276,11 @@ class JobManager:
         if accepted is not job:
             await self.outputs.remove(files)
         elif not self._closing:
-            self._launch(job)
+            self._launch(job, client)
         return accepted
 
-    def _launch(self, job: Job) -> None:
-        run = self._runs[job.id] = _Run(job)
+    def _launch(self, job: Job, client: str = "") -> None:
+        run = self._runs[job.id] = _Run(job, client)
         run.task = asyncio.create_task(self._run(run), name=job.id)
         run.task.add_done_callback(lambda task: self._ended(run, task))
 

@@ -18,6 +18,7 @@ class Limits:
         image_bytes, image_pixels, image_side: of one input image, in its file, in all, and along a side.
         images: input images of one request.
         outputs: pictures or videos of one request.
+        waiting: requests that may wait, of all clients; each has a share (`serving/shares.py`).
         max_cost: of one request: steps × tokens × branches × outputs, attention counted (`runtime/cost.py`).
         max_tokens: of one step, which cannot be interrupted.
         unit_seconds: after which a unit of work of a new kind counts as hung: no step may be expected to take longer.
@@ -42,6 +43,7 @@ class Limits:
     image_side: int = 8192
     images: int = 16
     outputs: int = 10
+    waiting: int = 64
     max_cost: float = 60e6
     max_tokens: int = 131_072
     unit_seconds: float = 1800.0

@@ -89,6 +89,7 @@ class Server:
                 address_key=read_address_key(state),
                 drain_seconds=CLOSING_SECONDS,
                 limits=Limits(
+                    waiting=self.serve_args.max_waiting,
                     max_cost=self.serve_args.max_cost,
                     max_tokens=self.serve_args.max_tokens,
                     unit_seconds=self.serve_args.first_unit_limit,

@@ -32,6 +32,7 @@ class Submission:
         request_id: of the HTTP request that it came with, for the log.
         idempotency_key: as the client chose it; None if it chose none.
         digest: `request_digest`, where there is a key.
+        client: `client_of` the HTTP request.
 
     """
 
@@ -45,6 +46,7 @@ class Submission:
     request_id: str = ""
     idempotency_key: str | None = None
     digest: str = ""
+    client: str = ""
 
 
 def new_job(submission: Submission, schema: ModelSchema, now: float) -> tuple[Job, dict[str, bytes]]:
