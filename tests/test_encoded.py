@@ -39,7 +39,11 @@ def exif(orientation: bytes, entry: tuple[int, int, int, bytes] | None = None) -
     entries = [struct.pack("<H", ORIENTATION) + orientation]
     if entry is not None:
         entries.append(struct.pack("<HHI", *entry[:3]) + entry[3])
-    folder = struct.pack("<H", len(entries)) + b"".join(sorted(entries, key=lambda e: e[:2])) + bytes(4)
+    folder = (
+        struct.pack("<H", len(entries))
+        + b"".join(sorted(entries, key=lambda entry: entry[1] << 8 | entry[0]))
+        + bytes(4)
+    )
     return b"Exif\0\0II*\0" + struct.pack("<I", 8) + folder + bytes(200)
 
 
@@ -51,8 +55,13 @@ def picture(fmt: str, orientation: bytes, entry: tuple[int, int, int, bytes] | N
     """Return the file of a picture of four unlike quarters."""
     pixels = np.zeros((24, 40, 3), np.uint8)
     pixels[:12, :20], pixels[:12, 20:], pixels[12:, :20] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
-    file, lossless = io.BytesIO(), {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(fmt, {})
-    Image.fromarray(pixels).save(file, fmt, exif=exif(orientation, entry), **lossless)
+    settings: dict[str, dict[str, int]] = {
+        "WEBP": {"lossless": 1},
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "PNG": {},
+    }
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, fmt, exif=exif(orientation, entry), **settings[fmt])
     return file.getvalue()
 
 

@@ -6,6 +6,7 @@ import concurrent.futures
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from safelight.errors import QueueFullError
 from safelight.serving.job_manager import JobLimits
@@ -69,7 +70,7 @@ def test_one_address_cannot_hold_all_jobs(tmp_path):
 @pytest.mark.parametrize("num_places", [1, 2, 3, 10, 64, 1000])
 def test_each_client_that_comes_finds_room(num_places):
     """Clients that each take all they can: none has more than half, and the queue is full after several, not one."""
-    waiting = []
+    waiting: list[str] = []
     for number in range(num_places):
         try:
             while len(waiting) < num_places:
@@ -82,14 +83,9 @@ def test_each_client_that_comes_finds_room(num_places):
     check_share("", waiting, num_places, len(waiting))
 
 
-class Sent:
-    def __init__(self, host):
-        self.client = type("Address", (), {"host": host})()
-
-
 def test_a_client_is_a_key_at_an_address():
     def named(host, owner="k"):
-        return client_of(Sent(host), owner)
+        return client_of(Request({"type": "http", "client": (host, 1)}), owner)
 
     assert named("10.0.0.1") == named("::ffff:10.0.0.1") != named("10.0.0.2")
     assert named("2001:db8::1") == named("2001:db8::ffff:0:1") != named("2001:db8:0:1::1")

@@ -16,10 +16,13 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import msgspec
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
@@ -28,20 +31,27 @@ from safelight.errors import (
     NotReadyError,
     QueueFullError,
     SafelightError,
+    StorageBusyError,
     StorageFullError,
     WorkerLostError,
 )
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
 from safelight.serving.jobs import MAX_ATTEMPTS, Job, JobError, JobStore, check_same
 from safelight.serving.outputs import Outputs, Staged
+from safelight.serving.patience import Expiry, when_free
 from safelight.serving.shares import check_share
 from safelight.serving.submission import Submission, new_job, read_params
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = JobError(SafelightError.code, "the server made a mistake; its log has it by this job's id")
 CANCELLED = JobError(CancelledError.code, "the job was cancelled")
+_OF_A_STOP = (CancelledError, NotReadyError, StorageBusyError, WorkerLostError)
+"""What ends a run when the server stops, and not its job, which is the next server's."""
 WORKER_LOST = JobError(WorkerLostError.code, f"worker or server died while this job ran, {MAX_ATTEMPTS} times")
+JOBS_A_TRIM = 64
+"""Jobs after which the bound on records is looked at."""
 _STOP_SECONDS = 5.0
 """What a stopped job has to end; a step may take longer, and is then left to itself."""
 
@@ -55,9 +65,11 @@ class JobLimits:
         max_submitted: of these, how many the engine is given; the others leave its queue to who waits for an answer.
         max_submitted_bytes: of the input files of these, unless it is one job alone; the others' stay on the disk.
         keep_seconds: how long a finished job and its files are kept.
-        max_bytes: of all jobs' files; the first finished are removed for later ones. None is no limit.
+        max_bytes: of all jobs' files and records; the first finished are removed for later ones. None is no limit.
+        max_record_bytes: of all jobs' records; beyond, failed jobs are removed, and then completed ones.
         sweep_seconds: between two searches for what has expired.
-        retry_seconds: after which a full or unready engine, or a full disk, is tried again.
+        retry_seconds: after which a full or unready engine, a full disk, or a held database is tried again.
+        busy_seconds: for which whoever waits for an answer waits for a held database.
 
     """
 
@@ -66,8 +78,10 @@ class JobLimits:
     max_submitted_bytes: int = 64 << 20
     keep_seconds: float = 24 * 3600.0
     max_bytes: int | None = None
+    max_record_bytes: int = 64 << 20
     sweep_seconds: float = 60.0
     retry_seconds: float = 0.25
+    busy_seconds: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -110,11 +124,14 @@ class JobManager:
         engine: EngineClient,
         clock: Callable[[], float] = time.time,
         limits: JobLimits | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
         self.outputs = outputs
         self._engine = engine
         self._clock = clock
+        self._expiry = Expiry(clock, monotonic)
+        self._num_accepted = 0
         self._limits = limits or JobLimits()
         self._runs: dict[str, _Run] = {}
         self._gate = asyncio.Lock()  # first come, first served: the order of acceptance
@@ -131,6 +148,7 @@ class JobManager:
             StorageFullError: if the disk is full.
 
         """
+        self._expiry.begin(await self.store.last_end())
         await self.outputs.clean(await self.store.file_names())
         for job in await self.store.unfinished():
             if job.attempts >= MAX_ATTEMPTS:
@@ -183,7 +201,7 @@ class JobManager:
             if job is None or job.finished:
                 return job
             failed = self._failed(job, CANCELLED)
-            if await self.store.replace(job, failed):
+            if await self._replace(job, failed, self._limits.busy_seconds):
                 break
         run = self._runs.get(job_id)
         if run is not None:
@@ -231,11 +249,12 @@ class JobManager:
 
     async def sweep(self) -> None:
         """Remove what has expired, and what is over the quota."""
-        while expired := await self.store.expired(self._clock()):
+        while expired := await self.store.expired(*self._expiry.horizon()):
             for job in expired:
                 await self._remove(job)
         async with self._room:
             await self._make_room(0)
+            await self._trim_records()
 
     async def close(self, drain: float) -> None:
         """Stop: what waits stays in the store, and what runs has `drain` seconds to finish. Then close the store.
@@ -264,12 +283,15 @@ class JobManager:
             await asyncio.wait(waited, timeout=seconds)
 
     async def _accept(self, job: Job, files: Mapping[str, bytes], client: str) -> Job:
-        if files:
-            async with self._room:
-                await self._make_room(job.num_bytes)
+        self._num_accepted += 1
+        async with self._room:
+            if self._num_accepted % JOBS_A_TRIM == 0:
+                await self._trim_records()
+            await self._make_room(job.num_bytes)
+            if files:
                 await self.outputs.save(files)
         try:
-            accepted = await self.store.add(job)
+            accepted = await self._when_free(lambda: self.store.add(job), self._limits.busy_seconds)
         except SafelightError:  # after anything else it may be stored all the same, and needs its files
             await self.outputs.remove(files)
             raise
@@ -306,7 +328,7 @@ class JobManager:
             await self._carry_out(run)
         except SafelightError as error:
             # The engine answers so to what it is made to drop; such a job is the next server's.
-            if not (self._closing and isinstance(error, CancelledError | NotReadyError | WorkerLostError)):
+            if not (self._closing and isinstance(error, _OF_A_STOP)):
                 if error.code == INTERNAL_ERROR.code:
                     logger.error("job %s: %s", _named(run.job), error, exc_info=error.__cause__)
                 await self._fail(run, JobError(error.code, str(error), error.param))
@@ -395,7 +417,7 @@ class JobManager:
         done = run.job.completed(staged.outputs, warnings, timings, now, now + self._limits.keep_seconds)
         try:
             completed = await self._advance(run, done)
-        except StorageFullError:
+        except (StorageBusyError, StorageFullError):
             await self.outputs.remove(staged.temporaries)
             raise
         if not completed:  # it was cancelled or deleted meanwhile
@@ -418,10 +440,17 @@ class JobManager:
 
     async def _advance(self, run: _Run, new: Job) -> bool:
         """Change a job in the store, and here if the store agreed."""
-        if not await self.store.replace(run.job, new):
+        if not await self._replace(run.job, new):
             return False
         self._show(run, new)
         return True
+
+    async def _replace(self, old: Job, new: Job, seconds: float = math.inf) -> bool:
+        """Change a job in the store, as soon as no other program holds it."""
+        return await self._when_free(lambda: self.store.replace(old, new), seconds)
+
+    async def _when_free(self, call: Callable[[], Awaitable[T]], seconds: float) -> T:
+        return await when_free(call, seconds, self._limits.retry_seconds, lambda: self._closing)
 
     def _wake_waiting(self) -> None:
         """Tell the jobs that are held back that they may have moved up."""
@@ -446,7 +475,12 @@ class JobManager:
         return removed is not None
 
     async def _make_room(self, num_bytes: int) -> None:
-        """Remove the first finished jobs until so many bytes fit. Only under the lock `_room`."""
+        """Remove the first finished jobs until so many bytes fit. Only under the lock `_room`.
+
+        Raises:
+            StorageFullError: if they never will.
+
+        """
         limit = self._limits.max_bytes
         if limit is None:
             return
@@ -458,6 +492,14 @@ class JobManager:
             for job in removable:
                 if excess > 0 and await self._remove(job):
                     excess -= job.num_bytes
+
+    async def _trim_records(self) -> None:
+        """Remove finished jobs until all records are within their bound. Only under the lock `_room`."""
+        excess = (await self.store.usage()).num_bytes_records - self._limits.max_record_bytes
+        while excess > 0 and (removable := await self.store.removable(failed_first=True)):
+            for job in removable:
+                if excess > 0 and await self._remove(job):
+                    excess -= len(msgspec.json.encode(job))
 
     async def _sweep_forever(self) -> None:
         while True:
