@@ -90,7 +90,8 @@ LAYERS = {
     "parallel": {"errors", "core", "stages", "layers", "attention", "parallel"},
     "loading": {"errors", "core", "attention", "acceleration", "backends", "parallel", "loading"},
     "file_kinds": set(),
-    "media": {"errors", "file_kinds"},
+    "encoded": set(),
+    "media": {"encoded", "errors", "file_kinds"},
     "video": {"errors", "media"},
     "results": {"errors", "core", "media", "video", "version"},
     "preparation": {"errors", "core", "media"},
@@ -98,6 +99,7 @@ LAYERS = {
     "group_engine": {"errors", "core", "results", "runtime"},
     "generator": {"errors", "acceleration", "client", "core", "group_engine", "loading", "preparation", "results"},
     "runtime": {
+        "encoded",
         "errors",
         "version",
         "acceleration",
@@ -110,7 +112,7 @@ LAYERS = {
         "runtime",
     },
     "serving": {"errors", "version", "core", "loading", "media", "video", "parallel", "preparation", "runtime"}
-    | {"file_kinds", "serving"},
+    | {"encoded", "file_kinds", "serving"},
     "checking": {"errors", "core", "backends", "layers", "loading", "generator", "preparation", "checking"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
     | {"acceleration", "client", "generator", "checking", "parallel", "runtime", "serving", "cli"},
@@ -324,8 +326,8 @@ REQ_FIELDS = (
 )
 SERVE_ARGS = (
     "host port state_dir api_key_file served_model_name public_url allowed_origins allowed_hosts response_format "
-    "replicas max_running max_waiting max_cost batching share warm_up keep_hours max_storage drain_seconds unit_limit "
-    "first_unit_limit heartbeat_limit"
+    "replicas max_running max_waiting max_cost max_tokens batching share warm_up keep_hours max_storage drain_seconds "
+    "unit_limit first_unit_limit heartbeat_limit"
 )
 SERVER_ARGS = (
     "model revision variant device dtype component_dtypes backend attention_backend kernels offload memory_limit "

@@ -211,6 +211,12 @@ class StorageFullError(ServingError):
     code = "storage_full"
 
 
+class StorageBusyError(ServingError):
+    """Another program holds the jobs' database."""
+
+    code = "storage_busy"
+
+
 class PortError(SafelightError):
     """A port or socket cannot be listened on."""
 

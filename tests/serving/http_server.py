@@ -23,7 +23,7 @@ from safelight.core.schema import ModelSchema
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
-from safelight.serving.job_manager import JobManager
+from safelight.serving.job_manager import JobLimits, JobManager
 from safelight.serving.jobs import SqliteJobStore
 from safelight.serving.limits import Limits
 from safelight.serving.outputs import Outputs
@@ -116,13 +116,14 @@ def running(
     key: str | None = None,
     limits: Limits | None = None,
     more: Mapping[str, Any] | None = None,
+    job_limits: JobLimits | None = None,
     **stub: Any,
 ) -> Iterator[Running]:
     """Run a server until the block ends; `more` are further settings, `stub` is for the engine."""
     settings = Settings(NAMES, key, poll_after_ms=20, drain_seconds=1.0, limits=limits or Limits(), **(more or {}))
     schema = dataclasses.replace(schema, model=NAMES[0])
     engine = StubEngine(schema, **stub)
-    jobs = JobManager(SqliteJobStore(folder / "state"), Outputs(folder / "outputs"), engine)
+    jobs = JobManager(SqliteJobStore(folder / "state"), Outputs(folder / "outputs"), engine, limits=job_limits)
     server = uvicorn.Server(uvicorn_config(create_app(engine, jobs, settings), settings.limits))
     loops: list[asyncio.AbstractEventLoop] = []
 

@@ -40,7 +40,7 @@ class Server:
         self.store = SqliteJobStore(state)
         self.outputs = Outputs(state / "outputs")
         limits.setdefault("retry_seconds", 0.01)
-        self.jobs = JobManager(self.store, self.outputs, engine, self.clock, JobLimits(**limits))
+        self.jobs = JobManager(self.store, self.outputs, engine, self.clock, JobLimits(**limits), self.clock)
 
     async def submit(self, prompt: str = "a", key: str | None = None, digest: str = "", **fields: Any) -> Job:
         return await self.jobs.submit(submission(self.engine, prompt, key, digest, **fields))

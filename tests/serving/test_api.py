@@ -314,7 +314,7 @@ def test_256_clients_at_once(tmp_path):
         url = server.url
         answers = asyncio.run(send())
         counts = collections.Counter(answer.status_code for answer in answers)
-        assert counts[200] + counts[429] == 256 and counts[200] >= 64 and counts[429] > 0
+        assert counts[200] + counts[429] == 256 and counts[200] >= 32 and counts[429] > 0  # one client's share
         for answer in answers:
             if answer.status_code == 429:
                 assert_error(answer, 429)
@@ -518,7 +518,7 @@ def test_the_memory_of_the_api_process_is_bounded():
         cwd=Path(__file__).parents[2],
     )
     before, after = (int(kib) for kib in done.stdout.split())
-    assert after - before < 400 * 1024, (before, after)
+    assert after - before < 300 * 1024, (before, after)
 
 
 def test_all_bodies_together_are_bounded(tmp_path):

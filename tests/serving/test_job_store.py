@@ -99,7 +99,8 @@ def test_a_job_comes_back_whole_after_a_restart(tmp_path):
         return done
 
     done = with_store(tmp_path, write)
-    assert done.warnings == ("careful", "more") and done.num_bytes == 7 + 99 + 3 and done.attempts == 1
+    assert done.warnings == ("careful", "more") and done.num_bytes == 7 + 99 + 3 + len(msgspec.json.encode(done))
+    assert done.attempts == 1
     assert with_store(tmp_path, lambda store: store.get(job.id)) == done
 
 
@@ -225,10 +226,16 @@ def test_what_is_unfinished_expired_and_removable(tmp_path):
         without_files = await add_in(store, make_job(), "failed")
         await store.add(d)
         assert await store.unfinished() == [d]
-        assert [job.id for job in await store.removable()] == [b.id, a.id, c.id]
+        assert [job.id for job in await store.removable()] == [without_files.id, b.id, a.id, c.id]
+        assert [job.id for job in await store.removable(failed_first=True)] == [without_files.id, c.id, b.id, a.id]
+        assert [job.id for job in await store.expired(14.0, since=3.5)] == [a.id]
+        assert await store.last_end() == 5.0
         assert [job.id for job in await store.expired(at=12.5)] == [without_files.id]
         assert [job.id for job in await store.expired(at=14.0)] == [without_files.id, b.id, a.id]
-        assert msgspec.structs.astuple(await store.usage()) == (420, 320)
+        records = [len(msgspec.json.encode(job)) for job in (await store.page(limit=10)).jobs]
+        assert (await store.usage()).num_bytes_records == sum(records)
+        usage, waits = await store.usage(), len(msgspec.json.encode(d))
+        assert (usage.num_bytes, usage.num_bytes_finished) == (420 + sum(records), 320 + sum(records) - waits)
         assert await store.file_names() == {"in0", "in1", "in2", "in3", f"{a.id}.0.png", f"{b.id}.0.png"}
 
     with_store(tmp_path, use)

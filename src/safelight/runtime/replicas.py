@@ -74,6 +74,7 @@ class ReplicaSet(EngineClient):
             warm_up_seconds=min(stats.warm_up_seconds for stats in each),
             num_restarts=sum(stats.num_restarts for stats in each),
             compiled=bool(usable) and all(stats.compiled for stats in usable),
+            cost_seconds=min((stats.cost_seconds for stats in each if stats.cost_seconds), default=0.0),
         )
 
     async def start(self) -> None:

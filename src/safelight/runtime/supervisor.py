@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import (
     CancelledError,
@@ -34,7 +35,7 @@ from safelight.runtime.client import (
     State,
     Ticket,
 )
-from safelight.runtime.cost import request_cost
+from safelight.runtime.cost import request_cost, step_cost
 from safelight.runtime.group import EngineSettings, Rank, WorkerGroup, start_worker
 from safelight.runtime.live import LiveRequest
 from safelight.runtime.messages import (
@@ -391,6 +392,15 @@ class Supervisor(EngineClient):
             self.on_step(message.step_seconds, message.batch_size)
         if live is not None:
             live.advance(message)
+            if message.step_seconds is not None:
+                self._learn_cost(live.ticket.request.params, message.step_seconds)
+
+    def _learn_cost(self, params: SamplingParams, seconds: float) -> None:
+        """Remember the fastest step: the smaller one is, the more of it is no work of its tokens."""
+        assert self._schema is not None
+        took = seconds / step_cost(params, self._schema)
+        known = self._stats.cost_seconds
+        self._stats = replace(self._stats, cost_seconds=min(took, known) if known else took)
 
     def _take_output(self, message: OutputMade, arrays: Sequence[Media]) -> None:
         live = self._live.get(message.request_id)

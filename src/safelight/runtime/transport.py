@@ -25,7 +25,7 @@ from safelight.errors import PortError, StorageFullError
 from safelight.runtime.client import Media
 from safelight.runtime.messages import Array, Failed, FromWorker, Heartbeat, OutputMade, ToWorker
 from safelight.runtime.sockets import LIBRARY, SocketName
-from safelight.runtime.spool import SPOOLED_BYTES, SpooledFrames, spool
+from safelight.runtime.spool import SPOOLED_BYTES, spool, spooled
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class ServerChannel:
         large = _SPOOLED.decode(second.buffer)
         arrays: list[Media] = [np.frombuffer(frame.buffer, np.uint8) for frame in others]
         for index in large:
-            arrays[index] = SpooledFrames(self._path.parent / bytes(others[index].buffer).decode())
+            arrays[index] = spooled(bytes(others[index].buffer), self._path.parent)
         return _FROM_WORKER.decode(first.buffer), arrays
 
     def close(self) -> None:

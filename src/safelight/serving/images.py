@@ -41,6 +41,7 @@ from safelight.serving.jobs import Job, request_digest
 from safelight.serving.jobs_api import content_url, job_object
 from safelight.serving.limits import Limits
 from safelight.serving.outputs import encode_image, file_metadata
+from safelight.serving.shares import client_of
 from safelight.serving.submission import Submission
 
 FORMATS = ("png", "jpeg", "webp")
@@ -304,6 +305,7 @@ def submission(
         request_id=request_id(request),
         idempotency_key=key,
         digest=request_digest(plain, body.files) if key is not None else "",
+        client=client_of(request, context.owner),
     )
 
 

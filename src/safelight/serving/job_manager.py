@@ -16,10 +16,13 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import msgspec
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
@@ -28,19 +31,27 @@ from safelight.errors import (
     NotReadyError,
     QueueFullError,
     SafelightError,
+    StorageBusyError,
     StorageFullError,
     WorkerLostError,
 )
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
 from safelight.serving.jobs import MAX_ATTEMPTS, Job, JobError, JobStore, check_same
 from safelight.serving.outputs import Outputs, Staged
+from safelight.serving.patience import Expiry, when_free
+from safelight.serving.shares import check_share
 from safelight.serving.submission import Submission, new_job, read_params
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = JobError(SafelightError.code, "the server made a mistake; its log has it by this job's id")
 CANCELLED = JobError(CancelledError.code, "the job was cancelled")
+_OF_A_STOP = (CancelledError, NotReadyError, StorageBusyError, WorkerLostError)
+"""What ends a run when the server stops, and not its job, which is the next server's."""
 WORKER_LOST = JobError(WorkerLostError.code, f"worker or server died while this job ran, {MAX_ATTEMPTS} times")
+JOBS_A_TRIM = 64
+"""Jobs after which the bound on records is looked at."""
 _STOP_SECONDS = 5.0
 """What a stopped job has to end; a step may take longer, and is then left to itself."""
 
@@ -52,19 +63,25 @@ class JobLimits:
     Attributes:
         max_unfinished: jobs that wait or run; more are refused.
         max_submitted: of these, how many the engine is given; the others leave its queue to who waits for an answer.
+        max_submitted_bytes: of the input files of these, unless it is one job alone; the others' stay on the disk.
         keep_seconds: how long a finished job and its files are kept.
-        max_bytes: of all jobs' files; the first finished are removed for later ones. None is no limit.
+        max_bytes: of all jobs' files and records; the first finished are removed for later ones. None is no limit.
+        max_record_bytes: of all jobs' records; beyond, failed jobs are removed, and then completed ones.
         sweep_seconds: between two searches for what has expired.
-        retry_seconds: after which a full or unready engine, or a full disk, is tried again.
+        retry_seconds: after which a full or unready engine, a full disk, or a held database is tried again.
+        busy_seconds: for which whoever waits for an answer waits for a held database.
 
     """
 
     max_unfinished: int = 1000
     max_submitted: int = 16
+    max_submitted_bytes: int = 64 << 20
     keep_seconds: float = 24 * 3600.0
     max_bytes: int | None = None
+    max_record_bytes: int = 64 << 20
     sweep_seconds: float = 60.0
     retry_seconds: float = 0.25
+    busy_seconds: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -77,10 +94,10 @@ class JobEvent:
 
 
 class _Run:
-    """An unfinished job in this process."""
+    """An unfinished job in this process, and whose it is; nobody's, after a restart."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, client: str = "") -> None:
+        self.job, self.client = job, client
         self.ticket: Ticket | None = None
         self.task: asyncio.Task[None] | None = None
         self.over = False
@@ -107,11 +124,14 @@ class JobManager:
         engine: EngineClient,
         clock: Callable[[], float] = time.time,
         limits: JobLimits | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
         self.outputs = outputs
         self._engine = engine
         self._clock = clock
+        self._expiry = Expiry(clock, monotonic)
+        self._num_accepted = 0
         self._limits = limits or JobLimits()
         self._runs: dict[str, _Run] = {}
         self._gate = asyncio.Lock()  # first come, first served: the order of acceptance
@@ -130,6 +150,7 @@ class JobManager:
             StorageFullError: if the disk is full.
 
         """
+        self._expiry.begin(await self.store.last_end())
         unfinished = await self.store.unfinished()
         for job in unfinished:
             if job.attempts >= MAX_ATTEMPTS:
@@ -158,11 +179,14 @@ class JobManager:
         schema = self._engine.schema
         if self._closing or schema is None:
             raise NotReadyError("the server stops" if self._closing else "the model is being loaded")
-        if len(self._runs) + len(self._background) >= self._limits.max_unfinished:
+        num_unfinished = len(self._runs) + len(self._background)
+        if num_unfinished >= self._limits.max_unfinished:
             raise QueueFullError(f"{self._limits.max_unfinished} jobs wait already")
+        clients = [run.client for run in self._runs.values()]
+        check_share(submission.client, clients, self._limits.max_unfinished, num_unfinished)
         job, files = new_job(submission, schema, self._clock())
         # A caller that goes away leaves no job behind that is stored and never run.
-        task = asyncio.create_task(self._accept(job, files))
+        task = asyncio.create_task(self._accept(job, files, submission.client))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return await asyncio.shield(task)
@@ -182,7 +206,7 @@ class JobManager:
             if job is None or job.finished:
                 return job
             failed = self._failed(job, CANCELLED)
-            if await self.store.replace(job, failed):
+            if await self._replace(job, failed, self._limits.busy_seconds):
                 break
         run = self._runs.get(job_id)
         if run is not None:
@@ -230,11 +254,12 @@ class JobManager:
 
     async def sweep(self) -> None:
         """Remove what has expired, and what is over the quota."""
-        while expired := await self.store.expired(self._clock()):
+        while expired := await self.store.expired(*self._expiry.horizon()):
             for job in expired:
                 await self._remove(job)
         async with self._room:
             await self._make_room(0)
+            await self._trim_records()
         await self.store.forget({*self._runs, *self._leaving})
 
     async def close(self, drain: float) -> None:
@@ -272,29 +297,32 @@ class JobManager:
         finally:
             self._leaving.discard(job.id)
 
-    async def _accept(self, job: Job, files: Mapping[str, bytes]) -> Job:
+    async def _accept(self, job: Job, files: Mapping[str, bytes], client: str) -> Job:
+        self._num_accepted += 1
         with self._held(job):
-            if files:
-                async with self._room:
-                    await self._make_room(job.num_bytes)
+            async with self._room:
+                if self._num_accepted % JOBS_A_TRIM == 0:
+                    await self._trim_records()
+                await self._make_room(job.num_bytes)
+                if files:
                     await self.store.announce(job.id)
                     await self.outputs.save(files)
-            return await self._add(job, files)
+            return await self._add(job, files, client)
 
-    async def _add(self, job: Job, files: Mapping[str, bytes]) -> Job:
+    async def _add(self, job: Job, files: Mapping[str, bytes], client: str) -> Job:
         try:
-            accepted = await self.store.add(job)
+            accepted = await self._when_free(lambda: self.store.add(job), self._limits.busy_seconds)
         except SafelightError:  # after anything else it may be stored all the same, and needs its files
             await self.outputs.remove(files)
             raise
         if accepted is not job:
             await self.outputs.remove(files)
         elif not self._closing:
-            self._launch(job)
+            self._launch(job, client)
         return accepted
 
-    def _launch(self, job: Job) -> None:
-        run = self._runs[job.id] = _Run(job)
+    def _launch(self, job: Job, client: str = "") -> None:
+        run = self._runs[job.id] = _Run(job, client)
         run.task = asyncio.create_task(self._run(run), name=job.id)
         run.task.add_done_callback(lambda task: self._ended(run, task))
 
@@ -320,7 +348,7 @@ class JobManager:
             await self._carry_out(run)
         except SafelightError as error:
             # The engine answers so to what it is made to drop; such a job is the next server's.
-            if not (self._closing and isinstance(error, CancelledError | NotReadyError | WorkerLostError)):
+            if not (self._closing and isinstance(error, _OF_A_STOP)):
                 if error.code == INTERNAL_ERROR.code:
                     logger.error("job %s: %s", _named(run.job), error, exc_info=error.__cause__)
                 await self._fail(run, JobError(error.code, str(error), error.param))
@@ -352,7 +380,7 @@ class JobManager:
                 self._left.clear()
                 with contextlib.suppress(QueueFullError, NotReadyError):
                     schema = self._engine.schema
-                    if schema is not None and self._num_submitted() < self._limits.max_submitted:
+                    if schema is not None and self._may_submit(run.job):
                         params = params or await self._read(run.job, schema)
                         name = f"{run.job.id}.{run.job.attempts + 1}.{run.job.request_id}"
                         return self._engine.submit(GenerationRequest(name, params, mode=run.job.mode))
@@ -360,8 +388,11 @@ class JobManager:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), self._limits.retry_seconds)
 
-    def _num_submitted(self) -> int:
-        return sum(run.ticket is not None and not run.ticket.done for run in self._runs.values())
+    def _may_submit(self, job: Job) -> bool:
+        submitted = [run.job for run in self._runs.values() if run.ticket is not None and not run.ticket.done]
+        held = sum(file.num_bytes for each in (*submitted, job) for file in each.inputs)
+        is_small = not submitted or held <= self._limits.max_submitted_bytes
+        return is_small and len(submitted) < self._limits.max_submitted
 
     async def _read(self, job: Job, schema: ModelSchema) -> SamplingParams:
         paths = [self.outputs.path(file.name) for file in job.inputs]
@@ -406,7 +437,7 @@ class JobManager:
         done = run.job.completed(staged.outputs, warnings, timings, now, now + self._limits.keep_seconds)
         try:
             completed = await self._advance(run, done)
-        except StorageFullError:
+        except (StorageBusyError, StorageFullError):
             await self.outputs.remove(staged.temporaries)
             raise
         if not completed:  # it was cancelled or deleted meanwhile
@@ -431,10 +462,17 @@ class JobManager:
 
     async def _advance(self, run: _Run, new: Job) -> bool:
         """Change a job in the store, and here if the store agreed."""
-        if not await self.store.replace(run.job, new):
+        if not await self._replace(run.job, new):
             return False
         self._show(run, new)
         return True
+
+    async def _replace(self, old: Job, new: Job, seconds: float = math.inf) -> bool:
+        """Change a job in the store, as soon as no other program holds it."""
+        return await self._when_free(lambda: self.store.replace(old, new), seconds)
+
+    async def _when_free(self, call: Callable[[], Awaitable[T]], seconds: float) -> T:
+        return await when_free(call, seconds, self._limits.retry_seconds, lambda: self._closing)
 
     def _wake_waiting(self) -> None:
         """Tell the jobs that are held back that they may have moved up."""
@@ -466,7 +504,12 @@ class JobManager:
             await self.outputs.remove_others(job.id, names)
 
     async def _make_room(self, num_bytes: int) -> None:
-        """Remove the first finished jobs until so many bytes fit. Only under the lock `_room`."""
+        """Remove the first finished jobs until so many bytes fit. Only under the lock `_room`.
+
+        Raises:
+            StorageFullError: if they never will.
+
+        """
         limit = self._limits.max_bytes
         if limit is None:
             return
@@ -478,6 +521,14 @@ class JobManager:
             for job in removable:
                 if excess > 0 and await self._remove(job):
                     excess -= job.num_bytes
+
+    async def _trim_records(self) -> None:
+        """Remove finished jobs until all records are within their bound. Only under the lock `_room`."""
+        excess = (await self.store.usage()).num_bytes_records - self._limits.max_record_bytes
+        while excess > 0 and (removable := await self.store.removable(failed_first=True)):
+            for job in removable:
+                if excess > 0 and await self._remove(job):
+                    excess -= len(msgspec.json.encode(job))
 
     async def _sweep_forever(self) -> None:
         while True:

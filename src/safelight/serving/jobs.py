@@ -28,7 +28,13 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from safelight.core.server_args import Mode
-from safelight.errors import ConflictError, InvalidParameterError, StateDirectoryError, StorageFullError
+from safelight.errors import (
+    ConflictError,
+    InvalidParameterError,
+    StateDirectoryError,
+    StorageBusyError,
+    StorageFullError,
+)
 from safelight.serving import directories
 
 Kind = Literal["image", "video"]
@@ -155,8 +161,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_bytes(self) -> int:
-        """The size of its files."""
-        return sum(file.num_bytes for file in self.files)
+        """The size of its files, and of its record."""
+        return sum(file.num_bytes for file in self.files) + len(msgspec.json.encode(self))
 
     def begun(self, at: float, mode: Mode | None = None) -> Job:
         """Return it as it is once its next attempt has begun; the engine may have died before it told the mode."""
@@ -212,10 +218,11 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Bytes of the files of all jobs, and of the finished ones among them, which may be removed for room."""
+    """Bytes of all jobs' files and records, of the finished ones among them, which may be removed, and of records."""
 
     num_bytes: int
     num_bytes_finished: int
+    num_bytes_records: int = 0
 
 
 def new_id(kind: str) -> str:
@@ -251,7 +258,8 @@ def check_same(existing: Job, digest: str) -> Job:
 class JobStore(ABC):
     """Where jobs are kept. Every change is durable when its method returns.
 
-    Methods that write raise `StorageFullError` where there is no room; nothing has changed then.
+    Methods that write raise `StorageFullError` where there is no room, and all raise `StorageBusyError` where another
+    program holds the store; nothing has changed then.
     """
 
     @abstractmethod
@@ -299,20 +307,28 @@ class JobStore(ABC):
         """Remove a job, and return its last form; None if there is none. Its files are the caller's to remove."""
 
     @abstractmethod
+    async def check_writable(self) -> None:
+        """Do nothing where a job could be changed; raise why it cannot be where it could not."""
+
+    @abstractmethod
     async def unfinished(self) -> list[Job]:
         """Return what is queued or in progress, oldest first."""
 
     @abstractmethod
-    async def expired(self, at: float, limit: int = MAX_PAGE) -> list[Job]:
-        """Return what completed or failed and has expired by then, first finished first."""
+    async def last_end(self) -> float | None:
+        """Return when the last job that there is completed or failed; None where none has."""
 
     @abstractmethod
-    async def removable(self, limit: int = MAX_PAGE) -> list[Job]:
-        """Return what completed or failed and has files, first finished first."""
+    async def expired(self, at: float, since: float | None = None, limit: int = MAX_PAGE) -> list[Job]:
+        """Return what completed or failed (not before `since`) and has expired by then, first finished first."""
+
+    @abstractmethod
+    async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
+        """Return what completed or failed, first finished first; those first, if asked, that have nothing to show."""
 
     @abstractmethod
     async def usage(self) -> Usage:
-        """Return the bytes of all jobs' files."""
+        """Return the bytes of all jobs' files and records."""
 
     @abstractmethod
     async def file_names(self) -> set[str]:
@@ -339,6 +355,10 @@ _VERSION = 1
 _DATABASE, _LOCK = "jobs.sqlite3", "lock"
 _NO_ROOM = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
 """SQLite's names for a full disk; a quota is an unnamed failure to write."""
+_HELD = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
+"""What its names begin with where another program holds the file."""
+_BUSY_SECONDS = 0.5
+"""For which SQLite waits by itself; whoever can wait longer tries again, and lets others to the store between."""
 _SCHEMA = """
 CREATE TABLE jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -465,26 +485,33 @@ class SqliteJobStore(JobStore):
     async def unfinished(self) -> list[Job]:
         return await self._call(self._select, f"{_UNFINISHED} ORDER BY number", {})
 
-    async def expired(self, at: float, limit: int = MAX_PAGE) -> list[Job]:
-        where = f"{_FINISHED} AND expires_at <= :at ORDER BY completed_at, number LIMIT :limit"
-        return await self._call(self._select, where, {"at": at, "limit": limit})
+    async def check_writable(self) -> None:
+        await self._call(self._write, "UPDATE jobs SET id = id WHERE number < 0", {})
 
-    async def removable(self, limit: int = MAX_PAGE) -> list[Job]:
-        where = f"{_FINISHED} AND num_bytes > 0 ORDER BY completed_at, number LIMIT :limit"
+    async def last_end(self) -> float | None:
+        return await self._call(self._last_end)
+
+    async def expired(self, at: float, since: float | None = None, limit: int = MAX_PAGE) -> list[Job]:
+        is_expired = "expires_at <= :at AND (:since IS NULL OR completed_at >= :since)"
+        where = f"{_FINISHED} AND {is_expired} ORDER BY completed_at, number LIMIT :limit"
+        return await self._call(self._select, where, {"at": at, "since": since, "limit": limit})
+
+    async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
+        order = "state = 'completed', " if failed_first else ""
+        where = f"{_FINISHED} ORDER BY {order}completed_at, number LIMIT :limit"
         return await self._call(self._select, where, {"limit": limit})
 
     async def usage(self) -> Usage:
         return await self._call(self._usage)
 
     async def file_names(self) -> set[str]:
-        return await self._call(lambda: {file.name for job in self._each("TRUE", {}) for file in job.files})
+        return await self._call(self._file_names)
 
     async def announce(self, job_id: str) -> None:
         await self._call(self._write, "INSERT OR IGNORE INTO removed VALUES (:id)", {"id": job_id})
 
     async def over(self) -> set[str]:
-        statement = f"SELECT id FROM jobs WHERE {_FINISHED} UNION ALL SELECT id FROM removed"
-        return await self._call(lambda: {job_id for (job_id,) in self._connection.execute(statement)})
+        return await self._call(self._over)
 
     async def forget(self, but: Collection[str]) -> None:
         await self._call(self._forget, frozenset(but))
@@ -518,7 +545,8 @@ class SqliteJobStore(JobStore):
         return found
 
     def _forget(self, but: frozenset[str]) -> None:
-        known = [job_id for (job_id,) in self._connection.execute("SELECT id FROM removed")]
+        with _named_failures():
+            known = [job_id for (job_id,) in self._connection.execute("SELECT id FROM removed")]
         if forgotten := [(job_id,) for job_id in known if job_id not in but]:
             with _transaction(self._connection):
                 self._connection.executemany("DELETE FROM removed WHERE id = ?", forgotten)
@@ -528,18 +556,31 @@ class SqliteJobStore(JobStore):
             return self._connection.execute(statement, values).rowcount
 
     def _select(self, where: str, values: Mapping[str, Any]) -> list[Job]:
-        return list(self._each(where, values))
+        with _named_failures():
+            rows = self._connection.execute(f"SELECT record FROM jobs WHERE {where}", values)
+            return [msgspec.json.decode(record, type=Job) for (record,) in rows]
 
-    def _each(self, where: str, values: Mapping[str, Any]) -> Iterator[Job]:
-        """Read one job after another: all of them are too much for the memory at once."""
-        rows = self._connection.execute(f"SELECT record FROM jobs WHERE {where}", values)
-        return (msgspec.json.decode(record, type=Job) for (record,) in rows)
+    def _file_names(self) -> set[str]:
+        """Read one record after the other, and of each its files alone: there may be many, and large ones."""
+        with _named_failures():
+            rows = self._connection.execute("SELECT record FROM jobs")
+            return {name for (record,) in rows for name in msgspec.json.decode(record, type=_Files).names()}
+
+    def _last_end(self) -> float | None:
+        with _named_failures():
+            (found,) = self._connection.execute("SELECT max(completed_at) FROM jobs").fetchone()
+            return None if found is None else float(found)
+
+    def _over(self) -> set[str]:
+        with _named_failures():
+            rows = self._connection.execute(f"SELECT id FROM jobs WHERE {_FINISHED} UNION ALL SELECT id FROM removed")
+            return {job_id for (job_id,) in rows}
 
     def _usage(self) -> Usage:
-        row = self._connection.execute(
-            f"SELECT coalesce(sum(num_bytes), 0), coalesce(sum(num_bytes) FILTER (WHERE {_FINISHED}), 0) FROM jobs"
-        ).fetchone()
-        return Usage(*row)
+        totals = f"total(num_bytes), total(num_bytes) FILTER (WHERE {_FINISHED}), total(length(record))"
+        with _named_failures():
+            row = self._connection.execute(f"SELECT {totals} FROM jobs").fetchone()
+            return Usage(*map(int, row))
 
 
 def _first(jobs: list[Job]) -> Job | None:
@@ -550,16 +591,41 @@ def _first(jobs: list[Job]) -> Job | None:
 def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """Commit what is done inside, or nothing of it."""
     try:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("COMMIT")
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorname in _NO_ROOM:
-            raise StorageFullError("the state directory is full") from error
-        raise
+        with _named_failures():
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+            connection.execute("COMMIT")
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """Turn what SQLite says of a full disk, or of another program that holds the file, into our errors."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname in _NO_ROOM:
+            raise StorageFullError("the state directory is full") from error
+        if error.sqlite_errorname.startswith(_HELD):
+            raise StorageBusyError("another program holds the jobs' database; try again later") from error
+        raise
+
+
+class _Files(msgspec.Struct):
+    """Of a job's record, the files alone."""
+
+    inputs: tuple[StoredFile, ...] = ()
+    outputs: tuple[StoredOutput, ...] = ()
+
+    def names(self) -> Iterator[str]:
+        """Yield the name of each."""
+        for file in self.inputs:
+            yield file.name
+        for output in self.outputs:
+            yield output.name
+            yield from (extra.name for extra in output.extras.values())
 
 
 def _lock(directory: Path) -> int:
@@ -587,13 +653,13 @@ def _connect(path: Path) -> sqlite3.Connection:
         path.touch(mode=directories.PRIVATE)
         for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", _LOCK):
             directories.make_private(path.with_name(name))
-        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+        connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
         try:
             _prepare(connection, path)
         except BaseException:
             connection.close()
             raise
-    except (OSError, sqlite3.Error, StorageFullError) as error:
+    except (OSError, sqlite3.Error, StorageBusyError, StorageFullError) as error:
         raise StateDirectoryError(f"state directory {str(path.parent)!r} cannot be used: {error}") from error
     return connection
 

@@ -11,8 +11,8 @@ class Limits:
 
     Attributes:
         body_bytes: of a request's body.
-        held_bytes: of bodies and decoded pictures, over all requests that are under way; the last eighth of it is kept
-            for small bodies.
+        held_bytes: of bodies, the files of pictures in them, over all requests that are under way; the last eighth of
+            it is kept for small bodies.
         small_body_bytes: of a body that is a small one.
         header_bytes: of a request's line and headers.
         headers: their number.
@@ -21,7 +21,10 @@ class Limits:
         image_bytes, image_pixels, image_side: of one input image, in its file, in all, and along a side.
         images: input images of one request.
         outputs: pictures or videos of one request.
-        max_cost: of one request: steps × latent tokens × branches × outputs.
+        waiting: requests that may wait, of all clients; each has a share (`serving/shares.py`).
+        max_cost: of one request: steps × tokens × branches × outputs, attention counted (`runtime/cost.py`).
+        max_tokens: of one step, which cannot be interrupted.
+        unit_seconds: after which a unit of work of a new kind counts as hung: no step may be expected to take longer.
         header_seconds: for a request's line and headers, from the first byte.
         request_seconds: for a whole request, from its first byte.
         body_seconds: for which a body may bring nothing.
@@ -47,7 +50,10 @@ class Limits:
     image_side: int = 8192
     images: int = 16
     outputs: int = 10
-    max_cost: float = 20e6
+    waiting: int = 64
+    max_cost: float = 60e6
+    max_tokens: int = 131_072
+    unit_seconds: float = 1800.0
     header_seconds: float = 10.0
     request_seconds: float = 30.0
     body_seconds: float = 5.0

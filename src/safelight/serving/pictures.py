@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import io
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import Image
 
+from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.file_kinds import HEAD_BYTES, kind_of
 from safelight.serving.errors import TooLargeError
@@ -100,11 +99,11 @@ def _text_described(text: str) -> str:
     return "a URL or a path"
 
 
-def decode_picture(data: bytes, param: str, limits: Limits) -> Image.Image:
-    """Return a picture, decoded. It takes a while: run it in a thread, and one at a time.
+def open_picture(data: bytes, param: str, limits: Limits) -> EncodedImage:
+    """Return a picture, of which the header alone has been read.
 
     Raises:
-        InvalidParameterError: if it is damaged, of another format, or has more pixels than are taken.
+        InvalidParameterError: if it is of another format, has more pixels than are taken, or a damaged header.
 
     """
     name = next((name for name, known in _SIGNATURES.items() if known(data)), None)
@@ -115,13 +114,37 @@ def decode_picture(data: bytes, param: str, limits: Limits) -> Image.Image:
         size = _SIZES[name](data)
         if size is not None:
             _check_size(size, param, limits)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes and damaged EXIF, which are judged here
-            image = Image.open(io.BytesIO(data), formats=[name])
-            _check_size(image.size, param, limits)
-            image.load()
+        image = EncodedImage.read(data, (name,))
+        _check_size(image.size, param, limits)
     except _UNREADABLE as error:
         raise InvalidParameterError(param, f"a damaged {name} file", _TAKES) from error
+    return image
+
+
+def check_decodes(image: EncodedImage, param: str) -> None:
+    """Decode a picture, and let its pixels go. It takes a while: run it in a thread, and one at a time.
+
+    Raises:
+        InvalidParameterError: if it is damaged.
+
+    """
+    try:
+        image.load()
+    except _UNREADABLE as error:
+        raise InvalidParameterError(param, f"a damaged {image.kind} file", _TAKES) from error
+    finally:
+        image.let_go()
+
+
+def decode_picture(data: bytes, param: str, limits: Limits) -> EncodedImage:
+    """Return a picture that has been decoded once, and can be again.
+
+    Raises:
+        InvalidParameterError: if it is damaged, of another format, or has more pixels than are taken.
+
+    """
+    image = open_picture(data, param, limits)
+    check_decodes(image, param)
     return image
 
 
@@ -130,16 +153,6 @@ def _check_size(size: Size, param: str, limits: Limits) -> None:
     if max(size) > limits.image_side or width * height > limits.image_pixels:
         most = f"at most {limits.image_side} pixels along a side, and {limits.image_pixels} in all"
         raise InvalidParameterError(param, f"{width}x{height}", most)
-
-
-def upright_size(image: Image.Image) -> Size:
-    """Return the size of a picture once it is turned as its EXIF says."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _UNREADABLE:
-        orientation = 1
-    turned = isinstance(orientation, int) and 5 <= orientation <= 8
-    return (image.height, image.width) if turned else image.size
 
 
 def _png_size(data: bytes) -> Size:

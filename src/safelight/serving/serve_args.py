@@ -45,7 +45,9 @@ class ServeArgs:
         replicas: of the model, each on devices of its own.
         max_running: outputs that hold device memory at most, of each replica.
         max_waiting: requests that may wait.
-        max_cost: steps x latent tokens x branches x outputs that one request may ask for.
+        max_cost: steps x tokens x branches x outputs that one request may ask for; where there are so many tokens that
+            attention takes as much as all else, each counts twice, and so on.
+        max_tokens: latent tokens of one step, which cannot be interrupted.
         batching: `exact`, or `throughput`, which stacks model calls of equal signature.
         share: of device time that the longest request, and the oldest, get, whatever has priority over them.
         warm_up: whether one small request is run before the server is ready.
@@ -72,7 +74,8 @@ class ServeArgs:
     replicas: int = serve_setting(1, "Replicas of the model, each on devices of its own.", 1, 64)
     max_running: int = serve_setting(4, "Outputs that hold device memory at most.", 1, 1024)
     max_waiting: int = serve_setting(64, "Requests that may wait.", 1, 100_000)
-    max_cost: float = serve_setting(20e6, "Steps x latent tokens x branches x outputs of a request at most.", 1)
+    max_cost: float = serve_setting(60e6, "Steps x tokens x branches x outputs of a request at most.", 1)
+    max_tokens: int = serve_setting(131_072, "Latent tokens of one step at most.", 1)
     batching: str = serve_setting("exact", "exact, or throughput: stack the model calls of several requests.")
     share: float = serve_setting(0.1, "Share of device time that the longest request and the oldest always get.", 0, 1)
     warm_up: bool = serve_setting(True, "Run one small request before the server is ready.")

@@ -91,7 +91,12 @@ class Server:
                 response_format=self.serve_args.response_format,
                 address_key=read_address_key(state),
                 drain_seconds=CLOSING_SECONDS,
-                limits=Limits(max_cost=self.serve_args.max_cost),
+                limits=Limits(
+                    waiting=self.serve_args.max_waiting,
+                    max_cost=self.serve_args.max_cost,
+                    max_tokens=self.serve_args.max_tokens,
+                    unit_seconds=self.serve_args.first_unit_limit,
+                ),
             )
             config = uvicorn_config(create_app(engine, jobs, settings), settings.limits)
             config.timeout_graceful_shutdown = int(CLOSING_SECONDS)
