@@ -39,7 +39,9 @@ def exif(orientation: bytes, entry: tuple[int, int, int, bytes] | None = None) -
     entries = [struct.pack("<H", ORIENTATION) + orientation]
     if entry is not None:
         entries.append(struct.pack("<HHI", *entry[:3]) + entry[3])
-    folder = struct.pack("<H", len(entries)) + b"".join(sorted(entries, key=tag_of)) + bytes(4)
+    folder = (
+        struct.pack("<H", len(entries)) + b"".join(sorted(entries, key=lambda each: tag_of(bytes(each)))) + bytes(4)
+    )
     return b"Exif\0\0II*\0" + struct.pack("<I", 8) + folder + bytes(200)
 
 

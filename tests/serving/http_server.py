@@ -23,10 +23,11 @@ from safelight.core.schema import ModelSchema
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
-from safelight.serving.job_manager import JobLimits, JobManager
-from safelight.serving.jobs import SqliteJobStore
+from safelight.serving.job_manager import JobManager
+from safelight.serving.job_runs import JobLimits
 from safelight.serving.limits import Limits
 from safelight.serving.outputs import Outputs
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine
 
 T = TypeVar("T")

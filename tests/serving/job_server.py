@@ -12,9 +12,11 @@ from PIL import Image
 
 from safelight.preparation import prepare
 from safelight.serving.directories import MARKER
-from safelight.serving.job_manager import JobLimits, JobManager
-from safelight.serving.jobs import Job, SqliteJobStore
+from safelight.serving.job_manager import JobManager
+from safelight.serving.job_runs import JobLimits
+from safelight.serving.jobs import Job
 from safelight.serving.outputs import Outputs
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from safelight.serving.submission import Submission
 from tests.serving.stub_engine import StubEngine
 

@@ -13,8 +13,9 @@ import pytest
 from safelight.errors import StateDirectoryError
 from safelight.serving import directories
 from safelight.serving.directories import MARKER, job_of, listed
-from safelight.serving.jobs import SqliteJobStore, new_id
+from safelight.serving.jobs import new_id
 from safelight.serving.outputs import Outputs
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.job_server import picture, serving
 from tests.serving.stub_engine import EDIT_SCHEMA, VIDEO_SCHEMA, StubEngine
 

@@ -25,13 +25,13 @@ from safelight.serving.jobs import (
     MAX_ATTEMPTS,
     Job,
     JobError,
-    SqliteJobStore,
     StoredFile,
     StoredOutput,
     new_id,
     owner_of,
     request_digest,
 )
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.disks import as_left_by_a_death, fill, make_read_only, small_disk
 
 
@@ -253,7 +253,7 @@ def test_every_commit_is_synced(tmp_path):
     with_store(tmp_path, use)
 
 
-OPEN = "import sys; from pathlib import Path; from safelight.serving.jobs import SqliteJobStore as S; S(Path({!r}));"
+OPEN = "import sys; from pathlib import Path; import safelight.serving.sqlite_jobs as s; s.SqliteJobStore(Path({!r}));"
 
 
 def test_a_second_server_is_refused_until_the_first_is_gone(tmp_path):

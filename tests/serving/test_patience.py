@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from safelight.errors import StorageBusyError
-from safelight.serving.job_manager import JobLimits
+from safelight.serving.job_runs import JobLimits
 from safelight.serving.patience import GRACE_SECONDS, Expiry
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.job_server import Server
@@ -109,7 +109,8 @@ def test_a_start_reads_one_record_after_the_other(tmp_path):
     """Three hundred jobs of 100 KB: they were 30 MB at once."""
     script = """
 import asyncio, sys, pathlib
-from safelight.serving.jobs import Job, JobError, SqliteJobStore, StoredFile
+from safelight.serving.jobs import Job, JobError, StoredFile
+from safelight.serving.sqlite_jobs import SqliteJobStore
 def kib(): return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 async def main():
     store = SqliteJobStore(pathlib.Path(sys.argv[1]))

@@ -19,8 +19,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -36,6 +35,7 @@ from safelight.errors import (
     WorkerLostError,
 )
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
+from safelight.serving.job_runs import JobEvent, JobLimits, Run
 from safelight.serving.jobs import MAX_ATTEMPTS, Job, JobError, JobStore, check_same
 from safelight.serving.outputs import Outputs, Staged
 from safelight.serving.patience import Expiry, when_free
@@ -54,64 +54,6 @@ JOBS_A_TRIM = 64
 """Jobs after which the bound on records is looked at."""
 _STOP_SECONDS = 5.0
 """What a stopped job has to end; a step may take longer, and is then left to itself."""
-
-
-@dataclass(frozen=True)
-class JobLimits:
-    """What bounds jobs.
-
-    Attributes:
-        max_unfinished: jobs that wait or run; more are refused.
-        max_submitted: of these, how many the engine is given; the others leave its queue to who waits for an answer.
-        max_submitted_bytes: of the input files of these, unless it is one job alone; the others' stay on the disk.
-        keep_seconds: how long a finished job and its files are kept.
-        max_bytes: of all jobs' files and records; the first finished are removed for later ones. None is no limit.
-        max_record_bytes: of all jobs' records; beyond, failed jobs are removed, and then completed ones.
-        sweep_seconds: between two searches for what has expired.
-        retry_seconds: after which a full or unready engine, a full disk, or a held database is tried again.
-        busy_seconds: for which whoever waits for an answer waits for a held database.
-
-    """
-
-    max_unfinished: int = 1000
-    max_submitted: int = 16
-    max_submitted_bytes: int = 64 << 20
-    keep_seconds: float = 24 * 3600.0
-    max_bytes: int | None = None
-    max_record_bytes: int = 64 << 20
-    sweep_seconds: float = 60.0
-    retry_seconds: float = 0.25
-    busy_seconds: float = 5.0
-
-
-@dataclass(frozen=True)
-class JobEvent:
-    """What became of a job: it waits (or has moved up), began (anew, after a death), made a step, or ended."""
-
-    type: Literal["queued", "started", "step", "completed", "failed"]
-    job: Job
-    progress: Progress
-
-
-class _Run:
-    """An unfinished job in this process, and whose it is; nobody's, after a restart."""
-
-    def __init__(self, job: Job, client: str = "") -> None:
-        self.job, self.client = job, client
-        self.ticket: Ticket | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.over = False
-        self.changed = asyncio.Event()
-
-    @property
-    def running(self) -> bool:
-        """Whether the engine works on it, or its outputs are being written."""
-        return self.ticket is not None and (self.ticket.done or self.ticket.progress.state == "running")
-
-    def wake(self) -> None:
-        """Tell whoever follows it that something is new."""
-        changed, self.changed = self.changed, asyncio.Event()
-        changed.set()
 
 
 class JobManager:
@@ -133,7 +75,7 @@ class JobManager:
         self._expiry = Expiry(clock, monotonic)
         self._num_accepted = 0
         self._limits = limits or JobLimits()
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
         self._gate = asyncio.Lock()  # first come, first served: the order of acceptance
         self._left = asyncio.Event()  # a job has left the engine
         self._room = asyncio.Lock()
@@ -237,7 +179,7 @@ class JobManager:
         run = self._runs.get(job_id)
         if run is None:
             job = await self.store.get(job_id)
-            run = None if job is None else _Run(job)
+            run = None if job is None else Run(job)
         if run is None:
             return
         told: JobEvent | None = None
@@ -322,11 +264,11 @@ class JobManager:
         return accepted
 
     def _launch(self, job: Job, client: str = "") -> None:
-        run = self._runs[job.id] = _Run(job, client)
+        run = self._runs[job.id] = Run(job, client)
         run.task = asyncio.create_task(self._run(run), name=job.id)
         run.task.add_done_callback(lambda task: self._ended(run, task))
 
-    def _ended(self, run: _Run, task: asyncio.Task[None]) -> None:
+    def _ended(self, run: Run, task: asyncio.Task[None]) -> None:
         """Forget a run; here and not in the task, which never begins if it is cancelled at once."""
         del self._runs[run.job.id]
         run.over = True
@@ -335,14 +277,14 @@ class JobManager:
         if not task.cancelled() and task.exception() is not None:
             logger.error("job %s could not be ended; the next start takes it up", run.job.id, exc_info=task.exception())
 
-    def _stop(self, run: _Run) -> None:
+    def _stop(self, run: Run) -> None:
         """End what is done for a job, except the writing of its outputs, which is given up at its end."""
         if run.ticket is not None and not run.ticket.done:
             self._engine.cancel(run.ticket.request.request_id)
         elif run.ticket is None and run.task is not None:
             run.task.cancel()
 
-    async def _run(self, run: _Run) -> None:
+    async def _run(self, run: Run) -> None:
         """Carry a job to its end: the boundary that no error passes."""
         try:
             await self._carry_out(run)
@@ -356,7 +298,7 @@ class JobManager:
             logger.exception("job %s", _named(run.job))
             await self._fail(run, INTERNAL_ERROR)
 
-    async def _carry_out(self, run: _Run) -> None:
+    async def _carry_out(self, run: Run) -> None:
         while True:
             run.ticket = None
             run.ticket = await self._enter(run)
@@ -372,7 +314,7 @@ class JobManager:
                 await self._finish(run, outputs)
                 return
 
-    async def _enter(self, run: _Run) -> Ticket:
+    async def _enter(self, run: Run) -> Ticket:
         """Put a job into the engine's queue, after the jobs before it, as soon as there is room."""
         params: SamplingParams | None = None
         async with self._gate:
@@ -398,7 +340,7 @@ class JobManager:
         paths = [self.outputs.path(file.name) for file in job.inputs]
         return await self.outputs.run(read_params, job, schema, paths)
 
-    async def _follow(self, run: _Run, ticket: Ticket) -> list[Output]:
+    async def _follow(self, run: Run, ticket: Ticket) -> list[Output]:
         """Wait for the engine's answer, and record that the job has begun once it has."""
         begun = False
         try:
@@ -417,7 +359,7 @@ class JobManager:
             await self._advance(run, run.job.begun(self._clock(), ticket.progress.mode))
         return outputs
 
-    async def _finish(self, run: _Run, outputs: Sequence[Output]) -> None:
+    async def _finish(self, run: Run, outputs: Sequence[Output]) -> None:
         """Write the outputs, and complete the job once they are on the disk."""
         began, job, schema = time.perf_counter(), run.job, self._engine.schema
         assert schema is not None
@@ -432,7 +374,7 @@ class JobManager:
             timings = {**_total(outputs), "encoding": time.perf_counter() - began}
             await self._complete(run, staged, [text for output in outputs for text in output.warnings], timings)
 
-    async def _complete(self, run: _Run, staged: Staged, warnings: Sequence[str], timings: Mapping[str, float]) -> None:
+    async def _complete(self, run: Run, staged: Staged, warnings: Sequence[str], timings: Mapping[str, float]) -> None:
         now = self._clock()
         done = run.job.completed(staged.outputs, warnings, timings, now, now + self._limits.keep_seconds)
         try:
@@ -443,7 +385,7 @@ class JobManager:
         if not completed:  # it was cancelled or deleted meanwhile
             await self.outputs.remove(staged.temporaries)
 
-    async def _fail(self, run: _Run, error: JobError) -> None:
+    async def _fail(self, run: Run, error: JobError) -> None:
         failed = self._failed(run.job, error)
         for tried in itertools.count():
             try:
@@ -460,7 +402,7 @@ class JobManager:
         now = self._clock()
         return job.failed(error, now, now + self._limits.keep_seconds)
 
-    async def _advance(self, run: _Run, new: Job) -> bool:
+    async def _advance(self, run: Run, new: Job) -> bool:
         """Change a job in the store, and here if the store agreed."""
         if not await self._replace(run.job, new):
             return False
@@ -480,7 +422,7 @@ class JobManager:
             if run.ticket is None:
                 run.wake()
 
-    def _show(self, run: _Run, job: Job) -> None:
+    def _show(self, run: Run, job: Job) -> None:
         if not run.job.finished:
             run.job = job
             run.wake()
@@ -538,7 +480,7 @@ class JobManager:
                 logger.exception("expired jobs could not be removed")
             await asyncio.sleep(self._limits.sweep_seconds)
 
-    def _progress(self, run: _Run) -> Progress:
+    def _progress(self, run: Run) -> Progress:
         if run.ticket is not None:
             return run.ticket.progress
         before = 0
@@ -548,7 +490,7 @@ class JobManager:
             before += other.ticket is None
         return Progress(queue_position=self._engine.stats.num_waiting + before)
 
-    def _news(self, run: _Run, told: JobEvent | None) -> list[JobEvent]:
+    def _news(self, run: Run, told: JobEvent | None) -> list[JobEvent]:
         """Return the events that lead from what was told last to what is now."""
         job, progress = run.job, self._progress(run)
         news: list[JobEvent] = []

@@ -23,12 +23,13 @@ from safelight.serving.addresses import read_address_key
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
-from safelight.serving.job_manager import JobLimits, JobManager
-from safelight.serving.jobs import SqliteJobStore
+from safelight.serving.job_manager import JobManager
+from safelight.serving.job_runs import JobLimits
 from safelight.serving.limits import Limits
 from safelight.serving.listening import Listener, bound, raise_limit
 from safelight.serving.outputs import Outputs
 from safelight.serving.serve_args import ServeArgs
+from safelight.serving.sqlite_jobs import SqliteJobStore
 
 logger = logging.getLogger(__name__)
 
