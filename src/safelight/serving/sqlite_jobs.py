@@ -21,6 +21,7 @@ from safelight.errors import (
     StorageFullError,
 )
 from safelight.serving import directories
+from safelight.serving.addresses import KEY_NAME
 from safelight.serving.jobs import (
     MAX_PAGE,
     Job,
@@ -330,7 +331,7 @@ def _lock(directory: Path) -> int:
 
 def _is_older(names: frozenset[str]) -> bool:
     """Say whether an older version made a state directory with such names in it, or died as it began to."""
-    return _DATABASE in names or names == {_LOCK}
+    return _DATABASE in names or names <= {_LOCK, KEY_NAME}
 
 
 def _connect(path: Path) -> sqlite3.Connection:
