@@ -417,7 +417,7 @@ def server(machine: Machine) -> bool:
     from tests.live_server import free_port
 
     port, prompt = free_port(), "a large red circle at the left on a white background"
-    command = [sys.executable, "-m", "safelight.cli.main", "serve", "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "safelight.cli.main", "serve", "--port", str(port)]
     with tempfile.TemporaryDirectory() as folder:
         command += ["--device", machine.device.type, "--state-dir", str(Path(folder) / "state")]
         begun = time.monotonic()

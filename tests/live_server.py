@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def fault_model(
 
 def command(*arguments: str) -> list[str]:
     """Return a command line of ours."""
-    return [sys.executable, "-m", "safelight.cli.main", *arguments]
+    return [sys.executable, "-P", "-m", "safelight.cli.main", *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -119,6 +121,8 @@ def serving(
     ready: bool = True,
     key: str | None = None,
     host: str = "127.0.0.1",
+    where: Path | None = None,
+    most_files: int | None = None,
 ) -> Iterator[LiveServer]:
     """Run a server until the block ends; it must end well, and leave nothing behind.
 
@@ -129,6 +133,8 @@ def serving(
         ready: whether to wait until it is ready.
         key: that every request must bring.
         host: where it listens, on this machine.
+        where: the working directory.
+        most_files: that it may open.
 
     """
     port, log = free_port(), folder / "server.log"
@@ -144,6 +150,8 @@ def serving(
             stdin=subprocess.DEVNULL,
             text=True,
             env={**environment(), "TMPDIR": str(folder)},
+            cwd=where,
+            preexec_fn=None if most_files is None else partial(limit_files, most_files),
         )
         server = LiveServer(process, port, log, key, host)
         try:
@@ -162,6 +170,11 @@ def serving(
         if process.returncode != -9:
             assert not list(folder.glob("safelight-*")), "a socket's folder is left over"
         assert not [pid for pid in workers if alive(pid)], "a worker is left over"
+
+
+def limit_files(most: int) -> None:
+    """Let this process open so many files."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def alive(pid: int) -> bool:

@@ -219,7 +219,11 @@ def without(value, path):
 
 
 @pytest.mark.parametrize(
-    "pipeline_name", ["FluxPipeline", "QwenImagePipeline", "WanPipeline", "StableDiffusionPipeline", "DDPMPipeline"]
+    "pipeline_name",
+    [
+        *("FluxPipeline", "QwenImagePipeline", "WanPipeline", "DDPMPipeline"),
+        pytest.param("StableDiffusionPipeline", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 @settings(TRIED, max_examples=40)

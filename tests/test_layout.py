@@ -90,7 +90,8 @@ LAYERS = {
     "parallel": {"errors", "core", "stages", "layers", "attention", "parallel"},
     "loading": {"errors", "core", "attention", "acceleration", "backends", "parallel", "loading"},
     "file_kinds": set(),
-    "media": {"errors", "file_kinds"},
+    "encoded": set(),
+    "media": {"encoded", "errors", "file_kinds"},
     "video": {"errors", "media"},
     "results": {"errors", "core", "media", "video", "version"},
     "preparation": {"errors", "core", "media"},
@@ -98,6 +99,7 @@ LAYERS = {
     "group_engine": {"errors", "core", "results", "runtime"},
     "generator": {"errors", "acceleration", "client", "core", "group_engine", "loading", "preparation", "results"},
     "runtime": {
+        "encoded",
         "errors",
         "version",
         "acceleration",
@@ -110,7 +112,7 @@ LAYERS = {
         "runtime",
     },
     "serving": {"errors", "version", "core", "loading", "media", "video", "parallel", "preparation", "runtime"}
-    | {"file_kinds", "serving"},
+    | {"encoded", "file_kinds", "serving"},
     "checking": {"errors", "core", "backends", "layers", "loading", "generator", "preparation", "checking"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
     | {"acceleration", "client", "generator", "checking", "parallel", "runtime", "serving", "cli"},
@@ -280,6 +282,9 @@ def test_no_context_manager_spans_a_yield():
                 assert not [n for n in ast.walk(node) if isinstance(n, ast.Yield | ast.YieldFrom)], path
 
 
+STARTING = {"subprocess.Popen", "subprocess.run", "asyncio.create_subprocess_exec", "asyncio.create_subprocess_shell"}
+
+
 def test_nothing_runs_code_from_data():
     """No pickle, no torch.load, no eval, no trust_remote_code."""
     for path, tree in TREES.items():
@@ -291,6 +296,16 @@ def test_nothing_runs_code_from_data():
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "torch.load", "yaml.load", "compile"), (path, called)
                 assert not [k for k in node.keywords if k.arg == "trust_remote_code"], path
+
+
+def test_processes_are_started_in_one_way():
+    """Whoever starts a Python asks `runtime/processes.py`, which keeps the working directory out of its path."""
+    for path, tree in TREES.items():
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "executable"]
+        assert not found or path.name == "processes.py", path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in STARTING:
+                assert "env" in {keyword.arg for keyword in node.keywords}, path
 
 
 def test_models_know_no_technique():
@@ -310,9 +325,9 @@ REQ_FIELDS = (
     "denoised outputs warnings timings feature_cache host_tensors"
 )
 SERVE_ARGS = (
-    "host port state_dir api_key_file served_model_name public_url allowed_origins response_format replicas "
-    "max_running max_waiting max_cost batching share warm_up keep_hours max_storage drain_seconds unit_limit "
-    "first_unit_limit heartbeat_limit"
+    "host port state_dir api_key_file served_model_name public_url allowed_origins allowed_hosts response_format "
+    "replicas max_running max_waiting max_cost max_tokens batching share warm_up keep_hours max_storage drain_seconds "
+    "unit_limit first_unit_limit heartbeat_limit"
 )
 SERVER_ARGS = (
     "model revision variant device dtype component_dtypes backend attention_backend kernels offload memory_limit "
@@ -338,7 +353,7 @@ def test_frozen_lists(cls, fields, limit):
     assert len(names) <= limit
 
 
-READ_BY = ("generate.py", "compile.py", "torchrun.py", "group.py")
+READ_BY = ("generate.py", "compile.py", "torchrun.py", "processes.py")
 ENVIRONMENT_VARIABLES = {"SAFELIGHT_STATE_DIR", "SAFELIGHT_API_KEY_FILE"}
 
 

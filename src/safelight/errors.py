@@ -8,7 +8,7 @@ that failed. `status` and `code` are what a server answers with.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Self
 
 MAX_NAME = 100
@@ -211,6 +211,12 @@ class StorageFullError(ServingError):
     code = "storage_full"
 
 
+class StorageBusyError(ServingError):
+    """Another program holds the jobs' database."""
+
+    code = "storage_busy"
+
+
 class PortError(SafelightError):
     """A port or socket cannot be listened on."""
 
@@ -218,7 +224,7 @@ class PortError(SafelightError):
 
 
 class StateDirectoryError(SafelightError):
-    """The state directory cannot be used: unwritable, full, of a newer version, or held by another server."""
+    """The state directory cannot be used: unwritable, full, of a newer version, held by another server, or not ours."""
 
     exit_code = 5
 
@@ -246,5 +252,48 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def shown(value: object, limit: int = 80) -> str:
     """Represent a value for a message, cut to `limit` characters."""
-    text = repr(value[: limit + 1] if isinstance(value, str) else value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    text = ""
+    for piece in _pieces(value, limit):
+        text += piece
+        if len(text) > limit:
+            return f"{text[: limit - 1]}…"
+    return text
+
+
+def _pieces(value: object, limit: int) -> Iterator[str]:
+    """Yield what `repr` gives, piece by piece, so that no more is made of a large value than is shown."""
+    if isinstance(value, str | bytes | bytearray):
+        yield repr(value[: limit + 1])
+    elif isinstance(value, dict):
+        for number, (name, entry) in enumerate(value.items()):
+            yield ", " if number else "{"
+            yield from _pieces(name, limit)
+            yield ": "
+            yield from _pieces(entry, limit)
+        yield "}" if value else "{}"
+    elif isinstance(value, list | tuple):
+        opening, closing = "[]" if isinstance(value, list) else "()"
+        yield opening
+        for number, entry in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(entry, limit)
+        yield f",{closing}" if opening == "(" and len(value) == 1 else closing
+    elif isinstance(value, int) and value.bit_length() > 4 * limit:
+        yield f"a whole number of {value.bit_length()} bits"  # whose digits take the square of their number
+    else:
+        yield repr(value)
+
+
+def without_objects(text: str, instead: Callable[[str], str]) -> str:
+    """Replace each `<... at 0x...>`, by which Python shows an object, by what `instead` makes of its inside.
+
+    One pass: an expression that does it goes back from every character.
+    """
+    before, *others = text.split("<")
+    found = [before]
+    for other in others:
+        inside, closed, following = other.partition(">")
+        _, at, address = inside.rpartition(" at 0x")
+        is_object = closed and at and inside[:1].isidentifier() and address.strip("0123456789abcdefABCDEF") == ""
+        found.append(f"{instead(inside)}{following}" if is_object and address else f"<{other}")
+    return "".join(found)

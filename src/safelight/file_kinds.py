@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 HEAD_BYTES = 1024
@@ -35,9 +34,14 @@ _BRANDS: Mapping[bytes, str] = {
     b"qt  ": "a QuickTime video",
 }
 """Of ISO media files: the first that is in the list of brands; any other is of a video."""
-_MARKUP = re.compile(
-    rb"\s*(?:<\?xml[^>]*>|<!--.*?-->|\s)*<(svg|!doctype svg|!doctype html|html)\b", re.DOTALL | re.IGNORECASE
-)
+_MARKUP: Mapping[bytes, str] = {
+    b"<svg": "an SVG",
+    b"<!doctype svg": "an SVG",
+    b"<html": "a web page",
+    b"<!doctype html": "a web page",
+}
+_BEFORE_MARKUP: Mapping[bytes, bytes] = {b"<?xml": b">", b"<!--": b"-->"}
+"""What may stand before it, and how that ends."""
 
 
 def kind_of(head: bytes) -> str | None:
@@ -51,9 +55,23 @@ def kind_of(head: bytes) -> str | None:
     for beginning, kind in _BEGINNINGS:
         if head.startswith(beginning):
             return kind
-    markup = _MARKUP.match(head.removeprefix(b"\xef\xbb\xbf"))
-    if markup is not None:
-        return "an SVG" if markup[1].lower().endswith(b"svg") else "a web page"
+    return _markup_kind(head.removeprefix(b"\xef\xbb\xbf").lower())
+
+
+def _markup_kind(head: bytes) -> str | None:
+    """Say what markup this is, in one pass: comments can be read in several ways, and an expression tries them all."""
+    at = len(head) - len(head.lstrip())
+    while begun := next((begin for begin in _BEFORE_MARKUP if head.startswith(begin, at)), None):
+        end = head.find(_BEFORE_MARKUP[begun], at + len(begun))
+        if end < 0:
+            return None
+        at = end + len(_BEFORE_MARKUP[begun])
+        while head[at : at + 1].isspace():
+            at += 1
+    for begin, kind in _MARKUP.items():
+        following = head[at + len(begin) : at + len(begin) + 1]
+        if head.startswith(begin, at) and not (following.isalnum() or following == b"_"):
+            return kind
     return None
 
 

@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
+from safelight.encoded import EncodedImage, upright
 from safelight.errors import InvalidParameterError, OutputError, shown
 from safelight.file_kinds import HEAD_BYTES, kind_of
 
@@ -22,7 +23,7 @@ MAX_INPUT_PIXELS = 100_000_000
 """Of an input image; a larger one is refused from its header, before anything is decoded."""
 METADATA_KEY = "parameters"
 _USER_COMMENT = b"ASCII\0\0\0"
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no whole picture."""
 
 
@@ -30,7 +31,7 @@ def open_image(source: Any, param: str = "image", mode: str = "RGB") -> Image.Im
     """Return a picture, turned as its EXIF says.
 
     Args:
-        source: a PIL image, or the path of a PNG, JPEG or WebP file.
+        source: a PIL image, or the path of a PNG, JPEG or WebP file. An `EncodedImage` stays one.
         param: the field that an error names.
         mode: of the result, RGB or RGBA.
 
@@ -47,7 +48,7 @@ def open_image(source: Any, param: str = "image", mode: str = "RGB") -> Image.Im
             raise InvalidParameterError(param, name, f"a {', '.join(READ_FORMATS)} file of one picture; this is {kind}")
         with _opened(source) as image:
             return _converted(image, param, name, mode)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise InvalidParameterError(param, name, f"a readable {', '.join(READ_FORMATS)} file ({reason})") from error
 
@@ -74,18 +75,16 @@ def _converted(image: Image.Image, param: str, name: str, mode: str) -> Image.Im
     if image.width * image.height > MAX_INPUT_PIXELS:
         takes = f"at most {MAX_INPUT_PIXELS // 10**6} megapixels, not {image.width}x{image.height}"
         raise InvalidParameterError(param, name, takes)
-    if image.mode in ("I", "F"):
-        raise InvalidParameterError(param, name, f"8 or 16 bits a channel, not Pillow's mode {image.mode}")
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # which Pillow cuts at 255 instead of scaling it
-        upright = upright.point(lambda value: value / 256).convert("L")
-    return upright.convert(mode)
+    source_mode = image.source_mode if isinstance(image, EncodedImage) else image.mode
+    if source_mode in ("I", "F"):
+        raise InvalidParameterError(param, name, f"8 or 16 bits a channel, not Pillow's mode {source_mode}")
+    return image.converted(mode) if isinstance(image, EncodedImage) else upright(image, mode)
 
 
 def has_alpha(source: Any) -> bool:
     """Say whether a picture, one that `open_image` takes, has transparency."""
     with _opened(source) as image:
-        return image.has_transparency_data
+        return image.has_alpha if isinstance(image, EncodedImage) else image.has_transparency_data
 
 
 def _png(image: Image.Image, path: Path, metadata: str) -> None:
@@ -232,7 +231,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             if text is None:
                 comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
                 text = comment.removeprefix(_USER_COMMENT).decode("ascii") if isinstance(comment, bytes) else ""
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         kind = _foreign_kind(path)
         takes = f"a picture or video that Safelight made{f'; this is {kind}' if kind else ''}"
         raise InvalidParameterError("file", str(path), takes) from error

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 
 import diffusers
@@ -380,3 +381,13 @@ def test_an_error_in_the_thread_is_the_owners():
     with pytest.raises(KeyError, match="lost"):
         thread.resume()
     assert not threads()
+
+
+@pytest.mark.parametrize(
+    "word", ["<a", "<aaa at 0x", "/a", "torch.", "a.", " at 0xf", "<", "Traceback (most recent call"]
+)
+def test_what_a_package_says_is_cut_before_it_is_looked_at(word):
+    """It may repeat a prompt of any length."""
+    began = time.process_time()
+    assert len(one_line(word[:2] + word * (3_000_000 // len(word)))) <= 240
+    assert time.process_time() - began < 1

@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from safelight.cli.main import COMMANDS, main
 from safelight.core.registry import pipelines
@@ -18,6 +18,7 @@ from safelight.core.server_args import ServerArgs
 from safelight.loading import repository
 from safelight.loading.loader import describe
 from safelight.loading.repository import open_repository
+from safelight.media import METADATA_KEY
 from safelight.version import __version__
 
 VARIANTS = ("dev", "schnell", "kontext")
@@ -180,3 +181,16 @@ def test_verbose_shows_where_an_error_came_from(monkeypatch):
     monkeypatch.setattr("safelight.cli.inspect.pipelines", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["-v", "models"])
+
+
+def test_info_shows_control_characters_and_obeys_none(run, tmp_path):
+    """What a file says of itself is anybody's words: a terminal would clear its screen, or type them."""
+    orders = "".join(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x202E, 0x2028)))
+    text = PngImagePlugin.PngInfo()
+    text.add_text(METADATA_KEY, json.dumps({"prompt": f"é {orders}", f"a{orders}": 1, "n" * 100_000: {"b": orders}}))
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png", pnginfo=text)
+    ended = run("info", tmp_path / "x.png")
+    assert ended.code == 0 and len(ended.out) < 3000
+    assert "é" in ended.out and r"\x1b" in ended.out and not set(ended.out) & (set(orders) - {"\n"})
+    assert len(ended.out.splitlines()) == 3
+    assert json.loads(run("info", tmp_path / "x.png", "--json").out)["prompt"] == f"é {orders}"

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -69,7 +70,8 @@ def test_ranks_that_torchrun_started(tmp_path, fault_path):
         found.bind(("127.0.0.1", 0))
         meeting = found.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(meeting)]
-    serve = ["-m", "safelight.cli.main", "serve", str(model), "--port", str(port), "--state-dir", str(tmp_path / "s")]
+    script = str(Path(sys.executable).with_name("safelight"))
+    serve = ["--no-python", script, "serve", str(model), "--port", str(port), "--state-dir", str(tmp_path / "s")]
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*command, *serve, "--cfg-parallel-size", "2", "--device", "cpu"],

@@ -39,7 +39,7 @@ def assert_error(response: httpx.Response, status: int, code: str) -> None:
     assert not INTERNALS.search(error["message"]), error["message"]
     assert response.headers["x-request-id"]
     if status >= 500:
-        assert response.headers["x-should-retry"] == "false"
+        assert response.headers["x-should-retry"] == ("true" if code == "not_ready" else "false")
 
 
 class Healthy:

@@ -20,8 +20,8 @@ from safelight.preparation import prepare
 from safelight.runtime.group import EngineSettings
 from safelight.runtime.supervisor import Supervisor
 from safelight.serving.job_manager import JobManager
-from safelight.serving.jobs import SqliteJobStore
 from safelight.serving.outputs import Outputs
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from safelight.serving.submission import Submission
 from tests.recipes import all_recipes
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import shutil
 import signal
 import time
 
 import pytest
 
-from tests.live_server import generate
+from tests.live_server import fault_model, generate, serving
 from tests.reliability.conftest import CONTROL, Healthy, assert_error, until
 
 
@@ -48,3 +49,13 @@ def test_a_stopped_worker_is_noticed_from_outside(mortal):
         until(lambda: http.get("/readyz").status_code == 503)
     until(lambda: mortal.children() not in ([], [worker]))
     healthy()
+
+
+def test_a_worker_that_cannot_be_started_again_ends_the_server(tmp_path):
+    """Its sockets' folder is removed, as by a cleaner of temporary files, and then the worker dies."""
+    with serving(tmp_path, fault_model(tmp_path / "model")) as server:
+        (folder,) = tmp_path.glob("safelight-*")
+        shutil.rmtree(folder)
+        os.kill(server.worker(), signal.SIGKILL)
+        assert server.process.wait(20) == 70
+    assert "died again and again" in server.log.read_text()

@@ -236,7 +236,7 @@ class SmallRoom:
         return make(call)
 
 
-@pytest.mark.parametrize("batching", ["exact", "throughput"])
+@pytest.mark.parametrize("batching", ["exact", pytest.param("throughput", marks=pytest.mark.slow)])
 def test_two_ranks_stay_together_whatever_fails_on_one(fault_pipeline, clock, monkeypatch, batching):
     """The second rank fails alone in some requests, and has less room; the others end on both as they would alone."""
     import safelight_fault.pipeline

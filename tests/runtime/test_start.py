@@ -19,6 +19,7 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import PortError, SafelightError, WorkerStartError
 from safelight.runtime import group, sockets, supervisor
 from safelight.runtime.group import EngineSettings
+from safelight.runtime.replicas import ReplicaSet
 from safelight.runtime.supervisor import Supervisor
 from tests import live_server
 from tests.live_server import command, environment, free_port, generate, serving
@@ -211,6 +212,36 @@ def test_what_no_one_thought_of_is_an_answer_too(folder, monkeypatch):
 
     monkeypatch.setattr(supervisor, "start_worker", broken)
     assert isinstance(asyncio.run(refused()), WorkerStartError)
+
+
+@pytest.mark.parametrize("broken", ["start_worker", "_lose"])
+def test_what_no_one_thought_of_ends_a_server_that_ran(fault_family, fault_model, folder, monkeypatch, broken):
+    """Each of these starts is a death; where not even that can be counted, there is no other. The set is told."""
+
+    async def fail(*_):
+        raise ZeroDivisionError
+
+    def fail_at_once(*_):
+        raise ZeroDivisionError
+
+    async def test():
+        args = ServerArgs(str(fault_model(name="served")), device="cpu")
+        replicas = ReplicaSet(EngineSettings(args, warm_up=False), 1)
+        await replicas.start()
+        try:
+            (only,) = replicas.replicas
+            if broken == "_lose":
+                monkeypatch.setattr(only, "_lose", fail_at_once)
+            else:
+                monkeypatch.setattr(supervisor, "start_worker", fail)
+            os.kill(await pid_of(only), signal.SIGKILL)
+            await asyncio.wait_for(replicas.gave_up.wait(), SOON)
+            assert replicas.state == "failed"
+        finally:
+            await replicas.close()
+
+    monkeypatch.setattr(supervisor, "AGAIN_SECONDS", 0.05)
+    drive(test())
 
 
 def test_a_server_with_a_long_temporary_folder_serves(tmp_path):

@@ -41,6 +41,13 @@ def post(http: httpx.Client, data: bytes) -> int:
     return http.post("/v1/images/edits", data={"prompt": "x", "size": "64x64"}, files=files).status_code
 
 
+def post_many(http: httpx.Client, picture: bytes, **fields: str) -> httpx.Response:
+    """Send sixteen pictures in one form."""
+    files = [("image[]", ("a", picture, "image/png"))] * 16
+    form = {"prompt": "x", "size": "64x64", **fields}
+    return http.post("/v1/images/edits", data=form, files=files, headers={"prefer": "respond-async"}, timeout=120)
+
+
 def main() -> None:
     """Try one kind of greed after the other: bombs by four clients at once, then what is as large as may be."""
     bombs = [
@@ -59,6 +66,7 @@ def main() -> None:
         for _ in range(3):
             assert post(http, picture) == 200
             server.call(server.engine.submitted.clear)
+        assert post_many(http, picture).status_code == 400  # this model takes one
         for junk in (b"[" * (31 << 20), b'{"a":' * (6 << 20), b'"' + b"\\u0041" * (5 << 20)):
             headers = {"content-type": "application/json"}
             assert http.post("/v1/images/generations", content=junk, headers=headers).status_code == 400

@@ -24,9 +24,10 @@ from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
 from safelight.serving.job_manager import JobManager
-from safelight.serving.jobs import SqliteJobStore
+from safelight.serving.job_runs import JobLimits
 from safelight.serving.limits import Limits
 from safelight.serving.outputs import Outputs
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine
 
 T = TypeVar("T")
@@ -116,13 +117,14 @@ def running(
     key: str | None = None,
     limits: Limits | None = None,
     more: Mapping[str, Any] | None = None,
+    job_limits: JobLimits | None = None,
     **stub: Any,
 ) -> Iterator[Running]:
     """Run a server until the block ends; `more` are further settings, `stub` is for the engine."""
     settings = Settings(NAMES, key, poll_after_ms=20, drain_seconds=1.0, limits=limits or Limits(), **(more or {}))
     schema = dataclasses.replace(schema, model=NAMES[0])
     engine = StubEngine(schema, **stub)
-    jobs = JobManager(SqliteJobStore(folder / "state"), Outputs(folder / "outputs"), engine)
+    jobs = JobManager(SqliteJobStore(folder / "state"), Outputs(folder / "outputs"), engine, limits=job_limits)
     server = uvicorn.Server(uvicorn_config(create_app(engine, jobs, settings), settings.limits))
     loops: list[asyncio.AbstractEventLoop] = []
 
@@ -160,5 +162,5 @@ def assert_error(response: httpx.Response, status: int, param: str | None = None
     assert all(isinstance(error[name], str) and error[name] for name in ("message", "type", "code"))
     assert not INSIDE.search(error["message"]), error
     if status >= 500:
-        assert response.headers["x-should-retry"] == "false"
+        assert response.headers["x-should-retry"] == ("true" if error["code"] == "not_ready" else "false")
     return error

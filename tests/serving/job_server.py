@@ -11,9 +11,12 @@ import numpy as np
 from PIL import Image
 
 from safelight.preparation import prepare
-from safelight.serving.job_manager import JobLimits, JobManager
-from safelight.serving.jobs import Job, SqliteJobStore
+from safelight.serving.directories import MARKER
+from safelight.serving.job_manager import JobManager
+from safelight.serving.job_runs import JobLimits
+from safelight.serving.jobs import Job
 from safelight.serving.outputs import Outputs
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from safelight.serving.submission import Submission
 from tests.serving.stub_engine import StubEngine
 
@@ -39,7 +42,7 @@ class Server:
         self.store = SqliteJobStore(state)
         self.outputs = Outputs(state / "outputs")
         limits.setdefault("retry_seconds", 0.01)
-        self.jobs = JobManager(self.store, self.outputs, engine, self.clock, JobLimits(**limits))
+        self.jobs = JobManager(self.store, self.outputs, engine, self.clock, JobLimits(**limits), self.clock)
 
     async def submit(self, prompt: str = "a", key: str | None = None, digest: str = "", **fields: Any) -> Job:
         return await self.jobs.submit(submission(self.engine, prompt, key, digest, **fields))
@@ -63,7 +66,7 @@ class Server:
         raise AssertionError("it ended before")
 
     def files(self) -> set[str]:
-        return {path.name for path in (self.state / "outputs").iterdir()}
+        return {path.name for path in (self.state / "outputs").iterdir()} - {MARKER}
 
     def pixels(self, job: Job, index: int = 0) -> Any:
         with Image.open(self.outputs.path(job.outputs[index].name)) as image:

@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 from safelight.preparation import prepare
-from safelight.serving.job_manager import JobLimits, JobManager
-from safelight.serving.jobs import Job, SqliteJobStore, request_digest
+from safelight.serving.job_manager import JobManager
+from safelight.serving.job_runs import JobLimits
+from safelight.serving.jobs import Job, request_digest
 from safelight.serving.outputs import Outputs
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from safelight.serving.submission import Submission
 from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine
 

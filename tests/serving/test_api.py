@@ -110,7 +110,7 @@ def flat(app):
 
 def test_a_wrong_key_is_refused_before_the_body_is_read(tmp_path):
     with running(tmp_path, key="sk-right") as server:
-        answer = server.raw(b"POST /v1/videos HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+        answer = server.raw(b"POST /v1/videos HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n")
         assert answer[0] == 401
 
 
@@ -276,7 +276,7 @@ def test_ranges_that_are_refused(video):
 @pytest.mark.parametrize("more", [{}, {"stream": True}, {"response_format": "url"}], ids=["plain", "stream", "url"])
 def test_a_client_that_leaves_ends_its_request_within_a_step(tmp_path, more):
     body = json.dumps({"prompt": PROMPT, "num_inference_steps": 1000, **more}).encode()
-    head = f"POST {GENERATIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     request = head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
     with running(tmp_path, step_seconds=0.05) as server:
         sock = server.connect(request)
@@ -314,7 +314,7 @@ def test_256_clients_at_once(tmp_path):
         url = server.url
         answers = asyncio.run(send())
         counts = collections.Counter(answer.status_code for answer in answers)
-        assert counts[200] + counts[429] == 256 and counts[200] >= 64 and counts[429] > 0
+        assert counts[200] + counts[429] == 256 and counts[200] >= 32 and counts[429] > 0  # one client's share
         for answer in answers:
             if answer.status_code == 429:
                 assert_error(answer, 429)
@@ -518,13 +518,14 @@ def test_the_memory_of_the_api_process_is_bounded():
         cwd=Path(__file__).parents[2],
     )
     before, after = (int(kib) for kib in done.stdout.split())
-    assert after - before < 400 * 1024, (before, after)
+    assert after - before < 300 * 1024, (before, after)
 
 
 def test_all_bodies_together_are_bounded(tmp_path):
     """Senders that stop in the middle hold their bytes until they are late; others are told to come again."""
     head = (
-        f"POST {GENERATIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n"
+        f"POST {GENERATIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        "content-length: 1000000\r\n\r\n"
     )
     limits = Limits(held_bytes=2_000_000, request_seconds=3.0)
     with running(tmp_path, limits=limits) as server, contextlib.ExitStack() as stack, server.http() as http:

@@ -63,7 +63,7 @@ class Fed:
         if self.server.settings.api_key is not None and "authorization" not in names:
             headers = [("authorization", f"Bearer {KEY}"), *headers]
         headers = [("connection", "close"), ("content-length", str(len(body))), *headers]
-        headers = headers if "host" in names else [("host", "x"), *headers]
+        headers = headers if "host" in names else [("host", "localhost"), *headers]
         lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
         request = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body
         with self.server.connect() as sock, sock.makefile("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 import statistics
 import time
@@ -13,8 +14,8 @@ from safelight.serving.limits import Limits
 from tests.serving.http_server import PROMPT, next_answer, read_answer, running
 
 LIMITS = Limits(body_bytes=1 << 20, header_seconds=0.3, request_seconds=0.6, stalled_seconds=0.8, ping_seconds=0.05)
-GET = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
-POST = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+GET = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"
+POST = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 BODY = b'{"prompt": "x", "seed": 1}'
 
 
@@ -51,9 +52,9 @@ MALFORMED = {
     "junk": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9 + b"\r\n\r\n",
     "no version": b"GET /livez\r\n\r\n",
     "no host": b"GET /livez HTTP/1.1\r\n\r\n",
-    "a space in a header": b"GET /livez HTTP/1.1\r\nhost: x\r\na b: c\r\n\r\n",
-    "NUL in a header": b"GET /livez HTTP/1.1\r\nhost: x\r\na: \0\r\n\r\n",
-    "a folded method": b"G\rT /livez HTTP/1.1\r\nhost: x\r\n\r\n",
+    "a space in a header": b"GET /livez HTTP/1.1\r\nhost: localhost\r\na b: c\r\n\r\n",
+    "NUL in a header": b"GET /livez HTTP/1.1\r\nhost: localhost\r\na: \0\r\n\r\n",
+    "a folded method": b"G\rT /livez HTTP/1.1\r\nhost: localhost\r\n\r\n",
     "a length that is none": POST + b"content-length: abc\r\n\r\n",
     "a negative length": POST + b"content-length: -1\r\n\r\n",
     "a length with a sign": POST + b"content-length: +5\r\n\r\n",
@@ -73,18 +74,21 @@ def test_what_is_not_http(server, data):
 
 def test_a_body_that_is_also_chunked_is_not_two_requests(server):
     """Which of the two lengths counts must not be a matter of taste."""
-    smuggled = b"transfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n" + GET
-    with server.connect(POST + smuggled) as sock:
-        assert read_answer(sock)[0] == 400
+    coded, sized = b"transfer-encoding: chunked\r\n", b"content-length: 5\r\n"
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    for heads in (coded + sized, sized + coded, b"Content-Length: %d\r\nTRANSFER-ENCODING: chunked\r\n" % len(chunks)):
+        with server.connect(POST + heads + b"\r\n" + chunks + GET) as sock, sock.makefile("rb") as file:
+            assert_form(next_answer(file), 400, "malformed_request")
+            assert next_answer(file)[0] == 0, "nothing of what follows is a request"
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        b"GET /livez HTTP/1.1\r\nhost: x\r\na: " + b"x" * 200_000 + b"\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 30_000 + b"\r\n",
-        b"GET /livez?" + b"x" * 200_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nhost: x\r\na: " + b"x" * 200_000,
+        b"GET /livez HTTP/1.1\r\nhost: localhost\r\na: " + b"x" * 200_000 + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nhost: localhost\r\n" + b"a: b\r\n" * 30_000 + b"\r\n",
+        b"GET /livez?" + b"x" * 200_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nhost: localhost\r\na: " + b"x" * 200_000,
         b"x" * 200_000,
     ],
     ids=["value", "number", "target", "no end", "no line"],
@@ -94,9 +98,34 @@ def test_200_kb_of_headers(server, data):
     assert_form(answer, 431, "headers_too_large")
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\n"], ids=["crlf", "lf"])
+@pytest.mark.parametrize("count", [99, 100, 10_000])
+def test_the_number_of_headers(server, count, end):
+    """Of any name and length, in one piece or in many."""
+    lines = ["GET /livez HTTP/1.1", "host: localhost", *(["a:"] * (count - 1))]
+    data = (end.join(lines) + 2 * end).encode()
+    if count <= 100:
+        assert server.raw(data)[0] == 200
+    else:
+        assert_form(server.raw(data), 431, "headers_too_large")
+    with server.connect() as sock:
+        for at in range(0, min(len(data), 2000), 300):
+            sock.sendall(data[at : at + 300])
+        assert read_answer(sock)[0] == (200 if count <= 100 else 431)
+
+
+def test_many_trailers(server):
+    """They are headers, at the other end."""
+    head = POST + b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
+    assert server.raw(head + b"a: b\r\n" * 100 + b"\r\n")[0] == 200
+    with server.connect(head + b"a: b\r\n" * 2000 + b"\r\n") as sock:
+        assert_form(read_answer(sock), 431, "headers_too_large")
+        assert_closed(sock, 2)
+
+
 def test_large_headers_in_one_piece(server):
     """Half as much as h11 looks at in one piece is let through by h11 alone, if it comes at once."""
-    data = b"GET /livez HTTP/1.1\r\nhost: x\r\na: " + b"x" * (LIMITS.header_bytes + 1000) + b"\r\n\r\n"
+    data = b"GET /livez HTTP/1.1\r\nhost: localhost\r\na: " + b"x" * (LIMITS.header_bytes + 1000) + b"\r\n\r\n"
     assert_form(server.raw(data), 431, "headers_too_large")
 
 
@@ -187,7 +216,7 @@ def test_a_connection_is_kept(server):
         for _ in range(3):
             sock.sendall(GET)
             assert read_answer(sock)[0] == 200
-            sock.sendall(b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n")
+            sock.sendall(b"GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n")
             assert read_answer(sock)[0] == 404
         sock.sendall(GET * 5)
         time.sleep(LIMITS.header_seconds * 2)  # the deadline of none of them is that of an idle connection
@@ -300,3 +329,57 @@ def test_32_mib_of_junk_do_not_hold_the_others(tmp_path):
                         assert b" 400 " in sock.recv(1 << 16)
                         break
         assert max(longest) < 0.5
+
+
+SLOW = Limits(body_seconds=1.0, body_rate=100_000, request_seconds=20, held_bytes=8 << 20)
+
+
+def large(size):
+    return POST + b"content-length: %d\r\n\r\n" % size
+
+
+@pytest.mark.parametrize("sent", [0, 900_000])
+def test_a_body_that_stops_is_late_whatever_came_before(tmp_path, sent):
+    with running(tmp_path, limits=SLOW) as server, server.connect(large(1 << 20) + b" " * sent) as sock:
+        began = time.monotonic()
+        assert_form(read_answer(sock), 408, "request_timeout")
+        assert_closed(sock, 2)
+        assert time.monotonic() - began < 5
+
+
+def test_a_body_has_a_least_rate(tmp_path):
+    """A byte now and then is as good as none; twice the rate is enough, however long it takes."""
+    with running(tmp_path, limits=SLOW) as server:
+        with server.connect(large(1 << 20)) as sock:
+            sock.settimeout(0.02)
+            began, answer = time.monotonic(), b""
+            while not answer and time.monotonic() - began < 10:
+                with contextlib.suppress(TimeoutError):
+                    sock.sendall(b" ")
+                    answer = sock.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 408")
+        size = 300_000
+        with server.connect(large(size)) as sock:
+            for _ in range(29):
+                sock.sendall(b" " * 10_000)
+                time.sleep(0.05)
+            sock.sendall(BODY.rjust(10_000))
+            assert read_answer(sock)[0] == 200
+
+
+def test_stalled_bodies_leave_room_and_go(tmp_path):
+    """As many large bodies as fit, none of which goes on: small ones are taken meanwhile, large ones soon."""
+    size = SLOW.small_body_bytes
+    limits = dataclasses.replace(SLOW, body_seconds=1.5)
+    with running(tmp_path, limits=limits) as server, contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(server.connect(large(8 << 20) + b" " * (size + 1))) for _ in range(12)]
+        assert stalled
+        whole = large(2 * size) + BODY.rjust(2 * size)
+        end = time.monotonic() + 10
+        while server.raw(whole)[0] != 429:
+            assert time.monotonic() < end
+        for length in (len(BODY), size // 4):
+            assert server.raw(large(length) + BODY.rjust(length))[0] == 200
+        time.sleep(limits.body_seconds)
+        while server.raw(whole)[0] != 200:
+            assert time.monotonic() < end, "what stalls is held until its request's time has ended"

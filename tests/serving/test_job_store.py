@@ -25,13 +25,13 @@ from safelight.serving.jobs import (
     MAX_ATTEMPTS,
     Job,
     JobError,
-    SqliteJobStore,
     StoredFile,
     StoredOutput,
     new_id,
     owner_of,
     request_digest,
 )
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.disks import as_left_by_a_death, fill, make_read_only, small_disk
 
 
@@ -99,7 +99,8 @@ def test_a_job_comes_back_whole_after_a_restart(tmp_path):
         return done
 
     done = with_store(tmp_path, write)
-    assert done.warnings == ("careful", "more") and done.num_bytes == 7 + 99 + 3 and done.attempts == 1
+    assert done.warnings == ("careful", "more") and done.num_bytes == 7 + 99 + 3 + len(msgspec.json.encode(done))
+    assert done.attempts == 1
     assert with_store(tmp_path, lambda store: store.get(job.id)) == done
 
 
@@ -225,10 +226,16 @@ def test_what_is_unfinished_expired_and_removable(tmp_path):
         without_files = await add_in(store, make_job(), "failed")
         await store.add(d)
         assert await store.unfinished() == [d]
-        assert [job.id for job in await store.removable()] == [b.id, a.id, c.id]
+        assert [job.id for job in await store.removable()] == [without_files.id, b.id, a.id, c.id]
+        assert [job.id for job in await store.removable(failed_first=True)] == [without_files.id, c.id, b.id, a.id]
+        assert [job.id for job in await store.expired(14.0, since=3.5)] == [a.id]
+        assert await store.last_end() == 5.0
         assert [job.id for job in await store.expired(at=12.5)] == [without_files.id]
         assert [job.id for job in await store.expired(at=14.0)] == [without_files.id, b.id, a.id]
-        assert msgspec.structs.astuple(await store.usage()) == (420, 320)
+        records = [len(msgspec.json.encode(job)) for job in (await store.page(limit=10)).jobs]
+        assert (await store.usage()).num_bytes_records == sum(records)
+        usage, waits = await store.usage(), len(msgspec.json.encode(d))
+        assert (usage.num_bytes, usage.num_bytes_finished) == (420 + sum(records), 320 + sum(records) - waits)
         assert await store.file_names() == {"in0", "in1", "in2", "in3", f"{a.id}.0.png", f"{b.id}.0.png"}
 
     with_store(tmp_path, use)
@@ -246,7 +253,7 @@ def test_every_commit_is_synced(tmp_path):
     with_store(tmp_path, use)
 
 
-OPEN = "import sys; from pathlib import Path; from safelight.serving.jobs import SqliteJobStore as S; S(Path({!r}));"
+OPEN = "import sys; from pathlib import Path; import safelight.serving.sqlite_jobs as s; s.SqliteJobStore(Path({!r}));"
 
 
 def test_a_second_server_is_refused_until_the_first_is_gone(tmp_path):
@@ -292,16 +299,16 @@ def test_directories_that_cannot_be_used(tmp_path):
     with small_disk(tmp_path / "disk") as disk:
         fill(disk)
         with pytest.raises(StateDirectoryError, match="cannot be used"):
-            SqliteJobStore(disk)
+            SqliteJobStore(disk / "state")
         (disk / "filling").unlink()
-        with_store(disk, lambda store: store.add(make_job()))
+        with_store(disk / "state", lambda store: store.add(make_job()))
         fill(disk)
         with pytest.raises(StateDirectoryError, match="cannot be used"):
-            SqliteJobStore(disk)
+            SqliteJobStore(disk / "state")
         (disk / "filling").unlink()
         make_read_only(disk)
         with pytest.raises(StateDirectoryError, match="cannot be used"):
-            SqliteJobStore(disk)
+            SqliteJobStore(disk / "state")
 
 
 def test_a_full_disk_changes_nothing_and_passes(tmp_path):
@@ -317,7 +324,7 @@ def test_a_full_disk_changes_nothing_and_passes(tmp_path):
 
     with small_disk(tmp_path / "disk") as disk:
         fill(disk, leave=1 << 20)
-        with_store(disk, use)
+        with_store(disk / "state", use)
 
 
 KEYS = st.sampled_from(["k1", "k2"]) | st.none()

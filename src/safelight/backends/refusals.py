@@ -6,16 +6,17 @@ import re
 
 import torch
 
-from safelight.errors import PackageError, SafelightError
+from safelight.errors import PackageError, SafelightError, without_objects
 
 MAX_LENGTH = 240
 """Characters of what the package says that an error repeats."""
+_READ = 8192
+"""Characters of it that are looked at: it may repeat a prompt."""
+_TRACEBACK = "Traceback (most recent call last):"
 _OTHERS = (SafelightError, MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
 """What has nothing to do with the values: it keeps its own name."""
 _OF_THE_DEVICE = re.compile(r"CUDA|cuDNN|CUBLAS|HIP|NCCL|out of memory|can't allocate memory", re.IGNORECASE)
 _INTERNALS = (
-    (re.compile(r"Traceback \(most recent call last\):.*", re.DOTALL), ""),
-    (re.compile(r"<([\w.]*)[^<>]* at 0x[0-9a-fA-F]+>"), r"\1"),
     (re.compile(r"\bat 0x[0-9a-fA-F]+|\b0x[0-9a-fA-F]+"), ""),
     (re.compile(r"(?:[A-Za-z]:)?[/\\][\w.+@-]+(?:[/\\][\w.+@-]+)+"), "a file"),
     (re.compile(r"\b(?:torch|diffusers|transformers|numpy|safelight)\.(?:\w+\.)*"), ""),
@@ -38,7 +39,14 @@ def refusal(pipeline_name: str, error: Exception) -> Exception:
 
 def one_line(text: str) -> str:
     """Return a message in one line of bounded length, without addresses, files and modules of this process."""
+    text = without_objects(text[:_READ].partition(_TRACEBACK)[0], _class_name)
     for pattern, instead in _INTERNALS:
         text = pattern.sub(instead, text)
     line = " ".join(text.split())
     return line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH - 1]}…"
+
+
+def _class_name(inside: str) -> str:
+    """Return the name at the beginning of an object's representation."""
+    end = next((at for at, letter in enumerate(inside) if not (letter.isalnum() or letter in "._")), len(inside))
+    return inside[:end]

@@ -37,8 +37,9 @@ OURS = frozenset({"seed", "n", "output_type"})
 """Common fields that every pipeline has here: each is called with a generator, once an output, for arrays."""
 NEEDED = ("generator", "output_type")
 """What a pipeline's call must take to be run here."""
-UNSTATED_SIDE, TOKEN_SIDE = 1024, 16
-"""Pixels of a side that the call leaves to the model, and of a latent token's: for the estimate of a request's cost."""
+UNSTATED_SIDE, TOKEN_SIDE, FRAMES_OF_A_TOKEN = 1024, 16, 8
+"""Pixels of a side that the call leaves to the model, and of a latent token's, and its frames: for the estimate of a
+request's cost."""
 REFUSED = {"batch_size": "use n", "callback": "use stream(), which yields after every step"}
 """Arguments of older pipelines that are done otherwise here, and how."""
 
@@ -61,9 +62,10 @@ class PackageParams(SamplingParams):
         return self.height or UNSTATED_SIDE, self.width or UNSTATED_SIDE
 
     def num_latent_tokens(self, schema: ModelSchema) -> int:
-        """Return an estimate of an output's tokens."""
+        """Return an estimate of an output's tokens; VAEs of videos make one latent frame of four or of eight."""
         height, width = self.output_size(schema)
-        return -(-height // TOKEN_SIDE) * -(-width // TOKEN_SIDE) * (self.num_frames or 1)
+        num_frames = 1 + ((self.num_frames or 1) - 1) // FRAMES_OF_A_TOKEN
+        return -(-height // TOKEN_SIDE) * -(-width // TOKEN_SIDE) * num_frames
 
 
 def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingParams]:

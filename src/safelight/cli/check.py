@@ -12,6 +12,7 @@ from safelight.cli.options import engine_options, given, sampling_options
 from safelight.core.params import SamplingParams
 from safelight.core.server_args import ServerArgs
 from safelight.loading.repository import open_repository
+from safelight.runtime.logs import printable
 
 DEFAULTS: Mapping[str, Any] = {
     "prompt": "an old map of the world, drawn in ink; ships, whales and a compass rose",
@@ -81,8 +82,8 @@ def check_model(
     if as_json:
         click.echo(json.dumps(report.json(), indent=2))
     else:
-        click.echo(report.table(whole))
-        click.echo(report.summary())
+        click.echo(printable(report.table(whole), keep="\n"))
+        click.echo(printable(report.summary(), keep="\n"))
     return 0 if report.first is None else 1
 
 

@@ -12,6 +12,8 @@ import click
 
 from safelight import media, video
 from safelight.core.registry import pipelines
+from safelight.errors import MAX_NAME
+from safelight.runtime.logs import printable
 from safelight.version import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy", "pillow")
@@ -53,9 +55,10 @@ def info(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    width = max(map(len, found), default=0)
-    for name, value in found.items():
-        click.echo(f"{name:<{width}}  {value}")
+    rows = {printable(name[:MAX_NAME]): printable(str(value)) for name, value in found.items()}
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        click.echo(f"{name:<{width}}  {text}")
 
 
 @click.command()

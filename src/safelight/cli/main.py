@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import click
 
 from safelight.errors import SafelightError, nearest
+from safelight.runtime.logs import configure, printable
+from safelight.runtime.processes import guard_children
 from safelight.version import __version__
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -59,13 +61,15 @@ class LazyGroup(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Log what is done, and show tracebacks.")
 def cli(verbose: bool) -> None:
     """Run diffusion models: `safelight generate "a large red circle at the left on a white background"`."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    configure(logging.INFO if verbose else logging.ERROR, "%(name)s: %(message)s")
     logging.getLogger("safelight.memory").setLevel(logging.INFO)  # of a plan that was asked for
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command line; an error is one line on standard error, and an exit code."""
     arguments = sys.argv[1:] if args is None else args
+    if args is None:  # the process is ours
+        guard_children()
     try:
         code = cli.main(arguments or ["--help"], prog_name="safelight", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -83,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _end(message: str, code: int) -> None:
-    click.echo(f"safelight: {' '.join(message.split())}", err=True)
+    click.echo(f"safelight: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)
 
 

@@ -321,6 +321,13 @@ class SamplingParams:
         rows, columns = -(-height // schema.size_multiple), -(-width // schema.size_multiple)
         return rows * columns * (((self.num_frames or 1) - 1) // schema.frame_step + 1)
 
+    def num_sequence_tokens(self, schema: ModelSchema) -> int:
+        """Return the tokens of a step's forward, of which each looks at all: the latents, and input images among them.
+
+        Only for resolved parameters.
+        """
+        return self.num_latent_tokens(schema)
+
     def num_pictures(self) -> int:
         """Return how many pictures, or videos, an output has. Only for resolved parameters."""
         return 1

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from safelight.core.architecture import Architecture
 from safelight.core.params import KINDS, SamplingParams
 
 
@@ -41,6 +42,9 @@ class ModelSchema:
         frame_step: frame counts are one more than a multiple of it.
         notes: what every user of this model should know; with each result.
         capabilities: names of what the components allow, as the family's parameters understand them.
+        architecture: of the network that runs at every step; None where it is not known.
+        token_bytes: that a step holds for each token, at the very least; 0 where that is not known.
+        device_bytes: that all devices of a request have beside the weights; 0 where that is not known.
 
     """
 
@@ -54,6 +58,9 @@ class ModelSchema:
     frame_step: int = 1
     notes: tuple[str, ...] = ()
     capabilities: frozenset[str] = field(default_factory=frozenset)
+    architecture: Architecture | None = None
+    token_bytes: int = 0
+    device_bytes: int = 0
 
     def json_schema(self) -> dict[str, Any]:
         """Return a JSON Schema (2020-12) of what may be asked, with defaults, ranges and a group for forms."""

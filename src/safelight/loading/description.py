@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from safelight.core.architecture import Architecture
 from safelight.core.config import PipelineConfig
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
@@ -25,6 +28,7 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
         schema = config.model_schema(
             repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.sampling_defaults()
         )
+        schema = replace(schema, architecture=Architecture.of(configs))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelIndexError(f"{repository.name}: a component's configuration has a wrong value: {reason}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
@@ -20,6 +21,7 @@ from safelight.acceleration.plan import MemoryPlan
 from safelight.acceleration.tiled_vae import tile_decoding
 from safelight.attention import set_attention_backend
 from safelight.backends import components, diffusers
+from safelight.core.architecture import NETWORKS, Architecture
 from safelight.core.device import on_device
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import resolve_class
@@ -93,9 +95,11 @@ def describe(repository: Repository) -> ModelSchema:
     """
     if repository.pipeline.backend == "native":
         return configure(repository)[1]
-    return diffusers.describe(
+    schema = diffusers.describe(
         repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.notes
     )
+    configs = {name: repository.component_config(name) for name in NETWORKS if name in repository.component_names()}
+    return dataclasses.replace(schema, architecture=Architecture.of(configs))
 
 
 def _load_diffusers(

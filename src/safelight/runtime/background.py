@@ -33,6 +33,7 @@ from safelight.errors import SafelightError
 from safelight.loading.components import build_native
 from safelight.loading.description import sources
 from safelight.loading.repository import open_for
+from safelight.runtime.processes import python_command, safe_environment
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +98,10 @@ class BackgroundCompiler:
     def __init__(self, compilation: Compilation, limit: float) -> None:
         self._until = time.monotonic() + limit
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "safelight.runtime.background"],
+            python_command("safelight.runtime.background"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=safe_environment(),
         )
         give_way(self._process.pid)
         assert self._process.stdin is not None

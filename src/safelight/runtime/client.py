@@ -115,6 +115,7 @@ class EngineStats:
         warm_up_seconds: what the small request took that was run before the first of a user; 0 where none was run.
         num_restarts: workers started after the first.
         compiled: whether what begins now runs compiled.
+        cost_seconds: that a unit of cost takes (`runtime/cost.py`) in the fastest step so far; 0 before the first.
 
     """
 
@@ -125,6 +126,7 @@ class EngineStats:
     warm_up_seconds: float = 0.0
     num_restarts: int = 0
     compiled: bool = False
+    cost_seconds: float = 0.0
 
 
 class Ticket:
@@ -146,6 +148,11 @@ class Ticket:
     def done(self) -> bool:
         """Whether it has its one answer: outputs, or an error."""
         return self._result.done()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has not begun."""
+        return not self.done and self.progress.state == "queued"
 
     async def result(self) -> list[Output]:
         """Wait for the outputs, one a prompt and seed.

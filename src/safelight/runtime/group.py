@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 from safelight.core.server_args import ServerArgs
 from safelight.errors import PortError, WorkerStartError
 from safelight.runtime.messages import LoadFailed, Start, Stop
+from safelight.runtime.processes import python_command, safe_environment
 from safelight.runtime.transport import Parcel, ServerChannel
 from safelight.runtime.watch import UnitBoard, UnitLimits
 
@@ -37,8 +37,8 @@ ALLOCATOR, ALLOCATOR_BEFORE = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def worker_environment() -> dict[str, str]:
-    """Return the environment of a worker: memory in blocks that can grow, so that changing sizes leave no holes."""
-    known = dict(os.environ)
+    """Return the environment of a worker: a safe path, and memory in blocks that can grow, which leave no holes."""
+    known = safe_environment()
     if ALLOCATOR not in known and ALLOCATOR_BEFORE not in known:
         known[ALLOCATOR] = "expandable_segments:True"
     return known
@@ -221,7 +221,7 @@ async def start_worker(folder: Path, number: int, settings: EngineSettings) -> W
 async def start_rank(socket: Path, board: Path, start: Start) -> Rank:
     """Start one process."""
     channel = ServerChannel(socket)
-    command = [sys.executable, "-m", "safelight.runtime.worker_process", str(socket), str(board), str(os.getpid())]
+    command = python_command("safelight.runtime.worker_process", str(socket), str(board), str(os.getpid()))
     # A session of its own: an interrupt at the terminal is the supervisor's, who decides when the worker ends.
     try:
         process = await asyncio.create_subprocess_exec(
@@ -229,7 +229,7 @@ async def start_rank(socket: Path, board: Path, start: Start) -> Rank:
         )
     except OSError as error:
         channel.close()
-        reason = f"{sys.executable!r}: {error.strerror or error}"
+        reason = f"{command[0]!r}: {error.strerror or error}"
         raise WorkerStartError(f"the worker's process cannot be started: {reason}") from error
     except BaseException:
         channel.close()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from safelight.core.server_args import Mode
 from safelight.runtime.client import Output, Progress, Ticket
-from safelight.runtime.messages import Array, Progressed, Submit, image_to_array, split_images
+from safelight.runtime.messages import Array, Progressed, Submit, described_image, image_to_array, split_images
 
 
 @dataclass(eq=False)
@@ -66,7 +66,7 @@ class LiveRequest:
         self.ticket.advance(progress)
 
     def parcel(self) -> tuple[Submit, list[Array]]:
-        """Return the message that gives it to a worker, with the pixels of its images."""
+        """Return the message that gives it to a worker, with the files, or pixels, of its images."""
         request = self.ticket.request
         fields, images = split_images(request.params)
         deadline = None
@@ -75,7 +75,7 @@ class LiveRequest:
         submit = Submit(
             request_id=request.request_id,
             fields=fields,
-            images=[(name, image.mode, image.width, image.height) for name, image in images],
+            images=[described_image(name, image) for name, image in images],
             priority=request.priority,
             deadline=deadline,
             mode=self.mode,

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from safelight.core.architecture import Architecture
 from safelight.core.params import Option, SamplingParams, make_params_cls
 from safelight.core.registry import get_pipeline, pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import Mode, ServerArgs
+from safelight.encoded import EncodedImage
 from safelight.runtime.watch import UnitLimits
 
 SCHEMA_KEY = "x-safelight"
@@ -69,7 +71,7 @@ class Submit(Message, frozen=True):
     Attributes:
         request_id: unique among those that live.
         fields: the resolved parameters but for images, as JSON can hold them.
-        images: (field, mode, width, height) of each image.
+        images: (field, mode, width, height, format) of each image: the frame is its pixels, or a file of that format.
         priority: higher goes first.
         deadline: seconds from now; None is no deadline.
         mode: that it began with in a worker before; None where it has not begun.
@@ -78,7 +80,7 @@ class Submit(Message, frozen=True):
 
     request_id: str
     fields: dict[str, Any]
-    images: list[tuple[str, str, int, int]]
+    images: list[tuple[str, str, int, int, str]]
     priority: int = 0
     deadline: float | None = None
     mode: Mode | None = None
@@ -238,6 +240,9 @@ class WireSchema(msgspec.Struct, frozen=True):
     frame_step: int
     notes: list[str]
     capabilities: list[str]
+    architecture: Architecture | None = None
+    token_bytes: int = 0
+    device_bytes: int = 0
 
 
 ToWorker = Start | Submit | Cancel | Stop
@@ -267,12 +272,21 @@ def join_images(
 
 
 def image_to_array(image: Image.Image) -> Array:
-    """Return an image's pixels, [H, W, C]."""
+    """Return an image's pixels, [H, W, C]; or, of one that is encoded, its file."""
+    if isinstance(image, EncodedImage):
+        return np.frombuffer(image.file, np.uint8)
     return np.ascontiguousarray(image)
 
 
-def array_to_image(data: bytes | memoryview, mode: str, width: int, height: int) -> Image.Image:
-    """Return the image whose pixels these are."""
+def described_image(name: str, image: Image.Image) -> tuple[str, str, int, int, str]:
+    """Return what a message says of an image beside its bytes."""
+    return (name, image.mode, image.width, image.height, image.kind if isinstance(image, EncodedImage) else "")
+
+
+def array_to_image(data: bytes, mode: str, width: int, height: int, kind: str = "") -> Image.Image:
+    """Return the image whose pixels these are; or, of a file, one that is decoded when its pixels are needed."""
+    if kind:
+        return EncodedImage(data, kind, mode, (width, height))
     return Image.frombytes(mode, (width, height), data)
 
 
@@ -289,6 +303,9 @@ def schema_to_wire(schema: ModelSchema) -> WireSchema:
         frame_step=schema.frame_step,
         notes=list(schema.notes),
         capabilities=sorted(schema.capabilities),
+        architecture=schema.architecture,
+        token_bytes=schema.token_bytes,
+        device_bytes=schema.device_bytes,
     )
 
 
@@ -307,6 +324,9 @@ def schema_from_wire(wire: WireSchema) -> ModelSchema:
         frame_step=wire.frame_step,
         notes=tuple(wire.notes),
         capabilities=frozenset(wire.capabilities),
+        architecture=wire.architecture,
+        token_bytes=wire.token_bytes,
+        device_bytes=wire.device_bytes,
     )
 
 

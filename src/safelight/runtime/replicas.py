@@ -46,6 +46,7 @@ class ReplicaSet(EngineClient):
             replica.on_step = self._stepped
             replica.on_compiled = self._compiled
             replica.on_lost = self._lost
+            replica.on_gave_up = self._gave_up
 
     @property
     def schema(self) -> ModelSchema | None:
@@ -73,6 +74,7 @@ class ReplicaSet(EngineClient):
             warm_up_seconds=min(stats.warm_up_seconds for stats in each),
             num_restarts=sum(stats.num_restarts for stats in each),
             compiled=bool(usable) and all(stats.compiled for stats in usable),
+            cost_seconds=min((stats.cost_seconds for stats in each if stats.cost_seconds), default=0.0),
         )
 
     async def start(self) -> None:
@@ -150,6 +152,9 @@ class ReplicaSet(EngineClient):
                 replica = self._choose()
                 assert replica is not None
                 replica.adopt(live)
+
+    def _gave_up(self) -> None:
+        """Note that a replica is left out from now on; without any, the set is over."""
         if all(replica.state == "failed" for replica in self.replicas):
             self.gave_up.set()
 

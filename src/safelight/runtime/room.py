@@ -62,7 +62,7 @@ class HostGauge(Gauge):
 
     def free(self) -> int:
         """Return what the machine has available."""
-        return _kilobytes(Path("/proc/meminfo"), "MemAvailable") << 10
+        return _kilobytes(MEMORY_INFO, "MemAvailable") << 10
 
     def begin(self) -> int:
         """Return this process's resident memory."""
@@ -75,12 +75,24 @@ class HostGauge(Gauge):
 
 
 RESET = Path("/proc/self/clear_refs")
+MEMORY_INFO = Path("/proc/meminfo")
+GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def _kilobytes(path: Path, name: str) -> int:
     found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
     assert found is not None, f"{path} has no {name}"
     return int(found[1])
+
+
+def host_bytes() -> int:
+    """Return the memory of this machine, or of the control group that bounds this process; 0 where nothing tells."""
+    known = []
+    if MEMORY_INFO.exists():
+        known.append(_kilobytes(MEMORY_INFO, "MemTotal") << 10)
+    if GROUP_LIMIT.exists() and (limit := GROUP_LIMIT.read_text().strip()).isdecimal():
+        known.append(int(limit))
+    return min(known, default=0)
 
 
 def gauge_of(device: torch.device) -> Gauge | None:

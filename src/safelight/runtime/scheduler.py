@@ -10,6 +10,7 @@ import torch
 
 from safelight.core.device import is_out_of_memory
 from safelight.core.request import Req
+from safelight.encoded import EncodedImage
 from safelight.errors import CancelledError, OutOfMemoryError, SafelightError
 from safelight.runtime.engine import Engine
 from safelight.runtime.messages import (
@@ -24,6 +25,7 @@ from safelight.runtime.messages import (
     ToWorker,
     array_to_image,
     join_images,
+    split_images,
 )
 from safelight.runtime.policy import Task
 from safelight.runtime.ranks import ToWorkerParcel
@@ -52,7 +54,7 @@ class Intake:
         if isinstance(message, Submit):
             return self._submit(message, arrays)
         assert isinstance(message, Cancel)
-        self.outputs.pop(message.request_id, None)
+        self._forget(message.request_id)
         cancelled = self.engine.cancel(message.request_id)
         return [(message.request_id, CancelledError("the request was cancelled"))] if cancelled else []
 
@@ -60,8 +62,8 @@ class Intake:
         """Give the engine a task for each output."""
         schema = self.engine.pipeline.schema
         images = [
-            (field, array_to_image(data, mode, width, height))
-            for (field, mode, width, height), data in zip(message.images, arrays, strict=True)
+            (field, array_to_image(data, mode, width, height, kind))
+            for (field, mode, width, height, kind), data in zip(message.images, arrays, strict=True)
         ]
         try:
             params = join_images(schema.params_cls, message.fields, images)
@@ -84,8 +86,15 @@ class Intake:
         if error is not None:
             self.engine.cancel(task.request_id)
         if error is not None or all(other.done for other in self.outputs.get(task.request_id, ())):
-            self.outputs.pop(task.request_id, None)
+            self._forget(task.request_id)
         return error
+
+    def _forget(self, request_id: str) -> None:
+        """Let go of a request; large pictures' pixels go back to the system."""
+        for task in self.outputs.pop(request_id, ()):
+            for _, image in split_images(task.execution.req.params)[1]:
+                if isinstance(image, EncodedImage):
+                    image.let_go()
 
 
 class Follower:

@@ -2,16 +2,95 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import shutil
+import socket
+import stat
 import tempfile
+import threading
+import time
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import zmq
+import zmq.asyncio
 
 from safelight.errors import PortError
 
 DESCRIPTORS = "/proc/self/fd"
 """Where a process finds the folders that it holds open, on Linux."""
+
+
+ROOM = 32
+"""Descriptors that must be free when the library starts: it aborts the process where it gets none for its threads."""
+MAX_RETIRED = 8
+NEW_SECONDS = 60.0
+"""For which an empty folder may be one that a server has made and does not hold yet."""
+_FOLDER = re.compile(r"safelight-[a-z0-9_]{8}")
+_FILE = re.compile(r"[0-9]+\.(?:unit|store|[0-9]+\.ipc)|[0-9a-f]{16}\.frames")
+_HELD: dict[Path, int] = {}
+"""The folders that this process has made, held by a lock that ends with it."""
+
+
+class _Library:
+    """The library's threads, for as long as anybody holds them: they are started once, while there is room.
+
+    A socket for a further worker then needs a descriptor or two, and is refused where there is none, in words.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._context: zmq.asyncio.Context | None = None
+        self._num_holders = 0
+        self._retired: deque[SocketName] = deque()
+
+    def hold(self) -> zmq.asyncio.Context:
+        """Return the context, started.
+
+        Raises:
+            PortError: if there are too few descriptors.
+
+        """
+        with self._lock:
+            if self._context is None:
+                check_room()
+                self._context = zmq.asyncio.Context()
+                zmq.Socket(self._context, zmq.PAIR).close(linger=0)  # it starts its threads with its first socket
+            self._num_holders += 1
+            return self._context
+
+    def let_go(self, name: SocketName | None = None) -> None:
+        """End a hold, of whoever used a socket by this name: the library deletes the file in its own time."""
+        with self._lock:
+            self._num_holders -= 1
+            if name is not None:
+                self._retired.append(name)
+            if self._num_holders == 0 and self._context is not None:
+                self._context.term()
+                self._context = None
+            while self._retired and (self._context is None or len(self._retired) > MAX_RETIRED):
+                self._retired.popleft().close()
+
+
+def check_room() -> None:
+    """Refuse to go on where this process can open few files more.
+
+    Raises:
+        PortError: saying so.
+
+    """
+    opened: list[int] = []
+    try:
+        opened.extend(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(ROOM))
+    except OSError as error:
+        reason = error.strerror or error
+        raise PortError(f"sockets: too few files can be opened ({reason}); raise the limit (ulimit -n)") from error
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def make_folder() -> Path:
@@ -22,12 +101,76 @@ def make_folder() -> Path:
 
     """
     try:
-        return Path(tempfile.mkdtemp(prefix="safelight-"))
+        _remove_left(Path(tempfile.gettempdir()))
+        folder = Path(tempfile.mkdtemp(prefix="safelight-"))
+        _HELD[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(_HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return folder
     except OSError as error:
         reason = error.strerror or error
         raise PortError(
             f"TMPDIR: no folder for sockets can be made ({reason}); name one that can be written"
         ) from error
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that was made, with all that is in it, and let go of it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder in _HELD:
+        os.close(_HELD.pop(folder))
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove the folders of servers that were killed: of this user, of our form, and held by no process."""
+    with suppress(OSError), os.scandir(parent) as entries:
+        left = [Path(entry.path) for entry in entries if _FOLDER.fullmatch(entry.name)]
+        for path in left:
+            with suppress(OSError):  # another server removes it, or it is not ours to remove
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    if _is_left(descriptor):
+                        for name in _names(descriptor):
+                            os.unlink(name, dir_fd=descriptor)
+                        path.rmdir()
+                finally:
+                    os.close(descriptor)
+
+
+def _names(folder: int) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+def _is_left(folder: int) -> bool:
+    """Say whether a folder is one of a server that is no more.
+
+    Raises:
+        OSError: if it is held.
+
+    """
+    found = os.fstat(folder)
+    names = _names(folder)
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
+        return False
+    if not all(_FILE.fullmatch(name) for name in names) or (not names and time.time() - found.st_mtime < NEW_SECONDS):
+        return False
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return not any(_is_answered(folder, name) for name in names if name.endswith(".ipc"))
+
+
+def _is_answered(folder: int, name: str) -> bool:
+    """Say whether somebody listens on a socket, as an older version does that does not hold its folder."""
+    if not Path(DESCRIPTORS).is_dir():
+        return True
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(0.1)
+        try:
+            asking.connect(f"{DESCRIPTORS}/{folder}/{name}")
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True
+        return True
 
 
 class SocketName:
@@ -63,3 +206,7 @@ class SocketName:
         if self._folder is not None:
             os.close(self._folder)
             self._folder = None
+
+
+LIBRARY = _Library()
+"""One in a process, whose supervisors share it."""

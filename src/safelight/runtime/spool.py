@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from safelight.errors import StorageFullError
 
 SPOOLED_BYTES = 8 << 20
 """From which on an array goes through a file: a video; whoever encodes it never holds it whole."""
+
+
+_NAME = re.compile(rb"[0-9a-f]{16}\.frames")
 
 
 def spool(array: memoryview, folder: Path) -> bytes:
@@ -35,6 +39,19 @@ def spool(array: memoryview, folder: Path) -> bytes:
     return path.name.encode()
 
 
+def spooled(name: bytes, folder: Path) -> SpooledFrames:
+    """Open a file that `spool` wrote into a folder.
+
+    Raises:
+        ValueError: for any other name.
+        OSError: if there is no such file, or it is a link.
+
+    """
+    if _NAME.fullmatch(name) is None:
+        raise ValueError("not the name of a file of frames")
+    return SpooledFrames(folder / name.decode())
+
+
 class SpooledFrames:
     """A video [T, H, W, C] of uint8 in a file that has no name any more: it is gone with this object.
 
@@ -44,7 +61,8 @@ class SpooledFrames:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._file = os.fdopen(descriptor, "rb", buffering=0)
         path.unlink()
         self.shape: tuple[int, ...] = (os.fstat(self._file.fileno()).st_size,)
 

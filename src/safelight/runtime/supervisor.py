@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import (
     CancelledError,
@@ -35,7 +35,7 @@ from safelight.runtime.client import (
     State,
     Ticket,
 )
-from safelight.runtime.cost import request_cost
+from safelight.runtime.cost import request_cost, step_cost
 from safelight.runtime.group import EngineSettings, Rank, WorkerGroup, start_worker
 from safelight.runtime.live import LiveRequest
 from safelight.runtime.messages import (
@@ -52,7 +52,7 @@ from safelight.runtime.messages import (
     ToWorker,
     schema_from_wire,
 )
-from safelight.runtime.sockets import make_folder
+from safelight.runtime.sockets import LIBRARY, make_folder, remove_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ MAX_DEATHS = 3
 DEATHS_WINDOW = 300.0
 AGAIN_SECONDS = 1.0
 """After a worker that could not even be started, as where the system has no room for another process."""
+UNKEPT = "no worker can be kept; the log says more"
 LAST_WORDS_SECONDS = 0.5
 """In which what a worker said before it died arrives."""
 
@@ -75,6 +76,7 @@ class Supervisor(EngineClient):
         on_compiled: told, for each worker, that the model is compiled, by an empty string; or why it is not.
         on_lost: told that a worker is lost, once those requests are answered that it was lost with: who listens may
             withdraw the others. Without it they wait for the next worker.
+        on_gave_up: told that there will be no other worker.
 
     """
 
@@ -83,6 +85,7 @@ class Supervisor(EngineClient):
         self.gave_up = asyncio.Event()
         self.on_compiled: Callable[[str], None] | None = None
         self.on_lost: Callable[[Supervisor], None] | None = None
+        self.on_gave_up: Callable[[], None] | None = None
         self._schema: ModelSchema | None = None
         self._state: State = "loading"
         self._stats = EngineStats()
@@ -92,7 +95,7 @@ class Supervisor(EngineClient):
         self._ready: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._folder = Path()
-        self._closing = False
+        self._closing = self._holds_library = False
 
     @property
     def schema(self) -> ModelSchema | None:
@@ -122,9 +125,12 @@ class Supervisor(EngineClient):
             SafelightError: why it cannot be loaded, with the exit code.
 
         """
+        LIBRARY.hold()
+        self._holds_library = True
         self._folder = make_folder()
         self._ready = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._keep_alive())
+        self._task.add_done_callback(self._kept)
         try:
             await asyncio.shield(self._ready)
         except BaseException:
@@ -138,7 +144,10 @@ class Supervisor(EngineClient):
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-            shutil.rmtree(self._folder, ignore_errors=True)  # there is one only if it was started
+            remove_folder(self._folder)  # there is one only if it was started
+        if self._holds_library:
+            self._holds_library = False
+            LIBRARY.let_go()
         self._fail_all(NotReadyError("the server stopped before the request was done"))
 
     def drain(self) -> None:
@@ -188,12 +197,22 @@ class Supervisor(EngineClient):
 
     async def _keep_alive(self) -> None:
         """Run one worker after another, until too many have died."""
-        try:
-            while not self.gave_up.is_set():
+        while not self.gave_up.is_set():
+            try:
                 await self._run_worker()
-        except Exception:  # the supervisor's boundary: whoever waits is told, whatever it was
-            logger.exception("no worker can be kept")
-            self._end(WorkerStartError("no worker can be kept; the log says more"))
+            except Exception:  # the supervisor's boundary: whatever it was, it is a death
+                logger.exception("no worker can be kept")
+                self._lose(set(), WorkerStartError(UNKEPT))
+                await self._pause()
+
+    def _kept(self, task: asyncio.Task[None]) -> None:
+        """Give up where even the counting of deaths has failed: nothing would start another worker."""
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("deaths cannot be counted", exc_info=task.exception())
+            self._end(WorkerStartError(UNKEPT))
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(0 if self.gave_up.is_set() else AGAIN_SECONDS)
 
     async def _run_worker(self) -> None:
         """Run one worker, to its death."""
@@ -202,7 +221,7 @@ class Supervisor(EngineClient):
         except SafelightError as error:
             logger.error("%s", error)
             self._lose(set(), error)
-            await asyncio.sleep(0 if self.gave_up.is_set() else AGAIN_SECONDS)
+            await self._pause()
             return
         self._worker = worker
         try:
@@ -311,6 +330,8 @@ class Supervisor(EngineClient):
         self._state = "failed"
         self._fail_all(WorkerLostError("the worker died too often"))
         self.gave_up.set()
+        if self.on_gave_up is not None:
+            self.on_gave_up()
 
     def _load_failed(self, message: LoadFailed) -> None:
         if self._ready is not None and not self._ready.done():
@@ -371,6 +392,15 @@ class Supervisor(EngineClient):
             self.on_step(message.step_seconds, message.batch_size)
         if live is not None:
             live.advance(message)
+            if message.step_seconds is not None:
+                self._learn_cost(live.ticket.request.params, message.step_seconds)
+
+    def _learn_cost(self, params: SamplingParams, seconds: float) -> None:
+        """Remember the fastest step: the smaller one is, the more of it is no work of its tokens."""
+        assert self._schema is not None
+        took = seconds / step_cost(params, self._schema)
+        known = self._stats.cost_seconds
+        self._stats = replace(self._stats, cost_seconds=min(took, known) if known else took)
 
     def _take_output(self, message: OutputMade, arrays: Sequence[Media]) -> None:
         live = self._live.get(message.request_id)

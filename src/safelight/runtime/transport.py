@@ -24,8 +24,8 @@ import zmq.asyncio
 from safelight.errors import PortError, StorageFullError
 from safelight.runtime.client import Media
 from safelight.runtime.messages import Array, Failed, FromWorker, Heartbeat, OutputMade, ToWorker
-from safelight.runtime.sockets import SocketName
-from safelight.runtime.spool import SPOOLED_BYTES, SpooledFrames, spool
+from safelight.runtime.sockets import LIBRARY, SocketName
+from safelight.runtime.spool import SPOOLED_BYTES, spool, spooled
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +70,18 @@ class ServerChannel:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._name = SocketName(path)
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
+        context = LIBRARY.hold()
+        self._socket: zmq.asyncio.Socket | None = None
         try:
+            self._name = SocketName(path)
+        except BaseException:
+            LIBRARY.let_go()
+            raise
+        try:
+            self._socket = context.socket(zmq.PAIR)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.setsockopt(zmq.SNDHWM, 0)
+            self._socket.setsockopt(zmq.RCVHWM, 0)
             self._socket.bind(self._name.address)
         except zmq.ZMQError as error:
             self.close()
@@ -84,22 +89,24 @@ class ServerChannel:
 
     async def send(self, message: ToWorker, arrays: Sequence[Array] = ()) -> None:
         """Queue a message; the socket keeps what the worker has not taken yet."""
+        assert self._socket is not None
         await self._socket.send_multipart(to_frames(message, arrays), copy=len(arrays) == 0)
 
     async def receive(self) -> tuple[FromWorker, list[Media]]:
         """Wait for the next message, with its arrays: their bytes, [N] uint8."""
+        assert self._socket is not None
         first, second, *others = await self._socket.recv_multipart(copy=False)
         large = _SPOOLED.decode(second.buffer)
         arrays: list[Media] = [np.frombuffer(frame.buffer, np.uint8) for frame in others]
         for index in large:
-            arrays[index] = SpooledFrames(self._path.parent / bytes(others[index].buffer).decode())
+            arrays[index] = spooled(bytes(others[index].buffer), self._path.parent)
         return _FROM_WORKER.decode(first.buffer), arrays
 
     def close(self) -> None:
         """Let go of the socket, and delete its file, which the library leaves where a peer died."""
-        self._socket.close()
-        self._context.term()
-        self._name.close()
+        if self._socket is not None:
+            self._socket.close()
+        LIBRARY.let_go(self._name)
         with contextlib.suppress(OSError):  # what else lies there goes with the folder
             self._path.unlink()
 

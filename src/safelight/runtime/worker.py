@@ -17,6 +17,7 @@ from safelight.acceleration.compile import missing_toolchain, warm_up_compiler
 from safelight.core.device import numbered
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req
+from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import (
     CompilationError,
@@ -35,7 +36,7 @@ from safelight.runtime.engine import Engine
 from safelight.runtime.messages import Heartbeat, Loaded, LoadFailed, Start, schema_to_wire
 from safelight.runtime.policy import Policy
 from safelight.runtime.ranks import Ranks
-from safelight.runtime.room import Room, gauge_of
+from safelight.runtime.room import Room, gauge_of, host_bytes
 from safelight.runtime.scheduler import Follower, Scheduler
 from safelight.runtime.transport import WorkerChannel
 from safelight.runtime.watch import Unit, UnitBoard, Watch
@@ -108,7 +109,8 @@ class GPUWorker:
         self.board.write(None)
         self.scheduler = Scheduler(engine, self.channel) if engine.ranks.leads else Follower(engine)
         warm_up_seconds = time.perf_counter() - begun if is_warm else 0.0
-        return Loaded(schema_to_wire(engine.pipeline.schema), load_seconds, warm_up_seconds)
+        schema = with_memory(engine.pipeline, start)
+        return Loaded(schema_to_wire(schema), load_seconds, warm_up_seconds)
 
     def _give_up(self, message: str, exit_code: int) -> int:
         self.channel.send(LoadFailed(" ".join(message.split()), exit_code))
@@ -148,6 +150,20 @@ def room_of(pipeline: ComposedPipeline) -> Room | None:
     """Return what says whether a forward fits into this rank's memory; None where nothing tells of it."""
     gauge = gauge_of(pipeline.device)
     return None if gauge is None else Room(gauge, pipeline.empty_components)
+
+
+def with_memory(pipeline: ComposedPipeline, start: Start) -> ModelSchema:
+    """Return the schema with what a token takes, and what all ranks have for it, in bytes."""
+    schema, device = pipeline.schema, pipeline.device
+    if schema.architecture is None:
+        return schema
+    if device.type == "cuda":
+        bytes_left = torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)
+    else:
+        bytes_left = host_bytes()
+    itemsize = start.args().component_dtype("transformer").itemsize
+    token_bytes = schema.architecture.values_per_token * itemsize
+    return dataclasses.replace(schema, token_bytes=token_bytes, device_bytes=bytes_left * start.num_ranks)
 
 
 def local_args(start: Start) -> ServerArgs:

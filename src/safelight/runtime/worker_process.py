@@ -10,6 +10,7 @@ import signal
 import sys
 from importlib import import_module
 
+from safelight.runtime.logs import configure
 from safelight.runtime.messages import LoadFailed
 from safelight.runtime.transport import WorkerChannel
 
@@ -21,7 +22,7 @@ FAILED = 3
 
 def main() -> None:
     """Run a worker: the arguments are the socket, the board and the supervisor's process id."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s worker %(levelname)s %(name)s: %(message)s")
+    configure(logging.WARNING, "%(asctime)s worker %(levelname)s %(name)s: %(message)s")
     for name in ("safelight.memory", "safelight.layout"):  # of what was planned, because it was asked for
         logging.getLogger(name).setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, or for a whole group: the supervisor decides

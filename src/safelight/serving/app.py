@@ -20,6 +20,7 @@ from safelight.serving.auth import KeyCheck
 from safelight.serving.context import Context, Settings
 from safelight.serving.envelope import Envelope
 from safelight.serving.errors import GONE, error_response, from_status
+from safelight.serving.hosts import Hosts
 from safelight.serving.job_manager import JobManager
 from safelight.serving.origins import Origins, Preflight
 
@@ -57,7 +58,13 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
         middleware=[
             Middleware(Envelope, origins=origins),
             Middleware(Preflight, origins=origins),
-            Middleware(KeyCheck, key=settings.api_key, origins=origins, addresses=context.addresses),
+            Middleware(
+                KeyCheck,
+                key=settings.api_key,
+                origins=origins,
+                hosts=Hosts(settings.allowed_hosts),
+                addresses=context.addresses,
+            ),
         ],
     )
     for part in (health, images, videos, jobs_api, models_api, openapi):

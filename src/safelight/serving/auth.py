@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safelight.errors import SafelightError
 from safelight.serving.addresses import Addresses
-from safelight.serving.errors import AuthenticationError, ForeignOriginError, error_response
+from safelight.serving.errors import AuthenticationError, ForeignHostError, ForeignOriginError, error_response
+from safelight.serving.hosts import Hosts
 from safelight.serving.origins import Origins
 
 LIVE_PATH = "/livez"
@@ -21,18 +22,20 @@ class KeyCheck:
     """Let a request in only with the server's key; every scope and every route but `/livez`, and signed addresses.
 
     Without a key everyone on the machine is let in, but not the web pages that they look at, unless their origin is
-    allowed. It must stand behind what makes paths plain, so that it sees the path that the router sees.
+    allowed; nor what asks for the server under a name that is not this machine's. It must stand behind what makes paths
+    plain, so that it sees the path that the router sees.
 
     Args:
         app: what is behind it.
         key: the key, given as `Authorization: Bearer`; None lets everyone in.
         origins: whose pages may use the server.
+        hosts: the names that it answers to where there is no key.
         addresses: that open by their signature.
 
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, origins: Origins, addresses: Addresses) -> None:
-        self._app, self._origins, self._addresses = app, origins, addresses
+    def __init__(self, app: ASGIApp, key: str | None, origins: Origins, hosts: Hosts, addresses: Addresses) -> None:
+        self._app, self._origins, self._hosts, self._addresses = app, origins, hosts, addresses
         self._digest = None if key is None else _digest(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,11 +53,18 @@ class KeyCheck:
         if is_http and self._addresses.judges(scope):
             return self._addresses.refusal(scope)
         if self._digest is None:
-            message = "without a key, web pages of another origin are answered if the setting allowed_origins names it"
-            return ForeignOriginError(message) if self._origins.is_foreign(headers) else None
+            return self._foreign(headers)
         if (is_http and scope["path"] == LIVE_PATH) or hmac.compare_digest(_digest(_token(headers)), self._digest):
             return None
         return AuthenticationError("a key is needed: Authorization: Bearer KEY")
+
+    def _foreign(self, headers: Headers) -> SafelightError | None:
+        """Return why a browser's request is not let in without a key."""
+        if self._hosts.is_foreign(headers):
+            message = "without a key, the server answers to localhost alone, and to names in the setting allowed_hosts"
+            return ForeignHostError(message)
+        message = "without a key, web pages of another origin are answered if the setting allowed_origins names it"
+        return ForeignOriginError(message) if self._origins.is_foreign(headers) else None
 
 
 def _token(headers: Headers) -> str:

@@ -28,6 +28,7 @@ from safelight.serving.job_manager import JobManager
 from safelight.serving.jobs import Job, Kind, owner_of
 from safelight.serving.limits import Limits
 from safelight.serving.metrics import Metrics
+from safelight.serving.shares import check_share, client_of
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Settings:
         api_key: which every route but `/livez`, and those by signed addresses, asks for; None asks for none.
         public_url: where clients reach the server, without a path; None is what their `Host` header says.
         allowed_origins: of web pages that may use the server, as browsers write them; `*` is all.
+        allowed_hosts: names that a server without a key answers to, beside this machine's own.
         response_format: how pictures are returned where a request does not say it: `b64_json` or `url`.
         address_key: the secret that signs addresses of files; it has to outlive the process for them to do so.
         poll_after_ms: what clients that poll a video are told to wait.
@@ -54,6 +56,7 @@ class Settings:
     api_key: str | None = None
     public_url: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     response_format: str = "b64_json"
     address_key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
     poll_after_ms: int = 1000
@@ -89,9 +92,10 @@ class Context:
         self.addresses = Addresses(settings.address_key)
         self.owner = owner_of(settings.api_key)
         self.started_at = int(time.time())
-        # One thread: a picture of 25 megapixels takes 225 MB on its way, which malloc keeps for each thread apart.
+        # One thread: a picture of 25 megapixels takes 200 MB while it is tried, and no more than one does.
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="safelight-decoding")
         self._followers: set[asyncio.Task[None]] = set()
+        self._waiting: list[tuple[str, Ticket]] = []
 
     @property
     def limits(self) -> Limits:
@@ -135,20 +139,16 @@ class Context:
             raise ModelNameError(f"model: {shown(name)} is not served here: {nearest(name, names)}")
 
     async def resolve(self, request: Request, asked: Asked) -> Resolved:
-        """Resolve a request; pictures are decoded in a thread, one request's at a time.
+        """Resolve a request; pictures are tried in a thread, one at a time, and kept as the files that they are.
 
         Raises:
             UsageError: naming the field.
-            QueueFullError: if the pictures of all requests under way are too much.
 
         """
         if not asked.pictures:
-            return resolve(asked, self.limits)
-        resolved = await asyncio.get_running_loop().run_in_executor(self._decoder, resolve, asked, self.limits)
-        pictures = [resolved.params.set_fields()[name] for name in resolved.images]
-        flat = [image for entry in pictures for image in (entry if isinstance(entry, tuple) else (entry,))]
-        self.budget.take(request, sum(image.width * image.height * len(image.getbands()) for image in flat))
-        return resolved
+            return resolve(asked, self.limits, self.engine.stats.cost_seconds)
+        arguments = (asked, self.limits, self.engine.stats.cost_seconds)
+        return await asyncio.get_running_loop().run_in_executor(self._decoder, resolve, *arguments)
 
     def submit(self, request: Request, params: SamplingParams) -> Ticket:
         """Put a request into the engine's queue that somebody waits for; there too it has the id that they are told.
@@ -157,8 +157,14 @@ class Context:
             ServingError: if it cannot be taken now.
 
         """
+        client = client_of(request, self.owner)
+        self._waiting = [(name, ticket) for name, ticket in self._waiting if ticket.waits]
+        names = [name for name, _ in self._waiting]
+        check_share(client, names, self.limits.waiting, self.engine.stats.num_waiting)
         deadline = self.limits.deadline_seconds
-        return self.engine.submit(GenerationRequest(request_id(request), params, deadline=deadline))
+        ticket = self.engine.submit(GenerationRequest(request_id(request), params, deadline=deadline))
+        self._waiting.append((client, ticket))
+        return ticket
 
     async def follow(self, ticket: Ticket) -> Finished:
         """Wait for a request's outputs.
@@ -197,7 +203,7 @@ class Context:
 
     def count_job(self, job: Job, resolved: Resolved) -> None:
         """Count what a job will have come to, once it has."""
-        # Not `resolved` itself: its decoded pictures would stay as long as the job.
+        # Not `resolved` itself: its pictures would stay as long as the job.
         task_name, steps = resolved.schema.task.value, resolved.params.num_steps() * len(resolved.params.split())
         task = asyncio.create_task(self._follow(job, task_name, steps), name=f"count {job.id}")
         self._followers.add(task)

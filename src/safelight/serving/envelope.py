@@ -16,11 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safelight.errors import SafelightError
 from safelight.serving.errors import error_response
+from safelight.serving.hosts import malformed
 from safelight.serving.origins import Origins
 
 logger = logging.getLogger(__name__)
 
-_AUTHORITY = re.compile(rb"\A[a-z]+://[^/]*", re.IGNORECASE)
+_AUTHORITY = re.compile(rb"https?://([^/]*)", re.IGNORECASE)
 """Of a target in absolute form, as some proxies send it (RFC 9112, 3.2.2)."""
 _SLASHES = re.compile(rb"//+")
 
@@ -67,7 +68,10 @@ class Envelope:
             with contextlib.ExitStack() as at_end:
                 state = {**scope.get("state", {}), "at_end": at_end, "request_id": request_id}
                 plain = {**scope, **_plain_path(scope), "method": "GET" if is_head else scope["method"], "state": state}
-                await self._app(plain, receive, named)
+                if (refusal := malformed(Headers(scope=plain))) is not None:
+                    await error_response(refusal)(plain, receive, named)
+                else:
+                    await self._app(plain, receive, named)
         except Exception:  # the boundary of a request
             logger.exception("request %s failed", request_id)
             if started:
@@ -76,9 +80,15 @@ class Envelope:
 
 
 def _plain_path(scope: Scope) -> Scope:
-    raw = _SLASHES.sub(b"/", _AUTHORITY.sub(b"", scope["raw_path"]))
+    """Return what a scope has otherwise: its path, and its `Host` where the target names one, which goes before."""
+    authority = _AUTHORITY.match(scope["raw_path"])
+    raw = _SLASHES.sub(b"/", scope["raw_path"][authority.end() if authority else 0 :])
     raw = raw.rstrip(b"/") or b"/"
-    return {} if raw == scope["raw_path"] else {"raw_path": raw, "path": unquote(raw.decode("ascii"))}
+    found: Scope = {} if raw == scope["raw_path"] else {"raw_path": raw, "path": unquote(raw.decode("ascii"))}
+    if authority is not None:
+        others = [pair for pair in scope["headers"] if pair[0] != b"host"]
+        found["headers"] = [(b"host", authority[1].lower()), *others]
+    return found
 
 
 def new_request_id() -> str:

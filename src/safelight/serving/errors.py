@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from safelight.errors import QueueFullError, SafelightError, UsageError
+from safelight.errors import MAX_NAME, NotReadyError, QueueFullError, SafelightError, UsageError, without_objects
 
 
 class MalformedRequestError(UsageError):
@@ -52,6 +51,13 @@ class ForeignOriginError(SafelightError):
 
     status = 403
     code = "foreign_origin"
+
+
+class ForeignHostError(SafelightError):
+    """The server was asked for under another name than its own, and asks for no key."""
+
+    status = 403
+    code = "foreign_host"
 
 
 class AddressError(UsageError):
@@ -125,8 +131,10 @@ class RangeError(UsageError):
 
 GONE = 499
 """The status for a client that closed its connection; nobody reads it."""
-_OBJECT = re.compile(r"<[A-Za-z_][\w.]*[^<>]* at 0x[0-9a-fA-F]+>")
-"""Python's representation of an object: in a message of ours it is a picture that was refused."""
+_READY_AFTER = 5
+"""Seconds after which a client that was told `not_ready` may ask again: nothing of its request was begun."""
+_MAX_MESSAGE = 8000
+"""Characters of an answer's message: the names of all fields are fewer."""
 _INTERNAL = "the server made a mistake; its log has the details under this request's x-request-id"
 
 
@@ -142,13 +150,16 @@ def error_type(status: int) -> str:
 
 
 def error_body(error: SafelightError) -> dict[str, Any]:
-    """Return an error as `{"error": {message, type, param, code}}`."""
-    message = _INTERNAL if is_internal(error) else _OBJECT.sub("an image", str(error))
+    """Return an error as `{"error": {message, type, param, code}}`.
+
+    An object of Python's in a message of ours is a picture that was refused.
+    """
+    message = _INTERNAL if is_internal(error) else without_objects(str(error)[:_MAX_MESSAGE], lambda _: "an image")
     return {
         "error": {
             "message": message,
             "type": error_type(error.status),
-            "param": error.param,
+            "param": error.param and error.param[:MAX_NAME],
             "code": error.code,
         }
     }
@@ -156,8 +167,12 @@ def error_body(error: SafelightError) -> dict[str, Any]:
 
 def error_headers(error: SafelightError) -> dict[str, str]:
     """Return the headers that tell a client whether and when to try again."""
+    if isinstance(error, NotReadyError):
+        return {"x-should-retry": "true", "retry-after": str(_READY_AFTER)}
     if error.status >= 500:
         return {"x-should-retry": "false"}
+    if isinstance(error, TimedOutError):
+        return {"connection": "close"}
     if isinstance(error, QueueFullError):
         return {"retry-after": str(math.ceil(error.retry_after))}
     if isinstance(error, RangeError):

@@ -13,12 +13,13 @@ from PIL import Image
 
 from safelight.core.params import Option, SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.preparation import prepare
 from safelight.serving.cost import check_cost
 from safelight.serving.gate import Body, Repeated, about, read_number
 from safelight.serving.limits import Limits
-from safelight.serving.pictures import decode_picture, picture_bytes, upright_size
+from safelight.serving.pictures import check_decodes, open_picture, picture_bytes
 
 QUALITIES: Mapping[str, float] = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0}
 """Steps, in the model's default number of them."""
@@ -72,7 +73,7 @@ class Resolved:
 
     Attributes:
         asked: the fields that it came from.
-        params: resolved, with a seed and decoded pictures.
+        params: resolved, with a seed, and pictures that are decoded where they are used.
         warnings: what the user should know.
 
     """
@@ -189,8 +190,11 @@ def _checked(name: str, option: Option, value: Any) -> Any:
     return checked
 
 
-def resolve(asked: Asked, limits: Limits) -> Resolved:
-    """Decode the pictures, and resolve all fields together. With pictures it takes a while: run it in a thread.
+def resolve(asked: Asked, limits: Limits, cost_seconds: float = 0.0) -> Resolved:
+    """Resolve all fields together, and see that the pictures can be decoded: what is kept of them are their files.
+
+    With pictures it takes a while: run it in a thread, and one at a time. `cost_seconds` are those that a unit of cost
+    takes here; 0 where that is not known.
 
     Raises:
         UsageError: naming the field.
@@ -198,13 +202,15 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
     """
     schema, model = asked.schema, dict(asked.model)
     options = schema.params_cls.options()
+    pictures: list[tuple[str, EncodedImage]] = []
     for name, files in asked.pictures.items():
         if (target := _target(name)) in model or target not in options:
             takes = (
                 "nothing, where another field has the image" if target in options else "nothing: this model has no use"
             )
             raise InvalidParameterError(name, "an image", takes)
-        images = [decode_picture(data, name, limits) for data in files]
+        images = [open_picture(data, name, limits) for data in files]
+        pictures += [(name, image) for image in images]
         model[target] = images if options[target].kind == "images" else images[0]
     size = asked.own.get("size", "auto")
     model.update(_size_fields(size, model, schema))
@@ -216,7 +222,9 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
         if error.param in ("height", "width") and size != "auto":
             raise InvalidParameterError.rebuilt(f"size: got {size!r}; {error}", "size") from error
         raise
-    check_cost(params, schema, limits.max_cost)
+    check_cost(params, schema, limits, cost_seconds)
+    for name, image in pictures:  # last, one at a time: until here nothing has been decoded
+        check_decodes(image.converted(params.image_mode), name)
     warnings += [f"{name} has no effect" for name in (*EFFECTLESS, INPUT_FIDELITY) if name in asked.own]
     return Resolved(asked, params, warnings)
 
@@ -248,7 +256,7 @@ def _input_aspect(image: Image.Image, schema: ModelSchema) -> dict[str, int]:
 
     Models that fit sizes themselves are given the picture's own; those without a default size do it all themselves.
     """
-    width, height = upright_size(image)
+    width, height = image.size
     if schema.defaults.get("height") is None or schema.defaults.get("width") is None:
         return {}
     if schema.params_cls.fits_size:

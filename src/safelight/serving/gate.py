@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -17,19 +19,27 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from safelight.errors import QueueFullError
-from safelight.serving.errors import MalformedRequestError, MediaTypeError, TooLargeError
+from safelight.serving.errors import MalformedRequestError, MediaTypeError, TimedOutError, TooLargeError
 from safelight.serving.limits import Limits
+from safelight.serving.pieces import LongTexts, has_more, is_blank
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _SMALL_BODY = 1 << 16
 """Bytes that are parsed at once; more are parsed in a thread, so that the event loop goes on."""
+_LARGE_BODIES = ThreadPoolExecutor(1, thread_name_prefix="safelight-bodies")
+"""They are looked at one after another: threads take the interpreter from each other, and most from the event loop."""
 _NUMBER_LENGTH = 400
 _INTEGER_LENGTH = 40
 _MAX_NESTING = 4
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 _PLAIN_CODINGS = (b"7bit", b"8bit", b"binary")
+_KEPT_PART = 8
+_MEDIA_TYPE_LENGTH = 1000
+_PART_HEADER_BYTES = 8192
+"""Of all headers of a part: its name, a file's name and a type."""
+_NAME_LENGTH = 512
 _NAME = re.compile(r"([^\[\]\x00]{1,100})((?:\[[^\[\]\x00]{0,100}\])*)")
 
 
@@ -79,14 +89,14 @@ class Budget:
     def __init__(self, most: int) -> None:
         self._most, self._held = most, 0
 
-    def take(self, request: Request, num_bytes: int) -> None:
-        """Count bytes until the request has been answered.
+    def take(self, request: Request, num_bytes: int, is_small: bool = False) -> None:
+        """Count bytes until the request has been answered. The last eighth is for what is small.
 
         Raises:
             QueueFullError: if others hold so many that these are too many.
 
         """
-        if self._held + num_bytes > self._most:
+        if self._held + num_bytes > (self._most if is_small else self._most - self._most // _KEPT_PART):
             raise QueueFullError("too much is being received and decoded at once; try again later")
         self._held += num_bytes
         request.scope["state"]["at_end"].callback(self._give_back, num_bytes)
@@ -108,7 +118,10 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
         MediaTypeError, TooLargeError, MalformedRequestError: for what is not taken.
 
     """
-    media_type, options = parse_options_header(request.headers.get("content-type"))
+    described = request.headers.get("content-type", "")
+    if len(described) > _MEDIA_TYPE_LENGTH:
+        raise MalformedRequestError(f"content-type: at most {_MEDIA_TYPE_LENGTH} characters are taken")
+    media_type, options = parse_options_header(described)
     is_form = forms and media_type == b"multipart/form-data"
     if not is_form and media_type != b"application/json":
         takes = "application/json or multipart/form-data" if forms else "application/json"
@@ -119,21 +132,27 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
     parse, arguments = (_parse_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
     if len(data) <= _SMALL_BODY:
         return parse(data, limits, *arguments)
-    return replace(await asyncio.to_thread(parse, data, limits, *arguments), is_large=True)
+    return replace(await _in_turn(parse, data, limits, *arguments), is_large=True)
 
 
 async def aside(body: Body, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call what looks at all of a body: in a thread where that is large, so that the event loop goes on."""
-    return await asyncio.to_thread(function, *args, **kwargs) if body.is_large else function(*args, **kwargs)
+    return await _in_turn(function, *args, **kwargs) if body.is_large else function(*args, **kwargs)
 
 
-async def read_body(request: Request, limits: Limits, budget: Budget) -> bytes:
+async def _in_turn(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    call = functools.partial(function, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_LARGE_BODIES, call)
+
+
+async def read_body(request: Request, limits: Limits, budget: Budget) -> bytearray:
     """Read a body of at most `body_bytes`, not compressed.
 
     Raises:
         MediaTypeError: if it is compressed.
         TooLargeError: as soon as its length, or what came of it, is too much.
         QueueFullError: if all bodies together are too much.
+        TimedOutError: if it comes too slowly.
 
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
@@ -142,34 +161,48 @@ async def read_body(request: Request, limits: Limits, budget: Budget) -> bytes:
     announced = request.headers.get("content-length", "0")
     if len(announced) > 19 or int(announced) > limits.body_bytes:  # the protocol lets digits alone pass
         raise error
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limits.body_bytes:
-            raise error
-        budget.take(request, len(chunk))
-    return bytes(data)
+    data, clock = bytearray(), asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(limits.body_seconds) as patience:
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > limits.body_bytes:
+                    raise error
+                budget.take(request, len(chunk), len(data) <= limits.small_body_bytes)
+                earned = (patience.when() or 0.0) + len(chunk) / limits.body_rate
+                patience.reschedule(min(earned, clock() + limits.body_seconds))
+    except TimeoutError as late:
+        raise TimedOutError(f"the body came more slowly than {limits.body_rate} bytes a second") from late
+    return data
 
 
-def _parse_json(data: bytes, limits: Limits) -> Body:
+def _parse_json(data: bytearray, limits: Limits) -> Body:
     """Parse an object, and refuse what is not in JSON's grammar, or what two readers would read differently."""
-    if not data.strip():
+    if is_blank(data):
         raise MalformedRequestError("the body is empty; it takes a JSON object")
-    if sum(data.count(mark) for mark in (b"[", b"{", b",", b"\\")) > limits.json_items:
+    if has_more(data, (b"[", b"{", b",", b"\\"), limits.json_items):
         raise MalformedRequestError(f"the body has more than {limits.json_items} items and escapes")
     try:
+        texts = LongTexts(data)
+    except UnicodeError as error:
+        raise MalformedRequestError("the body is not UTF-8") from error
+    except ValueError as error:
+        raise MalformedRequestError(f"the body is not JSON: {error}") from error
+    try:
         value = json.loads(
-            data.decode(),
+            texts.rest.decode(),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
             parse_int=_integer,
         )
         _check_text(value)
+        value = texts.put_back(value)
     except UnicodeError as error:
         raise MalformedRequestError("the body is not UTF-8, or has half of a surrogate pair") from error
     except json.JSONDecodeError as error:
-        raise MalformedRequestError(f"the body is not JSON: {error.msg} at character {error.pos}") from error
+        where = "" if texts.are_there else f" at character {error.pos}"
+        raise MalformedRequestError(f"the body is not JSON: {error.msg}{where}") from error
     except RecursionError as error:
         raise MalformedRequestError("the body is nested too deeply") from error
     if not isinstance(value, dict):
@@ -247,13 +280,14 @@ class _Parts:
         self.is_complete = False
         self._limits = limits
         self._name, self._value = bytearray(), bytearray()
+        self._num_header_bytes = 0
 
     def callbacks(self) -> dict[str, Any]:
         return {
             "on_part_begin": self._begin,
             "on_part_data": lambda data, start, end: self.found[-1].content.extend(data[start:end]),
-            "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_field": lambda data, start, end: self._extend(self._name, data[start:end]),
+            "on_header_value": lambda data, start, end: self._extend(self._value, data[start:end]),
             "on_header_end": self._header,
             "on_end": self._end,
         }
@@ -262,6 +296,14 @@ class _Parts:
         if len(self.found) >= self._limits.parts:
             raise MalformedRequestError(f"the form has more than {self._limits.parts} parts")
         self.found.append(_Part())
+        self._num_header_bytes = 0
+
+    def _extend(self, place: bytearray, data: bytes) -> None:
+        """Take in a piece of a header, before anything looks at the whole."""
+        self._num_header_bytes += len(data)
+        if self._num_header_bytes > _PART_HEADER_BYTES:
+            raise MalformedRequestError(f"a part's headers have more than {_PART_HEADER_BYTES} bytes")
+        place.extend(data)
 
     def _header(self) -> None:
         self.found[-1].headers[bytes(self._name).lower()] = bytes(self._value)
@@ -271,13 +313,13 @@ class _Parts:
         self.is_complete = True
 
 
-def _parse_form(data: bytes, limits: Limits, boundary: bytes) -> Body:
+def _parse_form(data: bytearray, limits: Limits, boundary: bytes) -> Body:
     parts = _Parts(limits)
     try:
         if not boundary:
             raise MalformedRequestError("the form's content-type has no boundary")
         parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]  # its keys are these
-        parser.write(data)
+        parser.write(bytes(data))
     except FormParserError as error:
         raise MalformedRequestError("the body is no multipart form with that boundary") from error
     if not parts.is_complete:
@@ -316,7 +358,7 @@ def _value(name: str, part: _Part, is_file: bool) -> Upload | str:
 
 def _insert(fields: dict[str, Any], name: str, value: Upload | str) -> None:
     """Put a part in its place: `a`, `a[]` for a list, `a[b]` for an object, `a[][b]` for a list of objects."""
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(name) if len(name) <= _NAME_LENGTH else None
     keys = [] if match is None else [match[1], *re.findall(r"\[([^\]]*)\]", match[2])]
     if not 1 <= len(keys) <= _MAX_NESTING:
         raise about(name, "a part's name is a field, with at most three brackets")

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.errors import NotReadyError
+from safelight.errors import NotReadyError, StorageBusyError, StorageFullError
 from safelight.serving.auth import LIVE_PATH
 from safelight.serving.context import Context, json_response
 from safelight.serving.metrics import CONTENT_TYPE
@@ -43,6 +43,10 @@ def routes(context: Context) -> APIRouter:
             await asyncio.wait_for(written, _DISK_SECONDS)
         except (OSError, TimeoutError) as error:
             raise NotReadyError("the outputs directory cannot be written") from error
+        try:
+            await asyncio.wait_for(context.jobs.store.check_writable(), _DISK_SECONDS)
+        except (StorageBusyError, StorageFullError, TimeoutError) as error:
+            raise NotReadyError("the jobs' database cannot be written") from error
         return json_response({"status": "ready"})
 
     @router.get("/metrics")

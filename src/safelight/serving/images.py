@@ -41,6 +41,7 @@ from safelight.serving.jobs import Job, request_digest
 from safelight.serving.jobs_api import content_url, job_object
 from safelight.serving.limits import Limits
 from safelight.serving.outputs import encode_image, file_metadata
+from safelight.serving.shares import client_of
 from safelight.serving.submission import Submission
 
 FORMATS = ("png", "jpeg", "webp")
@@ -130,7 +131,8 @@ async def _create(request: Request, context: Context, edits: bool) -> Response:
     finished = await context.generate(request, resolved.params)
     pictures = await context.jobs.outputs.run(_encode, resolved, finished)
     context.count(resolved, finished)
-    return json_response({**_response(resolved, pictures, finished), "metrics": _metrics(finished)})
+    content = {**_response(resolved, pictures, finished), "metrics": _metrics(finished)}
+    return await context.jobs.outputs.run(json_response, content)
 
 
 def _sorted(body: Body, schema: ModelSchema, limits: Limits, edits: bool) -> Asked:
@@ -303,6 +305,7 @@ def submission(
         request_id=request_id(request),
         idempotency_key=key,
         digest=request_digest(plain, body.files) if key is not None else "",
+        client=client_of(request, context.owner),
     )
 
 

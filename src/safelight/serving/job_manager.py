@@ -16,10 +16,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
@@ -28,73 +30,30 @@ from safelight.errors import (
     NotReadyError,
     QueueFullError,
     SafelightError,
+    StorageBusyError,
     StorageFullError,
     WorkerLostError,
 )
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
+from safelight.serving.job_runs import JobEvent, JobLimits, Run
 from safelight.serving.jobs import MAX_ATTEMPTS, Job, JobError, JobStore, check_same
 from safelight.serving.outputs import Outputs, Staged
+from safelight.serving.patience import Expiry, when_free
+from safelight.serving.shares import check_share
 from safelight.serving.submission import Submission, new_job, read_params
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = JobError(SafelightError.code, "the server made a mistake; its log has it by this job's id")
 CANCELLED = JobError(CancelledError.code, "the job was cancelled")
+_OF_A_STOP = (CancelledError, NotReadyError, StorageBusyError, WorkerLostError)
+"""What ends a run when the server stops, and not its job, which is the next server's."""
 WORKER_LOST = JobError(WorkerLostError.code, f"worker or server died while this job ran, {MAX_ATTEMPTS} times")
+JOBS_A_TRIM = 64
+"""Jobs after which the bound on records is looked at."""
 _STOP_SECONDS = 5.0
 """What a stopped job has to end; a step may take longer, and is then left to itself."""
-
-
-@dataclass(frozen=True)
-class JobLimits:
-    """What bounds jobs.
-
-    Attributes:
-        max_unfinished: jobs that wait or run; more are refused.
-        max_submitted: of these, how many the engine is given; the others leave its queue to who waits for an answer.
-        keep_seconds: how long a finished job and its files are kept.
-        max_bytes: of all jobs' files; the first finished are removed for later ones. None is no limit.
-        sweep_seconds: between two searches for what has expired.
-        retry_seconds: after which a full or unready engine, or a full disk, is tried again.
-
-    """
-
-    max_unfinished: int = 1000
-    max_submitted: int = 16
-    keep_seconds: float = 24 * 3600.0
-    max_bytes: int | None = None
-    sweep_seconds: float = 60.0
-    retry_seconds: float = 0.25
-
-
-@dataclass(frozen=True)
-class JobEvent:
-    """What became of a job: it waits (or has moved up), began (anew, after a death), made a step, or ended."""
-
-    type: Literal["queued", "started", "step", "completed", "failed"]
-    job: Job
-    progress: Progress
-
-
-class _Run:
-    """An unfinished job in this process."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.ticket: Ticket | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.over = False
-        self.changed = asyncio.Event()
-
-    @property
-    def running(self) -> bool:
-        """Whether the engine works on it, or its outputs are being written."""
-        return self.ticket is not None and (self.ticket.done or self.ticket.progress.state == "running")
-
-    def wake(self) -> None:
-        """Tell whoever follows it that something is new."""
-        changed, self.changed = self.changed, asyncio.Event()
-        changed.set()
 
 
 class JobManager:
@@ -107,17 +66,22 @@ class JobManager:
         engine: EngineClient,
         clock: Callable[[], float] = time.time,
         limits: JobLimits | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
         self.outputs = outputs
         self._engine = engine
         self._clock = clock
+        self._expiry = Expiry(clock, monotonic)
+        self._num_accepted = 0
         self._limits = limits or JobLimits()
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
         self._gate = asyncio.Lock()  # first come, first served: the order of acceptance
         self._left = asyncio.Event()  # a job has left the engine
         self._room = asyncio.Lock()
         self._background: set[asyncio.Task[Any]] = set()
+        self._leaving: set[str] = set()
+        """Jobs that are not there yet or any more, and whose files are being written or removed."""
         self._sweeper: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -128,11 +92,15 @@ class JobManager:
             StorageFullError: if the disk is full.
 
         """
-        await self.outputs.clean(await self.store.file_names())
-        for job in await self.store.unfinished():
+        self._expiry.begin(await self.store.last_end())
+        unfinished = await self.store.unfinished()
+        for job in unfinished:
             if job.attempts >= MAX_ATTEMPTS:
                 await self.store.replace(job, self._failed(job, WORKER_LOST))
-            else:
+        await self.outputs.clean(await self.store.file_names(), await self.store.over())
+        await self.store.forget(())
+        for job in unfinished:
+            if job.attempts < MAX_ATTEMPTS:
                 self._launch(job)
         self._sweeper = asyncio.create_task(self._sweep_forever(), name="sweep jobs")
 
@@ -153,11 +121,14 @@ class JobManager:
         schema = self._engine.schema
         if self._closing or schema is None:
             raise NotReadyError("the server stops" if self._closing else "the model is being loaded")
-        if len(self._runs) + len(self._background) >= self._limits.max_unfinished:
+        num_unfinished = len(self._runs) + len(self._background)
+        if num_unfinished >= self._limits.max_unfinished:
             raise QueueFullError(f"{self._limits.max_unfinished} jobs wait already")
+        clients = [run.client for run in self._runs.values()]
+        check_share(submission.client, clients, self._limits.max_unfinished, num_unfinished)
         job, files = new_job(submission, schema, self._clock())
         # A caller that goes away leaves no job behind that is stored and never run.
-        task = asyncio.create_task(self._accept(job, files))
+        task = asyncio.create_task(self._accept(job, files, submission.client))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return await asyncio.shield(task)
@@ -177,7 +148,7 @@ class JobManager:
             if job is None or job.finished:
                 return job
             failed = self._failed(job, CANCELLED)
-            if await self.store.replace(job, failed):
+            if await self._replace(job, failed, self._limits.busy_seconds):
                 break
         run = self._runs.get(job_id)
         if run is not None:
@@ -208,7 +179,7 @@ class JobManager:
         run = self._runs.get(job_id)
         if run is None:
             job = await self.store.get(job_id)
-            run = None if job is None else _Run(job)
+            run = None if job is None else Run(job)
         if run is None:
             return
         told: JobEvent | None = None
@@ -225,11 +196,13 @@ class JobManager:
 
     async def sweep(self) -> None:
         """Remove what has expired, and what is over the quota."""
-        while expired := await self.store.expired(self._clock()):
+        while expired := await self.store.expired(*self._expiry.horizon()):
             for job in expired:
                 await self._remove(job)
         async with self._room:
             await self._make_room(0)
+            await self._trim_records()
+        await self.store.forget({*self._runs, *self._leaving})
 
     async def close(self, drain: float) -> None:
         """Stop: what waits stays in the store, and what runs has `drain` seconds to finish. Then close the store.
@@ -257,28 +230,45 @@ class JobManager:
         if waited:
             await asyncio.wait(waited, timeout=seconds)
 
-    async def _accept(self, job: Job, files: Mapping[str, bytes]) -> Job:
-        if files:
-            async with self._room:
-                await self._make_room(job.num_bytes)
-                await self.outputs.save(files)
+    @contextlib.contextmanager
+    def _held(self, job: Job) -> Iterator[None]:
+        """Keep the store from forgetting a job that is not there yet or any more: its files are."""
+        self._leaving.add(job.id)
         try:
-            accepted = await self.store.add(job)
+            yield
+        finally:
+            self._leaving.discard(job.id)
+
+    async def _accept(self, job: Job, files: Mapping[str, bytes], client: str) -> Job:
+        self._num_accepted += 1
+        with self._held(job):
+            async with self._room:
+                if self._num_accepted % JOBS_A_TRIM == 0:
+                    await self._trim_records()
+                await self._make_room(job.num_bytes)
+                if files:
+                    await self.store.announce(job.id)
+                    await self.outputs.save(files)
+            return await self._add(job, files, client)
+
+    async def _add(self, job: Job, files: Mapping[str, bytes], client: str) -> Job:
+        try:
+            accepted = await self._when_free(lambda: self.store.add(job), self._limits.busy_seconds)
         except SafelightError:  # after anything else it may be stored all the same, and needs its files
             await self.outputs.remove(files)
             raise
         if accepted is not job:
             await self.outputs.remove(files)
         elif not self._closing:
-            self._launch(job)
+            self._launch(job, client)
         return accepted
 
-    def _launch(self, job: Job) -> None:
-        run = self._runs[job.id] = _Run(job)
+    def _launch(self, job: Job, client: str = "") -> None:
+        run = self._runs[job.id] = Run(job, client)
         run.task = asyncio.create_task(self._run(run), name=job.id)
         run.task.add_done_callback(lambda task: self._ended(run, task))
 
-    def _ended(self, run: _Run, task: asyncio.Task[None]) -> None:
+    def _ended(self, run: Run, task: asyncio.Task[None]) -> None:
         """Forget a run; here and not in the task, which never begins if it is cancelled at once."""
         del self._runs[run.job.id]
         run.over = True
@@ -287,20 +277,20 @@ class JobManager:
         if not task.cancelled() and task.exception() is not None:
             logger.error("job %s could not be ended; the next start takes it up", run.job.id, exc_info=task.exception())
 
-    def _stop(self, run: _Run) -> None:
+    def _stop(self, run: Run) -> None:
         """End what is done for a job, except the writing of its outputs, which is given up at its end."""
         if run.ticket is not None and not run.ticket.done:
             self._engine.cancel(run.ticket.request.request_id)
         elif run.ticket is None and run.task is not None:
             run.task.cancel()
 
-    async def _run(self, run: _Run) -> None:
+    async def _run(self, run: Run) -> None:
         """Carry a job to its end: the boundary that no error passes."""
         try:
             await self._carry_out(run)
         except SafelightError as error:
             # The engine answers so to what it is made to drop; such a job is the next server's.
-            if not (self._closing and isinstance(error, CancelledError | NotReadyError | WorkerLostError)):
+            if not (self._closing and isinstance(error, _OF_A_STOP)):
                 if error.code == INTERNAL_ERROR.code:
                     logger.error("job %s: %s", _named(run.job), error, exc_info=error.__cause__)
                 await self._fail(run, JobError(error.code, str(error), error.param))
@@ -308,7 +298,7 @@ class JobManager:
             logger.exception("job %s", _named(run.job))
             await self._fail(run, INTERNAL_ERROR)
 
-    async def _carry_out(self, run: _Run) -> None:
+    async def _carry_out(self, run: Run) -> None:
         while True:
             run.ticket = None
             run.ticket = await self._enter(run)
@@ -324,7 +314,7 @@ class JobManager:
                 await self._finish(run, outputs)
                 return
 
-    async def _enter(self, run: _Run) -> Ticket:
+    async def _enter(self, run: Run) -> Ticket:
         """Put a job into the engine's queue, after the jobs before it, as soon as there is room."""
         params: SamplingParams | None = None
         async with self._gate:
@@ -332,7 +322,7 @@ class JobManager:
                 self._left.clear()
                 with contextlib.suppress(QueueFullError, NotReadyError):
                     schema = self._engine.schema
-                    if schema is not None and self._num_submitted() < self._limits.max_submitted:
+                    if schema is not None and self._may_submit(run.job):
                         params = params or await self._read(run.job, schema)
                         name = f"{run.job.id}.{run.job.attempts + 1}.{run.job.request_id}"
                         return self._engine.submit(GenerationRequest(name, params, mode=run.job.mode))
@@ -340,14 +330,17 @@ class JobManager:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), self._limits.retry_seconds)
 
-    def _num_submitted(self) -> int:
-        return sum(run.ticket is not None and not run.ticket.done for run in self._runs.values())
+    def _may_submit(self, job: Job) -> bool:
+        submitted = [run.job for run in self._runs.values() if run.ticket is not None and not run.ticket.done]
+        held = sum(file.num_bytes for each in (*submitted, job) for file in each.inputs)
+        is_small = not submitted or held <= self._limits.max_submitted_bytes
+        return is_small and len(submitted) < self._limits.max_submitted
 
     async def _read(self, job: Job, schema: ModelSchema) -> SamplingParams:
         paths = [self.outputs.path(file.name) for file in job.inputs]
         return await self.outputs.run(read_params, job, schema, paths)
 
-    async def _follow(self, run: _Run, ticket: Ticket) -> list[Output]:
+    async def _follow(self, run: Run, ticket: Ticket) -> list[Output]:
         """Wait for the engine's answer, and record that the job has begun once it has."""
         begun = False
         try:
@@ -366,7 +359,7 @@ class JobManager:
             await self._advance(run, run.job.begun(self._clock(), ticket.progress.mode))
         return outputs
 
-    async def _finish(self, run: _Run, outputs: Sequence[Output]) -> None:
+    async def _finish(self, run: Run, outputs: Sequence[Output]) -> None:
         """Write the outputs, and complete the job once they are on the disk."""
         began, job, schema = time.perf_counter(), run.job, self._engine.schema
         assert schema is not None
@@ -381,38 +374,47 @@ class JobManager:
             timings = {**_total(outputs), "encoding": time.perf_counter() - began}
             await self._complete(run, staged, [text for output in outputs for text in output.warnings], timings)
 
-    async def _complete(self, run: _Run, staged: Staged, warnings: Sequence[str], timings: Mapping[str, float]) -> None:
+    async def _complete(self, run: Run, staged: Staged, warnings: Sequence[str], timings: Mapping[str, float]) -> None:
         now = self._clock()
         done = run.job.completed(staged.outputs, warnings, timings, now, now + self._limits.keep_seconds)
         try:
             completed = await self._advance(run, done)
-        except StorageFullError:
+        except (StorageBusyError, StorageFullError):
             await self.outputs.remove(staged.temporaries)
             raise
         if not completed:  # it was cancelled or deleted meanwhile
             await self.outputs.remove(staged.temporaries)
 
-    async def _fail(self, run: _Run, error: JobError) -> None:
+    async def _fail(self, run: Run, error: JobError) -> None:
         failed = self._failed(run.job, error)
         for tried in itertools.count():
             try:
                 await self._advance(run, failed)
-                return
+                break
             except StorageFullError:
                 if tried == 0:
                     logger.error("job %s: the disk is too full to write down that it failed", run.job.id)
                 await asyncio.sleep(self._limits.retry_seconds)
+        if run.job.finished:
+            await self._remove_others(run.job, [file.name for file in run.job.files])
 
     def _failed(self, job: Job, error: JobError) -> Job:
         now = self._clock()
         return job.failed(error, now, now + self._limits.keep_seconds)
 
-    async def _advance(self, run: _Run, new: Job) -> bool:
+    async def _advance(self, run: Run, new: Job) -> bool:
         """Change a job in the store, and here if the store agreed."""
-        if not await self.store.replace(run.job, new):
+        if not await self._replace(run.job, new):
             return False
         self._show(run, new)
         return True
+
+    async def _replace(self, old: Job, new: Job, seconds: float = math.inf) -> bool:
+        """Change a job in the store, as soon as no other program holds it."""
+        return await self._when_free(lambda: self.store.replace(old, new), seconds)
+
+    async def _when_free(self, call: Callable[[], Awaitable[T]], seconds: float) -> T:
+        return await when_free(call, seconds, self._limits.retry_seconds, lambda: self._closing)
 
     def _wake_waiting(self) -> None:
         """Tell the jobs that are held back that they may have moved up."""
@@ -420,7 +422,7 @@ class JobManager:
             if run.ticket is None:
                 run.wake()
 
-    def _show(self, run: _Run, job: Job) -> None:
+    def _show(self, run: Run, job: Job) -> None:
         if not run.job.finished:
             run.job = job
             run.wake()
@@ -428,16 +430,28 @@ class JobManager:
     async def _remove(self, job: Job) -> bool:
         """Remove a finished job, and then its files; on a full disk the files first, which makes room for the rest."""
         names = [file.name for file in job.files]
-        try:
-            removed = await self.store.delete(job.id)
-        except StorageFullError:
+        with self._held(job):
+            try:
+                removed = await self.store.delete(job.id)
+            except StorageFullError:
+                await self.outputs.remove(names)
+                removed = await self.store.delete(job.id)
             await self.outputs.remove(names)
-            removed = await self.store.delete(job.id)
-        await self.outputs.remove(names)
+            await self._remove_others(job, ())
         return removed is not None
 
+    async def _remove_others(self, job: Job, names: Iterable[str]) -> None:
+        """Remove what an earlier attempt has left of a job that is over: the server died before that was completed."""
+        if job.attempts > 1:
+            await self.outputs.remove_others(job.id, names)
+
     async def _make_room(self, num_bytes: int) -> None:
-        """Remove the first finished jobs until so many bytes fit. Only under the lock `_room`."""
+        """Remove the first finished jobs until so many bytes fit. Only under the lock `_room`.
+
+        Raises:
+            StorageFullError: if they never will.
+
+        """
         limit = self._limits.max_bytes
         if limit is None:
             return
@@ -450,6 +464,14 @@ class JobManager:
                 if excess > 0 and await self._remove(job):
                     excess -= job.num_bytes
 
+    async def _trim_records(self) -> None:
+        """Remove finished jobs until all records are within their bound. Only under the lock `_room`."""
+        excess = (await self.store.usage()).num_bytes_records - self._limits.max_record_bytes
+        while excess > 0 and (removable := await self.store.removable(failed_first=True)):
+            for job in removable:
+                if excess > 0 and await self._remove(job):
+                    excess -= len(msgspec.json.encode(job))
+
     async def _sweep_forever(self) -> None:
         while True:
             try:
@@ -458,7 +480,7 @@ class JobManager:
                 logger.exception("expired jobs could not be removed")
             await asyncio.sleep(self._limits.sweep_seconds)
 
-    def _progress(self, run: _Run) -> Progress:
+    def _progress(self, run: Run) -> Progress:
         if run.ticket is not None:
             return run.ticket.progress
         before = 0
@@ -468,7 +490,7 @@ class JobManager:
             before += other.ticket is None
         return Progress(queue_position=self._engine.stats.num_waiting + before)
 
-    def _news(self, run: _Run, told: JobEvent | None) -> list[JobEvent]:
+    def _news(self, run: Run, told: JobEvent | None) -> list[JobEvent]:
         """Return the events that lead from what was told last to what is now."""
         job, progress = run.job, self._progress(run)
         news: list[JobEvent] = []

@@ -11,24 +11,19 @@ that a job is finished once.
 
 from __future__ import annotations
 
-import asyncio
-import fcntl
 import hashlib
 import json
-import os
 import secrets
-import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from safelight.core.server_args import Mode
-from safelight.errors import ConflictError, InvalidParameterError, StateDirectoryError, StorageFullError
+from safelight.errors import (
+    ConflictError,
+)
 
 Kind = Literal["image", "video"]
 JobState = Literal["queued", "in_progress", "completed", "failed"]
@@ -154,8 +149,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_bytes(self) -> int:
-        """The size of its files."""
-        return sum(file.num_bytes for file in self.files)
+        """The size of its files, and of its record."""
+        return sum(file.num_bytes for file in self.files) + len(msgspec.json.encode(self))
 
     def begun(self, at: float, mode: Mode | None = None) -> Job:
         """Return it as it is once its next attempt has begun; the engine may have died before it told the mode."""
@@ -211,10 +206,11 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Bytes of the files of all jobs, and of the finished ones among them, which may be removed for room."""
+    """Bytes of all jobs' files and records, of the finished ones among them, which may be removed, and of records."""
 
     num_bytes: int
     num_bytes_finished: int
+    num_bytes_records: int = 0
 
 
 def new_id(kind: str) -> str:
@@ -250,7 +246,8 @@ def check_same(existing: Job, digest: str) -> Job:
 class JobStore(ABC):
     """Where jobs are kept. Every change is durable when its method returns.
 
-    Methods that write raise `StorageFullError` where there is no room; nothing has changed then.
+    Methods that write raise `StorageFullError` where there is no room, and all raise `StorageBusyError` where another
+    program holds the store; nothing has changed then.
     """
 
     @abstractmethod
@@ -298,265 +295,45 @@ class JobStore(ABC):
         """Remove a job, and return its last form; None if there is none. Its files are the caller's to remove."""
 
     @abstractmethod
+    async def check_writable(self) -> None:
+        """Do nothing where a job could be changed; raise why it cannot be where it could not."""
+
+    @abstractmethod
     async def unfinished(self) -> list[Job]:
         """Return what is queued or in progress, oldest first."""
 
     @abstractmethod
-    async def expired(self, at: float, limit: int = MAX_PAGE) -> list[Job]:
-        """Return what completed or failed and has expired by then, first finished first."""
+    async def last_end(self) -> float | None:
+        """Return when the last job that there is completed or failed; None where none has."""
 
     @abstractmethod
-    async def removable(self, limit: int = MAX_PAGE) -> list[Job]:
-        """Return what completed or failed and has files, first finished first."""
+    async def expired(self, at: float, since: float | None = None, limit: int = MAX_PAGE) -> list[Job]:
+        """Return what completed or failed (not before `since`) and has expired by then, first finished first."""
+
+    @abstractmethod
+    async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
+        """Return what completed or failed, first finished first; those first, if asked, that have nothing to show."""
 
     @abstractmethod
     async def usage(self) -> Usage:
-        """Return the bytes of all jobs' files."""
+        """Return the bytes of all jobs' files and records."""
 
     @abstractmethod
     async def file_names(self) -> set[str]:
         """Return the names of all jobs' files."""
 
     @abstractmethod
+    async def announce(self, job_id: str) -> None:
+        """Note that files are written for a job that is not there yet: until it is added, it counts as removed."""
+
+    @abstractmethod
+    async def over(self) -> set[str]:
+        """Return the ids of jobs that completed or failed, or were removed and are not forgotten."""
+
+    @abstractmethod
+    async def forget(self, but: Collection[str]) -> None:
+        """Forget jobs that were removed, as their files are, but for these."""
+
+    @abstractmethod
     async def close(self) -> None:
         """Let the store go; nothing else may be called afterwards."""
-
-
-_VERSION = 1
-_DATABASE, _LOCK = "jobs.sqlite3", "lock"
-_NO_ROOM = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
-"""SQLite's names for a full disk; a quota is an unnamed failure to write."""
-_SCHEMA = """
-CREATE TABLE jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    kind TEXT NOT NULL,
-    owner TEXT NOT NULL,
-    idempotency_key TEXT,
-    state TEXT NOT NULL,
-    attempts INTEGER NOT NULL,
-    completed_at REAL,
-    expires_at REAL,
-    num_bytes INTEGER NOT NULL,
-    record BLOB NOT NULL
-);
-CREATE UNIQUE INDEX jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
-CREATE INDEX jobs_by_end ON jobs (state, completed_at);
-"""
-_COLUMNS = (
-    *("id", "kind", "owner", "idempotency_key", "state", "attempts"),
-    *("completed_at", "expires_at", "num_bytes", "record"),
-)
-_INSERT = f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)})"
-_UPDATE = (
-    f"UPDATE jobs SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)} "
-    "WHERE id = :id AND state = :old_state AND attempts = :old_attempts"
-)
-_FINISHED, _UNFINISHED = "state IN ('completed', 'failed')", "state IN ('queued', 'in_progress')"
-
-
-def _row(job: Job) -> dict[str, Any]:
-    """Return a job's columns: the whole of it as JSON, and beside it what is searched for."""
-    return {
-        "id": job.id,
-        "kind": job.kind,
-        "owner": job.owner,
-        "idempotency_key": job.idempotency_key,
-        "state": job.state,
-        "attempts": job.attempts,
-        "completed_at": job.completed_at,
-        "expires_at": job.expires_at,
-        "num_bytes": job.num_bytes,
-        "record": msgspec.json.encode(job),
-    }
-
-
-class SqliteJobStore(JobStore):
-    """Jobs in a SQLite file of the state directory, held by one server at a time.
-
-    The one connection belongs to one thread. `synchronous=FULL` makes SQLite sync its log at every commit.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        """Open the store, or make it; this waits for the disk, and is for before the event loop serves anybody.
-
-        Raises:
-            StateDirectoryError: if the directory cannot be written, is full, is held by another server, or was
-                written by a newer version.
-
-        """
-        self._directory = directory
-        self._lock = _lock(directory)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="safelight-jobs")
-        try:
-            self._connection = self._thread.submit(_connect, directory / _DATABASE).result()
-        except BaseException:
-            self._thread.shutdown()
-            os.close(self._lock)
-            raise
-
-    async def add(self, job: Job) -> Job:
-        return await self._call(self._add, job)
-
-    async def get(self, job_id: str, owner: str | None = None) -> Job | None:
-        where = "id = :id AND (:owner IS NULL OR owner = :owner)"
-        return _first(await self._call(self._select, where, {"id": job_id, "owner": owner}))
-
-    async def find(self, owner: str, idempotency_key: str) -> Job | None:
-        return await self._call(self._find, owner, idempotency_key)
-
-    async def page(
-        self,
-        kind: Kind | None = None,
-        owner: str | None = None,
-        after: str | None = None,
-        limit: int = 20,
-        order: Order = "desc",
-    ) -> Page:
-        if not 1 <= limit <= MAX_PAGE:
-            raise InvalidParameterError("limit", limit, f"a whole number from 1 to {MAX_PAGE}")
-        if order not in ("asc", "desc"):
-            raise InvalidParameterError("order", order, "asc or desc")
-        if after is not None and await self.get(after, owner) is None:
-            raise InvalidParameterError("after", after, "the id of a job in this list")
-        side = "<" if order == "desc" else ">"
-        where = (
-            "(:kind IS NULL OR kind = :kind) AND (:owner IS NULL OR owner = :owner) "
-            f"AND (:after IS NULL OR number {side} (SELECT number FROM jobs WHERE id = :after)) "
-            f"ORDER BY number {order} LIMIT :limit"
-        )
-        values = {"kind": kind, "owner": owner, "after": after, "limit": limit + 1}
-        found = await self._call(self._select, where, values)
-        return Page(found[:limit], len(found) > limit)
-
-    async def replace(self, old: Job, new: Job) -> bool:
-        assert old.id == new.id
-        if not old.may_become(new):
-            return False
-        values = {**_row(new), "old_state": old.state, "old_attempts": old.attempts}
-        return await self._call(self._write, _UPDATE, values) == 1
-
-    async def delete(self, job_id: str) -> Job | None:
-        return await self._call(self._delete, job_id)
-
-    async def unfinished(self) -> list[Job]:
-        return await self._call(self._select, f"{_UNFINISHED} ORDER BY number", {})
-
-    async def expired(self, at: float, limit: int = MAX_PAGE) -> list[Job]:
-        where = f"{_FINISHED} AND expires_at <= :at ORDER BY completed_at, number LIMIT :limit"
-        return await self._call(self._select, where, {"at": at, "limit": limit})
-
-    async def removable(self, limit: int = MAX_PAGE) -> list[Job]:
-        where = f"{_FINISHED} AND num_bytes > 0 ORDER BY completed_at, number LIMIT :limit"
-        return await self._call(self._select, where, {"limit": limit})
-
-    async def usage(self) -> Usage:
-        return await self._call(self._usage)
-
-    async def file_names(self) -> set[str]:
-        return await self._call(lambda: {file.name for job in self._select("TRUE", {}) for file in job.files})
-
-    async def close(self) -> None:
-        await self._call(self._connection.close)
-        self._thread.shutdown()
-        os.close(self._lock)
-
-    async def _call(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-
-    def _add(self, job: Job) -> Job:
-        with _transaction(self._connection):
-            existing = self._find(job.owner, job.idempotency_key) if job.idempotency_key is not None else None
-            if existing is not None:
-                return check_same(existing, job.digest)
-            self._connection.execute(_INSERT, _row(job))
-        return job
-
-    def _find(self, owner: str, idempotency_key: str) -> Job | None:
-        where = "owner = :owner AND idempotency_key = :key"
-        return _first(self._select(where, {"owner": owner, "key": idempotency_key}))
-
-    def _delete(self, job_id: str) -> Job | None:
-        with _transaction(self._connection):
-            found = _first(self._select("id = :id", {"id": job_id}))
-            self._connection.execute("DELETE FROM jobs WHERE id = :id", {"id": job_id})
-        return found
-
-    def _write(self, statement: str, values: Mapping[str, Any]) -> int:
-        with _transaction(self._connection):
-            return self._connection.execute(statement, values).rowcount
-
-    def _select(self, where: str, values: Mapping[str, Any]) -> list[Job]:
-        rows = self._connection.execute(f"SELECT record FROM jobs WHERE {where}", values)
-        return [msgspec.json.decode(record, type=Job) for (record,) in rows]
-
-    def _usage(self) -> Usage:
-        row = self._connection.execute(
-            f"SELECT coalesce(sum(num_bytes), 0), coalesce(sum(num_bytes) FILTER (WHERE {_FINISHED}), 0) FROM jobs"
-        ).fetchone()
-        return Usage(*row)
-
-
-def _first(jobs: list[Job]) -> Job | None:
-    return jobs[0] if jobs else None
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commit what is done inside, or nothing of it."""
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("COMMIT")
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorname in _NO_ROOM:
-            raise StorageFullError("the state directory is full") from error
-        raise
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-
-
-def _lock(directory: Path) -> int:
-    """Take the state directory for this process, for as long as the returned descriptor is open."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StateDirectoryError(f"state directory {str(directory)!r} cannot be used: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        message = f"state directory {str(directory)!r} is held by another server; give each its own"
-        raise StateDirectoryError(message) from error
-    return descriptor
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
-        try:
-            _prepare(connection, path)
-        except BaseException:
-            connection.close()
-            raise
-    except (sqlite3.Error, StorageFullError) as error:
-        raise StateDirectoryError(f"state directory {str(path.parent)!r} cannot be used: {error}") from error
-    return connection
-
-
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Bring the file to this version's form. The version is written every time: a full disk shows at the start."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version > _VERSION:
-        message = f"{path.name} is of version {version}, and this Safelight knows {_VERSION}; use a newer one"
-        raise StateDirectoryError(f"state directory {str(path.parent)!r}: {message}")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA wal_autocheckpoint = 64")  # pages of 4 KiB: the log stays small beside small disks
-    with _transaction(connection):
-        if version == 0:
-            for statement in _SCHEMA.split(";"):
-                connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {_VERSION}")

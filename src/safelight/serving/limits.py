@@ -11,16 +11,24 @@ class Limits:
 
     Attributes:
         body_bytes: of a request's body.
-        held_bytes: of bodies and decoded pictures, over all requests that are under way.
+        held_bytes: of bodies, the files of pictures in them, over all requests that are under way; the last eighth of
+            it is kept for small bodies.
+        small_body_bytes: of a body that is a small one.
         header_bytes: of a request's line and headers.
+        headers: their number.
         json_items: commas, brackets and backslashes in a JSON body, images aside: what parsing costs.
         parts: of a multipart body.
         image_bytes, image_pixels, image_side: of one input image, in its file, in all, and along a side.
         images: input images of one request.
         outputs: pictures or videos of one request.
-        max_cost: of one request: steps × latent tokens × branches × outputs.
+        waiting: requests that may wait, of all clients; each has a share (`serving/shares.py`).
+        max_cost: of one request: steps × tokens × branches × outputs, attention counted (`runtime/cost.py`).
+        max_tokens: of one step, which cannot be interrupted.
+        unit_seconds: after which a unit of work of a new kind counts as hung: no step may be expected to take longer.
         header_seconds: for a request's line and headers, from the first byte.
         request_seconds: for a whole request, from its first byte.
+        body_seconds: for which a body may bring nothing.
+        body_rate: bytes a second that it brings at least; what came faster counts for `body_seconds` at most.
         stalled_seconds: for which a reader may take nothing while there is something to take.
         deadline_seconds: for which a synchronous request may wait before it begins.
         ping_seconds: between two comments on a silent event stream.
@@ -32,7 +40,9 @@ class Limits:
 
     body_bytes: int = 32 << 20
     held_bytes: int = 1 << 30
+    small_body_bytes: int = 1 << 20
     header_bytes: int = 32 << 10
+    headers: int = 100
     json_items: int = 100_000
     parts: int = 128
     image_bytes: int = 16 << 20
@@ -40,9 +50,14 @@ class Limits:
     image_side: int = 8192
     images: int = 16
     outputs: int = 10
-    max_cost: float = 20e6
+    waiting: int = 64
+    max_cost: float = 60e6
+    max_tokens: int = 131_072
+    unit_seconds: float = 1800.0
     header_seconds: float = 10.0
     request_seconds: float = 30.0
+    body_seconds: float = 5.0
+    body_rate: int = 16 << 10
     stalled_seconds: float = 60.0
     deadline_seconds: float = 600.0
     ping_seconds: float = 15.0

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from safelight.serving.errors import ForeignOriginError, error_response
 
 ANY = "*"
+_CROSS_SITE = "cross-site"
 _METHODS = "GET, HEAD, POST, DELETE"
 _EXPOSED = ", ".join(
     (
@@ -35,9 +36,15 @@ class Origins:
     allowed: tuple[str, ...] = ()
 
     def is_foreign(self, headers: Headers) -> bool:
-        """Say whether a browser sends this for a page that may not spend what the user has here."""
+        """Say whether a browser sends this for a page that may not spend what the user has here.
+
+        Pictures, links and forms of other sites bear no origin that could be allowed, but browsers mark them.
+        """
         origin = headers.get("origin")
-        return origin is not None and not self._allows(origin) and not _is_own(origin, headers)
+        if ANY in self.allowed or (origin is not None and self._allows(origin)):
+            return False
+        is_cross_site = headers.get("sec-fetch-site", "").strip().lower() == _CROSS_SITE
+        return is_cross_site or (origin is not None and not _is_own(origin, headers))
 
     def answer_headers(self, headers: Headers) -> dict[str, str]:
         """Return the headers by which a browser lets a page read the answer; none for a page that may not."""
@@ -85,4 +92,5 @@ class Preflight:
 
 
 def _is_own(origin: str, headers: Headers) -> bool:
-    return origin.partition("://")[2].lower() == headers.get("host", "").lower()
+    place = origin.partition("://")[2].lower()
+    return place != "" and place == headers.get("host", "").lower()

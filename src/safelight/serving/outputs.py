@@ -7,10 +7,10 @@ import errno
 import functools
 import io
 import json
+import logging
 import math
-import os
 import secrets
-import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +27,11 @@ from safelight import media, video
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, OutputError, SafelightError, StateDirectoryError, StorageFullError
 from safelight.runtime.client import Media, Output
+from safelight.serving import directories
 from safelight.serving.jobs import StoredFile, StoredOutput
 from safelight.version import __version__
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,8 +44,6 @@ MEDIA_TYPES: Mapping[str, str] = {
     "mp4": "video/mp4",
 }
 """By output format; a file's name ends in the format."""
-TEMPORARY = ".tmp-"
-"""What begins so, or with a dot at all, is nobody's file."""
 THUMBNAIL_SIDE, TILE_SIDE, MAX_TILES = 512, 256, 16
 NUM_THREADS = 2
 _MAX_EXIF_TEXT = 60_000
@@ -166,13 +167,14 @@ class Outputs:
         """Open the directory, or make it.
 
         Raises:
-            StateDirectoryError: if it cannot be written, or is full.
+            StateDirectoryError: if it cannot be written, is full, or is neither empty nor ours.
 
         """
         self.directory = directory
+        directories.check_ours("outputs directory", directory, directories.are_outputs)
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.check_writable()
+            directories.mark(directory)
         except OSError as error:
             message = f"outputs directory {str(directory)!r} cannot be used: {error.strerror}"
             raise StateDirectoryError(message) from error
@@ -189,15 +191,21 @@ class Outputs:
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-    async def clean(self, known: Iterable[str]) -> None:
-        """Remove temporary files and files of no job: what a server left that died. Only before any are written.
+    async def clean(self, known: Iterable[str], over: Iterable[str] = ()) -> None:
+        """Remove what a server left that died, and nothing else; name what is left over. Only before any are written.
+
+        Removed are files under our temporary names, and files of jobs that are over and do not have them.
+
+        Args:
+            known: names of all jobs' files.
+            over: ids of the jobs that are known to be over: finished, or removed.
 
         Raises:
             StateDirectoryError: if that cannot be done.
 
         """
         try:
-            await self.run(self._clean, frozenset(known))
+            await self.run(self._clean, frozenset(known), frozenset(over))
         except OSError as error:
             raise StateDirectoryError(f"outputs directory {str(self.directory)!r}: {error.strerror}") from error
 
@@ -246,6 +254,10 @@ class Outputs:
         """Remove files by name; one that is not there is none."""
         await self.run(_remove, [self.path(name) for name in names])
 
+    async def remove_others(self, job_id: str, names: Iterable[str]) -> None:
+        """Remove a job's files but for those of these names: what an attempt has left that was not finished."""
+        await self.run(self._remove_others, job_id, frozenset(names))
+
     def path(self, name: str) -> Path:
         """Return where a file of a job is. Names come from jobs, never from a client."""
         assert name == Path(name).name and not name.startswith(".")
@@ -255,12 +267,20 @@ class Outputs:
         """Wait for what is being encoded and written at this moment, and end the threads."""
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
-    def _clean(self, known: frozenset[str]) -> None:
+    def _clean(self, known: frozenset[str], over: frozenset[str]) -> None:
+        kept = []
         for path in self.directory.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)  # what a video was being written in
-            elif path.name not in known:
-                path.unlink()
+            if path.name in known:
+                directories.make_private(path)
+            elif path.name != directories.MARKER and not _removed(path, over):
+                kept.append(path.name)
+        if kept:
+            what = "belong to no job that has ended, and are kept"
+            logger.warning("outputs directory %r: %s %s", str(self.directory), directories.listed(kept), what)
+
+    def _remove_others(self, job_id: str, names: frozenset[str]) -> None:
+        others = [path for path in self.directory.iterdir() if directories.job_of(path.name) == job_id]
+        _remove(path for path in others if path.name not in names)
 
     def _save(self, files: Mapping[str, bytes]) -> None:
         with self._temporaries() as temporaries:
@@ -293,7 +313,8 @@ class Outputs:
         temporaries[name] = self._temporary(".mp4")
         fps = output.params["fps"]
         video.save_video(frames, temporaries[name], fps, metadata)
-        _sync(temporaries[name])
+        directories.make_private(temporaries[name])  # it has the mode that the encoder gave it
+        directories.sync(temporaries[name])
         extras = {"thumbnail": (thumbnail(frames), "webp"), "spritesheet": (spritesheet(frames), "jpeg")}
         files = {}
         for variant, (data, ending) in extras.items():
@@ -318,28 +339,18 @@ class Outputs:
             raise
 
     def _temporary(self, ending: str = "") -> Path:
-        return self.directory / f"{TEMPORARY}{secrets.token_hex(8)}{ending}"
+        return self.directory / f"{directories.TEMPORARY}{secrets.token_hex(8)}{ending}"
 
     def _write(self, data: bytes) -> Path:
         """Write and sync a temporary file; if that fails, it does not stay."""
         path = self._temporary()
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
-        except BaseException:
-            path.unlink()
-            raise
-        finally:
-            os.close(descriptor)
+        directories.write_private(path, data)
         return path
 
     def _rename(self, temporaries: Mapping[str, Path]) -> None:
         for name, path in temporaries.items():
             path.replace(self.path(name))
-        _sync(self.directory)
+        directories.sync(self.directory)
 
 
 def _stored(
@@ -371,12 +382,20 @@ def _named_failures() -> Iterator[None]:
         raise
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _removed(path: Path, over: frozenset[str]) -> bool:
+    """Remove what a server of ours left unfinished, or a job that is over; say whether it is gone."""
+    mode = path.lstat().st_mode
+    if stat.S_ISDIR(mode) and directories.is_temporary_folder(path.name):
+        inside = list(path.iterdir())
+        if not all(directories.is_temporary(each.name) and stat.S_ISREG(each.lstat().st_mode) for each in inside):
+            return False
+        _remove(inside)
+        path.rmdir()
+        return True
+    if stat.S_ISREG(mode) and (directories.is_temporary(path.name) or directories.job_of(path.name) in over):
+        path.unlink()
+        return True
+    return False
 
 
 def _remove(paths: Iterable[Path]) -> None:

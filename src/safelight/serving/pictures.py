@@ -5,27 +5,25 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import io
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
-from PIL import ExifTags, Image
+from PIL import Image
 
+from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.file_kinds import HEAD_BYTES, kind_of
 from safelight.serving.errors import TooLargeError
 from safelight.serving.gate import Upload
 from safelight.serving.limits import Limits
+from safelight.serving.pieces import from_base64, from_percent
 
 _DATA_URL = re.compile(r'data:((?:[^,"]|"[^"]{0,1000}"){0,1000}),', re.IGNORECASE)
 """RFC 2397: a media type, its parameters, whose values may be quoted, and perhaps `;base64`."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{100,}={0,2}[\r\n]*")
-_BLANK = b" \t\r\n\f"
 _MAX_ESCAPES = 1_000_000
 """Of `%XX` in one data URL: a million are a file of a few megabytes, and take 100 MB on their way."""
 _MAX_CHUNKS = 16_384
@@ -79,13 +77,12 @@ def _data_url_bytes(about: str, text: str, param: str) -> bytes:
     """Return what a data URL holds: percent-encoded, and then perhaps base64, which may be broken into lines."""
     if text.count("%") > _MAX_ESCAPES:
         raise InvalidParameterError(param, f"more than {_MAX_ESCAPES} escapes in a data URL", "base64 in a data URL")
-    data = unquote_to_bytes(text)
+    data = from_percent(text)
     if not about.rstrip().lower().endswith(";base64"):
         return data
-    data = data.translate(None, _BLANK)
     try:
-        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
+        return from_base64(data)
+    except ValueError as error:
         raise InvalidParameterError(param, "a data URL", "base64 in a data URL") from error
 
 
@@ -102,11 +99,11 @@ def _text_described(text: str) -> str:
     return "a URL or a path"
 
 
-def decode_picture(data: bytes, param: str, limits: Limits) -> Image.Image:
-    """Return a picture, decoded. It takes a while: run it in a thread, and one at a time.
+def open_picture(data: bytes, param: str, limits: Limits) -> EncodedImage:
+    """Return a picture, of which the header alone has been read.
 
     Raises:
-        InvalidParameterError: if it is damaged, of another format, or has more pixels than are taken.
+        InvalidParameterError: if it is of another format, has more pixels than are taken, or a damaged header.
 
     """
     name = next((name for name, known in _SIGNATURES.items() if known(data)), None)
@@ -117,13 +114,37 @@ def decode_picture(data: bytes, param: str, limits: Limits) -> Image.Image:
         size = _SIZES[name](data)
         if size is not None:
             _check_size(size, param, limits)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes and damaged EXIF, which are judged here
-            image = Image.open(io.BytesIO(data), formats=[name])
-            _check_size(image.size, param, limits)
-            image.load()
+        image = EncodedImage.read(data, (name,))
+        _check_size(image.size, param, limits)
     except _UNREADABLE as error:
         raise InvalidParameterError(param, f"a damaged {name} file", _TAKES) from error
+    return image
+
+
+def check_decodes(image: EncodedImage, param: str) -> None:
+    """Decode a picture, and let its pixels go. It takes a while: run it in a thread, and one at a time.
+
+    Raises:
+        InvalidParameterError: if it is damaged.
+
+    """
+    try:
+        image.load()
+    except _UNREADABLE as error:
+        raise InvalidParameterError(param, f"a damaged {image.kind} file", _TAKES) from error
+    finally:
+        image.let_go()
+
+
+def decode_picture(data: bytes, param: str, limits: Limits) -> EncodedImage:
+    """Return a picture that has been decoded once, and can be again.
+
+    Raises:
+        InvalidParameterError: if it is damaged, of another format, or has more pixels than are taken.
+
+    """
+    image = open_picture(data, param, limits)
+    check_decodes(image, param)
     return image
 
 
@@ -132,16 +153,6 @@ def _check_size(size: Size, param: str, limits: Limits) -> None:
     if max(size) > limits.image_side or width * height > limits.image_pixels:
         most = f"at most {limits.image_side} pixels along a side, and {limits.image_pixels} in all"
         raise InvalidParameterError(param, f"{width}x{height}", most)
-
-
-def upright_size(image: Image.Image) -> Size:
-    """Return the size of a picture once it is turned as its EXIF says."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _UNREADABLE:
-        orientation = 1
-    turned = isinstance(orientation, int) and 5 <= orientation <= 8
-    return (image.height, image.width) if turned else image.size
 
 
 def _png_size(data: bytes) -> Size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, StateDirectoryError, UnknownParameterError, UsageError
+from safelight.serving.hosts import host_name, is_loopback
 
 BATCHING = ("exact", "throughput")
 RESPONSE_FORMATS = ("b64_json", "url")
@@ -39,11 +39,15 @@ class ServeArgs:
         served_model_name: what the model is asked for by; its own name unless given. Several are separated by commas.
         public_url: where clients reach the server, if that is not what their `Host` header says.
         allowed_origins: of web pages that may use the server, as browsers write them, separated by commas; `*` is all.
+        allowed_hosts: names that a server without a key answers to, beside this machine's own (localhost, 127.0.0.1,
+            ::1) and that of `public_url`, separated by commas, without ports. A server with a key answers to any.
         response_format: how pictures are returned where a request does not say it.
         replicas: of the model, each on devices of its own.
         max_running: outputs that hold device memory at most, of each replica.
         max_waiting: requests that may wait.
-        max_cost: steps x latent tokens x branches x outputs that one request may ask for.
+        max_cost: steps x tokens x branches x outputs that one request may ask for; where there are so many tokens that
+            attention takes as much as all else, each counts twice, and so on.
+        max_tokens: latent tokens of one step, which cannot be interrupted.
         batching: `exact`, or `throughput`, which stacks model calls of equal signature.
         share: of device time that the longest request, and the oldest, get, whatever has priority over them.
         warm_up: whether one small request is run before the server is ready.
@@ -63,11 +67,15 @@ class ServeArgs:
     served_model_name: str | None = serve_setting(None, "Name of the model for clients; aliases after commas.")
     public_url: str | None = serve_setting(None, "Where clients reach the server.  [default: their Host header]")
     allowed_origins: str | None = serve_setting(None, "Origins of web pages that may use it, after commas; or *.")
+    allowed_hosts: str | None = serve_setting(
+        None, "Names it answers to without a key, beside localhost; after commas."
+    )
     response_format: str = serve_setting("b64_json", "How pictures are returned unless asked otherwise: b64_json, url.")
     replicas: int = serve_setting(1, "Replicas of the model, each on devices of its own.", 1, 64)
     max_running: int = serve_setting(4, "Outputs that hold device memory at most.", 1, 1024)
     max_waiting: int = serve_setting(64, "Requests that may wait.", 1, 100_000)
-    max_cost: float = serve_setting(20e6, "Steps x latent tokens x branches x outputs of a request at most.", 1)
+    max_cost: float = serve_setting(60e6, "Steps x tokens x branches x outputs of a request at most.", 1)
+    max_tokens: int = serve_setting(131_072, "Latent tokens of one step at most.", 1)
     batching: str = serve_setting("exact", "exact, or throughput: stack the model calls of several requests.")
     share: float = serve_setting(0.1, "Share of device time that the longest request and the oldest always get.", 0, 1)
     warm_up: bool = serve_setting(True, "Run one small request before the server is ready.")
@@ -97,6 +105,7 @@ class ServeArgs:
         if self.host.startswith("["):
             raise InvalidParameterError("host", self.host, "an address without brackets, such as ::1")
         self.origins()
+        self.hosts()
 
     def origins(self) -> tuple[str, ...]:
         """Return the origins whose pages may use the server.
@@ -112,6 +121,22 @@ class ServeArgs:
                 example = "https://app.example.com or http://localhost:3000, without a path or a usual port"
                 raise InvalidParameterError("allowed_origins", name, f"origins as browsers write them: {example}; or *")
         return names
+
+    def hosts(self) -> tuple[str, ...]:
+        """Return the names, beside this machine's own, that a server without a key answers to.
+
+        Raises:
+            InvalidParameterError: for what is no name of a host.
+
+        """
+        given = [name.strip() for name in (self.allowed_hosts or "").split(",") if name.strip()]
+        names = [host_name(f"[{name}]" if name.count(":") > 1 else name) for name in given]
+        for name, found in zip(given, names, strict=True):
+            if found is None or name.count(":") == 1:
+                takes = "names of hosts without ports, such as pictures.example.org; a server with a key takes any"
+                raise InvalidParameterError("allowed_hosts", name, takes)
+        public = urlsplit(self.public_url).hostname if self.public_url else None
+        return tuple(name for name in (*names, public) if name)
 
     def state_path(self) -> Path:
         """Return the state directory.
@@ -150,14 +175,6 @@ def is_base_url(url: str) -> bool:
         return False
     plain = url.isascii() and url.isprintable() and not set(url) & set(' ?#\\<>"')
     return known and plain and parts.username is None and parts.password is None
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only this machine reaches a host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_key(path: str) -> str:

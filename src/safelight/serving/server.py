@@ -23,11 +23,13 @@ from safelight.serving.addresses import read_address_key
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
-from safelight.serving.job_manager import JobLimits, JobManager
-from safelight.serving.jobs import SqliteJobStore
+from safelight.serving.job_manager import JobManager
+from safelight.serving.job_runs import JobLimits
 from safelight.serving.limits import Limits
+from safelight.serving.listening import Listener, bound, raise_limit
 from safelight.serving.outputs import Outputs
 from safelight.serving.serve_args import ServeArgs
+from safelight.serving.sqlite_jobs import SqliteJobStore
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class Server:
         """
         key = self.serve_args.api_key()
         with listen(self.serve_args.host, self.serve_args.port) as listener:
+            listener.bound = bound(raise_limit())
             state = self.serve_args.state_path()
             engine = ReplicaSet(engine_settings(self.server_args, self.serve_args), self.serve_args.replicas)
             engine.on_compiled = self._compiled
@@ -85,10 +88,16 @@ class Server:
                 api_key=key,
                 public_url=self.serve_args.public_url,
                 allowed_origins=self.serve_args.origins(),
+                allowed_hosts=self.serve_args.hosts(),
                 response_format=self.serve_args.response_format,
                 address_key=read_address_key(state),
                 drain_seconds=CLOSING_SECONDS,
-                limits=Limits(max_cost=self.serve_args.max_cost),
+                limits=Limits(
+                    waiting=self.serve_args.max_waiting,
+                    max_cost=self.serve_args.max_cost,
+                    max_tokens=self.serve_args.max_tokens,
+                    unit_seconds=self.serve_args.first_unit_limit,
+                ),
             )
             config = uvicorn_config(create_app(engine, jobs, settings), settings.limits)
             config.timeout_graceful_shutdown = int(CLOSING_SECONDS)
@@ -165,7 +174,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def listen(host: str, port: int) -> Iterator[socket.socket]:
+def listen(host: str, port: int) -> Iterator[Listener]:
     """Return a socket that is bound, and nothing else than what was asked for.
 
     Raises:
@@ -174,7 +183,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = Listener(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)

@@ -12,6 +12,7 @@ import msgspec
 from safelight import media
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError
 from safelight.serving.jobs import Job, Kind, StoredFile, new_id
 
@@ -31,6 +32,7 @@ class Submission:
         request_id: of the HTTP request that it came with, for the log.
         idempotency_key: as the client chose it; None if it chose none.
         digest: `request_digest`, where there is a key.
+        client: `client_of` the HTTP request.
 
     """
 
@@ -44,6 +46,7 @@ class Submission:
     request_id: str = ""
     idempotency_key: str | None = None
     digest: str = ""
+    client: str = ""
 
 
 def new_job(submission: Submission, schema: ModelSchema, now: float) -> tuple[Job, dict[str, bytes]]:
@@ -75,7 +78,7 @@ def new_job(submission: Submission, schema: ModelSchema, now: float) -> tuple[Jo
 
 
 def read_params(job: Job, schema: ModelSchema, inputs: Sequence[Path]) -> SamplingParams:
-    """Return a job's resolved parameters, its pictures opened from `inputs`. This decodes, and is for a thread.
+    """Return a job's resolved parameters, its pictures read from `inputs`, and not decoded. This is for a thread.
 
     Raises:
         ModelNotFoundError: if the job was for another model than the one of the schema.
@@ -89,8 +92,8 @@ def read_params(job: Job, schema: ModelSchema, inputs: Sequence[Path]) -> Sampli
     images: dict[str, Any] = {}
     for file, path in zip(job.inputs, inputs, strict=True):
         try:
-            image = media.open_image(path, file.param, cls.image_mode)
-        except InvalidParameterError as error:  # its message holds the path
+            image = media.open_image(EncodedImage.read(path.read_bytes(), media.READ_FORMATS), mode=cls.image_mode)
+        except (InvalidParameterError, *media.UNREADABLE) as error:  # a message could hold the path
             raise SafelightError("an input image of this job cannot be read any more") from error
         single = options[file.param].kind == "image"
         images[file.param] = image if single else (*images.get(file.param, ()), image)

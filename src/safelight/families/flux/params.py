@@ -10,6 +10,8 @@ from safelight.core.params import SamplingParams, option
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError
 
+TRAINED_AREA = 1024 * 1024
+"""Pixels of an input image that is resized as Kontext was trained."""
 EMBEDDED_GUIDANCE = "embedded_guidance"
 """Capability: the transformer was distilled with the guidance scale as an input (dev), or was not (schnell)."""
 
@@ -119,6 +121,11 @@ class FluxKontextSamplingParams(FluxSamplingParams):
     def output_size(self, schema: ModelSchema) -> tuple[int, int]:
         """Return the (height, width) that is made."""
         return self.fitted_size(schema.size_multiple)
+
+    def num_sequence_tokens(self, schema: ModelSchema) -> int:
+        """Return the tokens of the picture and of the input image, a megapixel unless it keeps its size."""
+        areas = [TRAINED_AREA if self.auto_resize else image.width * image.height for image in self.image or ()]
+        return self.num_latent_tokens(schema) + sum(areas) // schema.size_multiple**2
 
     def fitted_size(self, multiple: int) -> tuple[int, int]:
         """Return the (height, width) of the asked aspect with at most `max_area` pixels, in whole multiples."""

@@ -143,6 +143,11 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
         height, width = fitted_size(OUTPUT_SIZE, self.input_images()[-1].size)
         return self.height or height, self.width or width
 
+    def num_sequence_tokens(self, schema: ModelSchema) -> int:
+        """Return the tokens of the picture and of all input images."""
+        areas = [math.prod(self.vae_size(image)) for image in self.input_images()]
+        return self.num_latent_tokens(schema) + sum(areas) // schema.size_multiple**2
+
     def vae_size(self, image: Image.Image) -> tuple[int, int]:
         """Return the (height, width) at which the VAE encodes an input image."""
         return fitted_size(VAE_IMAGE_SIZE, image.size)
@@ -207,6 +212,11 @@ class QwenImageLayeredSamplingParams(QwenImageEditSamplingParams):
         if self.cfg_normalize and (self.true_cfg_scale <= 1 or self.negative_prompt is None):
             found.append("cfg_normalize has no effect without negative_prompt and a true_cfg_scale above 1")
         return found
+
+    def num_latent_tokens(self, schema: ModelSchema) -> int:
+        """Return the tokens of the composite and of its layers."""
+        assert self.layers is not None
+        return super().num_latent_tokens(schema) * (1 + self.layers)
 
     def num_pictures(self) -> int:
         """Return how many layers an output has."""

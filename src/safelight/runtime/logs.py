@@ -1,0 +1,66 @@
+"""What a terminal or a log is shown: no control of it comes from data, and one cause fills it no more than so far.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+PER_CAUSE, SECONDS = 20, 60.0
+"""Records of one cause within so many seconds; what is more is counted, and told with the next one."""
+MAX_CAUSES = 1000
+
+Cause = tuple[str, int, str, str]
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return text with every character that a terminal would obey, or not show, as its escape; `keep` stays."""
+    return "".join(
+        character
+        if character.isprintable() or character in keep
+        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for character in text
+    )
+
+
+class Formatter(logging.Formatter):
+    """Shows what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record's text, of one line or, with a traceback, of several."""
+        return printable(super().format(record), keep="\n\t")
+
+
+class PerCause(logging.Filter):
+    """Lets some records of each cause pass within a time: of one logger, level, form of message, and error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[Cause, tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record is shown; the first of a time says how many were not."""
+        if record.levelno < logging.WARNING:
+            return True
+        error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
+        cause = (record.name, record.levelno, str(record.msg)[:200], error)
+        now = time.monotonic()
+        if cause not in self._seen and len(self._seen) >= MAX_CAUSES:
+            self._seen.clear()
+        begun, count = self._seen.get(cause, (now, 0))
+        if now - begun >= SECONDS:
+            if count > PER_CAUSE:
+                record.msg, record.args = f"{record.getMessage()} (and {count - PER_CAUSE} more before)", ()
+            begun, count = now, 0
+        self._seen[cause] = (begun, count + 1)
+        return count < PER_CAUSE
+
+
+def configure(level: int, form: str) -> None:
+    """Let this process's log go to standard error so."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter(form))
+    handler.addFilter(PerCause())
+    logging.basicConfig(level=level, handlers=[handler])

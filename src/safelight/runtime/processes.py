@@ -1,0 +1,39 @@
+"""How Safelight starts processes of its own: from the packages that are installed, never from the folder it is run in.
+
+`python -m` puts the working directory before everything else that modules are looked for in, and so does an empty
+entry of `PYTHONPATH`. Whoever starts a server in a downloaded folder would run its `torch.py`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+SAFE_PATH = "PYTHONSAFEPATH"
+"""By which Python is told what `-P` tells it; what a process of ours starts is told so too, as by Inductor."""
+PATH = "PYTHONPATH"
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """Return the command line of a module of ours in a process of its own."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def safe_environment() -> dict[str, str]:
+    """Return this process's environment, in which no Python looks for modules in its working directory."""
+    known = {**os.environ, SAFE_PATH: "1"}
+    if PATH in known:
+        known[PATH] = os.pathsep.join(entry for entry in known[PATH].split(os.pathsep) if entry)
+        if not known[PATH]:
+            del known[PATH]
+    return known
+
+
+def guard_children() -> None:
+    """Let what this process starts from now on, whoever does, look for no modules in its working directory."""
+    known = safe_environment()
+    for name in (SAFE_PATH, PATH):
+        if name in known:
+            os.environ[name] = known[name]
+        else:
+            os.environ.pop(name, None)

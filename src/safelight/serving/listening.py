@@ -1,0 +1,80 @@
+"""Where connections come in: as many as this process has descriptors for, and some are left for itself. No torch.
+
+A connection's descriptor is the lowest that is free. One that would be above a bound is therefore one connection too
+many, whatever else is open; it is told so and closed. What is above the bound stays free for files that answers are
+read from, of which a connection has one at a time, and above those for workers that start again, media and the store.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import socket
+from contextlib import suppress
+from typing import Any
+
+from safelight.errors import QueueFullError
+from safelight.serving.errors import error_body
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 2048
+RESERVE = 256
+"""Descriptors that are kept for this process itself."""
+MOST_DESCRIPTORS = 65536
+"""That are asked for where the system sets no bound."""
+AT_ONCE = 64
+"""Connections that are refused before others have their turn."""
+
+
+def raise_limit() -> int:
+    """Let this process open as many files as the system allows it; return how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return most if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
+def bound(limit: int) -> int:
+    """Return the descriptor from which on connections are refused, where so many can be open."""
+    return min(MAX_CONNECTIONS + RESERVE, (limit - min(RESERVE, limit // 2)) // 2)
+
+
+class Listener(socket.socket):
+    """A listening socket that gives out connections below a bound.
+
+    Attributes:
+        bound: descriptor from which on a connection is refused.
+
+    """
+
+    bound = MAX_CONNECTIONS + RESERVE
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return the next connection that can be had.
+
+        Raises:
+            OSError: as a socket does; `BlockingIOError` too where only some were refused, so that others have a turn.
+
+        """
+        for _ in range(AT_ONCE):
+            connection, address = super().accept()
+            if connection.fileno() < self.bound:
+                return connection, address
+            refuse(connection)
+        raise BlockingIOError
+
+
+def refuse(connection: socket.socket) -> None:
+    """Say that there are too many connections, as far as that can be said at once, and close."""
+    logger.warning("connections are refused: as many are open as may be")
+    error = QueueFullError("as many connections are open as may be; try again later")
+    body = json.dumps(error_body(error)).encode()
+    head = f"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: {len(body)}\r\n"
+    with connection, suppress(OSError):
+        connection.setblocking(False)
+        connection.send(f"{head}content-type: application/json\r\nconnection: close\r\n\r\n".encode() + body)
+        connection.shutdown(socket.SHUT_WR)

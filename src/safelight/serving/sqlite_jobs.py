@@ -1,0 +1,372 @@
+"""The store of jobs in SQLite, in the state directory. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from safelight.errors import (
+    InvalidParameterError,
+    StateDirectoryError,
+    StorageBusyError,
+    StorageFullError,
+)
+from safelight.serving import directories
+from safelight.serving.addresses import KEY_NAME
+from safelight.serving.jobs import (
+    MAX_PAGE,
+    Job,
+    JobStore,
+    Kind,
+    Order,
+    Page,
+    StoredFile,
+    StoredOutput,
+    Usage,
+    check_same,
+)
+
+T = TypeVar("T")
+
+_VERSION = 1
+_DATABASE, _LOCK = "jobs.sqlite3", "lock"
+_NO_ROOM = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
+"""SQLite's names for a full disk; a quota is an unnamed failure to write."""
+_HELD = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
+"""What its names begin with where another program holds the file."""
+_BUSY_SECONDS = 0.5
+"""For which SQLite waits by itself; whoever can wait longer tries again, and lets others to the store between."""
+_SCHEMA = """
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    idempotency_key TEXT,
+    state TEXT NOT NULL,
+    attempts INTEGER NOT NULL,
+    completed_at REAL,
+    expires_at REAL,
+    num_bytes INTEGER NOT NULL,
+    record BLOB NOT NULL
+);
+CREATE UNIQUE INDEX jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX jobs_by_end ON jobs (state, completed_at);
+"""
+_REMOVED = "CREATE TABLE IF NOT EXISTS removed (id TEXT PRIMARY KEY) WITHOUT ROWID"
+"""Jobs that are no more and whose files may still be there. A version that does not know it is not disturbed."""
+_COLUMNS = (
+    *("id", "kind", "owner", "idempotency_key", "state", "attempts"),
+    *("completed_at", "expires_at", "num_bytes", "record"),
+)
+_INSERT = f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)})"
+_UPDATE = (
+    f"UPDATE jobs SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)} "
+    "WHERE id = :id AND state = :old_state AND attempts = :old_attempts"
+)
+_FINISHED, _UNFINISHED = "state IN ('completed', 'failed')", "state IN ('queued', 'in_progress')"
+
+
+def _row(job: Job) -> dict[str, Any]:
+    """Return a job's columns: the whole of it as JSON, and beside it what is searched for."""
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "owner": job.owner,
+        "idempotency_key": job.idempotency_key,
+        "state": job.state,
+        "attempts": job.attempts,
+        "completed_at": job.completed_at,
+        "expires_at": job.expires_at,
+        "num_bytes": job.num_bytes,
+        "record": msgspec.json.encode(job),
+    }
+
+
+class SqliteJobStore(JobStore):
+    """Jobs in a SQLite file of the state directory, held by one server at a time.
+
+    The one connection belongs to one thread. `synchronous=FULL` makes SQLite sync its log at every commit.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open the store, or make it; this waits for the disk, and is for before the event loop serves anybody.
+
+        Raises:
+            StateDirectoryError: if the directory cannot be written, is full, is held by another server, was written
+                by a newer version, or is neither empty nor ours.
+
+        """
+        self._directory = directory
+        directories.check_ours("state directory", directory, _is_older)
+        self._lock = _lock(directory)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="safelight-jobs")
+        try:
+            self._connection = self._thread.submit(_connect, directory / _DATABASE).result()
+            directories.mark(directory)
+        except OSError as error:
+            self._let_go()
+            raise StateDirectoryError(f"state directory {str(directory)!r} cannot be used: {error.strerror}") from error
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        self._thread.shutdown()
+        os.close(self._lock)
+
+    async def add(self, job: Job) -> Job:
+        return await self._call(self._add, job)
+
+    async def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        where = "id = :id AND (:owner IS NULL OR owner = :owner)"
+        return _first(await self._call(self._select, where, {"id": job_id, "owner": owner}))
+
+    async def find(self, owner: str, idempotency_key: str) -> Job | None:
+        return await self._call(self._find, owner, idempotency_key)
+
+    async def page(
+        self,
+        kind: Kind | None = None,
+        owner: str | None = None,
+        after: str | None = None,
+        limit: int = 20,
+        order: Order = "desc",
+    ) -> Page:
+        if not 1 <= limit <= MAX_PAGE:
+            raise InvalidParameterError("limit", limit, f"a whole number from 1 to {MAX_PAGE}")
+        if order not in ("asc", "desc"):
+            raise InvalidParameterError("order", order, "asc or desc")
+        if after is not None and await self.get(after, owner) is None:
+            raise InvalidParameterError("after", after, "the id of a job in this list")
+        side = "<" if order == "desc" else ">"
+        where = (
+            "(:kind IS NULL OR kind = :kind) AND (:owner IS NULL OR owner = :owner) "
+            f"AND (:after IS NULL OR number {side} (SELECT number FROM jobs WHERE id = :after)) "
+            f"ORDER BY number {order} LIMIT :limit"
+        )
+        values = {"kind": kind, "owner": owner, "after": after, "limit": limit + 1}
+        found = await self._call(self._select, where, values)
+        return Page(found[:limit], len(found) > limit)
+
+    async def replace(self, old: Job, new: Job) -> bool:
+        assert old.id == new.id
+        if not old.may_become(new):
+            return False
+        values = {**_row(new), "old_state": old.state, "old_attempts": old.attempts}
+        return await self._call(self._write, _UPDATE, values) == 1
+
+    async def delete(self, job_id: str) -> Job | None:
+        return await self._call(self._delete, job_id)
+
+    async def unfinished(self) -> list[Job]:
+        return await self._call(self._select, f"{_UNFINISHED} ORDER BY number", {})
+
+    async def check_writable(self) -> None:
+        await self._call(self._write, "UPDATE jobs SET id = id WHERE number < 0", {})
+
+    async def last_end(self) -> float | None:
+        return await self._call(self._last_end)
+
+    async def expired(self, at: float, since: float | None = None, limit: int = MAX_PAGE) -> list[Job]:
+        is_expired = "expires_at <= :at AND (:since IS NULL OR completed_at >= :since)"
+        where = f"{_FINISHED} AND {is_expired} ORDER BY completed_at, number LIMIT :limit"
+        return await self._call(self._select, where, {"at": at, "since": since, "limit": limit})
+
+    async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
+        order = "state = 'completed', " if failed_first else ""
+        where = f"{_FINISHED} ORDER BY {order}completed_at, number LIMIT :limit"
+        return await self._call(self._select, where, {"limit": limit})
+
+    async def usage(self) -> Usage:
+        return await self._call(self._usage)
+
+    async def file_names(self) -> set[str]:
+        return await self._call(self._file_names)
+
+    async def announce(self, job_id: str) -> None:
+        await self._call(self._write, "INSERT OR IGNORE INTO removed VALUES (:id)", {"id": job_id})
+
+    async def over(self) -> set[str]:
+        return await self._call(self._over)
+
+    async def forget(self, but: Collection[str]) -> None:
+        await self._call(self._forget, frozenset(but))
+
+    async def close(self) -> None:
+        await self._call(self._connection.close)
+        self._let_go()
+
+    async def _call(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    def _add(self, job: Job) -> Job:
+        with _transaction(self._connection):
+            existing = self._find(job.owner, job.idempotency_key) if job.idempotency_key is not None else None
+            if existing is not None:
+                return check_same(existing, job.digest)
+            self._connection.execute(_INSERT, _row(job))
+            self._connection.execute("DELETE FROM removed WHERE id = :id", {"id": job.id})
+        return job
+
+    def _find(self, owner: str, idempotency_key: str) -> Job | None:
+        where = "owner = :owner AND idempotency_key = :key"
+        return _first(self._select(where, {"owner": owner, "key": idempotency_key}))
+
+    def _delete(self, job_id: str) -> Job | None:
+        with _transaction(self._connection):
+            found = _first(self._select("id = :id", {"id": job_id}))
+            if found is not None:
+                self._connection.execute("DELETE FROM jobs WHERE id = :id", {"id": job_id})
+                self._connection.execute("INSERT OR IGNORE INTO removed VALUES (:id)", {"id": job_id})
+        return found
+
+    def _forget(self, but: frozenset[str]) -> None:
+        with _named_failures():
+            known = [job_id for (job_id,) in self._connection.execute("SELECT id FROM removed")]
+        if forgotten := [(job_id,) for job_id in known if job_id not in but]:
+            with _transaction(self._connection):
+                self._connection.executemany("DELETE FROM removed WHERE id = ?", forgotten)
+
+    def _write(self, statement: str, values: Mapping[str, Any]) -> int:
+        with _transaction(self._connection):
+            return self._connection.execute(statement, values).rowcount
+
+    def _select(self, where: str, values: Mapping[str, Any]) -> list[Job]:
+        with _named_failures():
+            rows = self._connection.execute(f"SELECT record FROM jobs WHERE {where}", values)
+            return [msgspec.json.decode(record, type=Job) for (record,) in rows]
+
+    def _file_names(self) -> set[str]:
+        """Read one record after the other, and of each its files alone: there may be many, and large ones."""
+        with _named_failures():
+            rows = self._connection.execute("SELECT record FROM jobs")
+            return {name for (record,) in rows for name in msgspec.json.decode(record, type=_Files).names()}
+
+    def _last_end(self) -> float | None:
+        with _named_failures():
+            (found,) = self._connection.execute("SELECT max(completed_at) FROM jobs").fetchone()
+            return None if found is None else float(found)
+
+    def _over(self) -> set[str]:
+        with _named_failures():
+            rows = self._connection.execute(f"SELECT id FROM jobs WHERE {_FINISHED} UNION ALL SELECT id FROM removed")
+            return {job_id for (job_id,) in rows}
+
+    def _usage(self) -> Usage:
+        totals = f"total(num_bytes), total(num_bytes) FILTER (WHERE {_FINISHED}), total(length(record))"
+        with _named_failures():
+            row = self._connection.execute(f"SELECT {totals} FROM jobs").fetchone()
+            return Usage(*map(int, row))
+
+
+def _first(jobs: list[Job]) -> Job | None:
+    return jobs[0] if jobs else None
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit what is done inside, or nothing of it."""
+    try:
+        with _named_failures():
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+            connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """Turn what SQLite says of a full disk, or of another program that holds the file, into our errors."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname in _NO_ROOM:
+            raise StorageFullError("the state directory is full") from error
+        if error.sqlite_errorname.startswith(_HELD):
+            raise StorageBusyError("another program holds the jobs' database; try again later") from error
+        raise
+
+
+class _Files(msgspec.Struct):
+    """Of a job's record, the files alone."""
+
+    inputs: tuple[StoredFile, ...] = ()
+    outputs: tuple[StoredOutput, ...] = ()
+
+    def names(self) -> Iterator[str]:
+        """Yield the name of each."""
+        for file in self.inputs:
+            yield file.name
+        for output in self.outputs:
+            yield output.name
+            yield from (extra.name for extra in output.extras.values())
+
+
+def _lock(directory: Path) -> int:
+    """Take the state directory for this process, for as long as the returned descriptor is open."""
+    try:
+        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateDirectoryError(f"state directory {str(directory)!r} cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        message = f"state directory {str(directory)!r} is held by another server; give each its own"
+        raise StateDirectoryError(message) from error
+    return descriptor
+
+
+def _is_older(names: frozenset[str]) -> bool:
+    """Say whether an older version made a state directory with such names in it, or died as it began to."""
+    return _DATABASE in names or names <= {_LOCK, KEY_NAME}
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        path.touch(mode=directories.PRIVATE)
+        for name in (path.name, f"{path.name}-wal", f"{path.name}-shm", _LOCK):
+            directories.make_private(path.with_name(name))
+        connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
+        try:
+            _prepare(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    except (OSError, sqlite3.Error, StorageBusyError, StorageFullError) as error:
+        raise StateDirectoryError(f"state directory {str(path.parent)!r} cannot be used: {error}") from error
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Bring the file to this version's form. The version is written every time: a full disk shows at the start."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > _VERSION:
+        message = f"{path.name} is of version {version}, and this Safelight knows {_VERSION}; use a newer one"
+        raise StateDirectoryError(f"state directory {str(path.parent)!r}: {message}")
+    (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if version == 0 and num_tables:
+        message = f"{path.name} is another program's database; name another folder"
+        raise StateDirectoryError(f"state directory {str(path.parent)!r} cannot be used: {message}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA wal_autocheckpoint = 64")  # pages of 4 KiB: the log stays small beside small disks
+    with _transaction(connection):
+        if version == 0:
+            for statement in _SCHEMA.split(";"):
+                connection.execute(statement)
+        connection.execute(_REMOVED)
+        connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM jobs LIMIT 0")
+        connection.execute(f"PRAGMA user_version = {_VERSION}")

@@ -1,0 +1,113 @@
+"""P3 in its hardest form: the working directory is a downloaded folder with a module for every name that is known."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from safelight.acceleration.compile import CACHE_VARIABLE
+from safelight.runtime import processes
+from tests.live_server import environment, fault_model, generate, serving
+from tests.reliability.conftest import until
+
+NAMES = {*importlib.metadata.packages_distributions(), *sys.stdlib_module_names, "sitecustomize", "usercustomize"}
+SMALL = ("--height", "16", "--width", "16", "--num-inference-steps", "1")
+
+
+def set_traps(folder: Path) -> Path:
+    """Put modules into a folder that say so when one is imported, and a package that registers a pipeline."""
+    told = folder / "owned"
+    for name in NAMES:
+        if name.isidentifier():
+            (folder / f"{name}.py").write_text(f"open({str(told)!r}, 'a').write(__name__ + '\\n')\n")
+    known = folder / "evil-1.0.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (known / "entry_points.txt").write_text("[safelight.families]\nevil = evil_pipeline:register\n")
+    (folder / "evil_pipeline.py").write_text(f"open({str(told)!r}, 'a').write('a plugin\\n')\n")
+    return told
+
+
+def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line of ours in a folder."""
+    known = {**environment(), **variables}
+    return subprocess.run(
+        list(arguments), cwd=folder, env=known, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
+
+
+def test_a_server_in_a_folder_of_traps(tmp_path):
+    model = fault_model(tmp_path / "model")
+    told = set_traps(model)
+    with serving(tmp_path, model, where=model) as server, server.http() as http:
+        assert generate(http).status_code == 200
+        assert generate(http, "[exit@encoding] a cat").status_code == 503
+        server.wait_ready(60)
+    assert not told.exists(), told.read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate", "a cat", *SMALL, "-o", "cat.png"), pytest.param(("check-model",), marks=pytest.mark.slow)],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_command_in_a_folder_of_traps(tmp_path, arguments):
+    told = set_traps(tmp_path)
+    ended = run(tmp_path, str(Path(sys.executable).with_name("safelight")), *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert not told.exists(), told.read_text()
+
+
+@pytest.mark.parametrize("module", ["safelight.runtime.background", "safelight.runtime.worker_process"])
+def test_a_process_of_ours_in_a_folder_of_traps(tmp_path, monkeypatch, module):
+    """They import what they need, and end because they are told nothing."""
+    told = set_traps(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", *os.environ.get("PYTHONPATH", "").split(os.pathsep), ""]))
+    ended = subprocess.run(
+        processes.python_command(module),
+        env=processes.safe_environment(),
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Error" in ended.stderr
+    assert not told.exists(), told.read_text()
+
+
+@pytest.mark.parametrize(("known", "kept"), [(None, None), ("", None), (":", None), ("/a::/b:", "/a:/b")])
+def test_what_our_processes_start_looks_in_no_working_directory(tmp_path, monkeypatch, known, kept):
+    """A Python that a library starts, with `-c` or `-m`, as Inductor does."""
+    told = set_traps(tmp_path)
+    if known is None:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONPATH", known)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert processes.safe_environment().get("PYTHONPATH") == kept
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        processes.guard_children()
+        again = dict(os.environ)
+    subprocess.run([sys.executable, "-c", "import uuid"], env=again, cwd=tmp_path, check=True, timeout=60)
+    assert not told.exists(), told.read_text()
+
+
+@pytest.mark.slow
+def test_compiling_in_the_background_in_a_folder_of_traps(tmp_path, monkeypatch):
+    """The compiling process, and Inductor's own processes below it."""
+    from tests.recipes import all_recipes
+
+    model = tmp_path / "model"
+    all_recipes()["FluxPipeline"].build(model, "default")
+    told = set_traps(model)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    with serving(tmp_path, model, "--device", "cpu", "--compile", "blocks", where=model) as server:
+        until(lambda: "the model is compiled" in server.log.read_text(), 300)
+    assert not told.exists(), told.read_text()

@@ -1,0 +1,70 @@
+"""What a log and a terminal show of data: nothing that a terminal obeys, and one cause only so often."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from safelight import media
+from safelight.cli.main import main
+from safelight.runtime import logs
+from safelight.runtime.logs import Formatter, PerCause, printable
+
+HOSTILE = ["\x1b]0;owned\x07", "\x1b[2J", "\x9b31m", "a\rb", "\u202egnp", "\x00", "a\x08b", "\udc9b"]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_what_a_terminal_obeys_is_shown(text):
+    assert printable(text).isprintable() and printable(printable(text)) == printable(text)
+    record = logging.LogRecord("a", logging.ERROR, "", 0, "of %s", (text,), None)
+    assert Formatter("%(name)s: %(message)s").format(record).isprintable()
+
+
+def test_words_stay_as_they_are():
+    assert printable("Käse 写真 😀", keep="\n") == "Käse 写真 😀" and printable("a\nb", keep="\n") == "a\nb"
+
+
+@pytest.mark.parametrize("text", HOSTILE[:-1], ids=ascii)
+def test_a_files_metadata_is_shown_and_not_obeyed(tmp_path, capsys, text):
+    told = PngImagePlugin.PngInfo()
+    told.add_text(media.METADATA_KEY, json.dumps({"prompt": text, text: "a\nmodel  forged"}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=told)
+    for arguments in (["info", str(tmp_path / "a.png")], ["info", "--json", str(tmp_path / "a.png")], [f"x{text}"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        captured = capsys.readouterr()
+        assert all(line.isprintable() for line in (captured.out + captured.err).split("\n")), captured
+        assert "\nmodel  forged" not in captured.out
+
+
+def failing(record_of, number):
+    """Log as code of ours does: one cause with many words, once with an error."""
+    try:
+        raise OSError(f"number {number}")
+    except OSError:
+        return logging.LogRecord("a", logging.ERROR, "", 0, record_of, (number,), sys.exc_info())
+
+
+def test_a_cause_fills_no_log(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bounded = PerCause()
+    shown = sum(bounded.filter(failing("job %s", number)) for number in range(10_000))
+    assert shown == logs.PER_CAUSE
+    assert bounded.filter(failing("another cause, %s", 1)), "it does not hide others"
+    assert bounded.filter(logging.LogRecord("a", logging.INFO, "", 0, "asked for", (), None))
+    now += logs.SECONDS
+    record = failing("job %s", 1)
+    assert bounded.filter(record) and "9980 more" in record.getMessage()
+
+
+def test_many_causes_are_not_kept_for_ever():
+    bounded = PerCause()
+    for number in range(5 * logs.MAX_CAUSES):
+        bounded.filter(logging.LogRecord("a", logging.ERROR, "", 0, f"cause {number}", (), None))
+    assert len(bounded._seen) <= logs.MAX_CAUSES
