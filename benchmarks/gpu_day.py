@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.runtime.group import worker_environment
+from safelight.runtime.processes import SAFE_PATH
 
 TESTS = (
     *(sys.executable, "-m", "pytest", "-q", "-W", "default", "--tb=short"),
@@ -119,7 +120,7 @@ def run_section(section: Section, device: str, limit: float) -> dict[str, object
         text=True,
         errors="replace",
         start_new_session=True,
-        env={**worker_environment(), "PYTHONUNBUFFERED": "1", **(ONE_THREAD if device == "cpu" else {})},
+        env=environment(device),
     )
     timer = threading.Timer(limit, end_group, [process])
     timer.start()
@@ -141,6 +142,13 @@ def run_section(section: Section, device: str, limit: float) -> dict[str, object
         "seconds": round(time.monotonic() - begun, 1),
         "output": lines,
     }
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return the environment of a section: a worker's, but that the benchmarks lie in the working directory."""
+    known = {**worker_environment(), "PYTHONUNBUFFERED": "1", **(ONE_THREAD if device == "cpu" else {})}
+    del known[SAFE_PATH]
+    return known
 
 
 def end_group(process: subprocess.Popen[str]) -> None:

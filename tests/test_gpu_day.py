@@ -84,3 +84,11 @@ def test_a_check_that_does_not_hold_ends_with_1(monkeypatch):
     assert gpu_checks.main() == 0
     monkeypatch.setattr(gpu_checks, "CHECKS", {"environment": lambda machine: False})
     assert gpu_checks.main() == 1
+
+
+def test_a_section_finds_the_benchmarks_where_it_is_run(monkeypatch, tmp_path):
+    """Workers look for nothing in the working directory; sections are modules of this one."""
+    monkeypatch.chdir(ROOT)
+    sections = [Section("module", (sys.executable, "-c", "import benchmarks.gpu_checks; print('found')"), 60)]
+    code, verdicts = run(monkeypatch, tmp_path, sections)
+    assert code == 0 and verdicts[0]["output"][-1] == "found"
