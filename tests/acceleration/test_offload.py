@@ -383,3 +383,22 @@ def test_a_limit_is_set_on_the_device_that_is_meant(monkeypatch, name):
     monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *told: asked.append(told), raising=False)
     CudaMemory(torch.device(name)).limit(1000)
     assert asked == [(0.25, 2 if name == "cuda" else 1)]
+
+
+class UnhurriedMemory(LateMemory):
+    """Copies when the host waits, and not when the device's own work is told to."""
+
+    def wait(self, mark):
+        pass
+
+
+def test_every_copy_is_done_before_the_buffers_go(monkeypatch):
+    """A device may still read them when the host has given it everything."""
+    monkeypatch.setattr("safelight.acceleration.memory.BUFFER_BYTES", 256)
+    sources = [torch.randn(size) for size in (5, 40, 64, 100, 7)]
+    targets = [torch.full_like(source, float("nan")) for source in sources]
+    copies = PinnedCopies(UnhurriedMemory())
+    copies.copy(zip(targets, sources, strict=True))
+    assert not torch.equal(targets[-1], sources[-1]), "this memory shows who does not wait"
+    copies.finish()
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -202,6 +203,11 @@ class PinnedCopies:
                 self._marks[self._turn] = self._memory.copy(place, staged, after)
         self._memory.wait(self._marks[self._turn])
 
+    def finish(self) -> None:
+        """Wait on the host until every copy is done: before then the buffers may not go."""
+        for mark in self._marks:
+            self._memory.synchronize(mark)
+
     def _room(self, num_bytes: int) -> Tensor:
         """Return a part of a buffer that no copy reads any more."""
         if self._used + num_bytes > BUFFER_BYTES:
@@ -245,6 +251,12 @@ class Carrier:
             tensor.data = self.bring(tensor.data, tensor.dtype)
 
 
-def carrier(device: torch.device) -> Carrier:
-    """Return what brings tensors from the host to a device."""
-    return Carrier(device, PinnedCopies(CudaMemory(device)) if device.type == "cuda" else None)
+@contextmanager
+def carrier(device: torch.device) -> Iterator[Carrier]:
+    """Give what brings tensors from the host to a device; afterwards they are there."""
+    copies = PinnedCopies(CudaMemory(device)) if device.type == "cuda" else None
+    try:
+        yield Carrier(device, copies)
+    finally:
+        if copies is not None:
+            copies.finish()

@@ -86,8 +86,8 @@ def load_weights(
     divided = shards or {}
     expected |= {key: shard.full_shape for key, shard in divided.items()}
     state: dict[str, Tensor] = {}
-    there = carrier(device)
     with ExitStack() as stack:
+        there = stack.enter_context(carrier(device))
         files = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder, variant=variant)]
         for key, path, file in _keys(files):
             parts = frozenset(key.split("."))

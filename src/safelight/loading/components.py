@@ -224,7 +224,8 @@ def _load_library_module(cls: Any, source: Source, dtype: torch.dtype, device: t
     for fault, keys in faults.items():
         if keys:
             raise CheckpointError(f"{folder.name}: {fault.replace('_', ' ')}: {listed(sorted(keys))}")
-    carrier(device).bring_module(module)
+    with carrier(device) as there:
+        there.bring_module(module)
     loaded: nn.Module = module.eval().requires_grad_(False)
     return loaded
 

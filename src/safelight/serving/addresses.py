@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, urlencode
 from starlette.types import Scope
 
 from safelight.errors import SafelightError, StateDirectoryError
+from safelight.serving.directories import sync, write_private
 from safelight.serving.errors import AddressError, ExpiredAddressError
 
 KEY_NAME = "address_key"
@@ -88,29 +89,12 @@ def read_address_key(directory: Path) -> bytes:
             return _read(path)
         temporary = path.with_name(f".{KEY_NAME}")
         temporary.unlink(missing_ok=True)
-        _write(temporary, secrets.token_bytes(KEY_BYTES))
+        write_private(temporary, secrets.token_bytes(KEY_BYTES))
         temporary.replace(path)
-        _sync(directory)
+        sync(directory)
         return _read(path)
     except OSError as error:
         raise StateDirectoryError(f"state directory: {KEY_NAME} cannot be used: {error.strerror}") from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path) -> bytes:
