@@ -17,7 +17,7 @@ _WEIGHT_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Selection:
     """What of a repository is downloaded.
 
     Attributes:
@@ -51,14 +51,14 @@ def download_file(repo_id: str, filename: str, revision: str | None) -> Path:
     return Path(_in_words(repo_id, revision, lambda: hf_hub_download(repo_id, filename, revision=revision)))
 
 
-def download_components(repo_id: str, revision: str | None, cached: Path, wanted: Wanted) -> Path:
+def download_components(repo_id: str, revision: str | None, cached: Path, selection: Selection) -> Path:
     """Download the folders of the named components, with progress, and return the snapshot's folder.
 
     Args:
         repo_id: the repository.
         revision: branch, tag or commit.
         cached: the snapshot's folder, as far as it is in the cache.
-        wanted: what of it.
+        selection: what of it.
 
     Raises:
         ModelError: in words, for whatever keeps them from being had.
@@ -67,23 +67,23 @@ def download_components(repo_id: str, revision: str | None, cached: Path, wanted
     """
     from huggingface_hub import snapshot_download
 
-    patterns = _patterns(_listed(repo_id, revision, cached), wanted)
+    patterns = _patterns(_listed(repo_id, revision, cached), selection)
     return Path(
         _in_words(repo_id, revision, lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     )
 
 
-def _patterns(listed: Sequence[str], wanted: Wanted) -> list[str]:
+def _patterns(listed: Sequence[str], selection: Selection) -> list[str]:
     """Return the patterns of the files to download."""
-    folders: dict[str, list[str]] = {name: [] for name in wanted.components}
+    folders: dict[str, list[str]] = {name: [] for name in selection.components}
     for path in listed:
         folder, _, name = path.rpartition("/")
         if folder in folders and name.endswith((*_CONFIG_SUFFIXES, _WEIGHT_SUFFIX)):
             folders[folder].append(name)
-    chosen = choose_variant(folders, wanted.variant) if wanted.weights else None
-    names = [name for name in kept(folders, chosen) if wanted.weights or not name.endswith(_WEIGHT_SUFFIX)]
-    patterns = [*wanted.files, *map(glob.escape, names)]
-    if wanted.weights and not any(name.endswith(_WEIGHT_SUFFIX) for name in names):
+    chosen = choose_variant(folders, selection.variant) if selection.weights else None
+    names = [name for name in kept(folders, chosen) if selection.weights or not name.endswith(_WEIGHT_SUFFIX)]
+    patterns = [*selection.files, *map(glob.escape, names)]
+    if selection.weights and not any(name.endswith(_WEIGHT_SUFFIX) for name in names):
         # Of a cache without weights the client says that it is not whole.
         patterns += [f"{folder}/*{_WEIGHT_SUFFIX}" for folder in folders]
     return patterns

@@ -163,8 +163,8 @@ def open_repository(
     revision = tagged or revision
     index_path = hub.download_file(repo_id, INDEX_NAME, revision)
     components = _read(name, index_path.parent, backend).component_names()
-    wanted = hub.Wanted(components, (DEFAULTS_NAME, INDEX_NAME), weights, variant)
-    found = _read(name, hub.download_components(repo_id, revision, index_path.parent, wanted), backend)
+    selection = hub.Selection(components, (DEFAULTS_NAME, INDEX_NAME), weights, variant)
+    found = _read(name, hub.download_components(repo_id, revision, index_path.parent, selection), backend)
     return _with_variant(found, variant) if weights else found
 
 
