@@ -72,9 +72,10 @@ class LiveServer:
         """What every request brings."""
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
-    def http(self, timeout: float = 60.0) -> httpx.Client:
-        """Return a client."""
-        return httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout)
+    def http(self, timeout: float = 60.0, address: str | None = None) -> httpx.Client:
+        """Return a client, which comes from an address of this machine's."""
+        transport = httpx.HTTPTransport(local_address=address)
+        return httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout, transport=transport)
 
     def children(self) -> list[int]:
         """Return the process ids of its workers."""

