@@ -236,8 +236,15 @@ class SmallRoom:
         return make(call)
 
 
-@pytest.mark.parametrize("batching", ["exact", pytest.param("throughput", marks=pytest.mark.slow)])
-def test_two_ranks_stay_together_whatever_fails_on_one(fault_pipeline, clock, monkeypatch, batching):
+@pytest.mark.parametrize(
+    ("batching", "loads"),
+    [
+        ("exact", 6),
+        pytest.param("exact", 30, marks=pytest.mark.slow),
+        pytest.param("throughput", 30, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_stay_together_whatever_fails_on_one(fault_pipeline, clock, monkeypatch, batching, loads):
     """The second rank fails alone in some requests, and has less room; the others end on both as they would alone."""
     import safelight_fault.pipeline
 
@@ -245,7 +252,7 @@ def test_two_ranks_stay_together_whatever_fails_on_one(fault_pipeline, clock, mo
     here = ThisThread()
     monkeypatch.setattr(safelight_fault.pipeline, "rank", lambda: here.rank)
 
-    @settings(TRIED, max_examples=20)
+    @settings(TRIED, max_examples=loads)
     @given(**LOADS, most=st.integers(1, 3))
     def any_load(asked, max_running, share, most):
         between, script = Between(), Script(pipelines[0].schema, asked)
