@@ -56,7 +56,7 @@ test: lint types  ## lint, types and the tests that take minutes
 	@$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 test-all: lint types  ## as test, with the slow tests
-	@$(BIN)/python -m pytest -q --slow
+	@$(BIN)/python -m pytest -q --slow -n 3 --dist loadfile
 
 test-newest:  ## the tests with the newest versions that the ranges admit, in an environment of their own
 	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
