@@ -79,7 +79,7 @@ REFUSED = {
 
 
 def slow(case):
-    return [pytest.mark.slow] if case.startswith(("serve compiled", "check")) else []
+    return [pytest.mark.slow] if case.startswith(("serve compiled", "serve what", "check")) else []
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,13 @@ INDEXES = {
 }
 
 
-@pytest.mark.parametrize("index", [pytest.param(index, id=name) for name, index in INDEXES.items()])
+@pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(index, id=name, marks=[] if name == "hostile component" else pytest.mark.slow)
+        for name, index in INDEXES.items()
+    ],
+)
 def test_a_model_that_is_none(tmp_path, index):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
@@ -195,6 +201,7 @@ def test_a_worker_whose_server_is_killed_ends(tmp_path):
         until(lambda: not alive(worker), 10)
 
 
+@pytest.mark.slow
 def test_three_deaths_end_the_server(tmp_path):
     with serving(tmp_path, fault_model(tmp_path / "model")) as server:
         with server.http() as http:

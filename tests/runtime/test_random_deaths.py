@@ -176,7 +176,7 @@ async def check(world, engine, tickets, cancelled):
             assert all((output.media[0] == output.seed).all() for output in outputs)
 
 
-@pytest.mark.parametrize("replicas", [0, 1, 3])
+@pytest.mark.parametrize("replicas", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_request_has_one_answer_through_deaths(fault_family, fault_pipeline, monkeypatch, replicas):
     schema, seen = fault_pipeline().schema, Counter[str]()
 

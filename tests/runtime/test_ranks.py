@@ -89,7 +89,7 @@ def test_what_fails_outside_a_shared_forward_on_one_rank_ends_that_request_alone
     "directive",
     [
         "raise@forward:1",
-        "exit@denoising:1",
+        pytest.param("exit@denoising:1", marks=pytest.mark.slow),
         pytest.param("oom@forward:2", marks=pytest.mark.slow),
         pytest.param("stop@denoising:1", marks=pytest.mark.slow),
     ],
@@ -141,9 +141,9 @@ def test_a_rank_killed_in_mid_denoise(fault_family, fault_model, expected, numbe
     ("settings", "field", "numbers"),
     [
         ({"cfg_parallel_size": 3}, "cfg_parallel_size", "at most 2"),
-        ({"tp_size": 2}, "tp_size", "no tensor-parallel plan"),
+        pytest.param({"tp_size": 2}, "tp_size", "no tensor-parallel plan", marks=pytest.mark.slow),
         pytest.param({"ring_degree": 2}, "ring_degree", "no sequence-parallel plan", marks=pytest.mark.slow),
-        ({"devices": 4}, "devices", "1 or 2"),
+        pytest.param({"devices": 4}, "devices", "1 or 2", marks=pytest.mark.slow),
         pytest.param(
             {"cfg_parallel_size": 2, "compile": "blocks"}, "compile", "none with 2 devices", marks=pytest.mark.slow
         ),

@@ -294,6 +294,7 @@ def test_each_replica_has_devices_of_its_own(monkeypatch):
 # A server
 
 
+@pytest.mark.slow
 def test_a_server_with_two_replicas_outlives_one_of_its_workers(tmp_path):
     model = write_fault_model(tmp_path / "model", step_seconds=0.05)
     with serving(tmp_path, model, "--replicas", "2", "--max-running", "1") as server, server.http() as http:

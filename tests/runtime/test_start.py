@@ -253,7 +253,8 @@ def test_a_server_with_a_long_temporary_folder_serves(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("warm_up", "refused", "is_warm"), [(True, False, True), (False, False, False), (True, True, False)]
+    ("warm_up", "refused", "is_warm"),
+    [(True, False, True), pytest.param(False, False, False, marks=pytest.mark.slow), (True, True, False)],
 )
 def test_a_server_is_warm_only_if_a_request_was_run(
     fault_family, fault_model, tmp_path, monkeypatch, warm_up, refused, is_warm

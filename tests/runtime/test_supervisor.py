@@ -164,7 +164,7 @@ def test_the_queue_is_bounded(fault_family, fault_model):
 
 @pytest.mark.parametrize(
     "directive",
-    ["segv@decoding", "exit@encoding", pytest.param("exit@denoising:1", marks=pytest.mark.slow)],
+    ["exit@encoding", *(pytest.param(each, marks=pytest.mark.slow) for each in ("segv@decoding", "exit@denoising:1"))],
 )
 def test_a_death_is_answered_and_the_others_run_again(fault_family, fault_model, expected, directive):
     async def test():
@@ -221,7 +221,10 @@ def test_three_deaths_are_enough(fault_family, fault_model):
 
 @pytest.mark.parametrize(
     "directive",
-    ["stop@denoising:1", "spin@denoising:1", pytest.param("sleep@denoising:1=600", marks=pytest.mark.slow)],
+    [
+        "spin@denoising:1",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("stop@denoising:1", "sleep@denoising:1=600")),
+    ],
 )
 def test_a_hung_worker_is_killed(fault_family, fault_model, expected, directive):
     async def test():
@@ -270,7 +273,7 @@ def test_a_server_that_was_held_up_does_not_blame_its_worker(tmp_path):
     drive(test())
 
 
-@pytest.mark.parametrize("kind", [OutputMade, Progressed])
+@pytest.mark.parametrize("kind", [pytest.param(OutputMade, marks=pytest.mark.slow), Progressed])
 def test_a_message_that_cannot_be_understood_ends_its_request_alone(fault_family, fault_model, expected, kind):
     async def test():
         async with running(fault_model(name="served")) as supervisor:
@@ -327,7 +330,10 @@ def test_a_worker_without_its_supervisor_ends(fault_family, fault_model):
     drive(test())
 
 
-@pytest.mark.parametrize(("index", "error"), [(None, ModelError), ('{"_class_name": "os.system"}', ModelError)])
+@pytest.mark.parametrize(
+    ("index", "error"),
+    [pytest.param(None, ModelError, marks=pytest.mark.slow), ('{"_class_name": "os.system"}', ModelError)],
+)
 def test_a_model_that_cannot_be_loaded_is_said_at_once(tmp_path, index, error):
     if index is not None:
         (tmp_path / "model_index.json").write_text(index)
