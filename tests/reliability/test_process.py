@@ -210,10 +210,9 @@ def test_jobs_survive_the_death_of_the_server(tmp_path):
     """Killed at twenty moments: every accepted job is completed once, with the bytes of a server that lived."""
     model = fault_model(tmp_path / "model", step_seconds=0.01)
     accepted, expected = {}, {}
-    with (
-        serving(tmp_path / "lives" if (tmp_path / "lives").mkdir() is None else tmp_path, model) as server,
-        server.http() as http,
-    ):
+    for name in ("lives", "dies"):
+        (tmp_path / name).mkdir()
+    with serving(tmp_path / "lives", model) as server, server.http() as http:
         for seed in range(40):
             expected[seed] = generate(http, "a job", seed=seed).json()["data"][0]["b64_json"]
     for moment in range(20):

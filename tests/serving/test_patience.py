@@ -99,7 +99,9 @@ def test_records_count_in_the_quota(tmp_path):
         await server.jobs.start()
         for _ in range(30):
             await server.jobs.cancel((await server.submit("x" * 8000 + "[hold]")).id)
-            assert (await server.store.usage()).num_bytes <= 100_000 + 10_000
+            usage = await server.store.usage()
+            assert usage.num_bytes_records <= 100_000 + 10_000
+        assert 8 <= len((await server.store.page(limit=100)).jobs) <= 12
         await server.jobs.close(1.0)
 
     asyncio.run(use())
