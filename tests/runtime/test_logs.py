@@ -7,12 +7,15 @@ import logging
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
+import click
 import pytest
 from PIL import Image, PngImagePlugin
 
 from safelight import media
-from safelight.cli.main import main
+from safelight.cli.main import cli, main
+from safelight.errors import SafelightError
 from safelight.runtime import logs
 from safelight.runtime.logs import Formatter, PerCause, printable
 
@@ -24,6 +27,17 @@ def test_what_a_terminal_obeys_is_shown(text):
     assert printable(text).isprintable() and printable(printable(text)) == printable(text)
     record = logging.LogRecord("a", logging.ERROR, "", 0, "of %s", (text,), None)
     assert Formatter("%(name)s: %(message)s").format(record).isprintable()
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_an_error_of_a_command_is_shown_and_not_obeyed(monkeypatch, capsys, text):
+    """Whichever error it is, and whatever wrote its message."""
+    for error in (SafelightError(f"of {text}"), click.UsageError(f"of {text}"), ValueError(f"of {text}")):
+        monkeypatch.setattr(cli, "main", Mock(side_effect=error))
+        with pytest.raises(SystemExit):
+            main(["models"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("safelight: ") and line.isprintable()
 
 
 def test_words_stay_as_they_are():
