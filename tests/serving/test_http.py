@@ -9,7 +9,10 @@ import statistics
 import time
 
 import pytest
+from starlette.requests import Request
 
+from safelight.errors import QueueFullError
+from safelight.serving.gate import Budget
 from safelight.serving.limits import Limits
 from tests.serving.http_server import PROMPT, next_answer, read_answer, running
 
@@ -367,6 +370,23 @@ def test_a_body_has_a_least_rate(tmp_path):
                 time.sleep(0.05)
             sock.sendall(BODY.rjust(10_000))
             assert read_answer(sock)[0] == 200
+
+
+def test_the_last_eighth_is_for_small_bodies():
+    """However large ones come, in pieces too; all of it is given back when they are answered."""
+    with contextlib.ExitStack() as at_end:
+        request = Request({"type": "http", "state": {"at_end": at_end}})
+        budget = Budget(800)
+        for num_bytes in (600, 99, 1):
+            budget.take(request, num_bytes)
+        with pytest.raises(QueueFullError):
+            budget.take(request, 1)
+        for num_bytes in (50, 50):
+            budget.take(request, num_bytes, is_small=True)
+        with pytest.raises(QueueFullError):
+            budget.take(request, 1, is_small=True)
+    with contextlib.ExitStack() as at_end:
+        budget.take(Request({"type": "http", "state": {"at_end": at_end}}), 700)
 
 
 def test_stalled_bodies_leave_room_and_go(tmp_path):
