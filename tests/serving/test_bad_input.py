@@ -303,6 +303,12 @@ def jpeg_of(width, height):
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
+def jpeg_with(between):
+    """A JPEG with something before its first segment."""
+    data = picture(kind="JPEG")
+    return data[:2] + between + data[2:]
+
+
 def lossless_webp_of(width, height):
     bits = struct.pack("<I", (width - 1) | (height - 1) << 14)
     return b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8L" + struct.pack("<I", 18) + b"\x2f" + bits + b"\0" * 13
@@ -332,6 +338,14 @@ PICTURES = {
     "64 MB of text": (png_of(32, 48, extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * (64 << 20)))), 400),
     "many chunks": (png_of(32, 48, extra=chunk(b"tEXt", b"") * 100_000), 400),
     "many scans": (many_scans(), 400),
+    "fill bytes": (jpeg_with(b"\xff" * 100_000), 400),
+    "zeros between": (jpeg_with(b"\0" * 100_000), 400),
+    "escapes between": (jpeg_with(b"\xff\0" * 100_000), 400),
+    "junk between": (jpeg_with(b"x" * 100_000), 400),
+    "many segments": (jpeg_with(b"\xff\xfe\0\2" * 100_000), 400),
+    "many empty markers": (jpeg_with(b"\xff\x01" * 100_000), 400),
+    "a segment without an end": (jpeg_with(b"\xff\xfe"), 400),
+    "few of each": (jpeg_with((b"\xff" * 9 + b"\xff\xfe\xff\xfc" + b"a" * 0xFFFA) * 100), 200),
     "header twice": (png_of(32, 48, extra=chunk(b"IHDR", struct.pack(">IIBBBBB", 9999, 9999, 8, 2, 0, 0, 0))), 400),
     "no data": (png_of(32, 48), 400),
     "1x1": (picture(size=(1, 1)), 400),
@@ -368,7 +382,10 @@ def test_the_bomb_is_as_small_as_they_say():
     assert len(BOMB) < 118
 
 
-@pytest.mark.parametrize("name", ["bomb", "bomb in WebP", "bad CRC", "animated WebP", "many chunks", "many scans"])
+HEADS = ["many scans", "fill bytes", "zeros between", "escapes between", "junk between", "many segments"]
+
+
+@pytest.mark.parametrize("name", ["bomb", "bomb in WebP", "bad CRC", "animated WebP", "many chunks", *HEADS])
 def test_headers_are_judged_before_pillow_sees_them(monkeypatch, name):
     monkeypatch.setattr(Image, "open", lambda *arguments, **options: pytest.fail("it was opened"))
     with pytest.raises(InvalidParameterError):
