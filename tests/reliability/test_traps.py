@@ -12,7 +12,7 @@ import pytest
 
 from safelight.acceleration.compile import CACHE_VARIABLE
 from safelight.loading.repository import SHIPPED_MODEL
-from safelight.runtime import processes
+from safelight.runtime import background, group, processes
 from tests.live_server import environment, fault_model, generate, serving
 from tests.reliability.conftest import until
 
@@ -81,6 +81,30 @@ def test_the_command_line_alone_is_safe(tmp_path):
     plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
     subprocess.run(processes.python_command("safelight.version"), env=plain, cwd=tmp_path, check=True, timeout=60)
     assert not told.exists(), told.read_text()
+
+
+def test_whoever_starts_a_process_guards_it(monkeypatch):
+    """In a process of a user's too, where no command line of ours has guarded everything below it."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", ":/a:")
+    environments = [group.worker_environment()]
+
+    def started(command, env=None, **_):
+        environments.append(dict(os.environ) if env is None else env)
+        raise OSError("this is enough")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    with pytest.raises(OSError, match="enough"):
+        background.BackgroundCompiler(None, 1.0)  # type: ignore[arg-type]  # the process comes first
+    assert [(each.get("PYTHONSAFEPATH"), each.get("PYTHONPATH")) for each in environments] == [("1", "/a")] * 2
+
+
+def test_a_command_guards_what_it_starts():
+    script = "import atexit, os, sys; atexit.register(lambda: print(os.environ.get('PYTHONSAFEPATH')));"
+    script += "sys.argv = ['safelight', '--version']; from safelight.cli.main import main; main()"
+    plain = {name: value for name, value in environment().items() if name != "PYTHONSAFEPATH"}
+    ended = subprocess.run([sys.executable, "-c", script], env=plain, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.splitlines()[-1] == "1", ended.stderr
 
 
 @pytest.mark.parametrize("module", ["safelight.runtime.background", "safelight.runtime.worker_process"])
