@@ -88,6 +88,28 @@ def test_whatever_else_the_exif_says_does_not_matter(fmt, name):
     assert np.array_equal(np.asarray(found), plain)
 
 
+BROKEN = {
+    "no TIFF": b"Exif\0\0XX*\0junk",
+    "nothing": b"Exif\0\0",
+    "half a header": b"Exif\0\0II",
+    "a header alone": exif(turned(6))[:14],
+    "half an entry": exif(turned(6))[:22],
+    "a folder far away": b"Exif\0\0II*\0" + struct.pack("<I", 1 << 31),
+    "a folder that is its header": b"Exif\0\0MM\0*" + bytes(4),
+    "a large TIFF cut short": b"Exif\0\0II+\0\x08\0\0\0" + bytes(8),
+}
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_exif_that_is_none_turns_nothing(fmt, name):
+    """Of some Pillow raises what is of no error's kind."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 24), "red").save(file, fmt, exif=BROKEN[name])
+    found = decode_picture(file.getvalue(), "image", Limits())
+    assert found.size == np.asarray(open_image(found)).shape[1::-1] == (40, 24)
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("orientation", [
     struct.pack("<HI", 2, 4) + b"abc\0", struct.pack("<HII", 5, 1, 200), struct.pack("<HI", 7, 4) + b"\6\0\0\0",

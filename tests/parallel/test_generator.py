@@ -18,6 +18,7 @@ from safelight.errors import InvalidParameterError, SafelightError
 from tests.live_server import environment, fault_model, free_port
 from tests.parallel.checkpoints import build
 from tests.recipes import all_recipes
+from tests.reliability.test_traps import set_traps
 
 PROMPT = "a photo of a cat sitting on a red chair"
 FIELDS = {"height": 48, "width": 80, "num_inference_steps": 3, "seed": 4}
@@ -64,12 +65,14 @@ def test_what_cannot_be_divided_is_refused_by_name(folder):
 
 @pytest.mark.slow
 def test_ranks_that_torchrun_started(tmp_path, fault_path):
-    """Rank 0 serves, and rank 1 follows; both end when the server is told to stop."""
+    """Rank 0 serves, and rank 1 follows; both end when the server is told to stop. They run in a folder of traps."""
     model, port, log = fault_model(tmp_path / "model"), free_port(), tmp_path / "log"
+    told = set_traps(model)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         meeting = found.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(meeting)]
+    command = [sys.executable, "-P", "-m", "torch.distributed.run"]  # as the script `torchrun` does it
+    command += ["--nproc-per-node", "2", "--master-port", str(meeting)]
     script = str(Path(sys.executable).with_name("safelight"))
     serve = ["--no-python", script, "serve", str(model), "--port", str(port), "--state-dir", str(tmp_path / "s")]
     with log.open("w") as stream:
@@ -78,6 +81,7 @@ def test_ranks_that_torchrun_started(tmp_path, fault_path):
             stdout=stream,
             stderr=stream,
             env=environment(),
+            cwd=model,
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
@@ -92,6 +96,7 @@ def test_ranks_that_torchrun_started(tmp_path, fault_path):
             body = {"prompt": "a cat", "seed": 0, "guidance_scale": 3.0}
             made = [http.post("/v1/images/generations", json=body).json()["data"][0]["b64_json"] for _ in range(2)]
             assert made[0] == made[1]
+        assert not told.exists(), told.read_text()
         process.terminate()
         process.wait(40)
     finally:

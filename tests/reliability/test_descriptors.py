@@ -63,6 +63,21 @@ def test_connections_and_their_files_leave_a_reserve(limit, expected):
     assert 2 * expected + min(listening.RESERVE, limit // 2) <= limit
 
 
+def test_no_connection_above_the_bound_is_given_out():
+    """However many come at once: the others have their turn between, and each is told."""
+    with listening.Listener(socket.AF_INET, socket.SOCK_STREAM) as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        listener.setblocking(False)
+        listener.bound = 0
+        address = listener.getsockname()
+        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(listening.AT_ONCE + 5)]
+        for _ in range(2):
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+        assert {client.recv(12) for client in clients} == {b"HTTP/1.1 429"}
+
+
 def test_the_soft_limit_is_raised():
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300));"

@@ -10,8 +10,10 @@ import socket
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.live_server import alive, command, environment, fault_model, free_port, generate, serving
@@ -214,17 +216,26 @@ def test_three_deaths_end_the_server(tmp_path):
 
 @pytest.mark.slow
 def test_jobs_survive_the_death_of_the_server(tmp_path):
-    """Killed at twenty moments: every accepted job is completed once, with the bytes of a server that lived."""
+    """Killed at twenty moments: every accepted job is completed once, with the bytes of a server that lived.
+
+    Each is killed once at most, since the jobs of the server before are waited for: after two deaths it would be over.
+    """
     model = fault_model(tmp_path / "model", step_seconds=0.01)
-    accepted, expected = {}, {}
-    with (
-        serving(tmp_path / "lives" if (tmp_path / "lives").mkdir() is None else tmp_path, model) as server,
-        server.http() as http,
-    ):
+    accepted: dict[int, str] = {}
+    expected: dict[int, str] = {}
+
+    def ended(http: httpx.Client, job_id: str) -> bool:
+        return http.get(f"/v1/jobs/{job_id}").json()["completed_at"] is not None
+
+    for name in ("lives", "dies"):
+        (tmp_path / name).mkdir()
+    with serving(tmp_path / "lives", model) as server, server.http() as http:
         for seed in range(40):
             expected[seed] = generate(http, "a job", seed=seed).json()["data"][0]["b64_json"]
     for moment in range(20):
         with serving(tmp_path / "dies", model) as server, server.http() as http:
+            for job_id in accepted.values():
+                until(partial(ended, http, job_id), 60)
             for seed in (2 * moment, 2 * moment + 1):
                 body = {"prompt": "a job", "seed": seed}
                 answer = http.post("/v1/images/generations", json=body, headers={"prefer": "respond-async"})

@@ -11,16 +11,21 @@ from pathlib import Path
 import pytest
 
 from safelight.acceleration.compile import CACHE_VARIABLE
-from safelight.runtime import processes
+from safelight.loading.repository import SHIPPED_MODEL
+from safelight.runtime import background, group, processes
 from tests.live_server import environment, fault_model, generate, serving
 from tests.reliability.conftest import until
 
-NAMES = {*importlib.metadata.packages_distributions(), *sys.stdlib_module_names, "sitecustomize", "usercustomize"}
+CUSTOMIZE = ("sitecustomize", "usercustomize")
+NAMES = {"safelight", *importlib.metadata.packages_distributions(), *sys.stdlib_module_names, *CUSTOMIZE}
 SMALL = ("--height", "16", "--width", "16", "--num-inference-steps", "1")
 
 
 def set_traps(folder: Path) -> Path:
-    """Put modules into a folder that say so when one is imported, and a package that registers a pipeline."""
+    """Put modules into a folder that say so when one is imported, and a package that registers a pipeline.
+
+    Besides them lie files by which a module, or a setting of a tool, could come in another way.
+    """
     told = folder / "owned"
     for name in NAMES:
         if name.isidentifier():
@@ -30,6 +35,10 @@ def set_traps(folder: Path) -> Path:
     (known / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
     (known / "entry_points.txt").write_text("[safelight.families]\nevil = evil_pipeline:register\n")
     (folder / "evil_pipeline.py").write_text(f"open({str(told)!r}, 'a').write('a plugin\\n')\n")
+    (folder / "evil.pth").write_text(f"import os; open({str(told)!r}, 'a').write('a path file\\n')\n")
+    for name in ("_ctypes.so", "_sqlite3.abi3.so", "pyvenv.cfg", "setup.cfg", "pyproject.toml", "python311._pth"):
+        (folder / name).write_text("home = /nowhere\n")
+    (folder / "conftest.py").write_text(f"open({str(told)!r}, 'a').write('a conftest\\n')\n")
     return told
 
 
@@ -53,7 +62,10 @@ def test_a_server_in_a_folder_of_traps(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("generate", "a cat", *SMALL, "-o", "cat.png"), pytest.param(("check-model",), marks=pytest.mark.slow)],
+    [
+        ("generate", "a cat", *SMALL, "-o", "cat.png"),
+        pytest.param(("check-model", str(SHIPPED_MODEL), *SMALL), marks=pytest.mark.slow),
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_a_command_in_a_folder_of_traps(tmp_path, arguments):
@@ -61,6 +73,38 @@ def test_a_command_in_a_folder_of_traps(tmp_path, arguments):
     ended = run(tmp_path, str(Path(sys.executable).with_name("safelight")), *arguments)
     assert ended.returncode == 0, ended.stderr
     assert not told.exists(), told.read_text()
+
+
+def test_the_command_line_alone_is_safe(tmp_path):
+    """Whatever the environment is that a process of ours gets."""
+    told = set_traps(tmp_path)
+    plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    subprocess.run(processes.python_command("safelight.version"), env=plain, cwd=tmp_path, check=True, timeout=60)
+    assert not told.exists(), told.read_text()
+
+
+def test_whoever_starts_a_process_guards_it(monkeypatch):
+    """In a process of a user's too, where no command line of ours has guarded everything below it."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", ":/a:")
+    environments = [group.worker_environment()]
+
+    def started(command, env=None, **_):
+        environments.append(dict(os.environ) if env is None else env)
+        raise OSError("this is enough")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    with pytest.raises(OSError, match="enough"):
+        background.BackgroundCompiler(None, 1.0)  # type: ignore[arg-type]  # the process comes first
+    assert [(each.get("PYTHONSAFEPATH"), each.get("PYTHONPATH")) for each in environments] == [("1", "/a")] * 2
+
+
+def test_a_command_guards_what_it_starts():
+    script = "import atexit, os, sys; atexit.register(lambda: print(os.environ.get('PYTHONSAFEPATH')));"
+    script += "sys.argv = ['safelight', '--version']; from safelight.cli.main import main; main()"
+    plain = {name: value for name, value in environment().items() if name != "PYTHONSAFEPATH"}
+    ended = subprocess.run([sys.executable, "-c", script], env=plain, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.splitlines()[-1] == "1", ended.stderr
 
 
 @pytest.mark.parametrize("module", ["safelight.runtime.background", "safelight.runtime.worker_process"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def test_a_file_that_cannot_be_made(tmp_path, monkeypatch, taken):
     folder = tmp_path / "sockets"
     if taken is not None:
         (folder / taken / "full").mkdir(parents=True)
+        folder.chmod(0o700)
     monkeypatch.setattr(supervisor, "make_folder", lambda: folder)
     error = asyncio.run(refused())
     assert isinstance(error, PortError) and "TMPDIR" in str(error) and str(folder) in str(error)
@@ -204,6 +206,47 @@ def test_a_worker_that_cannot_be_started_again_ends_the_server(fault_family, fau
             assert running_one.state == "failed"
 
     drive(test())
+
+
+def replace_by(what, folder, elsewhere):
+    """Take a folder of sockets away, as whoever cleans temporary files does, and put something else in its place."""
+    shutil.rmtree(folder)
+    if what == "a file":
+        folder.touch()
+    elif what == "a link":
+        elsewhere.mkdir(mode=0o700)
+        folder.symlink_to(elsewhere)
+    elif what == "a folder for all":
+        folder.mkdir()
+        folder.chmod(0o777)
+    elif what == "another user's":
+        folder.mkdir(mode=0o700)
+        os.chown(folder, 12345, 12345)
+
+
+@pytest.mark.parametrize("what", ["nothing", "a file", "a link", "a folder for all", "another user's"])
+def test_a_folder_of_sockets_that_is_taken_away_ends_the_server(fault_family, fault_model, folder, tmp_path, what):
+    """No socket is made where others could use it. Each failed start is one death."""
+    if what.startswith("another") and os.getuid() != 0:
+        pytest.skip("giving a folder away takes root")
+
+    async def test():
+        failing = Supervisor(EngineSettings(ServerArgs(str(fault_model(name="served")), device="cpu"), warm_up=False))
+        await asyncio.wait_for(failing.start(), 60)
+        sockets_folder, pid = failing._folder, await pid_of(failing)
+        replace_by(what, sockets_folder, tmp_path / "elsewhere")
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.wait_for(failing.gave_up.wait(), 2 * SOON)
+        assert failing.state == "failed" and failing.stats.num_restarts == supervisor.MAX_DEATHS - 1
+        if what != "nothing":
+            assert sockets_folder.is_file() or not list(sockets_folder.iterdir())
+        await failing.close()
+        if os.path.lexists(sockets_folder):
+            sockets_folder.unlink()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor, "AGAIN_SECONDS", 0.05)
+        drive(test())
 
 
 def test_what_no_one_thought_of_is_an_answer_too(folder, monkeypatch):

@@ -104,7 +104,7 @@ class StubEngine(EngineClient):
         max_running: int = 1,
         state: State = "ready",
     ) -> None:
-        self.step_seconds = step_seconds
+        self.step_seconds, self.cost_seconds = step_seconds, 0.0
         self.mode: Mode = "eager"
         self.submitted: list[GenerationRequest] = []
         self.begun: list[str] = []
@@ -132,7 +132,8 @@ class StubEngine(EngineClient):
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(len(self._running), len(self._waiting), num_restarts=self._deaths.total())
+        restarts, cost_seconds = self._deaths.total(), self.cost_seconds
+        return EngineStats(len(self._running), len(self._waiting), num_restarts=restarts, cost_seconds=cost_seconds)
 
     def submit(self, request: GenerationRequest) -> Ticket:
         if self._state not in ("ready", "restarting"):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.families.flux.params import FluxKontextSamplingParams
 from safelight.serving.images import image_fields
@@ -295,6 +296,19 @@ def many_scans():
     return data[:-2] + last * 200 + data[-2:]
 
 
+def jpeg_of(width, height):
+    """A small JPEG whose header says that it is a large one."""
+    data = picture(kind="JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+def jpeg_with(between):
+    """A JPEG with something before its first segment."""
+    data = picture(kind="JPEG")
+    return data[:2] + between + data[2:]
+
+
 def lossless_webp_of(width, height):
     bits = struct.pack("<I", (width - 1) | (height - 1) << 14)
     return b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8L" + struct.pack("<I", 18) + b"\x2f" + bits + b"\0" * 13
@@ -324,6 +338,14 @@ PICTURES = {
     "64 MB of text": (png_of(32, 48, extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * (64 << 20)))), 400),
     "many chunks": (png_of(32, 48, extra=chunk(b"tEXt", b"") * 100_000), 400),
     "many scans": (many_scans(), 400),
+    "fill bytes": (jpeg_with(b"\xff" * 100_000), 400),
+    "zeros between": (jpeg_with(b"\0" * 100_000), 400),
+    "escapes between": (jpeg_with(b"\xff\0" * 100_000), 400),
+    "junk between": (jpeg_with(b"x" * 100_000), 400),
+    "many segments": (jpeg_with(b"\xff\xfe\0\2" * 100_000), 400),
+    "many empty markers": (jpeg_with(b"\xff\x01" * 100_000), 400),
+    "a segment without an end": (jpeg_with(b"\xff\xfe"), 400),
+    "few of each": (jpeg_with((b"\xff" * 9 + b"\xff\xfe\xff\xfc" + b"a" * 0xFFFA) * 100), 200),
     "header twice": (png_of(32, 48, extra=chunk(b"IHDR", struct.pack(">IIBBBBB", 9999, 9999, 8, 2, 0, 0, 0))), 400),
     "no data": (png_of(32, 48), 400),
     "1x1": (picture(size=(1, 1)), 400),
@@ -360,11 +382,28 @@ def test_the_bomb_is_as_small_as_they_say():
     assert len(BOMB) < 118
 
 
-@pytest.mark.parametrize("name", ["bomb", "bomb in WebP", "bad CRC", "animated WebP", "many chunks", "many scans"])
+HEADS = ["many scans", "fill bytes", "zeros between", "escapes between", "junk between", "many segments"]
+
+
+@pytest.mark.parametrize("name", ["bomb", "bomb in WebP", "bad CRC", "animated WebP", "many chunks", *HEADS])
 def test_headers_are_judged_before_pillow_sees_them(monkeypatch, name):
     monkeypatch.setattr(Image, "open", lambda *arguments, **options: pytest.fail("it was opened"))
     with pytest.raises(InvalidParameterError):
         decode_picture(PICTURES[name][0], "image", Limits())
+
+
+@pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (9000, 1), (1, 9000), (5001, 5000), (65_535, 65_535)])
+@pytest.mark.parametrize("of", [png_of, jpeg_of, lossless_webp_of])
+def test_a_size_is_judged_before_anything_is_decoded(monkeypatch, of, width, height):
+    """In every format, along each side and in all. Of a JPEG that is far too large Pillow reads no size."""
+    monkeypatch.setattr(EncodedImage, "load", lambda image: pytest.fail("it was decoded"))
+    if of is lossless_webp_of:
+        width, height = min(width, 16_384), min(height, 16_384)
+    says = "at most 8192 pixels along a side, and 25000000 in all"
+    if of is jpeg_of and width * height > 2 * (Image.MAX_IMAGE_PIXELS or 0):
+        says = "a damaged JPEG file"
+    with pytest.raises(InvalidParameterError, match=says):
+        decode_picture(of(width, height), "image", Limits())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -16,6 +17,8 @@ from safelight.runtime.messages import schema_from_wire, schema_to_wire
 from safelight.serving.cost import check_cost
 from safelight.serving.limits import Limits
 from safelight.serving.serve_args import ServeArgs
+from tests.serving.http_server import PROMPT, running
+from tests.serving.job_server import picture
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, VIDEO_SCHEMA
 
 FLUX = {"num_attention_heads": 24, "attention_head_dim": 128}
@@ -84,6 +87,23 @@ def test_a_step_that_would_take_too_long_is_refused_by_what_steps_took():
     with pytest.raises(InvalidParameterError, match=r"a step would take about .* and may take 60 s") as caught:
         check_cost(large, schema, limits, cost_seconds)
     assert caught.value.param == "size"
+
+
+@pytest.mark.parametrize("schema", [IMAGE_SCHEMA, EDIT_SCHEMA, VIDEO_SCHEMA], ids=lambda schema: schema.pipeline_name)
+def test_what_steps_took_is_known_at_every_door(tmp_path, schema):
+    """With pictures and without, answered at once and as jobs."""
+    doors = {"FluxPipeline": "/v1/images/generations", "WanPipeline": "/v1/videos"}
+    path = doors.get(schema.pipeline_name, "/v1/images/edits")
+    sent: dict[str, Any] = {"json": {"prompt": PROMPT}}
+    if schema is EDIT_SCHEMA:
+        sent = {"data": {"prompt": PROMPT}, "files": {"image": ("a", picture(), "image/png")}}
+    with running(tmp_path, schema) as server, server.http() as http:
+        for headers in ({}, {"prefer": "respond-async"}):
+            server.engine.cost_seconds = 1e6
+            answer = http.post(path, headers=headers, **sent)
+            assert answer.status_code == 400 and "a step would take about" in answer.json()["error"]["message"]
+            server.engine.cost_seconds = 0.0
+            assert http.post(path, headers=headers, **sent).status_code in (200, 202)
 
 
 def test_a_step_that_cannot_fit_is_refused():

@@ -58,6 +58,71 @@ def test_a_state_directory_that_is_somebodys_is_refused(tmp_path, names):
     assert sorted(tmp_path.rglob("*")) == before, "nothing is made in it either"
 
 
+def not_our_mark(folder: Path, what: str) -> None:
+    """Put something of the mark's name beside somebody's file, as a home directory may have."""
+    (folder / "mine").write_text("mine")
+    mark = folder / MARKER
+    if what == "folder":
+        mark.mkdir()
+    elif what == "link":
+        mark.symlink_to(folder / "nowhere")
+    elif what == "link to a mark":
+        (folder / "other").write_bytes(directories.MARKED)
+        mark.symlink_to(folder / "other")
+    else:
+        mark.write_text(what)
+
+
+@pytest.mark.parametrize("what", ["folder", "link", "link to a mark", "", "A directory", "another program's"])
+@pytest.mark.parametrize("place", ["state", "outputs", "outputs that are a link"])
+def test_a_name_is_no_mark(tmp_path, place, what):
+    state, home = tmp_path / "state", tmp_path / "home"
+    open_both(state)
+    if place == "state":
+        shutil.rmtree(state)
+        state.mkdir()
+        not_our_mark(state, what)
+    else:
+        shutil.rmtree(state / "outputs")
+        where = home if place == "outputs that are a link" else state / "outputs"
+        where.mkdir()
+        not_our_mark(where, what)
+        if where == home:
+            (state / "outputs").symlink_to(home)
+    before = tree(tmp_path)
+    with pytest.raises(StateDirectoryError, match="neither empty nor Safelight's"):
+        open_both(state)
+    assert tree(tmp_path) == before
+
+
+def test_a_mark_is_made_at_once_and_of_every_version(tmp_path, monkeypatch):
+    def cut_short(path, data):
+        path.write_bytes(data[:20])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directories, "write_private", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            directories.mark(tmp_path)
+    assert not directories.is_marked(tmp_path) and not (tmp_path / MARKER).exists()
+    asyncio.run(Outputs(tmp_path).close())
+    (tmp_path / MARKER).write_bytes(directories.MARKED.replace(b"Version 1", b"Version 2"))
+    (tmp_path / "mine").write_text("mine")
+    asyncio.run(Outputs(tmp_path).close())
+    assert b"Version 2" in (tmp_path / MARKER).read_bytes()
+
+
+def test_outputs_of_another_server_are_held(tmp_path):
+    """By a link the same folder is two servers'; the second would remove what the first one writes."""
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "outputs").symlink_to(tmp_path / "outputs")
+    first = Outputs(tmp_path / "outputs")
+    with pytest.raises(StateDirectoryError, match=r"outputs directory .* is held by another server"):
+        Outputs(tmp_path / "second" / "outputs")
+    asyncio.run(first.close())
+    asyncio.run(Outputs(tmp_path / "second" / "outputs").close())
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "image_1.0.png", ".tmp-1", ".safelight-ab", "x/.tmp-0123456789abcdef"])
 def test_outputs_that_are_somebodys_are_refused(tmp_path, name):
     open_both(tmp_path)
@@ -222,6 +287,26 @@ def test_what_an_interrupted_removal_left_is_removed_by_the_next_start(tmp_path)
 
     serving(tmp_path, use)
     serving(tmp_path, look)
+
+
+def test_an_input_whose_job_never_came_is_removed_by_the_next_start(tmp_path, monkeypatch):
+    """The server dies between the two: nobody knows then whether the job is there."""
+
+    async def fails(job):
+        raise RuntimeError("died")
+
+    async def use(server):
+        with monkeypatch.context() as patch:
+            patch.setattr(server.store, "add", fails)
+            with pytest.raises(RuntimeError):
+                await server.submit(images={"image": [picture()]})
+        assert len(server.files()) == 1
+
+    async def look(server):
+        assert server.files() == set()
+
+    for each in (use, look):
+        serving(tmp_path, each, StubEngine(EDIT_SCHEMA))
 
 
 def test_removed_jobs_are_forgotten_once_their_files_are_gone(tmp_path):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import safelight
 from safelight.errors import InvalidParameterError, UnknownParameterError, shown, without_objects
 from safelight.file_kinds import kind_of
-from safelight.serving.errors import MalformedRequestError, error_body
+from safelight.serving.context import Context, Settings
+from safelight.serving.errors import MalformedRequestError, ModelNameError, error_body
 from tests.serving.hostile_words import WORDS, word
 
 FREE_SECONDS = 0.1
@@ -81,6 +86,26 @@ def test_no_more_of_a_value_is_read_than_is_shown():
         assert len(shown(value)) <= 80
         assert len(str(InvalidParameterError("seed", value, "a number"))) < 200
     assert time.process_time() - began < 1
+
+
+def test_no_comparison_of_strings_sees_all_of_a_name(monkeypatch):
+    """Its time and its tables grow with every character: 32 MB took a gigabyte."""
+    compared = []
+
+    def close_matches(word, possibilities, **more):
+        compared.append(len(word))
+        return []
+
+    served = SimpleNamespace(settings=Settings(("org/tiny", "tiny")))
+    monkeypatch.setattr(difflib, "get_close_matches", close_matches)
+    for kind in WORDS:
+        text = word(kind, 10_000)
+        assert len(UnknownParameterError(text, ["prompt"]).param or "") <= 100
+        with pytest.raises(ModelNameError):
+            Context.check_model(served, text)  # type: ignore[arg-type]  # it asks for names alone
+    assert len(compared) == 2 * len(WORDS) and max(compared) <= 100
+    users = [path for path in (Path(safelight.__file__).parent).rglob("*.py") if "difflib" in path.read_text()]
+    assert [path.name for path in users] == ["errors.py"], "whoever compares strings bounds them as it does"
 
 
 def test_objects_are_not_shown():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 
+import httpx
 import pytest
 
 from safelight.errors import InvalidParameterError
@@ -156,6 +157,33 @@ def test_a_page_of_another_site_starts_nothing(tmp_path, start):
         assert server.engine.submitted == []
         for site in ("same-origin", "same-site", "none"):
             assert http.get("/livez", headers={"sec-fetch-site": site}).status_code == 200
+
+
+TWICE = [
+    ("origin", "http://localhost", "https://evil.example"),
+    ("sec-fetch-site", "none", "cross-site"),
+    ("content-type", "application/json", "text/plain"),
+]
+
+
+@pytest.mark.parametrize(("name", "first", "second"), TWICE)
+def test_what_lets_a_request_in_is_said_once(server, locked, name, first, second):
+    """Whichever of the two counts, somebody else could believe the other."""
+    for each, values in itertools.product((server, locked), ((first, second), (second, first))):
+        more = "".join(f"{name}: {value}\r\n" for value in values)
+        assert asked(each, "localhost", more=more)[2]["error"]["code"] == "malformed_request"
+    joined = asked(server, "localhost", more=f"{name}: {first}, {second}\r\n")
+    assert joined[0] == {"origin": 400, "sec-fetch-site": 403, "content-type": 200}[name]
+
+
+def test_a_preflight_is_for_our_names_too(server, locked):
+    """A rebound page is told nothing of what it may; where there is a key, names do not matter."""
+    with server.http() as http, httpx.Client(base_url=locked.url) as anybody:
+        headers = {"host": "evil.example", "origin": "http://evil.example", "access-control-request-method": "POST"}
+        assert assert_error(http.options("/v1/videos", headers=headers), 403)["code"] == "foreign_host"
+        assert anybody.options("/v1/videos", headers=headers).status_code == 204
+        ours = {**headers, "host": "told.example", "origin": "http://told.example"}
+        assert http.options("/v1/videos", headers=ours).status_code == 204
 
 
 def test_pages_that_the_setting_names_are_let_in(tmp_path):

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
-from safelight.errors import StorageBusyError
+from safelight.errors import StateDirectoryError, StorageBusyError
 from safelight.serving.job_runs import JobLimits
 from safelight.serving.patience import GRACE_SECONDS, Expiry
+from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.job_server import Server
 from tests.serving.stub_engine import StubEngine
@@ -57,6 +58,31 @@ def test_work_that_ends_while_the_database_is_held_is_kept(tmp_path, until):
     asyncio.run(use())
 
 
+def test_a_database_that_is_held_for_a_moment_refuses_nobody(tmp_path):
+    """For longer than SQLite waits by itself, and shorter than whoever sends a job has patience."""
+
+    async def use():
+        server = Server(tmp_path, StubEngine())
+        await server.jobs.start()
+        try:
+            with held(tmp_path):
+                sending = asyncio.create_task(server.submit())
+                await asyncio.sleep(1.2)
+                assert not sending.done()
+            assert (await server.end(await sending)).state == "completed"
+        finally:
+            await server.jobs.close(1.0)
+
+    asyncio.run(use())
+
+
+def test_a_database_that_is_held_keeps_a_server_from_starting_and_says_so(tmp_path):
+    asyncio.run(SqliteJobStore(tmp_path).close())
+    with held(tmp_path), pytest.raises(StateDirectoryError, match="another program holds the jobs' database"):
+        SqliteJobStore(tmp_path)
+    asyncio.run(SqliteJobStore(tmp_path).close())
+
+
 def test_whoever_waits_for_an_answer_is_told(tmp_path):
     limits = JobLimits(busy_seconds=0.6, retry_seconds=0.05)
     with running(tmp_path, job_limits=limits) as server, server.http() as http:
@@ -76,6 +102,7 @@ def test_whoever_waits_for_an_answer_is_told(tmp_path):
 
 def test_records_of_cancelled_jobs_are_bounded(tmp_path):
     """Ten times as many as there is room for; what completed stays, and without any quota."""
+    assert JobLimits().max_record_bytes <= 64 << 20
 
     async def use():
         server = Server(tmp_path, StubEngine(), max_record_bytes=200_000)
@@ -99,7 +126,9 @@ def test_records_count_in_the_quota(tmp_path):
         await server.jobs.start()
         for _ in range(30):
             await server.jobs.cancel((await server.submit("x" * 8000 + "[hold]")).id)
-            assert (await server.store.usage()).num_bytes <= 100_000 + 10_000
+            usage = await server.store.usage()
+            assert usage.num_bytes_records <= 100_000 + 10_000
+        assert 8 <= len((await server.store.page(limit=100)).jobs) <= 12
         await server.jobs.close(1.0)
 
     asyncio.run(use())

@@ -21,6 +21,7 @@ from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, OutputError
 from safelight.loading.repository import Repository, open_repository
 from safelight.preparation import prepare
+from safelight.runtime.logs import printable
 
 if TYPE_CHECKING:
     from safelight.client import RemoteEngine
@@ -157,7 +158,7 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     for made in result.save(path, overwrite):
         click.echo(os.fsencode(made))
     for warning in result.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"warning: {printable(warning)}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     seeds, seconds = ", ".join(map(str, result.seeds)), time.perf_counter() - begun
     console.print(f"seed {seeds}, {event.num_inference_steps} steps, {seconds:.1f} s", style="dim", highlight=False)
 

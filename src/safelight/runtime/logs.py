@@ -12,7 +12,10 @@ PER_CAUSE, SECONDS = 20, 60.0
 """Records of one cause within so many seconds; what is more is counted, and told with the next one."""
 MAX_CAUSES = 1000
 
-Cause = tuple[str, int, str, str]
+LIBRARIES = ("accelerate", "diffusers", "huggingface_hub", "transformers")
+"""Which have handlers of their own, and log words of files and of clients, as of a prompt that is cut."""
+
+Cause = tuple[str, int, str, int, str]
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -34,7 +37,10 @@ class Formatter(logging.Formatter):
 
 
 class PerCause(logging.Filter):
-    """Lets some records of each cause pass within a time: of one logger, level, form of message, and error."""
+    """Lets some records of each cause pass within a time: of one logger, level, line of code, and kind of error.
+
+    Of the line and not of its message: into that some libraries write what a client said.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +51,7 @@ class PerCause(logging.Filter):
         if record.levelno < logging.WARNING:
             return True
         error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
-        cause = (record.name, record.levelno, str(record.msg)[:200], error)
+        cause = (record.name, record.levelno, record.pathname, record.lineno, error)
         now = time.monotonic()
         if cause not in self._seen and len(self._seen) >= MAX_CAUSES:
             self._seen.clear()
@@ -64,3 +70,13 @@ def configure(level: int, form: str) -> None:
     handler.setFormatter(Formatter(form))
     handler.addFilter(PerCause())
     logging.basicConfig(level=level, handlers=[handler])
+
+
+def adopt_libraries() -> None:
+    """Let what libraries say go where this process's log goes, once they are imported; for a process of ours."""
+    logging.captureWarnings(True)
+    for name in LIBRARIES:
+        library = logging.getLogger(name)
+        for handler in list(library.handlers):
+            library.removeHandler(handler)
+        library.propagate = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -111,6 +112,23 @@ def make_folder() -> Path:
         raise PortError(
             f"TMPDIR: no folder for sockets can be made ({reason}); name one that can be written"
         ) from error
+
+
+def require_private(folder: Path) -> None:
+    """Refuse a folder of sockets in whose place something else has come since it was made, which others may look into.
+
+    Who cleans temporary files may remove it, and whoever is first makes another one of its name.
+
+    Raises:
+        OSError: if it is not there, is a link, or is not for this user alone.
+
+    """
+    found = folder.lstat()
+    if (stat.S_IFMT(found.st_mode), stat.S_IMODE(found.st_mode)) != (
+        stat.S_IFDIR,
+        0o700,
+    ) or found.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "another took the place of the folder that was made")
 
 
 def remove_folder(folder: Path) -> None:

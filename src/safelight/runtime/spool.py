@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safelight.errors import StorageFullError
+from safelight.runtime.sockets import require_private
 
 SPOOLED_BYTES = 8 << 20
 """From which on an array goes through a file: a video; whoever encodes it never holds it whole."""
@@ -30,11 +32,13 @@ def spool(array: memoryview, folder: Path) -> bytes:
     """
     path = folder / f"{secrets.token_hex(8)}.frames"
     try:
+        require_private(folder)
         with path.open("xb", buffering=0) as file:
             while array:
                 array = array[file.write(array) :]
     except OSError as error:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
         raise StorageFullError("there is no room for the video on its way to be encoded") from error
     return path.name.encode()
 
@@ -44,11 +48,12 @@ def spooled(name: bytes, folder: Path) -> SpooledFrames:
 
     Raises:
         ValueError: for any other name.
-        OSError: if there is no such file, or it is a link.
+        OSError: if there is no such file, it is a link, or others may look into the folder.
 
     """
     if _NAME.fullmatch(name) is None:
         raise ValueError("not the name of a file of frames")
+    require_private(folder)
     return SpooledFrames(folder / name.decode())
 
 

@@ -19,6 +19,7 @@ from safelight.errors import (
     CancelledError,
     ModelError,
     NotReadyError,
+    PortError,
     QueueFullError,
     SafelightError,
     UsageError,
@@ -52,7 +53,7 @@ from safelight.runtime.messages import (
     ToWorker,
     schema_from_wire,
 )
-from safelight.runtime.sockets import LIBRARY, make_folder, remove_folder
+from safelight.runtime.sockets import LIBRARY, make_folder, remove_folder, require_private
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ class Supervisor(EngineClient):
     async def _run_worker(self) -> None:
         """Run one worker, to its death."""
         try:
+            self._check_folder()
             worker = await start_worker(self._folder, self._stats.num_restarts, self.settings)
         except SafelightError as error:
             logger.error("%s", error)
@@ -236,6 +238,12 @@ class Supervisor(EngineClient):
         logger.error("the worker %s with %s in work", reason, ", ".join(sorted(culprits)) or "no request")
         self._lose(culprits, WorkerStartError(f"the worker {reason} before the model was loaded; the log says more"))
         worker.board.remove()
+
+    def _check_folder(self) -> None:
+        try:
+            require_private(self._folder)
+        except OSError as error:
+            raise PortError(f"TMPDIR: {str(self._folder)!r} cannot be used: {error.strerror}") from error
 
     async def _serve(self, worker: WorkerGroup) -> str:
         """Exchange messages until the worker dies, hangs or gives up; return which, and how."""

@@ -10,6 +10,7 @@ import mmap
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,9 +99,10 @@ class UnitBoard:
         return None
 
     def remove(self) -> None:
-        """Let go of the file, and delete it."""
+        """Let go of the file, and delete it, if it is there."""
         self._map.close()
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._path.unlink()
 
 
 class Watch:

@@ -33,6 +33,7 @@ from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.preparation import warm_up_params
 from safelight.runtime.background import BackgroundCompiler
 from safelight.runtime.engine import Engine
+from safelight.runtime.logs import adopt_libraries
 from safelight.runtime.messages import Heartbeat, Loaded, LoadFailed, Start, schema_to_wire
 from safelight.runtime.policy import Policy
 from safelight.runtime.ranks import Ranks
@@ -102,6 +103,7 @@ class GPUWorker:
         self.board.write(Unit("load", (), time.monotonic(), start.limits.first))
         begun = time.perf_counter()
         engine = build_engine(start, self.channel.path.parent, self.board if start.rank == 0 else None)
+        adopt_libraries()
         load_seconds = time.perf_counter() - begun
         begun = time.perf_counter()
         is_warm = start.warm_up and warm_up(engine)
@@ -226,6 +228,7 @@ def compile_in_background(engine: Engine, limit: float) -> None:
 def follow(start: Start) -> int:
     """Be a rank beside the first, where `torchrun` starts all; return when the first one stops."""
     engine = build_engine(start, Path(), None)
+    adopt_libraries()
     if start.warm_up:
         warm_up(engine)
     Follower(engine).run()

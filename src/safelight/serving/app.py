@@ -47,7 +47,11 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
             await jobs.close(settings.drain_seconds)
             context.close()
 
-    context, origins = Context(engine, jobs, settings), Origins(settings.allowed_origins)
+    context, origins, hosts = (
+        Context(engine, jobs, settings),
+        Origins(settings.allowed_origins),
+        Hosts(settings.allowed_hosts),
+    )
     app = FastAPI(
         title="Safelight",
         lifespan=lifespan,
@@ -57,12 +61,12 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
         redirect_slashes=False,
         middleware=[
             Middleware(Envelope, origins=origins),
-            Middleware(Preflight, origins=origins),
+            Middleware(Preflight, origins=origins, hosts=hosts if settings.api_key is None else None),
             Middleware(
                 KeyCheck,
                 key=settings.api_key,
                 origins=origins,
-                hosts=Hosts(settings.allowed_hosts),
+                hosts=hosts,
                 addresses=context.addresses,
             ),
         ],

@@ -61,8 +61,7 @@ class KeyCheck:
     def _foreign(self, headers: Headers) -> SafelightError | None:
         """Return why a browser's request is not let in without a key."""
         if self._hosts.is_foreign(headers):
-            message = "without a key, the server answers to localhost alone, and to names in the setting allowed_hosts"
-            return ForeignHostError(message)
+            return ForeignHostError()
         message = "without a key, web pages of another origin are answered if the setting allowed_origins names it"
         return ForeignOriginError(message) if self._origins.is_foreign(headers) else None
 

@@ -6,8 +6,11 @@ is marked by a file; what an older version made is known by the names in it. Not
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
+import secrets
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,6 +20,8 @@ from safelight.errors import StateDirectoryError, shown
 
 MARKER = ".safelight"
 MARKED = b"A directory of a Safelight server, which keeps files here and removes its own. Version 1.\n"
+_MARKS = MARKED.partition(b",")[0]
+"""With which every version's mark begins; another file, or a folder, of that name is somebody's."""
 TEMPORARY = ".tmp-"
 """What begins so, or with a dot at all, is nobody's file."""
 PRIVATE = 0o600
@@ -69,17 +74,60 @@ def check_ours(what: str, directory: Path, is_older: Callable[[frozenset[str]], 
         names = frozenset(path.name for path in directory.iterdir()) - _OF_THE_DISK
     except OSError as error:
         raise StateDirectoryError(f"{what} {str(directory)!r} cannot be used: {error.strerror}") from error
-    if names and MARKER not in names and not is_older(names):
+    if names and not is_marked(directory) and not is_older(names):
         problem = f"it is neither empty nor Safelight's, it holds {listed(names)}; name another folder"
         raise StateDirectoryError(f"{what} {str(directory)!r} cannot be used: {problem}")
 
 
-def mark(directory: Path) -> None:
-    """Mark a directory as ours, durably; `OSError` says why that is not possible."""
+def is_marked(directory: Path) -> bool:
+    """Say whether a directory has our mark: a file of ours, whatever else of its name others have."""
     path = directory / MARKER
-    with suppress(FileExistsError):
-        write_private(path, MARKED)
-        sync(directory)
+    with suppress(FileNotFoundError):
+        if stat.S_ISREG(path.lstat().st_mode):
+            with path.open("rb") as file:
+                return file.read(len(_MARKS)) == _MARKS
+    return False
+
+
+def mark(directory: Path) -> None:
+    """Mark a directory as ours, durably and at once; `OSError` says why that is not possible."""
+    if is_marked(directory):
+        return
+    path, temporary = directory / MARKER, temporary_path(directory)
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, f"{MARKER} is another program's")
+    write_private(temporary, MARKED)
+    temporary.replace(path)
+    sync(directory)
+
+
+def temporary_path(directory: Path, ending: str = "") -> Path:
+    """Return a name in a directory that nobody has, for a file that is not finished."""
+    return directory / f"{TEMPORARY}{secrets.token_hex(8)}{ending}"
+
+
+def hold(what: str, directory: Path, name: str) -> int:
+    """Take a directory for this process, for as long as the returned descriptor is open.
+
+    Args:
+        what: the directory is, for the message.
+        directory: that is taken.
+        name: of the file in it that is locked, and made where there is none.
+
+    Raises:
+        StateDirectoryError: if another server holds it, or it cannot be opened.
+
+    """
+    try:
+        descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
+    except OSError as error:
+        raise StateDirectoryError(f"{what} {str(directory)!r} cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StateDirectoryError(f"{what} {str(directory)!r} is held by another server; give each its own") from error
+    return descriptor
 
 
 def write_private(path: Path, data: bytes) -> None:

@@ -11,6 +11,8 @@ from safelight.serving.errors import MalformedRequestError
 
 _LONGEST = 255
 """Characters of a host's name (RFC 1035), which are looked at."""
+_ONCE = ("content-type", "origin", "sec-fetch-site")
+"""Headers by which a request is let in, of which nobody could say which one counts; of others the protocol says it."""
 _NOT_IN_NAMES = frozenset(' */\\?#@<>"%,;^`{|}')
 
 
@@ -69,7 +71,10 @@ def is_loopback(name: str) -> bool:
 
 
 def malformed(headers: Headers) -> MalformedRequestError | None:
-    """Return the error for a `Host` or an `Origin` that is none (RFC 9112, 3.2; RFC 6454, 7)."""
+    """Return the error for a `Host` or an `Origin` that is none (RFC 9112, 3.2; RFC 6454, 7), or for a second one."""
+    for name in _ONCE:
+        if len(headers.getlist(name)) > 1:
+            return MalformedRequestError(f"{name}: it is taken once")
     host, origin = headers.get("host", ""), headers.get("origin", "null")
     if host != "" and host_name(host) is None:
         return MalformedRequestError("host: it takes the name of a host, and perhaps a port")

@@ -8,6 +8,7 @@ import json
 import struct
 import sys
 import termios
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -63,7 +64,7 @@ class Connection(h11.Connection):
             if b"content-length" in names and b"transfer-encoding" in names:
                 self.refusal = MalformedRequestError("the body has a Content-Length and a Transfer-Encoding")
                 raise h11.RemoteProtocolError("two lengths")
-        elif isinstance(event, h11.EndOfMessage) and len(event.headers) > self._max_headers:
+        elif isinstance(event, h11.EndOfMessage) and self._are_too_many(event.headers):
             self._refuse_headers()
             raise h11.RemoteProtocolError("too many trailers")
         elif isinstance(event, h11.Data):
@@ -81,6 +82,10 @@ class Connection(h11.Connection):
         if end > self._max_header_bytes or data.count(b"\n", 0, end) > self._max_headers:
             self._refuse_headers()
             raise h11.RemoteProtocolError("headers too large")
+
+    def _are_too_many(self, trailers: Iterable[tuple[bytes, bytes]]) -> bool:
+        sizes = [len(name) + len(value) for name, value in trailers]
+        return len(sizes) > self._max_headers or sum(sizes) > self._max_header_bytes
 
     def _refuse_headers(self) -> None:
         takes = f"at most {self._max_headers} headers of {self._max_header_bytes} bytes in all are taken"

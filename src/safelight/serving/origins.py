@@ -8,7 +8,8 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from safelight.serving.errors import ForeignOriginError, error_response
+from safelight.serving.errors import ForeignHostError, ForeignOriginError, error_response
+from safelight.serving.hosts import Hosts
 
 ANY = "*"
 _CROSS_SITE = "cross-site"
@@ -43,7 +44,8 @@ class Origins:
         origin = headers.get("origin")
         if ANY in self.allowed or (origin is not None and self._allows(origin)):
             return False
-        is_cross_site = headers.get("sec-fetch-site", "").strip().lower() == _CROSS_SITE
+        sites = headers.get("sec-fetch-site", "").lower().split(",")  # of several, a proxy makes one so
+        is_cross_site = _CROSS_SITE in (site.strip() for site in sites)
         return is_cross_site or (origin is not None and not _is_own(origin, headers))
 
     def answer_headers(self, headers: Headers) -> dict[str, str]:
@@ -65,11 +67,12 @@ class Preflight:
     Args:
         app: what is behind it.
         origins: whose pages may.
+        hosts: the names that the server answers to; None where a key is asked for, and it answers to all.
 
     """
 
-    def __init__(self, app: ASGIApp, origins: Origins) -> None:
-        self._app, self._origins = app, origins
+    def __init__(self, app: ASGIApp, origins: Origins, hosts: Hosts | None) -> None:
+        self._app, self._origins, self._hosts = app, origins, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a preflight, or pass the request on."""
@@ -79,6 +82,8 @@ class Preflight:
         headers = Headers(scope=scope)
         if "origin" not in headers or "access-control-request-method" not in headers:
             await self._app(scope, receive, send)
+        elif self._hosts is not None and self._hosts.is_foreign(headers):
+            await error_response(ForeignHostError())(scope, receive, send)
         elif self._origins.is_foreign(headers):
             error = ForeignOriginError(
                 "pages of this origin may not use the server; its setting allowed_origins names who may"

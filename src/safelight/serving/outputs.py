@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import math
-import secrets
+import os
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -167,7 +167,8 @@ class Outputs:
         """Open the directory, or make it.
 
         Raises:
-            StateDirectoryError: if it cannot be written, is full, or is neither empty nor ours.
+            StateDirectoryError: if it cannot be written, is full, is neither empty nor ours, or is held by another
+                server, as where it is a link to that one's.
 
         """
         self.directory = directory
@@ -178,6 +179,7 @@ class Outputs:
         except OSError as error:
             message = f"outputs directory {str(directory)!r} cannot be used: {error.strerror}"
             raise StateDirectoryError(message) from error
+        self._lock = directories.hold("outputs directory", directory, directories.MARKER)
         self._one_video = threading.Lock()
         """An encoder of videos holds tens of megabytes, and uses every core by itself."""
         self._threads = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="safelight-media")
@@ -266,6 +268,7 @@ class Outputs:
     async def close(self) -> None:
         """Wait for what is being encoded and written at this moment, and end the threads."""
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        os.close(self._lock)
 
     def _clean(self, known: frozenset[str], over: frozenset[str]) -> None:
         kept = []
@@ -339,7 +342,7 @@ class Outputs:
             raise
 
     def _temporary(self, ending: str = "") -> Path:
-        return self.directory / f"{directories.TEMPORARY}{secrets.token_hex(8)}{ending}"
+        return directories.temporary_path(self.directory, ending)
 
     def _write(self, data: bytes) -> Path:
         """Write and sync a temporary file; if that fails, it does not stay."""

@@ -28,8 +28,14 @@ _MAX_ESCAPES = 1_000_000
 """Of `%XX` in one data URL: a million are a file of a few megabytes, and take 100 MB on their way."""
 _MAX_CHUNKS = 16_384
 """Of a PNG: encoders cut 16 MiB into 2,048 pieces of 8 KiB."""
+_MAX_SEGMENTS = 2048
+"""Of a JPEG before its first scan: 16 MiB of profiles and metadata are 256."""
+_MAX_SKIPPED = 2048
+"""Bytes between these, which a JPEG may have to fill them up, and which Pillow reads one by one."""
 _MAX_SCANS = 100
 """Of a JPEG: a progressive one has about ten, and each is a pass over all pixels."""
+_SCAN, _ALONE = 0xDA, frozenset({0x01, *range(0xD0, 0xDA)})
+"""Markers of a JPEG: of a scan, and those that no length follows."""
 _TAKES = "a PNG, JPEG or WebP file of one picture"
 _TAKES_BYTES = "the picture itself: a file in a form (image, or image[] for each of several), or a data URL"
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -172,7 +178,19 @@ def _png_size(data: bytes) -> Size:
 
 
 def _jpeg_size(data: bytes) -> None:
-    """Bound the passes; the size is Pillow's to read, which decodes nothing until it is asked to."""
+    """Bound the head and the passes; the size is Pillow's to read, which decodes nothing until it is asked to."""
+    at, skipped, marker = 2, 0, 0
+    for _ in range(_MAX_SEGMENTS):
+        while data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] in (b"\0", b"\xff"):
+            at, skipped = at + 1, skipped + 1
+            if skipped > _MAX_SKIPPED:
+                raise ValueError("too much between its segments")
+        (marker,) = struct.unpack_from("B", data, at + 1)
+        if marker == _SCAN:
+            break
+        at += 2 if marker in _ALONE else 2 + max(2, *struct.unpack_from(">H", data, at + 2))
+    if marker != _SCAN:
+        raise ValueError("too many segments")
     if data.count(b"\xff\xda") > _MAX_SCANS:
         raise ValueError("too many scans")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -108,7 +107,7 @@ class SqliteJobStore(JobStore):
         """
         self._directory = directory
         directories.check_ours("state directory", directory, _is_older)
-        self._lock = _lock(directory)
+        self._lock = directories.hold("state directory", directory, _LOCK)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="safelight-jobs")
         try:
             self._connection = self._thread.submit(_connect, directory / _DATABASE).result()
@@ -312,21 +311,6 @@ class _Files(msgspec.Struct):
         for output in self.outputs:
             yield output.name
             yield from (extra.name for extra in output.extras.values())
-
-
-def _lock(directory: Path) -> int:
-    """Take the state directory for this process, for as long as the returned descriptor is open."""
-    try:
-        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StateDirectoryError(f"state directory {str(directory)!r} cannot be used: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        message = f"state directory {str(directory)!r} is held by another server; give each its own"
-        raise StateDirectoryError(message) from error
-    return descriptor
 
 
 def _is_older(names: frozenset[str]) -> bool:
