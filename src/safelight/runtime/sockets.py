@@ -124,10 +124,7 @@ def require_private(folder: Path) -> None:
 
     """
     found = folder.lstat()
-    if (stat.S_IFMT(found.st_mode), stat.S_IMODE(found.st_mode)) != (
-        stat.S_IFDIR,
-        0o700,
-    ) or found.st_uid != os.getuid():
+    if found.st_mode != stat.S_IFDIR | 0o700 or found.st_uid != os.getuid():
         raise PermissionError(errno.EPERM, "another took the place of the folder that was made")
 
 
