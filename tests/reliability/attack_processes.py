@@ -1,4 +1,4 @@
-"""The processes beside a server under attack: `python -m tests.reliability.attack_processes KIND PORT [SECONDS NAME]`.
+"""The processes beside a server under attack: `python -m tests.reliability.attack_processes KIND PORT ...`.
 
 `attack` sends; `ask` asks `/livez`; `visit` is another client. Each says that it is ready, begins when it is told a
 line, and prints what it found as JSON: `ask` and `visit` when they are told another.
@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from tests.reliability.attack import Attack
 from tests.reliability.attacker import STATUS, Attacker, main_of, post, request
@@ -48,16 +49,29 @@ def connected(port: int, source: str = "") -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), GIVEN_UP, (source, 0))
 
 
-def ask(port: int) -> None:
-    """Ask `/livez` on one connection, at a normal priority; print how long each took, and how late this process was."""
-    question, took, late, failed = request("GET", "/livez"), list[float](), list[float](), 0
+def waited_in(schedule: Path) -> float:
+    """Return for how many seconds a thread could have run, and waited for a processor, in its life."""
+    try:
+        return int(schedule.read_text().split()[1]) / 1e9
+    except (OSError, IndexError):  # it is gone
+        return 0.0
+
+
+def ask(port: int, pid: int) -> None:
+    """Ask `/livez` on one connection, at a normal priority; print how long each took.
+
+    And how late this process was, and for how long of each the kernel gave the processor to others than the event loop
+    of the server, whose process is `pid`.
+    """
+    question, took, late, others, failed = request("GET", "/livez"), list[float](), list[float](), list[float](), 0
+    schedule = Path(f"/proc/{pid}/task/{pid}/schedstat")
     sock = connected(port)
     begin()
     gc.disable()
     while not is_told():
         planned = time.monotonic() + BETWEEN
         time.sleep(BETWEEN)
-        began = time.monotonic()
+        waited, began = waited_in(schedule), time.monotonic()
         late.append(began - planned)
         try:
             sock.sendall(question)
@@ -72,7 +86,8 @@ def ask(port: int) -> None:
             with contextlib.suppress(OSError):
                 sock = connected(port)
         took.append(time.monotonic() - began)
-    print(json.dumps({"took": took, "late": late, "failed": failed}), flush=True)
+        others.append(waited_in(schedule) - waited)
+    print(json.dumps({"took": took, "others": others, "late": late, "failed": failed}), flush=True)
 
 
 def visit(port: int) -> None:
@@ -98,7 +113,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         main_of(Attacker(port, float(sys.argv[3])), ATTACKS[sys.argv[4]].prepare)
     else:
-        {"ask": ask, "visit": visit}[kind](port)
+        {"ask": ask, "visit": visit}[kind](port, *map(int, sys.argv[3:]))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Row:
         name, says: of the attack.
         median, p99, longest: of `/livez`, for somebody who asks at any time.
         late: of whoever asks, at the 99th percentile: how long the machine kept it from asking.
+        own: the 99th percentile without the time in which the kernel gave the event loop's processor to others.
         asked, unanswered: questions, and those that were not answered.
         api, worker: memory over the rest, at its highest, of the API with all its helpers and of the workers.
         left: memory of the API over the rest, when all was over.
@@ -60,6 +61,7 @@ class Row:
     p99: float = 0.0
     longest: float = 0.0
     late: float = 0.0
+    own: float = 0.0
     asked: int = 0
     unanswered: int = 0
     api: int = 0
@@ -272,7 +274,7 @@ class Range:
         with contextlib.ExitStack() as stack:
             attacking, asking, visiting = (
                 Beside("attack", port, seconds * attack.times, name),
-                Beside("ask", port),
+                Beside("ask", port, self.server.process.pid),
                 Beside("visit", port),
             )
             for each in (attacking, asking, visiting):
@@ -287,6 +289,8 @@ class Range:
                 asked, row.visits = asking.found(60.0), visiting.found(60.0)
         took, late = at_any_time(asked["took"]), sorted(asked["late"])
         row.median, row.p99, row.longest = statistics.median(took), quantile(took, 0.99), took[-1]
+        own = [max(0.0, all - others) for all, others in zip(asked["took"], asked["others"], strict=True)]
+        row.own = quantile(at_any_time(own), 0.99)
         row.late, row.asked, row.unanswered = quantile(late, 0.99), len(late), asked["failed"]
         row.faults = self.epilogue()
         row.left = self.memory.now()[0] - self.memory.rest[0]

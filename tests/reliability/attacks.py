@@ -28,8 +28,8 @@ SECONDS = 6.0
 STEP_SECONDS = 0.005
 BEGIN, END = "<!-- the table of make test-attacks -->\n", "<!-- its end -->\n"
 HEADING = (
-    "| attack | p50 | p99 | longest | API over rest | kept | worker over rest | another client |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---|\n"
+    "| attack | p50 | p99 | its own | longest | API over rest | kept | worker over rest | another client |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---|\n"
 )
 
 
@@ -75,6 +75,7 @@ def line(row: Row) -> str:
         marked(row.says, bool(row.faults)),
         f"{1000 * row.median:.1f}",
         marked(f"{1000 * row.p99:.1f}", row.p99 > MOST_SECONDS),
+        f"{1000 * row.own:.1f}",
         f"{1000 * row.longest:.0f}",
         marked(f"{row.api / 1e6:.0f}", row.api > MOST_BYTES),
         f"{row.left / 1e6:.0f}",
