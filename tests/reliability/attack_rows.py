@@ -267,8 +267,8 @@ class Range:
             warm_up(http)
         self.memory, self.epilogue = Memory(server), Epilogue(server)
 
-    def measure(self, name: str, seconds: float, attack: Attack | None = None) -> Row:
-        """Let it be attacked for so long; return what was measured, and judged."""
+    def measure(self, name: str, seconds: float, attack: Attack | None = None, is_busy: bool = False) -> Row:
+        """Let it be attacked for so long; return what was measured, and judged; `is_busy` says by what (`judged`)."""
         attack = attack or ATTACKS[name]
         row, port = Row(name, attack.says), self.server.port
         with contextlib.ExitStack() as stack:
@@ -294,12 +294,13 @@ class Range:
         row.late, row.asked, row.unanswered = quantile(late, 0.99), len(late), asked["failed"]
         row.faults = self.epilogue()
         row.left = self.memory.now()[0] - self.memory.rest[0]
-        row.faults[:0] = judged(row, attack)
+        row.faults[:0] = judged(row, attack, is_busy)
         return row
 
 
-def judged(row: Row, attack: Attack) -> list[str]:
-    """Return which bounds a row misses."""
+def judged(row: Row, attack: Attack, is_busy: bool = False) -> list[str]:
+    """Return which bounds a row misses. On a machine that is busy with other things, `/livez` is judged by `own`."""
+    p99 = row.own if is_busy else row.p99
     shown = {mark for mark in row.answers if mark.isdigit()}
     never = [
         f"{mark} ({row.answers.get(mark, 0)})"
@@ -307,11 +308,12 @@ def judged(row: Row, attack: Attack) -> list[str]:
         if row.answers.get(mark, 0) < least
     ]
     misses = {
-        f"/livez p99 is {1000 * row.p99:.0f} ms": row.p99 > MOST_SECONDS,
+        f"/livez p99 is {1000 * p99:.0f} ms": p99 > MOST_SECONDS,
         f"{row.unanswered} of {row.asked} questions were not answered": row.unanswered > 0,
         f"the API takes {row.api / 1e6:.0f} MB over its rest": row.api > MOST_BYTES,
         f"the API keeps {row.left / 1e6:.0f} MB": row.left > LEFT_BYTES,
-        f"another client was served {row.served} of {len(row.visits)} times": row.served < len(row.visits),
+        f"another client was served {row.served} of {len(row.visits)} times, else {others}": row.served
+        < len(row.visits),
         f"answers of {', '.join(sorted(shown - attack.answers))}": bool(shown - attack.answers),
         f"it was no attack: too few of {', '.join(never)}, but {row.answers}": bool(never),
     }

@@ -42,15 +42,22 @@ def attacked() -> Iterator[Range]:
             yield Range(server)
 
 
-def rows(names: Sequence[str], seconds: float) -> Iterator[Row]:
-    """Yield a row for each attack, all on one server; after a row that misses something another one is started."""
+def rows(names: Sequence[str], seconds: float, is_busy: bool = False) -> Iterator[Row]:
+    """Yield a row for each attack, all on one server; after a row that misses something another one is started.
+
+    Args:
+        names: of the attacks.
+        seconds: of each.
+        is_busy: whether the machine is, as `judged` has it.
+
+    """
     left = list(names)
     while left:
         row = None
         try:
             with attacked() as here:
                 while left and (row is None or not row.faults):
-                    row = here.measure(left[0], seconds)
+                    row = here.measure(left[0], seconds, is_busy=is_busy)
                     left.pop(0)
                     if not row.faults:
                         yield row
@@ -124,12 +131,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each attack (default: %(default)s)")
     parser.add_argument("--write", type=Path, help="the document whose table is replaced")
     parser.add_argument("--json", type=Path, help="a file for all that was measured")
+    parser.add_argument(
+        "--busy", action="store_true", help="judge /livez without what the kernel gave to others: not for a table"
+    )
     args = parser.parse_args(arguments)
-    if args.write and args.only:
-        parser.error("--write takes the table of all attacks")
+    if args.write and (args.only or args.busy):
+        parser.error("--write takes the table of all attacks, on a machine that is not busy")
     found = []
     print(HEADING, end="", flush=True)
-    for row in rows(args.only or list(ATTACKS), args.seconds):
+    for row in rows(args.only or list(ATTACKS), args.seconds, args.busy):
         found.append(row)
         print(line(row), end="", flush=True)
         for fault in row.faults:
