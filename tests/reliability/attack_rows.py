@@ -302,6 +302,7 @@ def judged(row: Row, attack: Attack, is_busy: bool = False) -> list[str]:
     """Return which bounds a row misses. On a machine that is busy with other things, `/livez` is judged by `own`."""
     p99 = row.own if is_busy else row.p99
     shown = {mark for mark in row.answers if mark.isdigit()}
+    other = ", ".join(sorted({status for status, _ in row.visits} - {"200"}))
     never = [
         f"{mark} ({row.answers.get(mark, 0)})"
         for mark, least in attack.shows.items()
@@ -312,7 +313,7 @@ def judged(row: Row, attack: Attack, is_busy: bool = False) -> list[str]:
         f"{row.unanswered} of {row.asked} questions were not answered": row.unanswered > 0,
         f"the API takes {row.api / 1e6:.0f} MB over its rest": row.api > MOST_BYTES,
         f"the API keeps {row.left / 1e6:.0f} MB": row.left > LEFT_BYTES,
-        f"another client was served {row.served} of {len(row.visits)} times, else {others}": row.served
+        f"another client was served {row.served} of {len(row.visits)} times, else {other}": row.served
         < len(row.visits),
         f"answers of {', '.join(sorted(shown - attack.answers))}": bool(shown - attack.answers),
         f"it was no attack: too few of {', '.join(never)}, but {row.answers}": bool(never),
