@@ -139,6 +139,7 @@ class Policy:
         self.tail_seconds: Durations[int] = Durations()
         self.owed: Task | None = None
         self._longest, self._oldest = Role(window), Role(window)
+        self._seen = -math.inf
 
     def order(self, tasks: Sequence[Task], is_resident: Mapping[Task, bool], now: float) -> list[Task]:
         """Return the tasks, the one to resume first at the head.
@@ -163,10 +164,15 @@ class Policy:
         return sorted(tasks, key=rank)
 
     def record(self, tasks: Sequence[Task], now: float, seconds: float) -> None:
-        """Remember a unit that tasks of the last order have just done, alone or together."""
+        """Remember a unit that tasks of the last order have just done, alone or together.
+
+        What has passed since the unit before counts for a role whose task was there: time in which neither it nor any
+        other had the device, on a host that is busy for example, is not owed to it again.
+        """
         for role in (self._longest, self._oldest):
-            if role.task in tasks:
-                role.record(now, seconds)
+            if role.task is not None and role.task in tasks:
+                role.record(now, max(seconds, now - max(self._seen, role.task.arrival)))
+        self._seen = now
 
     def _find_owed(self, now: float) -> Task | None:
         """Return a role's task if, with one unit more, the role would still have had less than its share."""
