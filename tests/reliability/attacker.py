@@ -25,10 +25,9 @@ NAP = 0.02
 
 def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
     """Return a request; `_` in the name of a header is `-`."""
-    given = {"host": "localhost", **headers} if "host" not in headers else headers
-    if body:
-        given = {"content-type": "application/json", **given, "content-length": str(len(body))}
-    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in given.items())
+    usual = {"content-type": "application/json", "content-length": str(len(body))} if body else {}
+    given = {"host": "localhost", **usual, **{name.replace("_", "-"): value for name, value in headers.items()}}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in given.items())
     return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
 
