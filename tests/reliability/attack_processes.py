@@ -112,8 +112,10 @@ def main() -> None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         main_of(Attacker(port, float(sys.argv[3])), ATTACKS[sys.argv[4]].prepare)
+    elif kind == "ask":
+        ask(port, int(sys.argv[3]))
     else:
-        {"ask": ask, "visit": visit}[kind](port, *map(int, sys.argv[3:]))
+        visit(port)
 
 
 if __name__ == "__main__":

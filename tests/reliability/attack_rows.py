@@ -221,6 +221,7 @@ class Beside:
 
     def __init__(self, kind: str, *arguments: object) -> None:
         command = [sys.executable, "-m", "tests.reliability.attack_processes", kind, *map(str, arguments)]
+        self._kind = kind
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -230,7 +231,7 @@ class Beside:
     def wait_ready(self) -> None:
         """Wait until it can begin."""
         line = self._within(START_SECONDS, self._out.readline)
-        assert line == "ready\n", f"{self._process.args} did not become ready"
+        assert line == "ready\n", f"what should {self._kind} did not become ready"
 
     def tell(self) -> None:
         """Tell it to begin, or to end."""
@@ -240,7 +241,7 @@ class Beside:
     def found(self, seconds: float) -> Any:
         """Return what it found, when it has ended by itself."""
         said = self._within(seconds, lambda: self._out.read())
-        assert said, f"{self._process.args} found nothing"
+        assert said, f"what should {self._kind} found nothing"
         return json.loads(said)
 
     def _within(self, seconds: float, call: Callable[[], str]) -> str:

@@ -18,12 +18,14 @@ STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 LENGTH = re.compile(rb"(?i)\r\ncontent-length: (\d+)")
 PATIENCE = 20.0
 """Seconds for one answer."""
+LEAVING = 2.0
+"""For answers that are still to come when an attack is over."""
 AT_ONCE = 16
 """Connections of a flood of small requests: what the event loop has before it when somebody asks how it is."""
 NAP = 0.02
 
 
-def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
+def request(method: str, path: str, body: bytes = b"", /, **headers: str) -> bytes:
     """Return a request; `_` in the name of a header is `-`."""
     usual = {"content-type": "application/json", "content-length": str(len(body))} if body else {}
     given = {"host": "localhost", **usual, **{name.replace("_", "-"): value for name, value in headers.items()}}
@@ -44,22 +46,22 @@ class Attacker:
         port: of the server, on this machine.
         seconds: that the attack goes on.
         answers: the statuses that came, and other marks of what happened, counted.
-        afterwards: what is done when it is over.
+        afterwards: requests that are sent when it is over.
 
     """
 
     port: int
     seconds: float
     answers: Counter[str] = field(default_factory=Counter)
-    afterwards: list[Callable[[], None]] = field(default_factory=list)
+    afterwards: list[bytes] = field(default_factory=list)
     _end: float = float("inf")
 
     def run(self, attack: Callable[[], None]) -> None:
         """Attack, from now to the end."""
         self._end = time.monotonic() + self.seconds
         attack()
-        for call in self.afterwards:
-            call()
+        for data in self.afterwards:
+            self.ask(data)
 
     @property
     def goes_on(self) -> bool:
@@ -109,12 +111,12 @@ class Attacker:
             return None
 
     def together(self, number: int, call: Callable[[int], None]) -> None:
-        """Call in so many threads, each with its number, and wait for them."""
+        """Call in so many threads, each with its number, and wait for them; not long for answers after the end."""
         threads = [threading.Thread(target=call, args=(index,), daemon=True) for index in range(number)]
         for each in threads:
             each.start()
         for each in threads:
-            each.join(self.seconds + PATIENCE)
+            each.join(max(0.0, self._end + LEAVING - time.monotonic()))
 
     def again_and_again(self, number: int, *requests: bytes) -> None:
         """Send requests, each on a new connection, by so many at once, until the end."""
@@ -157,8 +159,7 @@ class Attacker:
 
         """
         held: dict[int, socket.socket] = {}
-        with contextlib.ExitStack() as stack:
-            stack.callback(lambda: [sock.close() for sock in held.values()])
+        try:
             while self.goes_on:
                 began = time.monotonic()
                 for index in range(number):
@@ -167,6 +168,9 @@ class Attacker:
                     self._keep(held, index, opening, drip)
                 self.answers["open at once"] = max(self.answers["open at once"], len(held))
                 time.sleep(max(NAP, every - (time.monotonic() - began)))
+        finally:
+            for sock in held.values():
+                sock.close()
 
     def _keep(self, held: dict[int, socket.socket], index: int, opening: Callable[[int], bytes], drip: bytes) -> None:
         """Open a connection, or look after one."""

@@ -216,7 +216,7 @@ def remember(attacker: Attacker, answer: bytes | None) -> None:
     """Cancel a job in the end, if an answer is one."""
     described = json.loads(answer) if answer else {}
     if "id" in described:
-        attacker.afterwards.append(lambda: attacker.ask(request("DELETE", f"/v1/jobs/{described['id']}")) and None)
+        attacker.afterwards.append(request("DELETE", f"/v1/jobs/{described['id']}"))
 
 
 def stalled(attacker: Attacker) -> Prepared:

@@ -205,10 +205,10 @@ def ids_and_keys(attacker: Attacker) -> Prepared:
 def many_headers(attacker: Attacker) -> Prepared:
     """Send as many headers as are taken, and more, and larger ones."""
     requests = [
-        request("GET", "/livez", **{f"a{index}": "b" * 250 for index in range(98)}),
-        request("GET", "/livez", **{f"a{index}": "b" for index in range(5000)}),
+        request("GET", "/livez", b"", **{f"a{index}": "b" * 250 for index in range(98)}),
+        request("GET", "/livez", b"", **{f"a{index}": "b" for index in range(5000)}),
         request("GET", "/livez", a="b" * 200_000),
-        request("GET", "/livez", **{"a" * 30_000: "b"}),
+        request("GET", "/livez", b"", **{"a" * 30_000: "b"}),
         request("GET", "/" + quote("<a" * 10_000)),
     ]
     return lambda: attacker.flood(lambda index: requests[index % len(requests)])
