@@ -269,7 +269,7 @@ SMALL_ATTACKS: Mapping[str, Attack] = {
         half_heads,
         frozenset({"408"}),
         {"408": 40},
-        times=2.0,
+        times=2.5,
     ),
     "resets": Attack(
         "sixteen at once: connections that are reset in a request",
