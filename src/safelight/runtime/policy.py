@@ -15,6 +15,8 @@ from safelight.runtime.durations import Durations
 
 EQUAL_WORK = 1.25
 """Remaining work within this factor counts as equal."""
+EQUAL_TIME = 2.0
+"""The same for the time that is left until deadlines: those of one patience that came one after another are equal."""
 
 
 @dataclass(eq=False)
@@ -157,8 +159,12 @@ class Policy:
 
         def rank(task: Task) -> tuple[object, ...]:
             seconds = remaining[task]
-            amount = round(math.log(seconds, EQUAL_WORK)) if seconds > 0 else -math.inf
-            equal = (task is not self.owed, -task.priority, task.deadline, amount)
+            equal = (
+                task is not self.owed,
+                -task.priority,
+                _magnitude(task.deadline - now, EQUAL_TIME),
+                _magnitude(seconds, EQUAL_WORK),
+            )
             return (*equal, not is_resident[task], seconds, task.arrival)
 
         return sorted(tasks, key=rank)
@@ -202,3 +208,10 @@ class Policy:
             return known
         rates = [seconds / other for other, seconds in self.step_seconds.medians().items()]
         return cost * (median(rates) if rates else 1e-6)
+
+
+def _magnitude(seconds: float, factor: float) -> float:
+    """Return a number that is the same for what is within about that factor."""
+    if seconds == math.inf or seconds <= 0:
+        return math.copysign(math.inf, seconds or -1.0)
+    return round(math.log(seconds, factor))
