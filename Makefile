@@ -19,7 +19,7 @@ DEMO := outputs/demo.png
 PROMPT ?= a large red circle at the left on a white background
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-lowest lock gpu-wheels test-reliability test-parallel fuzz lint types parity features bench clean
+.PHONY: help demo test test-all test-newest test-lowest lock gpu-wheels test-reliability test-attacks test-parallel fuzz lint types parity features bench clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | sort
@@ -74,6 +74,9 @@ gpu-wheels: $(READY)  ## fetch what a machine with a GPU may lack for `python -m
 
 test-reliability: $(READY)  ## the tests of faults: deaths, hangs, kill -9, full disks
 	@$(BIN)/python -m pytest -q --slow tests/reliability tests/serving tests/runtime
+
+test-attacks: $(READY)  ## attacks on a live server; writes the table of docs/reliability.md
+	@$(BIN)/python -m tests.reliability.attacks --write docs/reliability.md
 
 test-parallel: $(READY)  ## every layout of devices on ranks of the CPU; writes docs/parallel.md
 	@$(BIN)/python -m pytest -q --slow tests/parallel --parallel-report docs/parallel.md

@@ -231,7 +231,7 @@ def test_priority_then_deadline_then_least_work(fault_pipeline, clock):
         add(steps=2),
         add(steps=5, priority=1),
         add(steps=8, deadline=1000),
-        add(steps=9, deadline=900),
+        add(steps=9, deadline=400),
     ]
     assert finish_order(engine, tasks) == [2, 4, 3, 1, 0]
 

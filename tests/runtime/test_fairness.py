@@ -7,6 +7,7 @@ import pytest
 from benchmarks.serving import FirstComeFirstServed, VirtualClock, simulate, stacked_pipeline, stream_row_steps
 from safelight.runtime.engine import Engine
 from safelight.runtime.policy import Policy
+from tests.runtime.conftest import request
 
 
 @pytest.fixture
@@ -36,6 +37,29 @@ def test_an_overload_of_images_leaves_the_video_its_share(fault_pipeline, clock,
     policy = Policy(share=0.1, window=600)
     both = simulate(pipeline, clock, load=load, images=150, seed=3, policy=policy, video=True)
     assert both.video_share >= 0.09
+
+
+@pytest.mark.parametrize("patience", [None, 8000.0])
+@pytest.mark.parametrize("between", [0.0, 9.0])
+def test_long_requests_have_their_share_and_no_more_on_a_host_that_is_busy(fault_pipeline, clock, between, patience):
+    """A short one among twenty long ones, where a step takes a second and much passes before the next one.
+
+    Whether or not all are to begin within some time of when they came, as all are whose clients wait for an answer.
+    """
+    pipeline = fault_pipeline(step_seconds=1.0)
+    engine = Engine(pipeline, clock=clock)
+    for index in range(20):
+        engine.add(request(pipeline, request_id=f"r{index}", num_inference_steps=1000), deadline=patience)
+    for _ in range(50):
+        engine.tick()
+        clock.sleep(between)
+    short = engine.add(request(pipeline, request_id="short", num_inference_steps=4), deadline=patience)
+    num_units = 0
+    while not short.done:
+        engine.tick()
+        clock.sleep(between)
+        num_units += 1
+    assert num_units <= 12
 
 
 def test_a_stream_of_requests_keeps_the_batch_full():

@@ -15,6 +15,8 @@ from safelight.runtime.durations import Durations
 
 EQUAL_WORK = 1.25
 """Remaining work within this factor counts as equal."""
+EQUAL_TIME = 2.0
+"""The same for the time that is left until deadlines: those of one patience that came one after another are equal."""
 
 
 @dataclass(eq=False)
@@ -139,6 +141,7 @@ class Policy:
         self.tail_seconds: Durations[int] = Durations()
         self.owed: Task | None = None
         self._longest, self._oldest = Role(window), Role(window)
+        self._seen = -math.inf
 
     def order(self, tasks: Sequence[Task], is_resident: Mapping[Task, bool], now: float) -> list[Task]:
         """Return the tasks, the one to resume first at the head.
@@ -156,17 +159,26 @@ class Policy:
 
         def rank(task: Task) -> tuple[object, ...]:
             seconds = remaining[task]
-            amount = round(math.log(seconds, EQUAL_WORK)) if seconds > 0 else -math.inf
-            equal = (task is not self.owed, -task.priority, task.deadline, amount)
+            equal = (
+                task is not self.owed,
+                -task.priority,
+                _magnitude(task.deadline - now, EQUAL_TIME),
+                _magnitude(seconds, EQUAL_WORK),
+            )
             return (*equal, not is_resident[task], seconds, task.arrival)
 
         return sorted(tasks, key=rank)
 
     def record(self, tasks: Sequence[Task], now: float, seconds: float) -> None:
-        """Remember a unit that tasks of the last order have just done, alone or together."""
+        """Remember a unit that tasks of the last order have just done, alone or together.
+
+        What has passed since the unit before counts for a role whose task was there: time in which neither it nor any
+        other had the device, on a host that is busy for example, is not owed to it again.
+        """
         for role in (self._longest, self._oldest):
-            if role.task in tasks:
-                role.record(now, seconds)
+            if role.task is not None and role.task in tasks:
+                role.record(now, max(seconds, now - max(self._seen, role.task.arrival)))
+        self._seen = now
 
     def _find_owed(self, now: float) -> Task | None:
         """Return a role's task if, with one unit more, the role would still have had less than its share."""
@@ -196,3 +208,10 @@ class Policy:
             return known
         rates = [seconds / other for other, seconds in self.step_seconds.medians().items()]
         return cost * (median(rates) if rates else 1e-6)
+
+
+def _magnitude(seconds: float, factor: float) -> float:
+    """Return a number that is the same for what is within about that factor."""
+    if seconds == math.inf or seconds <= 0:
+        return math.copysign(math.inf, seconds or -1.0)
+    return round(math.log(seconds, factor))

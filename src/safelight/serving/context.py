@@ -81,6 +81,8 @@ class Context:
         budget: of memory for what clients send.
         addresses: of files, signed.
         owner: of every job that is sent here.
+        event_turn: of whichever stream writes an event: all that follow one job wake at once, and would have the event
+            loop until the last of them has written.
         started_at: when the application was made, in seconds since 1970.
 
     """
@@ -92,6 +94,7 @@ class Context:
         self.addresses = Addresses(settings.address_key)
         self.owner = owner_of(settings.api_key)
         self.started_at = int(time.time())
+        self.event_turn = asyncio.Lock()
         # One thread: a picture of 25 megapixels takes 200 MB while it is tried, and no more than one does.
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="safelight-decoding")
         self._followers: set[asyncio.Task[None]] = set()

@@ -25,6 +25,8 @@ from safelight.serving.limits import Limits
 _FREE_CHUNKS = 1000
 _SMALLEST_CHUNK = 256
 """Bytes in a chunk, on average, after the first `_FREE_CHUNKS`: each costs 10 µs to parse, however small."""
+_BACKLOG = 128
+"""Connections that wait to be taken. Those whose clients have left wait too, before everybody who comes after them."""
 _CHECKS = 4
 """How often, in its time, a reader is looked at."""
 _DISCARDED_BODIES = 4
@@ -275,6 +277,7 @@ def uvicorn_config(app: ASGIApp, limits: Limits, host: str = "127.0.0.1", port: 
         loop="asyncio",
         log_config=None,
         access_log=False,
+        backlog=_BACKLOG,
         server_header=False,
         proxy_headers=False,
     )

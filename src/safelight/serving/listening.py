@@ -26,6 +26,8 @@ MOST_DESCRIPTORS = 65536
 """That are asked for where the system sets no bound."""
 AT_ONCE = 64
 """Connections that are refused before others have their turn."""
+GIVEN_AT_ONCE = 16
+"""The same for those that are given out, which cost more."""
 
 
 def raise_limit() -> int:
@@ -52,17 +54,23 @@ class Listener(socket.socket):
     """
 
     bound = MAX_CONNECTIONS + RESERVE
+    _given = 0
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Return the next connection that can be had.
 
         Raises:
-            OSError: as a socket does; `BlockingIOError` too where only some were refused, so that others have a turn.
+            OSError: as a socket does; `BlockingIOError` too after some were given out or refused, so that others have
+                a turn: asyncio takes all that wait, a thousand or two, before it does anything else.
 
         """
+        if self._given == GIVEN_AT_ONCE:
+            self._given = 0
+            raise BlockingIOError
         for _ in range(AT_ONCE):
             connection, address = super().accept()
             if connection.fileno() < self.bound:
+                self._given += 1
                 return connection, address
             refuse(connection)
         raise BlockingIOError
