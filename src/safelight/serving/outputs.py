@@ -29,6 +29,7 @@ from safelight.errors import InvalidParameterError, OutputError, SafelightError,
 from safelight.runtime.client import Media, Output
 from safelight.serving import directories
 from safelight.serving.jobs import StoredFile, StoredOutput
+from safelight.serving.spool import Stored
 from safelight.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -209,7 +210,7 @@ class Outputs:
         except OSError as error:
             raise StateDirectoryError(f"outputs directory {str(self.directory)!r}: {error.strerror}") from error
 
-    async def save(self, files: Mapping[str, bytes]) -> None:
+    async def save(self, files: Mapping[str, bytes | Stored]) -> None:
         """Write files by name, durably.
 
         Raises:
@@ -282,10 +283,10 @@ class Outputs:
         others = [path for path in self.directory.iterdir() if directories.job_of(path.name) == job_id]
         _remove(path for path in others if path.name not in names)
 
-    def _save(self, files: Mapping[str, bytes]) -> None:
+    def _save(self, files: Mapping[str, bytes | Stored]) -> None:
         with self._temporaries() as temporaries:
             for name, data in files.items():
-                temporaries[name] = self._write(data)
+                temporaries[name] = self._write(data if isinstance(data, bytes) else data.read())
             self._rename(temporaries)
 
     def _stage(
