@@ -182,11 +182,25 @@ def give_back_memory() -> None:
         _TRIM(0)
 
 
-def _trim() -> Any:
+def give_back_large_blocks() -> None:
+    """Let every large block of memory go back to the system as soon as it is freed, whichever thread had it (glibc).
+
+    The allocator otherwise takes the largest block that was ever freed, up to 32 MiB, for a usual one, and keeps as
+    much as two of it for each thread; what a thread keeps so, `give_back_memory` does not give back.
+    """
+    if _MALLOPT is not None:
+        _MALLOPT(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK = 1 << 19
+
+
+def _of_libc(name: str) -> Any:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):  # another C library
         return None
 
 
-_TRIM = _trim()
+_TRIM, _MALLOPT = _of_libc("malloc_trim"), _of_libc("mallopt")

@@ -34,7 +34,9 @@ def small(monkeypatch):
 
 def spooled(data, folder, in_file=False):
     found = Spool(folder)
-    (found.write if in_file else found.keep)(data)
+    found.keep(data)
+    if in_file:
+        found.flush()
     return found
 
 

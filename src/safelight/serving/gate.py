@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from safelight.encoded import give_back_memory
-from safelight.errors import QueueFullError
+from safelight.errors import QueueFullError, SafelightError
 from safelight.serving.errors import MalformedRequestError, MediaTypeError, TimedOutError, TooLargeError
 from safelight.serving.forms import CHARSETS, about, parse_form
 from safelight.serving.limits import Limits
@@ -32,6 +33,8 @@ _LARGE_BODIES = ThreadPoolExecutor(1, thread_name_prefix="safelight-bodies")
 """They are looked at one after another: threads take the interpreter from each other, and most from the event loop."""
 _WRITER = ThreadPoolExecutor(1, thread_name_prefix="safelight-spool")
 """Writes what comes of large bodies, so that a slow disk holds up those alone."""
+_AT_ONCE = 1 << 19
+"""Bytes of one body that are written together, where there is memory for them."""
 _NUMBER_LENGTH = 400
 _INTEGER_LENGTH = 40
 _KEPT_PART = 8
@@ -116,11 +119,16 @@ class Share:
         self._held += num_bytes
 
     def keep(self, num_bytes: int) -> bool:
-        """Count bytes in memory, as `Budget.keep` does; no more than a spool keeps there."""
-        if self._in_memory + num_bytes > IN_MEMORY or not self._budget.keep(num_bytes):
+        """Count bytes in memory, as `Budget.keep` does; no more than are written at once."""
+        if self._in_memory + num_bytes > _AT_ONCE or not self._budget.keep(num_bytes):
             return False
         self._in_memory += num_bytes
         return True
+
+    def written(self) -> None:
+        """Count nothing in memory any more."""
+        self._budget.give_back(0, self._in_memory)
+        self._in_memory = 0
 
     def give_back(self) -> None:
         """Count nothing any more."""
@@ -158,6 +166,19 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
     return replace(await _in_turn(parse, spool, limits, *arguments), is_large=True)
 
 
+def _given_back(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call what takes memory for a while, and give it back: neither an error nor the allocator keeps it."""
+    try:
+        return function(*args, **kwargs)
+    except SafelightError as error:
+        for each in (error, error.__cause__, error.__context__):
+            if each is not None:
+                traceback.clear_frames(each.__traceback__)
+        raise
+    finally:
+        give_back_memory()
+
+
 def _form(spool: Spool, limits: Limits, boundary: bytes) -> Body:
     fields, files = parse_form(spool, limits, boundary)
     return Body(fields, is_form=True, files=files, spool=spool)
@@ -169,7 +190,7 @@ async def aside(body: Body, function: Callable[P, T], *args: P.args, **kwargs: P
 
 
 async def _in_turn(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    call = functools.partial(function, *args, **kwargs)
+    call = functools.partial(_given_back, function, *args, **kwargs)
     return await asyncio.get_running_loop().run_in_executor(_LARGE_BODIES, call)
 
 
@@ -202,10 +223,13 @@ async def read_body(request: Request, limits: Limits, budget: Budget) -> Spool:
                 share.take(len(chunk), num_bytes <= limits.small_body_bytes)
                 earned = (patience.when() or 0.0) + len(chunk) / limits.body_rate
                 patience.reschedule(min(earned, loop.time() + limits.body_seconds))
-                if not spool.in_file and share.keep(len(chunk)):
-                    spool.keep(chunk)
-                else:
-                    await loop.run_in_executor(_WRITER, spool.write, chunk)
+                spool.keep(chunk)
+                if not share.keep(len(chunk)):
+                    await loop.run_in_executor(_WRITER, spool.flush)
+                    share.written()
+            if spool.in_file or num_bytes > IN_MEMORY:
+                await loop.run_in_executor(_WRITER, spool.flush)
+                share.written()
     except TimeoutError as late:
         raise TimedOutError(f"the body came more slowly than {limits.body_rate} bytes a second") from late
     return spool
@@ -228,11 +252,7 @@ def _parse_json(spool: Spool, limits: Limits) -> Body:
     rest = texts.rest
     if len(rest) > limits.json_bytes:
         raise TooLargeError(f"the body has more than {limits.json_bytes} bytes beside long texts without escapes")
-    try:
-        return Body(_loaded(rest, texts), is_form=False, spool=spool)
-    finally:
-        if len(rest) > IN_MEMORY:
-            give_back_memory()
+    return Body(_loaded(rest, texts), is_form=False, spool=spool)
 
 
 def _loaded(rest: bytearray, texts: LongTexts) -> dict[str, Any]:
@@ -249,7 +269,7 @@ def _loaded(rest: bytearray, texts: LongTexts) -> dict[str, Any]:
     except UnicodeError as error:
         raise MalformedRequestError("the body is not UTF-8, or has half of a surrogate pair") from error
     except json.JSONDecodeError as error:
-        where = "" if texts.are_there else f" at character {error.pos}"
+        where, error.doc = "" if texts.are_there else f" at character {error.pos}", ""
         raise MalformedRequestError(f"the body is not JSON: {error.msg}{where}") from error
     except RecursionError as error:
         raise MalformedRequestError("the body is nested too deeply") from error

@@ -24,6 +24,8 @@ from safelight.serving.limits import Limits
 _FREE_CHUNKS = 1000
 _SMALLEST_CHUNK = 256
 """Bytes in a chunk, on average, after the first `_FREE_CHUNKS`: each costs 10 µs to parse, however small."""
+_READ_BYTES = 1 << 16
+"""That are read of a connection at once. As many may wait here unread, of each; asyncio reads four times as many."""
 _CHECKS = 4
 """How often, in its time, a reader is looked at."""
 _DISCARDED_BODIES = 4
@@ -108,6 +110,7 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin to wait for the first request."""
         super().connection_made(transport)
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]  # of asyncio's transport for sockets
         self._await_request()
         self._look_later()
 

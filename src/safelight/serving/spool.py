@@ -41,17 +41,21 @@ class Spool:
 
     @property
     def in_file(self) -> bool:
-        """Whether its bytes are in the file, and not in memory."""
+        """Whether it has a file."""
         return self._file is not None
 
+    @property
+    def num_kept(self) -> int:
+        """Bytes that are in memory."""
+        return len(self._data)
+
     def keep(self, data: bytes) -> None:
-        """Add bytes in memory, as long as there is no file."""
-        assert self._file is None
+        """Add bytes in memory. Where there is a file, nothing is read before the next `flush`."""
         self._data += data
         self.num_bytes += len(data)
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Add bytes to the file. This waits for the disk: for a thread.
+    def flush(self) -> None:
+        """Move what is in memory into the file. This waits for the disk: for a thread.
 
         Raises:
             StorageFullError: if there is no room.
@@ -60,23 +64,14 @@ class Spool:
         """
         with _named_errors():
             if self._file is None:
-                self._open()
-            self._append(data)
-
-    def _open(self) -> None:
-        with tempfile.TemporaryFile(dir=self._directory, buffering=0) as file:
-            self._file = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._file)
-        kept, self._data, self.num_bytes = self._data, bytearray(), 0
-        self._append(kept)
-
-    def _append(self, data: bytes | bytearray | memoryview) -> None:
-        assert self._file is not None
-        left = memoryview(data)
-        while left:
-            written = os.pwrite(self._file, left, self.num_bytes)
-            self.num_bytes += written
-            left = left[written:]
+                with tempfile.TemporaryFile(dir=self._directory, buffering=0) as file:
+                    self._file = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._file)
+            left, at = memoryview(self._data), self.num_bytes - len(self._data)
+            while left:
+                written = os.pwrite(self._file, left, at)
+                left, at = left[written:], at + written
+            self._data = bytearray()
 
     def read_at(self, begin: int, length: int) -> bytes:
         """Return the bytes that are there."""
@@ -90,17 +85,17 @@ class Spool:
 
     def add(self, data: bytes) -> Stored:
         """Add bytes, in memory or in the file, and return where they are. For a thread."""
-        if self._file is None and self.num_bytes + len(data) <= IN_MEMORY:
-            self.keep(data)
-        else:
-            self.write(data)
+        self.keep(data)
+        if self.in_file or self.num_bytes > IN_MEMORY:
+            self.flush()
         return Stored(self, self.num_bytes - len(data), len(data))
 
     def store(self, parts: Iterator[bytes]) -> Stored:
         """Write parts one after another, and return where they are. For a thread."""
         begin = self.num_bytes
         for data in parts:
-            self.write(data)
+            self.keep(data)
+            self.flush()
         return Stored(self, begin, self.num_bytes - begin)
 
 
