@@ -59,11 +59,13 @@ def _part(name: str, data: bytes) -> tuple[str, bytes]:
 
 def _picture(kind: str, width: int = 5000, **how: object) -> tuple[str, bytes]:
     """Return a form with a picture of 25 megapixels, with a little noise, that is lying on its side."""
-    file, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 9, (5000, width, 3), np.uint8)
+    file, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 2, (5000, width, 3), np.uint8)
     turned = Image.Exif()
     turned[0x112] = 6
     Image.fromarray(noise).save(file, kind, exif=turned, **how)
-    return _part('image"; filename="a', file.getvalue())
+    prompt = b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\nx\r\n'
+    media_type, picture = _part('image"; filename="a', file.getvalue())
+    return media_type, prompt + picture
 
 
 def _many_parts(content: bytes, count: int) -> tuple[str, bytes]:
@@ -163,7 +165,8 @@ def _ask(port: int) -> None:
     print(json.dumps(took))
 
 
-def _send(port: int, data: bytes, end: float, answers: Counter[str], reads_slowly: bool = False) -> None:
+def _send(port: int, data: bytes, answers: Counter[str], reads_slowly: bool = False) -> None:
+    end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         with socket.create_connection(("127.0.0.1", port)) as sock, contextlib.suppress(ConnectionError):
             sock.sendall(data)
@@ -172,8 +175,9 @@ def _send(port: int, data: bytes, end: float, answers: Counter[str], reads_slowl
                 time.sleep(SECONDS / 2)
 
 
-def _hold(port: int, count: int, data: bytes, end: float, answers: Counter[str]) -> None:
+def _hold(port: int, count: int, data: bytes, answers: Counter[str]) -> None:
     """Open connections, send on each what it takes, and be silent until the end."""
+    end = time.monotonic() + SECONDS
     with contextlib.ExitStack() as stack:
         for _ in range(count):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
@@ -184,21 +188,21 @@ def _hold(port: int, count: int, data: bytes, end: float, answers: Counter[str])
         time.sleep(max(0.0, end - time.monotonic()))
 
 
-def _attackers(port: int, kind: str, end: float, answers: Counter[str]) -> list[threading.Thread]:
+def _attackers(port: int, kind: str, answers: Counter[str]) -> list[threading.Thread]:
     if kind in CONNECTIONS:
         count, data = CONNECTIONS[kind]
-        return [threading.Thread(target=_hold, args=(port, count, data(), end, answers))]
+        return [threading.Thread(target=_hold, args=(port, count, data(), answers))]
     media_type, body = KINDS[kind]()
     head = HEAD.format(media_type, len(body)).replace("edits", ROUTES.get(kind, "edits"))
     return [
-        threading.Thread(target=_send, args=(port, head.encode() + body, end, answers, kind in ROUTES))
+        threading.Thread(target=_send, args=(port, head.encode() + body, answers, kind in ROUTES))
         for _ in range(SENDERS)
     ]
 
 
 def _measured(pid: int, port: int, kind: str, rest: int) -> str:
     answers = Counter[str]()
-    attackers = _attackers(port, kind, time.monotonic() + SECONDS, answers)
+    attackers = _attackers(port, kind, answers)
     Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
     asking = subprocess.Popen(
         [sys.executable, "-m", __spec__.name, "ask", str(port)], stdout=subprocess.PIPE, text=True

@@ -192,7 +192,7 @@ print(peak() - before)
 def test_large_pictures_are_tried_elsewhere(kind, tmp_path):
     body = KINDS[kind]()[1]
     path = tmp_path / "picture"
-    path.write_bytes(body.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n--b--\r\n"))
+    path.write_bytes(body.rpartition(b'filename="a"\r\n\r\n')[2].removesuffix(b"\r\n--b--\r\n"))
     done = subprocess.run(
         [sys.executable, "-c", CHECK, str(path)], capture_output=True, text=True, check=True, timeout=100
     )

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
-from typing import BinaryIO
+from typing import IO
 
 from safelight.encoded import EncodedImage
 from safelight.runtime.processes import python_command, safe_environment
@@ -68,7 +68,7 @@ def _check_apart(pictures: list[tuple[str, EncodedImage]]) -> None:
             process.kill()
 
 
-def _asked(to: BinaryIO, back: BinaryIO, image: EncodedImage) -> bytes:
+def _asked(to: IO[bytes], back: IO[bytes], image: EncodedImage) -> bytes:
     """Return the other process's answer for one picture; nothing if it ended."""
     file = image.file
     try:
