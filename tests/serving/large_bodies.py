@@ -57,15 +57,19 @@ def _part(name: str, data: bytes) -> tuple[str, bytes]:
     return FORM, b'--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n--b--\r\n' % (name.encode(), data)
 
 
+_FIELDS = ((b"prompt", b"x"), (b"size", b"64x64"))
+
+
 def _picture(kind: str, width: int = 5000, **how: object) -> tuple[str, bytes]:
     """Return a form with a picture of 25 megapixels, with a little noise, that is lying on its side."""
-    file, noise = io.BytesIO(), np.random.default_rng(0).integers(0, 2, (5000, width, 3), np.uint8)
+    file, noise = io.BytesIO(), np.zeros((5000, width, 3), np.uint8)
+    noise[:1000] = np.random.default_rng(0).integers(0, 9, (1000, width, 3), np.uint8)
     turned = Image.Exif()
     turned[0x112] = 6
     Image.fromarray(noise).save(file, kind, exif=turned, **how)
-    prompt = b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\nx\r\n'
+    fields = [b'--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n' % pair for pair in _FIELDS]
     media_type, picture = _part('image"; filename="a', file.getvalue())
-    return media_type, prompt + picture
+    return media_type, b"".join(fields) + picture
 
 
 def _many_parts(content: bytes, count: int) -> tuple[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import io
@@ -14,7 +15,6 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -50,6 +50,9 @@ NUM_THREADS = 2
 _MAX_EXIF_TEXT = 60_000
 """JPEG holds 65,533 bytes of EXIF."""
 _LONG_TEXT = 1_000
+_LARGE_PICTURE = 8 << 20
+"""Values of a picture from which on it is encoded alone: it takes as much again, and its file's length."""
+_ONE_LARGE = threading.Lock()
 
 
 def file_metadata(schema: ModelSchema, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +85,8 @@ def encode_image(
     if output_format == "jpeg" and array.shape[-1] == 4:
         raise InvalidParameterError("output_format", "jpeg", "png or webp: this picture has an alpha channel")
     file = io.BytesIO()
-    _IMAGE_ENCODERS[output_format](Image.fromarray(array), file, compression, metadata)
+    with _ONE_LARGE if array.size > _LARGE_PICTURE else contextlib.nullcontext():
+        _IMAGE_ENCODERS[output_format](Image.fromarray(array), file, compression, metadata)
     return file.getvalue()
 
 
@@ -328,7 +332,7 @@ class Outputs:
         with self._temporaries(staged.temporaries) as temporaries:
             self._rename(temporaries)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _temporaries(self, existing: Mapping[str, Path] | None = None) -> Iterator[dict[str, Path]]:
         """Collect temporary files by the names they will have; if what is done with them fails, neither stays."""
         found = dict(existing or {})
@@ -369,7 +373,7 @@ def _stored(
     return StoredOutput(name, media_type, width, height, size, seed, num_frames, fps, dict(extras or {}))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _named_failures() -> Iterator[None]:
     """Turn a failure to write into an error whose message holds no path."""
     try:
