@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from PIL import ExifTags, Image
 
@@ -64,50 +64,63 @@ def upright(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+class Kept(Protocol):
+    """A file that is somewhere else than in memory."""
+
+    def read(self) -> bytes:
+        """Return its bytes."""
+        ...
+
+
 class EncodedImage(Image.Image):
     """A picture whose pixels are decoded when they are first needed, and again if they were let go meanwhile.
 
     Its size is that of the upright picture.
 
     Args:
-        file: a PNG, JPEG or WebP file.
+        file: a PNG, JPEG or WebP file, or where it is kept.
         kind: Pillow's name of its format.
         mode: that its pixels are converted to.
         size: (width, height), upright.
 
     Attributes:
-        file: the file.
         kind: its format.
         source_mode: of the pixels in the file, as Pillow names it.
         has_alpha: whether the file has transparency, whatever `mode` is.
 
     """
 
-    def __init__(self, file: bytes, kind: str, mode: str, size: tuple[int, int]) -> None:
+    def __init__(self, file: bytes | Kept, kind: str, mode: str, size: tuple[int, int]) -> None:
         super().__init__()
-        self.file, self.kind = file, kind
+        self._file, self.kind = file, kind
         self.source_mode, self.has_alpha = mode, False
         self._mode, self._size = mode, size
 
+    @property
+    def file(self) -> bytes:
+        """The file; of one that is kept elsewhere, read anew each time."""
+        return self._file if isinstance(self._file, bytes) else self._file.read()
+
     @classmethod
-    def read(cls, file: bytes, kinds: tuple[str, ...]) -> Self:
+    def read(cls, file: bytes, kinds: tuple[str, ...], kept: Kept | None = None) -> Self:
         """Read a file's header. Whatever Pillow raises for a damaged file, this does.
 
         Args:
             file: its bytes.
             kinds: the formats that are taken.
+            kept: where the file is kept, in the place of its bytes.
 
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes and damaged EXIF, which are judged elsewhere
             with Image.open(io.BytesIO(file), formats=kinds) as image:
-                found = cls(file, image.format or "", image.mode, upright_size(image))
+                found = cls(file if kept is None else kept, image.format or "", image.mode, upright_size(image))
                 found.has_alpha = image.has_transparency_data
         return found
 
     def converted(self, mode: str) -> EncodedImage:
         """Return the same file as a picture of another mode; nothing is decoded."""
-        other = EncodedImage(self.file, self.kind, mode, self.size)
+        other = EncodedImage(self._file, self.kind, mode, self.size)
         other.source_mode, other.has_alpha = self.source_mode, self.has_alpha
         return other
 
@@ -169,11 +182,25 @@ def give_back_memory() -> None:
         _TRIM(0)
 
 
-def _trim() -> Any:
+def give_back_large_blocks() -> None:
+    """Let every large block of memory go back to the system as soon as it is freed, whichever thread had it (glibc).
+
+    The allocator otherwise takes the largest block that was ever freed, up to 32 MiB, for a usual one, and keeps as
+    much as two of it for each thread; what a thread keeps so, `give_back_memory` does not give back.
+    """
+    if _MALLOPT is not None:
+        _MALLOPT(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK = 1 << 19
+
+
+def _of_libc(name: str) -> Any:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):  # another C library
         return None
 
 
-_TRIM = _trim()
+_TRIM, _MALLOPT = _of_libc("malloc_trim"), _of_libc("mallopt")

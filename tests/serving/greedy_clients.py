@@ -30,9 +30,9 @@ def png(width: int, height: int, extra: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def largest() -> bytes:
+def picture_of(width: int, height: int) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (5000, 5000)).save(file, "PNG")
+    Image.new("RGB", (width, height)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         png(64, 64, chunk(b"iCCP", b"a\0\0" + zlib.compress(b"x" * (64 << 20)))),
         b"RIFF\x1e\0\0\0WEBPVP8L\x12\0\0\0\x2f\xff\xff\xff\x0f" + b"\0" * 13,
     ]
-    picture = largest()
+    picture = picture_of(5000, 5000)
     with tempfile.TemporaryDirectory() as folder, running(Path(folder), EDIT_SCHEMA) as server, server.http() as http:
         assert post(http, png(64, 64)) == 400
         print(peak())

@@ -20,7 +20,8 @@ from safelight.core.params import Option
 from safelight.errors import InvalidParameterError
 from safelight.serving import fields as fields_module
 from safelight.serving import images as images_module
-from safelight.serving.gate import Upload, read_number
+from safelight.serving.forms import Upload
+from safelight.serving.gate import read_number
 from safelight.serving.images import image_fields
 from safelight.serving.limits import Limits
 from safelight.serving.pictures import picture_bytes

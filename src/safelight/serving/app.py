@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 
+from safelight.encoded import give_back_large_blocks
 from safelight.errors import SafelightError
 from safelight.runtime.client import EngineClient
 from safelight.serving import health, images, jobs_api, models_api, openapi, videos
@@ -28,7 +29,8 @@ from safelight.serving.origins import Origins, Preflight
 def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> FastAPI:
     """Return the HTTP API of one engine.
 
-    Its lifespan starts the job manager, and closes it with `drain_seconds` to go. The engine's life is the caller's.
+    Its lifespan tells the allocator to keep no large blocks, starts the job manager, and closes that with
+    `drain_seconds` to go. The engine's life is the caller's.
     It must run under `safelight.serving.http.uvicorn_config`, which has the deadlines.
 
     Args:
@@ -40,6 +42,7 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        give_back_large_blocks()
         await jobs.start()
         try:
             yield

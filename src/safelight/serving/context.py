@@ -29,6 +29,7 @@ from safelight.serving.jobs import Job, Kind, owner_of
 from safelight.serving.limits import Limits
 from safelight.serving.metrics import Metrics
 from safelight.serving.shares import check_share, client_of
+from safelight.serving.spool import LongText
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Context:
     def __init__(self, engine: EngineClient, jobs: JobManager, settings: Settings) -> None:
         self.engine, self.jobs, self.settings = engine, jobs, settings
         self.metrics = Metrics(engine)
-        self.budget = Budget(settings.limits.held_bytes)
+        self.budget = Budget(settings.limits, jobs.outputs.directory)
         self.addresses = Addresses(settings.address_key)
         self.owner = owner_of(settings.api_key)
         self.started_at = int(time.time())
@@ -138,6 +139,8 @@ class Context:
 
         """
         names = self.settings.served_names
+        if isinstance(name, LongText):
+            name = name.start
         if isinstance(name, str) and name not in names:
             raise ModelNameError(f"model: {shown(name)} is not served here: {nearest(name, names)}")
 
@@ -161,13 +164,17 @@ class Context:
 
         """
         client = client_of(request, self.owner)
-        self._waiting = [(name, ticket) for name, ticket in self._waiting if ticket.waits]
+        self._forget_begun()
         names = [name for name, _ in self._waiting]
         check_share(client, names, self.limits.waiting, self.engine.stats.num_waiting)
         deadline = self.limits.deadline_seconds
         ticket = self.engine.submit(GenerationRequest(request_id(request), params, deadline=deadline))
         self._waiting.append((client, ticket))
         return ticket
+
+    def _forget_begun(self) -> None:
+        """Count the tickets that wait alone: one that is done has its pictures."""
+        self._waiting = [(name, ticket) for name, ticket in self._waiting if ticket.waits]
 
     async def follow(self, ticket: Ticket) -> Finished:
         """Wait for a request's outputs.
@@ -181,6 +188,7 @@ class Context:
             if progress.state == "running" and not queue_seconds:
                 queue_seconds = time.perf_counter() - began
         outputs = await ticket.result()
+        self._forget_begun()
         return Finished(outputs, time.perf_counter() - began, queue_seconds)
 
     async def generate(self, request: Request, params: SamplingParams) -> Finished:
@@ -197,9 +205,8 @@ class Context:
         finally:
             self.engine.cancel(ticket.request.request_id)
 
-    def count(self, resolved: Resolved, finished: Finished) -> None:
-        """Count what a synchronous request came to."""
-        made = sum(len(output.media) for output in finished.outputs)
+    def count(self, resolved: Resolved, finished: Finished, made: int) -> None:
+        """Count what a synchronous request came to, and the pictures that were made."""
         steps = resolved.params.num_steps() * len(finished.outputs)
         task, timings = resolved.schema.task.value, total_timings(finished.outputs)
         self.metrics.completed(task, finished.seconds, finished.queue_seconds, timings, made, steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from safelight.serving.answers import LargeJson
 from safelight.serving.context import unless_gone
 
 _PING = b": ping\n\n"
@@ -21,11 +22,18 @@ def event(name: str, data: Any) -> bytes:
     return b"event: " + name.encode("ascii") + b"\ndata: " + msgspec.json.encode(data) + b"\n\n"
 
 
+def event_pieces(name: str, data: LargeJson) -> Iterator[bytes]:
+    """Yield one event whose data is large."""
+    yield b"event: " + name.encode("ascii") + b"\ndata: "
+    yield from data.pieces()
+    yield b"\n\n"
+
+
 class EventStream(Response):
     """A response of events, with comments while there are none. If the client goes away, the events' source is closed.
 
     Args:
-        source: events as bytes.
+        source: events as bytes, or pieces of them of which the last alone ends in an empty line.
         ping_seconds: of silence, after which a comment is sent.
         on_close: called at the end, also if the source has never begun.
 
@@ -52,13 +60,14 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        waiting = asyncio.ensure_future(anext(self._source, None))
+        waiting, is_whole = asyncio.ensure_future(anext(self._source, None)), True
         try:
             while True:
-                done, _ = await asyncio.wait({waiting}, timeout=self._ping_seconds)
+                done, _ = await asyncio.wait({waiting}, timeout=self._ping_seconds if is_whole else None)
                 chunk = waiting.result() if done else _PING
                 if chunk is None:
                     break
+                is_whole = chunk.endswith(b"\n\n")  # else it is a piece of an event, in which no comment can be
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 if done:
                     waiting = asyncio.ensure_future(anext(self._source, None))

@@ -17,9 +17,12 @@ from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.preparation import prepare
 from safelight.serving.cost import check_cost
-from safelight.serving.gate import Body, Repeated, about, read_number
+from safelight.serving.forms import Repeated, about
+from safelight.serving.gate import Body, read_number
 from safelight.serving.limits import Limits
-from safelight.serving.pictures import check_decodes, open_picture, picture_bytes
+from safelight.serving.pictures import open_picture, picture_bytes
+from safelight.serving.spool import Stored
+from safelight.serving.trial import check_all
 
 QUALITIES: Mapping[str, float] = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0}
 """Steps, in the model's default number of them."""
@@ -64,7 +67,7 @@ class Asked:
     schema: ModelSchema
     own: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    pictures: dict[str, list[bytes]] = field(default_factory=dict)
+    pictures: dict[str, list[bytes | Stored]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Resolved:
         return self.asked.schema
 
     @property
-    def images(self) -> dict[str, list[bytes]]:
+    def images(self) -> dict[str, list[bytes | Stored]]:
         """The files of input pictures, by the model's field."""
         return {_target(name): files for name, files in self.asked.pictures.items()}
 
@@ -160,7 +163,7 @@ def sort_fields(body: Body, own: Mapping[str, Option], schema: ModelSchema, limi
     return asked
 
 
-def _pictures(name: str, option: Option, value: Any, limits: Limits) -> Iterator[bytes]:
+def _pictures(name: str, option: Option, value: Any, limits: Limits) -> Iterator[bytes | Stored]:
     values = value if isinstance(value, list) else [value]
     most = limits.images if option.kind == "images" else 1
     if not 1 <= len(values) <= most:
@@ -223,8 +226,8 @@ def resolve(asked: Asked, limits: Limits, cost_seconds: float = 0.0) -> Resolved
             raise InvalidParameterError.rebuilt(f"size: got {size!r}; {error}", "size") from error
         raise
     check_cost(params, schema, limits, cost_seconds)
-    for name, image in pictures:  # last, one at a time: until here nothing has been decoded
-        check_decodes(image.converted(params.image_mode), name)
+    # Last: until here nothing has been decoded.
+    check_all((name, image.converted(params.image_mode)) for name, image in pictures)
     warnings += [f"{name} has no effect" for name in (*EFFECTLESS, INPUT_FIDELITY) if name in asked.own]
     return Resolved(asked, params, warnings)
 

@@ -1,68 +1,44 @@
-"""A request's body, read within its bounds and parsed strictly: JSON or a multipart form."""
+"""A request's body, read within its bounds and parsed strictly: JSON here, a multipart form in `forms`."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import json
 import math
-import re
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from safelight.errors import QueueFullError
+from safelight.encoded import give_back_memory
+from safelight.errors import QueueFullError, SafelightError
 from safelight.serving.errors import MalformedRequestError, MediaTypeError, TimedOutError, TooLargeError
+from safelight.serving.forms import CHARSETS, about, parse_form
 from safelight.serving.limits import Limits
-from safelight.serving.pieces import LongTexts, has_more, is_blank
+from safelight.serving.long_texts import LongTexts
+from safelight.serving.pieces import ControlError, has_more, is_blank
+from safelight.serving.spool import IN_MEMORY, Spool, Stored
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_SMALL_BODY = 1 << 16
-"""Bytes that are parsed at once; more are parsed in a thread, so that the event loop goes on."""
 _LARGE_BODIES = ThreadPoolExecutor(1, thread_name_prefix="safelight-bodies")
 """They are looked at one after another: threads take the interpreter from each other, and most from the event loop."""
+_WRITER = ThreadPoolExecutor(1, thread_name_prefix="safelight-spool")
+"""Writes what comes of large bodies, so that a slow disk holds up those alone."""
+_AT_ONCE = 1 << 19
+"""Bytes of one body that are written together, where there is memory for them."""
 _NUMBER_LENGTH = 400
 _INTEGER_LENGTH = 40
-_MAX_NESTING = 4
-_CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
-_PLAIN_CODINGS = (b"7bit", b"8bit", b"binary")
 _KEPT_PART = 8
 _MEDIA_TYPE_LENGTH = 1000
-_PART_HEADER_BYTES = 8192
-"""Of all headers of a part: its name, a file's name and a type."""
-_NAME_LENGTH = 512
-_NAME = re.compile(r"([^\[\]\x00]{1,100})((?:\[[^\[\]\x00]{0,100}\])*)")
-
-
-@dataclass(frozen=True)
-class Upload:
-    """Bytes in a form: a file, or what is no text. Their name and their type are the client's words, and are not kept.
-
-    Attributes:
-        data: the bytes.
-        described: what a message says of them; it never holds them.
-
-    """
-
-    data: bytes
-    described: str = "a file"
-
-    def __repr__(self) -> str:
-        """Say what it is, in a message too."""
-        return f"{self.described} of {len(self.data)} bytes"
-
-
-class Repeated(list[Any]):
-    """The values of parts that have one name; whether it may have several is for the field to say."""
 
 
 @dataclass(frozen=True)
@@ -73,36 +49,91 @@ class Body:
         fields: by name; from a form, every scalar is text or an `Upload`.
         is_form: whether it was a form.
         files: the files of a form, in their order.
+        spool: where what is long in it is, and what is decoded from that can be.
         is_large: whether looking at its fields may take a while, so that it is for a thread.
 
     """
 
     fields: Mapping[str, Any]
     is_form: bool
-    files: tuple[bytes, ...] = ()
+    files: tuple[bytes | Stored, ...] = ()
+    spool: Spool | None = None
     is_large: bool = False
 
 
 class Budget:
-    """Bytes that all requests under way hold together."""
+    """Bytes that all requests under way hold together: on disk, and of small bodies in memory.
 
-    def __init__(self, most: int) -> None:
-        self._most, self._held = most, 0
+    Args:
+        limits: the bounds.
+        directory: where the files of large bodies are. They have no names.
 
-    def take(self, request: Request, num_bytes: int, is_small: bool = False) -> None:
-        """Count bytes until the request has been answered. The last eighth is for what is small.
+    """
+
+    def __init__(self, limits: Limits, directory: Path) -> None:
+        self.directory = directory
+        self._limits = limits
+        self._held = self._in_memory = 0
+
+    def share(self, request: Request) -> Share:
+        """Return a request's share, which is given back when it has been answered."""
+        share = Share(self)
+        request.scope["state"]["at_end"].callback(share.give_back)
+        return share
+
+    def take(self, num_bytes: int, is_small: bool) -> None:
+        """Count bytes. The last eighth is for what is small.
 
         Raises:
             QueueFullError: if others hold so many that these are too many.
 
         """
-        if self._held + num_bytes > (self._most if is_small else self._most - self._most // _KEPT_PART):
+        most = self._limits.held_bytes
+        if self._held + num_bytes > (most if is_small else most - most // _KEPT_PART):
             raise QueueFullError("too much is being received and decoded at once; try again later")
         self._held += num_bytes
-        request.scope["state"]["at_end"].callback(self._give_back, num_bytes)
 
-    def _give_back(self, num_bytes: int) -> None:
+    def keep(self, num_bytes: int) -> bool:
+        """Count bytes in memory, if there is room for them; say whether there is."""
+        if self._in_memory + num_bytes > self._limits.memory_bytes:
+            return False
+        self._in_memory += num_bytes
+        return True
+
+    def give_back(self, num_bytes: int, in_memory: int) -> None:
+        """Count bytes no longer."""
         self._held -= num_bytes
+        self._in_memory -= in_memory
+
+
+class Share:
+    """What one request holds of a `Budget`."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._held = self._in_memory = 0
+
+    def take(self, num_bytes: int, is_small: bool) -> None:
+        """Count bytes, as `Budget.take` does."""
+        self._budget.take(num_bytes, is_small)
+        self._held += num_bytes
+
+    def keep(self, num_bytes: int) -> bool:
+        """Count bytes in memory, as `Budget.keep` does; no more than are written at once."""
+        if self._in_memory + num_bytes > _AT_ONCE or not self._budget.keep(num_bytes):
+            return False
+        self._in_memory += num_bytes
+        return True
+
+    def written(self) -> None:
+        """Count nothing in memory any more."""
+        self._budget.give_back(0, self._in_memory)
+        self._in_memory = 0
+
+    def give_back(self) -> None:
+        """Count nothing any more."""
+        self._budget.give_back(self._held, self._in_memory)
+        self._held = self._in_memory = 0
 
 
 async def read_fields(request: Request, limits: Limits, budget: Budget, forms: bool) -> Body:
@@ -126,13 +157,31 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
     if not is_form and media_type != b"application/json":
         takes = "application/json or multipart/form-data" if forms else "application/json"
         raise MediaTypeError(f"content-type: this route takes {takes}")
-    if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+    if options.get(b"charset", b"utf-8").lower() not in CHARSETS:
         raise MediaTypeError("content-type: text is taken as UTF-8 alone")
-    data = await read_body(request, limits, budget)
-    parse, arguments = (_parse_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
-    if len(data) <= _SMALL_BODY:
-        return parse(data, limits, *arguments)
-    return replace(await _in_turn(parse, data, limits, *arguments), is_large=True)
+    spool = await read_body(request, limits, budget)
+    parse, arguments = (_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
+    if not spool.in_file:
+        return parse(spool, limits, *arguments)
+    return replace(await _in_turn(parse, spool, limits, *arguments), is_large=True)
+
+
+def _given_back(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call what takes memory for a while, and give it back: neither an error nor the allocator keeps it."""
+    try:
+        return function(*args, **kwargs)
+    except SafelightError as error:
+        for each in (error, error.__cause__, error.__context__):
+            if each is not None:
+                traceback.clear_frames(each.__traceback__)
+        raise
+    finally:
+        give_back_memory()
+
+
+def _form(spool: Spool, limits: Limits, boundary: bytes) -> Body:
+    fields, files = parse_form(spool, limits, boundary)
+    return Body(fields, is_form=True, files=files, spool=spool)
 
 
 async def aside(body: Body, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -141,17 +190,18 @@ async def aside(body: Body, function: Callable[P, T], *args: P.args, **kwargs: P
 
 
 async def _in_turn(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    call = functools.partial(function, *args, **kwargs)
+    call = functools.partial(_given_back, function, *args, **kwargs)
     return await asyncio.get_running_loop().run_in_executor(_LARGE_BODIES, call)
 
 
-async def read_body(request: Request, limits: Limits, budget: Budget) -> bytearray:
-    """Read a body of at most `body_bytes`, not compressed.
+async def read_body(request: Request, limits: Limits, budget: Budget) -> Spool:
+    """Read a body of at most `body_bytes`, not compressed; what is large of it waits in a file.
 
     Raises:
         MediaTypeError: if it is compressed.
         TooLargeError: as soon as its length, or what came of it, is too much.
         QueueFullError: if all bodies together are too much.
+        StorageFullError: if there is no room on the disk.
         TimedOutError: if it comes too slowly.
 
     """
@@ -161,36 +211,54 @@ async def read_body(request: Request, limits: Limits, budget: Budget) -> bytearr
     announced = request.headers.get("content-length", "0")
     if len(announced) > 19 or int(announced) > limits.body_bytes:  # the protocol lets digits alone pass
         raise error
-    data, clock = bytearray(), asyncio.get_running_loop().time
+    loop = asyncio.get_running_loop()
+    spool, share = Spool(budget.directory), budget.share(request)
+    num_bytes = 0
     try:
         async with asyncio.timeout(limits.body_seconds) as patience:
             async for chunk in request.stream():
-                data += chunk
-                if len(data) > limits.body_bytes:
+                num_bytes += len(chunk)
+                if num_bytes > limits.body_bytes:
                     raise error
-                budget.take(request, len(chunk), len(data) <= limits.small_body_bytes)
+                share.take(len(chunk), num_bytes <= limits.small_body_bytes)
                 earned = (patience.when() or 0.0) + len(chunk) / limits.body_rate
-                patience.reschedule(min(earned, clock() + limits.body_seconds))
+                patience.reschedule(min(earned, loop.time() + limits.body_seconds))
+                spool.keep(chunk)
+                if not share.keep(len(chunk)):
+                    await loop.run_in_executor(_WRITER, spool.flush)
+                    share.written()
+            if spool.in_file or num_bytes > IN_MEMORY:
+                await loop.run_in_executor(_WRITER, spool.flush)
+                share.written()
     except TimeoutError as late:
         raise TimedOutError(f"the body came more slowly than {limits.body_rate} bytes a second") from late
-    return data
+    return spool
 
 
-def _parse_json(data: bytearray, limits: Limits) -> Body:
+def _parse_json(spool: Spool, limits: Limits) -> Body:
     """Parse an object, and refuse what is not in JSON's grammar, or what two readers would read differently."""
+    data = spool.all().buffer()
     if is_blank(data):
         raise MalformedRequestError("the body is empty; it takes a JSON object")
     if has_more(data, (b"[", b"{", b",", b"\\"), limits.json_items):
         raise MalformedRequestError(f"the body has more than {limits.json_items} items and escapes")
     try:
-        texts = LongTexts(data)
+        texts = LongTexts(data, spool)
     except UnicodeError as error:
         raise MalformedRequestError("the body is not UTF-8") from error
-    except ValueError as error:
+    except ControlError as error:
         raise MalformedRequestError(f"the body is not JSON: {error}") from error
+    del data
+    rest = texts.rest
+    if len(rest) > limits.json_bytes:
+        raise TooLargeError(f"the body has more than {limits.json_bytes} bytes beside long texts without escapes")
+    return Body(_loaded(rest, texts), is_form=False, spool=spool)
+
+
+def _loaded(rest: bytearray, texts: LongTexts) -> dict[str, Any]:
     try:
         value = json.loads(
-            texts.rest.decode(),
+            rest.decode(),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
@@ -201,13 +269,13 @@ def _parse_json(data: bytearray, limits: Limits) -> Body:
     except UnicodeError as error:
         raise MalformedRequestError("the body is not UTF-8, or has half of a surrogate pair") from error
     except json.JSONDecodeError as error:
-        where = "" if texts.are_there else f" at character {error.pos}"
+        where, error.doc = "" if texts.are_there else f" at character {error.pos}", ""
         raise MalformedRequestError(f"the body is not JSON: {error.msg}{where}") from error
     except RecursionError as error:
         raise MalformedRequestError("the body is nested too deeply") from error
     if not isinstance(value, dict):
         raise MalformedRequestError("the body is not a JSON object")
-    return Body(value, is_form=False)
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -217,12 +285,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise about(name, "is given twice")
         found[name] = value
     return found
-
-
-def about(name: str, problem: str) -> MalformedRequestError:
-    """Return the error that says what is wrong with a field or part, whatever its name is."""
-    shown = name[:100].encode("utf-8", "backslashreplace").decode()  # it may be half of a surrogate pair
-    return MalformedRequestError.rebuilt(f"{shown}: {problem}", shown)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -262,130 +324,3 @@ def _check_text(value: Any) -> None:
         for name, entry in value.items():
             _check_text(name)
             _check_text(entry)
-
-
-@dataclass
-class _Part:
-    """One part of a form, as the parser finds it; names of headers are in lower case."""
-
-    headers: dict[bytes, bytes] = field(default_factory=dict)
-    content: bytearray = field(default_factory=bytearray)
-
-
-class _Parts:
-    """Collect the parts of a form."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.found: list[_Part] = []
-        self.is_complete = False
-        self._limits = limits
-        self._name, self._value = bytearray(), bytearray()
-        self._num_header_bytes = 0
-
-    def callbacks(self) -> dict[str, Any]:
-        return {
-            "on_part_begin": self._begin,
-            "on_part_data": lambda data, start, end: self.found[-1].content.extend(data[start:end]),
-            "on_header_field": lambda data, start, end: self._extend(self._name, data[start:end]),
-            "on_header_value": lambda data, start, end: self._extend(self._value, data[start:end]),
-            "on_header_end": self._header,
-            "on_end": self._end,
-        }
-
-    def _begin(self) -> None:
-        if len(self.found) >= self._limits.parts:
-            raise MalformedRequestError(f"the form has more than {self._limits.parts} parts")
-        self.found.append(_Part())
-        self._num_header_bytes = 0
-
-    def _extend(self, place: bytearray, data: bytes) -> None:
-        """Take in a piece of a header, before anything looks at the whole."""
-        self._num_header_bytes += len(data)
-        if self._num_header_bytes > _PART_HEADER_BYTES:
-            raise MalformedRequestError(f"a part's headers have more than {_PART_HEADER_BYTES} bytes")
-        place.extend(data)
-
-    def _header(self) -> None:
-        self.found[-1].headers[bytes(self._name).lower()] = bytes(self._value)
-        self._name, self._value = bytearray(), bytearray()
-
-    def _end(self) -> None:
-        self.is_complete = True
-
-
-def _parse_form(data: bytearray, limits: Limits, boundary: bytes) -> Body:
-    parts = _Parts(limits)
-    try:
-        if not boundary:
-            raise MalformedRequestError("the form's content-type has no boundary")
-        parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]  # its keys are these
-        parser.write(bytes(data))
-    except FormParserError as error:
-        raise MalformedRequestError("the body is no multipart form with that boundary") from error
-    if not parts.is_complete:
-        raise MalformedRequestError("the form ends before its last boundary")
-    fields: dict[str, Any] = {}
-    files = []
-    for part in parts.found:
-        options = parse_options_header(part.headers.get(b"content-disposition"))[1]
-        name = options.get(b"name", b"").decode("utf-8", "replace")
-        value = _value(name, part, is_file=b"filename" in options)
-        if isinstance(value, Upload):
-            if not value.data and not options.get(b"filename"):
-                continue  # a browser's input for a file, in which none was chosen
-            files.append(value.data)
-        _insert(fields, name, value)
-    return Body(fields, is_form=True, files=tuple(files))
-
-
-def _value(name: str, part: _Part, is_file: bool) -> Upload | str:
-    """Return a part's text, or its bytes where it is a file or no text: a file need not have a name (RFC 7578, 4.2)."""
-    media_type, options = parse_options_header(part.headers.get(b"content-type"))
-    coding = part.headers.get(b"content-transfer-encoding", b"binary").strip().lower()
-    if coding not in _PLAIN_CODINGS:
-        raise about(name, "a part is taken as it is, without a content-transfer-encoding")
-    if media_type.startswith(b"multipart/"):
-        raise about(name, "several files are several parts, each named image[]")
-    if is_file or not (media_type in (b"", b"application/json") or media_type.startswith(b"text/")):
-        return Upload(bytes(part.content))
-    if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
-        raise about(name, "text is taken as UTF-8 alone")
-    try:
-        return part.content.decode()
-    except UnicodeDecodeError:
-        return Upload(bytes(part.content), "bytes that are no UTF-8 text,")
-
-
-def _insert(fields: dict[str, Any], name: str, value: Upload | str) -> None:
-    """Put a part in its place: `a`, `a[]` for a list, `a[b]` for an object, `a[][b]` for a list of objects."""
-    match = _NAME.fullmatch(name) if len(name) <= _NAME_LENGTH else None
-    keys = [] if match is None else [match[1], *re.findall(r"\[([^\]]*)\]", match[2])]
-    if not 1 <= len(keys) <= _MAX_NESTING:
-        raise about(name, "a part's name is a field, with at most three brackets")
-    place: Any = fields
-    for key, following in itertools.pairwise(keys):
-        empty: list[Any] | dict[str, Any] = [] if following == "" else {}
-        if key != "":
-            place = _expect(place, dict, keys[0]).setdefault(key, empty)
-        else:
-            entries = _expect(place, list, keys[0])
-            if following == "" or not entries or not isinstance(entries[-1], dict) or following in entries[-1]:
-                entries.append(empty)
-            place = entries[-1]
-    _put(place, keys[-1], value, keys[0])
-
-
-def _put(place: Any, key: str, value: Upload | str, name: str) -> None:
-    if key == "":
-        _expect(place, list, name).append(value)
-    elif key not in _expect(place, dict, name):
-        place[key] = value
-    else:
-        before = place[key] if isinstance(place[key], Repeated) else Repeated([_expect(place[key], Upload | str, name)])
-        place[key] = Repeated([*before, value])
-
-
-def _expect(place: Any, kind: Any, name: str) -> Any:
-    if not isinstance(place, kind):
-        raise about(name, "is given in two forms")
-    return place

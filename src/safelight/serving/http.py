@@ -27,6 +27,8 @@ _SMALLEST_CHUNK = 256
 """Bytes in a chunk, on average, after the first `_FREE_CHUNKS`: each costs 10 µs to parse, however small."""
 _BACKLOG = 128
 """Connections that wait to be taken. Those whose clients have left wait too, before everybody who comes after them."""
+_READ_BYTES = 1 << 16
+"""That are read of a connection at once. As many may wait here unread, of each; asyncio reads four times as many."""
 _CHECKS = 4
 """How often, in its time, a reader is looked at."""
 _DISCARDED_BODIES = 4
@@ -119,6 +121,7 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin to wait for the first request."""
         super().connection_made(transport)
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]  # of asyncio's transport for sockets
         self._await_request()
         self._look_later()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from safelight.core.params import Option, SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
 from safelight.runtime.client import Ticket
+from safelight.serving.answers import JsonResponse, LargeJson, in_thread
 from safelight.serving.context import (
     Context,
     Finished,
@@ -25,7 +25,7 @@ from safelight.serving.context import (
     unless_gone,
 )
 from safelight.serving.errors import GONE, MalformedRequestError, error_body
-from safelight.serving.events import EventStream, event
+from safelight.serving.events import EventStream, event, event_pieces
 from safelight.serving.fields import (
     EFFECTLESS,
     IMAGES,
@@ -36,12 +36,14 @@ from safelight.serving.fields import (
     Resolved,
     sort_fields,
 )
-from safelight.serving.gate import Body, Upload, aside, read_fields
-from safelight.serving.jobs import Job, request_digest
+from safelight.serving.forms import Upload
+from safelight.serving.gate import Body, aside, read_fields
+from safelight.serving.jobs import Job, file_digest, request_digest
 from safelight.serving.jobs_api import content_url, job_object
 from safelight.serving.limits import Limits
 from safelight.serving.outputs import encode_image, file_metadata
 from safelight.serving.shares import client_of
+from safelight.serving.spool import LongText, Spool
 from safelight.serving.submission import Submission
 
 FORMATS = ("png", "jpeg", "webp")
@@ -129,10 +131,9 @@ async def _create(request: Request, context: Context, edits: bool) -> Response:
     if as_job or asked.own.get("response_format", context.settings.response_format) == "url":
         return await _as_job(request, context, body, resolved, wait=not as_job)
     finished = await context.generate(request, resolved.params)
-    pictures = await context.jobs.outputs.run(_encode, resolved, finished)
-    context.count(resolved, finished)
-    content = {**_response(resolved, pictures, finished), "metrics": _metrics(finished)}
-    return await context.jobs.outputs.run(json_response, content)
+    pictures = await context.jobs.outputs.run(_encode, resolved, finished, Spool(context.jobs.outputs.directory))
+    context.count(resolved, finished, len(pictures))
+    return JsonResponse({**_response(resolved, pictures, finished), "metrics": _metrics(finished)})
 
 
 def _sorted(body: Body, schema: ModelSchema, limits: Limits, edits: bool) -> Asked:
@@ -152,21 +153,18 @@ def prefers_async(request: Request) -> bool:
     return "respond-async" in [preference.partition(";")[0].strip().lower() for preference in preferences]
 
 
-def _encode(resolved: Resolved, finished: Finished) -> list[dict[str, Any]]:
-    """Return each picture's file in base64, its seed, and its size. For a thread."""
+def _encode(resolved: Resolved, finished: Finished, spool: Spool) -> list[dict[str, Any]]:
+    """Return each picture's file, its seed, and its size, and let the pixels go. For a thread."""
     compression = resolved.asked.own.get("output_compression")
-    return [
-        {
-            "b64_json": base64.b64encode(
-                encode_image(array, resolved.output_format, compression, file_metadata(resolved.schema, output.params))
-            ).decode("ascii"),
-            "revised_prompt": None,
-            "seed": output.seed,
-            "size": f"{array.shape[1]}x{array.shape[0]}",
-        }
-        for output in finished.outputs
-        for array in output.pictures()
-    ]
+    pictures = []
+    for output in finished.outputs:
+        metadata = file_metadata(resolved.schema, output.params)
+        for array in output.pictures():
+            file = encode_image(array, resolved.output_format, compression, metadata)
+            size = f"{array.shape[1]}x{array.shape[0]}"
+            pictures.append({"b64_json": spool.add(file), "revised_prompt": None, "seed": output.seed, "size": size})
+        output.media.clear()  # whoever reads the answer slowly keeps the ticket
+    return pictures
 
 
 def _response(resolved: Resolved, pictures: Sequence[Mapping[str, Any]], finished: Finished | None) -> dict[str, Any]:
@@ -225,18 +223,20 @@ async def _stream(
     task = resolved.schema.task.value
     try:
         finished = await context.follow(ticket)
-        pictures = await context.jobs.outputs.run(_encode, resolved, finished)
+        pictures = await context.jobs.outputs.run(_encode, resolved, finished, Spool(context.jobs.outputs.directory))
     except Exception as error:  # the boundary of a request whose answer has begun
         known = context.answered(request, error)
         context.metrics.ended(task, known.status)
         yield event("error", error_body(known))
         return
-    context.count(resolved, finished)
+    context.count(resolved, finished, len(pictures))
     response = _response(resolved, pictures, finished)
     shared = {name: response[name] for name in ("background", "output_format", "quality", "usage", "warnings")}
     for picture in pictures:
         kind = f"{prefix}.completed"
-        yield event(kind, {"type": kind, "created_at": response["created"], **shared, **picture})
+        data = LargeJson({"type": kind, "created_at": response["created"], **shared, **picture})
+        async for piece in in_thread(event_pieces(kind, data)):
+            yield piece
 
 
 async def _as_job(request: Request, context: Context, body: Body, resolved: Resolved, wait: bool) -> Response:
@@ -313,6 +313,8 @@ def _without_files(value: Any) -> Any:
     """Return fields as JSON can hold them; files are told apart by their own digests."""
     if isinstance(value, Upload):
         return None
+    if isinstance(value, LongText):
+        return {"sha256": file_digest(value).hex()}
     if isinstance(value, dict):
         return {name: _without_files(entry) for name, entry in value.items()}
     return [_without_files(entry) for entry in value] if isinstance(value, list) else value

@@ -40,6 +40,7 @@ from safelight.serving.jobs import MAX_ATTEMPTS, Job, JobError, JobStore, check_
 from safelight.serving.outputs import Outputs, Staged
 from safelight.serving.patience import Expiry, when_free
 from safelight.serving.shares import check_share
+from safelight.serving.spool import Stored
 from safelight.serving.submission import Submission, new_job, read_params
 
 T = TypeVar("T")
@@ -239,7 +240,7 @@ class JobManager:
         finally:
             self._leaving.discard(job.id)
 
-    async def _accept(self, job: Job, files: Mapping[str, bytes], client: str) -> Job:
+    async def _accept(self, job: Job, files: Mapping[str, bytes | Stored], client: str) -> Job:
         self._num_accepted += 1
         with self._held(job):
             async with self._room:
@@ -251,7 +252,7 @@ class JobManager:
                     await self.outputs.save(files)
             return await self._add(job, files, client)
 
-    async def _add(self, job: Job, files: Mapping[str, bytes], client: str) -> Job:
+    async def _add(self, job: Job, files: Mapping[str, bytes | Stored], client: str) -> Job:
         try:
             accepted = await self._when_free(lambda: self.store.add(job), self._limits.busy_seconds)
         except SafelightError:  # after anything else it may be stored all the same, and needs its files

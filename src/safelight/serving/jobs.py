@@ -24,6 +24,7 @@ from safelight.core.server_args import Mode
 from safelight.errors import (
     ConflictError,
 )
+from safelight.serving.spool import Stored, parts
 
 Kind = Literal["image", "video"]
 JobState = Literal["queued", "in_progress", "completed", "failed"]
@@ -223,12 +224,20 @@ def owner_of(api_key: str | None) -> str:
     return hashlib.sha256(b"safelight-owner\0" + api_key.encode()).hexdigest()[:32] if api_key else ""
 
 
-def request_digest(fields: Mapping[str, Any], files: Sequence[bytes] = ()) -> str:
+def request_digest(fields: Mapping[str, Any], files: Sequence[bytes | Stored] = ()) -> str:
     """Return a hash of a request as it came: its fields, in any order, and its files, in their order."""
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for data in files:
-        digest.update(hashlib.sha256(data).digest())
+        digest.update(file_digest(data))
     return digest.hexdigest()
+
+
+def file_digest(data: bytes | Stored) -> bytes:
+    """Return a hash of bytes, wherever they are."""
+    digest = hashlib.sha256()
+    for piece in parts(data):
+        digest.update(piece)
+    return digest.digest()
 
 
 def check_same(existing: Job, digest: str) -> Job:

@@ -11,12 +11,14 @@ class Limits:
 
     Attributes:
         body_bytes: of a request's body.
-        held_bytes: of bodies, the files of pictures in them, over all requests that are under way; the last eighth of
-            it is kept for small bodies.
+        held_bytes: of bodies, on disk but for small ones, over all requests that are under way; pictures decoded from
+            data URLs take at most as many again. The last eighth of it is kept for small bodies.
+        memory_bytes: of bodies in memory, over all requests that are under way; beyond, small ones too are on disk.
         small_body_bytes: of a body that is a small one.
         header_bytes: of a request's line and headers.
         headers: their number.
         json_items: commas, brackets and backslashes in a JSON body, images aside: what parsing costs.
+        json_bytes: of a JSON body beside long texts without escapes, which data URLs are.
         parts: of a multipart body.
         image_bytes, image_pixels, image_side: of one input image, in its file, in all, and along a side.
         images: input images of one request.
@@ -40,10 +42,12 @@ class Limits:
 
     body_bytes: int = 32 << 20
     held_bytes: int = 1 << 30
+    memory_bytes: int = 32 << 20
     small_body_bytes: int = 1 << 20
     header_bytes: int = 32 << 10
     headers: int = 100
     json_items: int = 100_000
+    json_bytes: int = 8 << 20
     parts: int = 128
     image_bytes: int = 16 << 20
     image_pixels: int = 25_000_000

@@ -1,8 +1,8 @@
 """Where connections come in: as many as this process has descriptors for, and some are left for itself. No torch.
 
 A connection's descriptor is the lowest that is free. One that would be above a bound is therefore one connection too
-many, whatever else is open; it is told so and closed. What is above the bound stays free for files that answers are
-read from, of which a connection has one at a time, and above those for workers that start again, media and the store.
+many, whatever else is open; it is told so and closed. What is above the bound stays free for files that bodies and
+answers are in, of which a connection has one or two, and above those for workers that start again, media and the store.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import io
@@ -14,7 +15,6 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -29,6 +29,7 @@ from safelight.errors import InvalidParameterError, OutputError, SafelightError,
 from safelight.runtime.client import Media, Output
 from safelight.serving import directories
 from safelight.serving.jobs import StoredFile, StoredOutput
+from safelight.serving.spool import Stored
 from safelight.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ NUM_THREADS = 2
 _MAX_EXIF_TEXT = 60_000
 """JPEG holds 65,533 bytes of EXIF."""
 _LONG_TEXT = 1_000
+_LARGE_PICTURE = 8 << 20
+"""Values of a picture from which on it is encoded alone: it takes as much again, and its file's length."""
+_ONE_LARGE = threading.Lock()
 
 
 def file_metadata(schema: ModelSchema, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +85,8 @@ def encode_image(
     if output_format == "jpeg" and array.shape[-1] == 4:
         raise InvalidParameterError("output_format", "jpeg", "png or webp: this picture has an alpha channel")
     file = io.BytesIO()
-    _IMAGE_ENCODERS[output_format](Image.fromarray(array), file, compression, metadata)
+    with _ONE_LARGE if array.size > _LARGE_PICTURE else contextlib.nullcontext():
+        _IMAGE_ENCODERS[output_format](Image.fromarray(array), file, compression, metadata)
     return file.getvalue()
 
 
@@ -211,7 +216,7 @@ class Outputs:
         except OSError as error:
             raise StateDirectoryError(f"outputs directory {str(self.directory)!r}: {error.strerror}") from error
 
-    async def save(self, files: Mapping[str, bytes]) -> None:
+    async def save(self, files: Mapping[str, bytes | Stored]) -> None:
         """Write files by name, durably.
 
         Raises:
@@ -285,10 +290,10 @@ class Outputs:
         others = [path for path in self.directory.iterdir() if directories.job_of(path.name) == job_id]
         _remove(path for path in others if path.name not in names)
 
-    def _save(self, files: Mapping[str, bytes]) -> None:
+    def _save(self, files: Mapping[str, bytes | Stored]) -> None:
         with self._temporaries() as temporaries:
             for name, data in files.items():
-                temporaries[name] = self._write(data)
+                temporaries[name] = self._write(data if isinstance(data, bytes) else data.read())
             self._rename(temporaries)
 
     def _stage(
@@ -330,7 +335,7 @@ class Outputs:
         with self._temporaries(staged.temporaries) as temporaries:
             self._rename(temporaries)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _temporaries(self, existing: Mapping[str, Path] | None = None) -> Iterator[dict[str, Path]]:
         """Collect temporary files by the names they will have; if what is done with them fails, neither stays."""
         found = dict(existing or {})
@@ -371,7 +376,7 @@ def _stored(
     return StoredOutput(name, media_type, width, height, size, seed, num_frames, fps, dict(extras or {}))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _named_failures() -> Iterator[None]:
     """Turn a failure to write into an error whose message holds no path."""
     try:

@@ -8,7 +8,7 @@ import contextlib
 import re
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from PIL import Image
@@ -17,15 +17,18 @@ from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.file_kinds import HEAD_BYTES, kind_of
 from safelight.serving.errors import TooLargeError
-from safelight.serving.gate import Upload
+from safelight.serving.forms import Upload
 from safelight.serving.limits import Limits
-from safelight.serving.pieces import from_base64, from_percent
+from safelight.serving.pieces import from_base64, from_percent, pieces
+from safelight.serving.spool import LongText, Stored
 
-_DATA_URL = re.compile(r'data:((?:[^,"]|"[^"]{0,1000}"){0,1000}),', re.IGNORECASE)
+_DATA_URL = re.compile(rb'data:((?:[^,"]|"[^"]{0,1000}"){0,1000}),', re.IGNORECASE)
 """RFC 2397: a media type, its parameters, whose values may be quoted, and perhaps `;base64`."""
+_DATA_URL_HEAD = 1 << 15
+"""Bytes of a long one in which all of that is."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{100,}={0,2}[\r\n]*")
 _MAX_ESCAPES = 1_000_000
-"""Of `%XX` in one data URL: a million are a file of a few megabytes, and take 100 MB on their way."""
+"""Of `%XX` in one data URL: a million are a file of a few megabytes, and take half a second."""
 _MAX_CHUNKS = 16_384
 """Of a PNG: encoders cut 16 MiB into 2,048 pieces of 8 KiB."""
 _MAX_SEGMENTS = 2048
@@ -38,14 +41,16 @@ _SCAN, _ALONE = 0xDA, frozenset({0x01, *range(0xD0, 0xDA)})
 """Markers of a JPEG: of a scan, and those that no length follows."""
 _TAKES = "a PNG, JPEG or WebP file of one picture"
 _TAKES_BYTES = "the picture itself: a file in a form (image, or image[] for each of several), or a data URL"
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for a file that is no whole picture."""
 Size = tuple[int, int]
 """Width and height in pixels."""
 
 
-def picture_bytes(value: Any, param: str, limits: Limits) -> bytes:
+def picture_bytes(value: Any, param: str, limits: Limits) -> bytes | Stored:
     """Return the file of an uploaded picture, or of a data URL. Of a large one that takes a while: run it in a thread.
+
+    What is long stays on disk: what is decoded of a body's text is added to the body's spool.
 
     Raises:
         InvalidParameterError: for anything else: no path is opened, and no URL is fetched.
@@ -55,15 +60,20 @@ def picture_bytes(value: Any, param: str, limits: Limits) -> bytes:
     if isinstance(value, dict):
         value = _referenced(value, param)
     if isinstance(value, Upload):
-        data = value.data
-    elif isinstance(value, str) and (match := _DATA_URL.match(value)):
-        data = _data_url_bytes(match[1], value[match.end() :], param)
-    else:
-        got = _text_described(value) if isinstance(value, str) else value
-        raise InvalidParameterError(param, got, _TAKES_BYTES)
-    if len(data) > limits.image_bytes:
-        raise TooLargeError.rebuilt(f"{param}: at most {limits.image_bytes} bytes are taken", param)
-    return data
+        if len(value.data) > limits.image_bytes:
+            raise _too_large(param, limits)
+        return value.data
+    if isinstance(value, LongText):
+        if (match := _DATA_URL.match(value.head(_DATA_URL_HEAD))) is not None:
+            return value.spool.store(_data_url_bytes(match[1], value.pieces(match.end()), param, limits))
+    elif isinstance(value, str) and (match := _DATA_URL.match(data := value.encode("utf-8", "surrogatepass"))):
+        return b"".join(_data_url_bytes(match[1], pieces(data[match.end() :]), param, limits))
+    text = value.start if isinstance(value, LongText) else value
+    raise InvalidParameterError(param, _text_described(text) if isinstance(text, str) else value, _TAKES_BYTES)
+
+
+def _too_large(param: str, limits: Limits) -> TooLargeError:
+    return TooLargeError.rebuilt(f"{param}: at most {limits.image_bytes} bytes are taken", param)
 
 
 def _referenced(value: dict[str, Any], param: str) -> Any:
@@ -79,17 +89,31 @@ def _referenced(value: dict[str, Any], param: str) -> Any:
     raise InvalidParameterError(param, f"an object with {names[:60]}" if given else "an empty object", _TAKES_BYTES)
 
 
-def _data_url_bytes(about: str, text: str, param: str) -> bytes:
-    """Return what a data URL holds: percent-encoded, and then perhaps base64, which may be broken into lines."""
-    if text.count("%") > _MAX_ESCAPES:
-        raise InvalidParameterError(param, f"more than {_MAX_ESCAPES} escapes in a data URL", "base64 in a data URL")
-    data = from_percent(text)
-    if not about.rstrip().lower().endswith(";base64"):
-        return data
+def _data_url_bytes(about: bytes, text: Iterator[bytes], param: str, limits: Limits) -> Iterator[bytes]:
+    """Yield what a data URL holds: percent-encoded, and then perhaps base64, which may be broken into lines."""
+    data = from_percent(_counted(text, param))
+    if about.rstrip().lower().endswith(b";base64"):
+        data = from_base64(data)
+    num_bytes = 0
     try:
-        return from_base64(data)
+        for piece in data:
+            num_bytes += len(piece)
+            if num_bytes > limits.image_bytes:
+                raise _too_large(param, limits)
+            yield piece
     except ValueError as error:
         raise InvalidParameterError(param, "a data URL", "base64 in a data URL") from error
+
+
+def _counted(text: Iterator[bytes], param: str) -> Iterator[bytes]:
+    left = _MAX_ESCAPES
+    for piece in text:
+        left -= piece.count(b"%")
+        if left < 0:
+            raise InvalidParameterError(
+                param, f"more than {_MAX_ESCAPES} escapes in a data URL", "base64 in a data URL"
+            )
+        yield piece
 
 
 def _text_described(text: str) -> str:
@@ -105,13 +129,14 @@ def _text_described(text: str) -> str:
     return "a URL or a path"
 
 
-def open_picture(data: bytes, param: str, limits: Limits) -> EncodedImage:
-    """Return a picture, of which the header alone has been read.
+def open_picture(file: bytes | Stored, param: str, limits: Limits) -> EncodedImage:
+    """Return a picture, of which the header alone has been read. What is on disk stays there.
 
     Raises:
         InvalidParameterError: if it is of another format, has more pixels than are taken, or a damaged header.
 
     """
+    data, kept = (file, None) if isinstance(file, bytes) else (file.read(), file)
     name = next((name for name, known in _SIGNATURES.items() if known(data)), None)
     foreign = kind_of(data[:HEAD_BYTES])
     if name is None or foreign is not None:
@@ -120,11 +145,16 @@ def open_picture(data: bytes, param: str, limits: Limits) -> EncodedImage:
         size = _SIZES[name](data)
         if size is not None:
             _check_size(size, param, limits)
-        image = EncodedImage.read(data, (name,))
+        image = EncodedImage.read(data, (name,), kept)
         _check_size(image.size, param, limits)
-    except _UNREADABLE as error:
-        raise InvalidParameterError(param, f"a damaged {name} file", _TAKES) from error
+    except UNREADABLE as error:
+        raise damaged(name, param) from error
     return image
+
+
+def damaged(kind: str, param: str) -> InvalidParameterError:
+    """Return the error for a file of a format that is no whole picture."""
+    return InvalidParameterError(param, f"a damaged {kind} file", _TAKES)
 
 
 def check_decodes(image: EncodedImage, param: str) -> None:
@@ -136,8 +166,8 @@ def check_decodes(image: EncodedImage, param: str) -> None:
     """
     try:
         image.load()
-    except _UNREADABLE as error:
-        raise InvalidParameterError(param, f"a damaged {image.kind} file", _TAKES) from error
+    except UNREADABLE as error:
+        raise damaged(image.kind, param) from error
     finally:
         image.let_go()
 

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import base64
 import codecs
-import secrets
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator
 from urllib.parse import unquote_to_bytes
 
-PIECE = 1 << 20
-"""Bytes whose work takes about a millisecond; between two pieces the event loop has its turn."""
-_LONG = 1 << 16
-"""Characters of a text that is read apart from its JSON."""
+PIECE = 1 << 18
+"""Bytes whose work takes about a quarter of a millisecond; after each piece the event loop has its turn."""
+ESCAPED_PIECE = 1 << 14
+"""Bytes with `%XX` escapes, each of which is a string of its own on its way."""
+_TURN_SECONDS = 0.0002
+"""A thread that only lets the interpreter go takes it again before the event loop has woken."""
 _CONTROL = bytes(range(0x20))
 _BLANK = b" \t\r\n\f"
 
 
-def pieces(data: bytes | bytearray, size: int = PIECE) -> Iterator[bytes]:
-    """Yield copies of consecutive parts."""
+def turn() -> None:
+    """Let the event loop have its turn, between two pieces of work in a thread."""
+    time.sleep(_TURN_SECONDS)
+
+
+def pieces(data: bytes | bytearray | memoryview, size: int = PIECE) -> Iterator[bytes]:
+    """Yield copies of consecutive parts, with a turn for the event loop after each."""
     view = memoryview(data)
-    return (bytes(view[at : at + size]) for at in range(0, len(data), size))
+    for at in range(0, len(view), size):
+        if at:
+            turn()
+        yield bytes(view[at : at + size])
 
 
 def is_blank(data: bytearray) -> bool:
@@ -38,96 +47,104 @@ def has_more(data: bytearray, marks: tuple[bytes, ...], most: int) -> bool:
     return False
 
 
-def from_percent(text: str) -> bytes:
-    """Return the bytes of a text with `%XX` escapes."""
-    found, at = bytearray(), 0
-    while at < len(text):
-        end = at + PIECE
-        end = next((cut for cut in (end - 2, end - 1) if text[cut : cut + 1] == "%"), end)  # no escape is cut
-        found += unquote_to_bytes(text[at:end])
-        at = end
-    return bytes(found)
+def find(data: bytearray, mark: bytes, begin: int, end: int | None = None) -> int:
+    """Return where a byte is first, as `bytearray.find` does."""
+    end = len(data) if end is None else end
+    for at in range(begin, end, PIECE):
+        found = data.find(mark, at, min(at + PIECE, end))
+        if found >= 0:
+            return found
+        if at + PIECE < end:
+            turn()
+    return -1
 
 
-def from_base64(data: bytes) -> bytes:
-    """Return what base64 holds, which may be broken into lines and lack its padding.
+def is_utf8(parts: Iterable[bytes], without: bytes = b"") -> bool:
+    """Say whether parts of a text are UTF-8 together, and hold none of some bytes.
+
+    Raises:
+        ValueError: for one of those.
+
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for piece in parts:
+            decoder.decode(piece)
+            if without and len(piece.translate(None, without)) != len(piece):
+                raise ControlError("a control character in a text")
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+class ControlError(ValueError):
+    """A text in JSON has a control character, which is written as an escape there."""
+
+
+def check_json_text(parts: Iterable[bytes]) -> None:
+    """Refuse what is no text in JSON, escapes aside.
+
+    Raises:
+        UnicodeError: for what is not UTF-8.
+        ControlError: for a control character.
+
+    """
+    if not is_utf8(parts, _CONTROL):
+        raise UnicodeError("not UTF-8")
+
+
+def from_percent(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of a text with `%XX` escapes, whose parts may cut an escape."""
+    rest = b""
+    for part in parts:
+        data = rest + part
+        cut = next((at for at in (len(data) - 2, len(data) - 1) if data[at : at + 1] == b"%"), len(data))
+        rest = data[cut:]
+        if b"%" not in data[:cut]:
+            yield data[:cut]
+            continue
+        for at in _cuts(data, cut):
+            yield unquote_to_bytes(data[at[0] : at[1]])
+    yield unquote_to_bytes(rest)
+
+
+def _cuts(data: bytes, end: int) -> Iterator[tuple[int, int]]:
+    """Yield small stretches that cut no escape."""
+    at = 0
+    while at < end:
+        stop = min(at + ESCAPED_PIECE, end)
+        stop = next((cut for cut in (stop - 2, stop - 1) if cut > at and data[cut : cut + 1] == b"%"), stop)
+        if at:
+            turn()
+        yield at, stop
+        at = stop
+
+
+def from_base64(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield what base64 holds, which may be broken into lines and lack its padding.
 
     Raises:
         ValueError: for anything else.
 
     """
-    found, rest = bytearray(), b""
-    for piece in pieces(data):
-        text = rest + piece.translate(None, _BLANK)
+    rest = b""
+    for part in parts:
+        text = rest + part.translate(None, _BLANK)
         whole = (len(text) - 1) // 4 * 4  # padding is of the end alone: what may be the last four wait
         if b"=" in text[:whole]:
             raise ValueError("padding in the middle")
-        found += base64.b64decode(text[:whole], validate=True)
+        yield base64.b64decode(text[:whole], validate=True)
         rest = text[whole:]
-    return bytes(found + base64.b64decode(rest + b"=" * (-len(rest) % 4), validate=True))
+    yield base64.b64decode(rest + b"=" * (-len(rest) % 4), validate=True)
 
 
-class LongTexts:
-    """The long texts of a JSON document that are written without escapes, read apart from it.
-
-    Attributes:
-        rest: the document with a short word in the place of each.
-        are_there: whether there are any.
-
-    Raises:
-        UnicodeDecodeError: for what is not UTF-8.
-        ValueError: for a control character in one.
-
-    """
-
-    def __init__(self, data: bytearray) -> None:
-        self._mark, self._texts = f"{secrets.token_hex(16)}-", list[str]()
-        kept, at, begun = bytearray(), 0, data.find(b'"')
-        while begun >= 0:
-            end = data.find(b'"', begun + 1)
-            if end < 0:
-                break
-            escape = data.find(b"\\", begun + 1, end)
-            if escape >= 0:
-                end = _end_of_escaped(data, escape, end)
-                if end < 0:
-                    break
-            elif end - begun > _LONG:
-                kept += data[at : begun + 1] + f"{self._mark}{len(self._texts)}".encode()
-                self._texts.append(_text(memoryview(data)[begun + 1 : end]))
-                at = end
-            begun = data.find(b'"', end + 1)
-        self.are_there = bool(self._texts)
-        self.rest = kept + data[at:] if self._texts else data
-
-    def put_back(self, value: Any) -> Any:
-        """Return a parsed value with the texts in their places, as names too."""
-        if not self._texts:
-            return value
-        if isinstance(value, str):
-            return self._texts[int(value[len(self._mark) :])] if value.startswith(self._mark) else value
-        if isinstance(value, list):
-            return [self.put_back(entry) for entry in value]
-        if isinstance(value, dict):
-            return {self.put_back(name): self.put_back(entry) for name, entry in value.items()}
-        return value
-
-
-def _end_of_escaped(data: bytearray, escape: int, quote: int) -> int:
-    """Return where a text ends whose first escape and quote are there; -1 if it does not. One pass."""
-    while escape >= 0 and quote >= 0:
-        at = escape + 2  # what is escaped may be a quote
-        if quote < at:
-            quote = data.find(b'"', at)
-        escape = data.find(b"\\", at, quote)
-    return quote
-
-
-def _text(view: memoryview) -> str:
-    decoder, found = codecs.getincrementaldecoder("utf-8")(), []
-    for begin in range(0, len(view), PIECE):
-        piece = bytes(view[begin : begin + PIECE])
-        if len(piece.translate(None, _CONTROL)) != len(piece):
-            raise ValueError("a control character in a text")
-        found.append(decoder.decode(piece))
-    return "".join([*found, decoder.decode(b"", final=True)])
+def to_base64(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield base64, without line ends."""
+    rest = b""
+    for part in parts:
+        data = rest + part
+        whole = len(data) // 3 * 3
+        yield base64.b64encode(data[:whole])
+        rest = data[whole:]
+    yield base64.b64encode(rest)

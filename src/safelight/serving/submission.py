@@ -15,6 +15,7 @@ from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError
 from safelight.serving.jobs import Job, Kind, StoredFile, new_id
+from safelight.serving.spool import Stored
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Submission:
     """
 
     params: SamplingParams
-    images: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
+    images: Mapping[str, Sequence[bytes | Stored]] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
     output_format: str = "png"
     compression: int | None = None
@@ -49,7 +50,7 @@ class Submission:
     client: str = ""
 
 
-def new_job(submission: Submission, schema: ModelSchema, now: float) -> tuple[Job, dict[str, bytes]]:
+def new_job(submission: Submission, schema: ModelSchema, now: float) -> tuple[Job, dict[str, bytes | Stored]]:
     """Return a queued job and its input files by name."""
     kind: Kind = "video" if schema.task.makes_video else "image"
     job_id = new_id(kind)

@@ -1,0 +1,100 @@
+"""Whether input pictures can be decoded. Large ones are tried in a process of their own. Imports no torch.
+
+A picture of 25 megapixels takes 100 to 400 MB while it is decoded, by its format, and Pillow lets no other thread run
+while it decodes WebP. The process that is there for that lasts as long as one request's pictures, and takes with it
+whatever a file does to a decoder.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from typing import IO
+
+from safelight.encoded import EncodedImage
+from safelight.runtime.processes import python_command, safe_environment
+from safelight.serving.pictures import UNREADABLE, check_decodes, damaged
+
+logger = logging.getLogger(__name__)
+
+SMALL_PIXELS = 1 << 21
+"""Of a picture that is tried in this process: tens of milliseconds, and megabytes."""
+_MOST_MEMORY = 2 << 30
+"""Of addresses in the other process."""
+_SECONDS = 60.0
+_GOOD, _DAMAGED = b"1", b"0"
+
+
+def check_all(pictures: Iterable[tuple[str, EncodedImage]]) -> None:
+    """Decode pictures one at a time, and let their pixels go. It takes a while: run it in a thread, one at a time.
+
+    Args:
+        pictures: and the field that each was given for.
+
+    Raises:
+        InvalidParameterError: naming the field of the first that is damaged.
+
+    """
+    large = []
+    for param, image in pictures:
+        if image.width * image.height <= SMALL_PIXELS:
+            check_decodes(image, param)
+        else:
+            large.append((param, image))
+    if large:
+        _check_apart(large)
+
+
+def _check_apart(pictures: list[tuple[str, EncodedImage]]) -> None:
+    command = python_command(__name__)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=safe_environment()) as process:
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(_SECONDS, process.kill)
+        timer.start()
+        try:
+            for param, image in pictures:
+                answer = _asked(process.stdin, process.stdout, image)
+                if not answer:
+                    logger.warning("the process that tries pictures ended at one of %d x %d", *image.size)
+                if answer != _GOOD:
+                    raise damaged(image.kind, param)
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def _asked(to: IO[bytes], back: IO[bytes], image: EncodedImage) -> bytes:
+    """Return the other process's answer for one picture; nothing if it ended."""
+    file = image.file
+    try:
+        to.write(f"{image.kind} {image.mode} {image.width} {image.height} {len(file)}\n".encode("ascii"))
+        to.write(file)
+        to.flush()
+    except BrokenPipeError:
+        return b""
+    return back.read(1)
+
+
+def main() -> None:
+    """Answer for one picture after the other, until there are no more."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    while line := sys.stdin.buffer.readline():
+        kind, mode, width, height, length = line.decode("ascii").split()
+        image = EncodedImage(sys.stdin.buffer.read(int(length)), kind, mode, (int(width), int(height)))
+        try:
+            image.load()
+            answer = _GOOD
+        except (*UNREADABLE, MemoryError):
+            answer = _DAMAGED
+        image.let_go()
+        sys.stdout.buffer.write(answer)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""What large bodies, pictures and answers cost the API process: no long hold of the interpreter, and no memory."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import errno
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import msgspec
+import pytest
+from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
+
+from safelight.errors import InvalidParameterError, QueueFullError, SafelightError, StorageFullError
+from safelight.serving import gate, long_texts, pieces, spool, trial
+from safelight.serving.answers import JsonResponse, LargeJson
+from safelight.serving.context import Settings
+from safelight.serving.events import EventStream
+from safelight.serving.fields import sort_fields
+from safelight.serving.gate import Budget, read_body
+from safelight.serving.images import image_fields
+from safelight.serving.limits import Limits
+from safelight.serving.pictures import open_picture
+from safelight.serving.spool import IN_MEMORY, Spool
+from tests.serving.greedy_clients import chunk, picture_of
+from tests.serving.http_server import PROMPT, assert_error, running
+from tests.serving.large_bodies import KINDS
+from tests.serving.stub_engine import EDIT_SCHEMA
+
+LIMITS = Limits()
+QUICK = (
+    "one text",
+    "one text with one wide letter",
+    "texts with one wide letter",
+    "a field's name",
+    "a picture",
+    "a text in a form",
+    "a file in a form",
+    "hyphens in a form",
+)
+SLOW = [kind for kind in KINDS if kind not in QUICK and not kind.startswith(("nothing", "25 mega", "ten large"))]
+
+
+@pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
+def test_a_large_body_is_looked_at_in_small_pieces(kind, monkeypatch, tmp_path):
+    """Between two turns of the event loop there is little work, by the thread's own clock, and memory for one body."""
+    media_type, body = KINDS[kind]()
+    found, longest, last = Spool(tmp_path), 0.0, 0.0
+    found.keep(body)
+    found.flush()
+
+    def turn():
+        nonlocal longest, last
+        longest, last = max(longest, time.thread_time() - last), time.thread_time()
+
+    for module in (pieces, spool, long_texts):
+        monkeypatch.setattr(module, "turn", turn)
+    gc.collect()
+    tracemalloc.start()
+    last = time.thread_time()
+    try:
+        boundary = parse_options_header(media_type)[1].get(b"boundary")
+        parsed = gate._parse_json(found, LIMITS) if boundary is None else gate._form(found, LIMITS, boundary)
+        tracemalloc.reset_peak()
+        sort_fields(parsed, image_fields(LIMITS), EDIT_SCHEMA, LIMITS)
+    except SafelightError:
+        pass
+    finally:
+        turn()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert longest < 0.4, "of 28 MB at once; tracing takes most of it"
+    assert peak < len(body) + (50 << 20)
+
+
+@pytest.mark.parametrize("kind", ["a picture", "pictures in JSON"])
+def test_pictures_stay_on_disk(kind, monkeypatch, tmp_path):
+    media_type, body = KINDS[kind]()
+    found = Spool(tmp_path)
+    found.keep(body)
+    found.flush()
+    limits = Limits(image_bytes=32 << 20)
+    boundary = parse_options_header(media_type)[1].get(b"boundary")
+    parsed = gate._parse_json(found, limits) if boundary is None else gate._form(found, limits, boundary)
+    del body
+    gc.collect()
+    tracemalloc.start()
+    asked = sort_fields(parsed, image_fields(limits), EDIT_SCHEMA, limits)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(len(file) for files in asked.pictures.values() for file in files) > 6_000_000
+    assert held < 1 << 20 and peak < 8 << 20
+
+
+def request_of(chunks):
+    """Return a request whose body comes in chunks."""
+
+    async def receive():
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+    left = list(chunks)
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": [], "state": {"at_end": Ends()}}, receive)
+
+
+class Ends(list):
+    def callback(self, function, *args):
+        self.append(lambda: function(*args))
+
+
+@pytest.mark.parametrize("sizes", [[10], [IN_MEMORY], [IN_MEMORY, 1], [1, IN_MEMORY], [70_000] * 40, [1] * 900 + [9]])
+@pytest.mark.parametrize("memory", [0, 100_000, 32 << 20])
+def test_what_is_received_is_counted_and_given_back(sizes, memory, tmp_path):
+    chunks = [os.urandom(size) for size in sizes]
+    limits = Limits(memory_bytes=memory)
+    budget = Budget(limits, tmp_path)
+    request = request_of(chunks)
+    got = asyncio.run(read_body(request, limits, budget))
+    assert got.all().read() == b"".join(chunks) == b"".join(got.all().pieces(size=1000))
+    assert got.in_file == (sum(sizes) > IN_MEMORY or sum(sizes) > memory)
+    assert budget._held == sum(sizes)
+    assert budget._in_memory == (0 if got.in_file else sum(sizes))
+    for end in request.scope["state"]["at_end"]:
+        end()
+    assert (budget._held, budget._in_memory) == (0, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bodies_that_wait_are_in_memory_as_far_as_there_is_room(tmp_path):
+    async def use():
+        limits = Limits(memory_bytes=1 << 20)
+        budget = Budget(limits, tmp_path)
+        got = [await read_body(request_of([b"x" * 60_000]), limits, budget) for _ in range(50)]
+        assert sum(body.num_kept for body in got) <= 1 << 20 and budget._held == 3_000_000
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(errno.ENOSPC, StorageFullError), (errno.EDQUOT, StorageFullError), (errno.EMFILE, QueueFullError)],
+)
+def test_a_disk_that_fails_is_named(number, expected, monkeypatch, tmp_path):
+    def fail(*args):
+        raise OSError(number, "no")
+
+    found = Spool(tmp_path)
+    found.keep(b"x")
+    monkeypatch.setattr(spool.os, "pwrite", fail)
+    with pytest.raises(expected):
+        found.flush()
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    del found
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files - 1
+
+
+def test_a_full_disk_ends_the_large_request_alone(monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "full")
+
+    with running(tmp_path) as server, server.http() as http:
+        monkeypatch.setattr(spool.os, "pwrite", full)
+        large = json.dumps({"prompt": PROMPT, "user": "x" * 100_000})
+        sent = http.post("/v1/images/generations", content=large, headers={"content-type": "application/json"})
+        assert assert_error(sent, 507)["code"] == "storage_full"
+        assert http.post("/v1/images/generations", json={"prompt": PROMPT}).status_code == 200
+
+
+CHECK = """
+import resource, sys
+from safelight.serving.limits import Limits
+from safelight.serving.pictures import open_picture
+from safelight.serving import trial
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+file = open(sys.argv[1], "rb").read()
+image = open_picture(file, "image", Limits())
+before = peak()
+trial.check_all([("image", image.converted("RGB"))])
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["25 megapixels of PNG", "25 megapixels of JPEG", "25 megapixels of WebP"])
+@pytest.mark.slow
+def test_large_pictures_are_tried_elsewhere(kind, tmp_path):
+    body = KINDS[kind]()[1]
+    path = tmp_path / "picture"
+    path.write_bytes(body.rpartition(b'filename="a"\r\n\r\n')[2].removesuffix(b"\r\n--b--\r\n"))
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, str(path)], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert int(done.stdout) < 40 * 1024
+
+
+def test_large_pictures_whole_and_damaged():
+    whole = picture_of(2000, 1500)
+    at = whole.index(b"IDAT")
+    length = int.from_bytes(whole[at - 4 : at])
+    assert trial.SMALL_PIXELS < 2000 * 1500
+    good = open_picture(whole, "image", LIMITS).converted("RGB")
+    trial.check_all([("image", good)] * 2)
+    for kept in (0, length // 2, length - 5):
+        cut = whole[: at - 4] + chunk(b"IDAT", whole[at + 4 :][:kept]) + chunk(b"IEND", b"")
+        bad = open_picture(cut, "image", LIMITS)
+        with pytest.raises(InvalidParameterError, match=r"images: got .a damaged PNG"):
+            trial.check_all([("image", good), ("images", bad)])
+
+
+@pytest.mark.parametrize("what", ["import os; os.abort()", "pass", "import time; time.sleep(60)"])
+def test_whatever_happens_to_who_tries_a_picture_the_picture_is_damaged(what, monkeypatch):
+    """A decoder that is overrun ends its own process; one that never ends is ended."""
+    monkeypatch.setattr(trial, "python_command", lambda module: [sys.executable, "-c", what])
+    monkeypatch.setattr(trial, "_SECONDS", 1.0)
+    image = open_picture(picture_of(2000, 1500), "image", LIMITS)
+    with pytest.raises(InvalidParameterError, match="damaged PNG"):
+        trial.check_all([("image", image)])
+
+
+def test_answers_are_what_msgspec_makes_of_them(tmp_path):
+    for length in (0, 1, 2, 3, 100_000, 300_001):
+        store = Spool(tmp_path)
+        data = os.urandom(length)
+        content = {"a": 'é"', "data": [{"b64_json": store.add(data), "n": 1}, {"b64_json": store.add(b"x" + data)}]}
+        whole = msgspec.json.encode({**content, "data": [{"b64_json": data, "n": 1}, {"b64_json": b"x" + data}]})
+        sent = list(LargeJson(content).pieces())
+        assert b"".join(sent) == whole and LargeJson(content).num_bytes == len(whole)
+        assert max(map(len, sent)) <= 1 << 16
+        assert JsonResponse(content).headers["content-length"] == str(len(whole))
+
+
+def test_a_slow_reader_of_a_large_answer_holds_little(tmp_path):
+    """Ten pictures of noise are 30 MB; what is not taken is not in memory."""
+    body = json.dumps({"prompt": f"{PROMPT} [noise]", "n": 10, "size": "512x512"}).encode()
+    with running(tmp_path) as server:
+        head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        with server.connect(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body) as sock:
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+            (connection,) = server.server.server_state.connections
+            assert server.call(connection.transport.get_write_buffer_size) < 1 << 18
+
+
+def test_no_comment_is_within_an_event():
+    """A disk that is slow in the middle of one is waited for."""
+
+    async def source():
+        yield b"event: a\ndata: "
+        await asyncio.sleep(0.2)
+        yield b"{}\n\n"
+        await asyncio.sleep(0.2)
+        yield b"event: b\ndata: {}\n\n"
+
+    async def use():
+        sent = []
+
+        async def send(message):
+            sent.append(message.get("body", b""))
+
+        async def receive():
+            await asyncio.sleep(10)
+
+        await EventStream(source(), 0.05)({}, receive, send)
+        return b"".join(sent)
+
+    got = asyncio.run(use())
+    assert got.startswith(b"event: a\ndata: {}\n\n: ping\n\n") and got.endswith(b"event: b\ndata: {}\n\n")
+
+
+def test_legal_bodies_of_the_largest_size_pass(tmp_path):
+    """A picture of nearly 16 MiB in a form and in JSON, of a body of at most 32 MiB."""
+    small = picture_of(64, 64)
+    padded = small[:33] + chunk(b"prVt", bytes(15 << 20)) + small[33:]
+    url = "data:image/png;base64," + base64.b64encode(padded).decode()
+    with running(tmp_path, EDIT_SCHEMA) as server, server.http() as http:
+        files = {"image": ("a", padded, "image/png")}
+        form = http.post("/v1/images/edits", data={"prompt": PROMPT, "seed": "1"}, files=files)
+        for fields in ({"image": url}, {"images": [{"image_url": url}]}):
+            sent = http.post("/v1/images/edits", json={"prompt": PROMPT, "seed": 1, **fields})
+            assert sent.status_code == form.status_code == 200, (sent.text, form.text)
+            assert sent.json()["data"] == form.json()["data"]
+        (first, *_) = server.engine.submitted
+        assert first.params.image[0].file == padded
+
+
+def test_settings_are_the_promised_ones():
+    assert Settings(("a",)).limits.memory_bytes + 2 * LIMITS.body_bytes + 4 * LIMITS.json_bytes < 200 << 20
