@@ -18,9 +18,11 @@ from safelight.loading.stage_memory import fit
 from safelight.runtime import budget as budget_module
 from safelight.runtime.budget import LEAST, SHARES, Budget, held_by
 from safelight.runtime.engine import Engine
+from safelight.runtime.messages import Submit, split_images
 from safelight.runtime.policy import Plan
 from safelight.runtime.ranks import Ranks
 from safelight.runtime.room import Gauge
+from safelight.runtime.scheduler import Intake
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
 from tests.runtime.conftest import request
@@ -147,6 +149,14 @@ def test_what_can_never_fit_is_told_by_its_size(counted):
     refusal = engine.ranks.refusal(never)
     assert isinstance(refusal, InvalidParameterError) and refusal.param == "size"
     assert "decoding needs about 4.13 GiB of memory, and the model leaves 4.00 GiB" in str(refusal)
+
+
+def test_what_can_never_fit_is_no_task(counted):
+    engine, _ = counted("decoding", ceiling=4 * GIB)
+    for height, tasks in ((264, 0), (256, 1)):
+        params = request(engine.pipeline, height=height, width=64).params
+        ended = Intake(engine).take(Submit("r0", split_images(params)[0], []), [])
+        assert len(ended) == 1 - tasks == 1 - len(engine.tasks)
 
 
 @pytest.mark.parametrize(("height", "counts"), [(64, 0), (4096, 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from typing import Any
 
 import pytest
 
@@ -52,8 +53,9 @@ def machine(tmp_path):
         if high is not None:
             place(folder / "memory.high", f"{high}\n")
 
-    write.group = group
-    return write
+    machine: Any = write
+    machine.group = group
+    return machine
 
 
 def place(path, text):
