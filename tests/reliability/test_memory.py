@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.live_server import alive, generate, serving
 from tests.reliability.conftest import until
 
 SHAPES = SHIPPED_MODEL
-LARGE = {"size": "1024x1024", "num_inference_steps": 1}
+LARGE: dict[str, Any] = {"size": "1024x1024", "num_inference_steps": 1}
 """Whose decoding takes 390 MiB."""
 HOG = """
 import sys
@@ -44,6 +45,7 @@ class Group:
     @property
     def kills(self):
         found = re.search(r"^oom_kill (\d+)$", self.killed.read_text(), re.MULTILINE)
+        assert found is not None
         return int(found[1])
 
     @property

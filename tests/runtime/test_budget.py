@@ -159,10 +159,20 @@ def test_what_can_never_fit_is_no_task(counted):
         assert len(ended) == 1 - tasks == 1 - len(engine.tasks)
 
 
+def counting(calls):
+    """Return a counting of nothing that is counted itself."""
+
+    def count():
+        calls.append(1)
+        return ()
+
+    return count
+
+
 @pytest.mark.parametrize(("height", "counts"), [(64, 0), (4096, 1)])
 def test_a_model_is_counted_for_the_first_request_that_may_matter(fault_pipeline, height, counts):
     pipeline, calls = fault_pipeline(), []
-    pipeline.count_memory = lambda: calls.append(1) or ()
+    pipeline.count_memory = counting(calls)
     budget = Budget(pipeline, FakeGauge(left=4 * GIB))
     for _ in range(2):
         budget.refusal(request(pipeline, height=height, width=64).params)
@@ -171,7 +181,7 @@ def test_a_model_is_counted_for_the_first_request_that_may_matter(fault_pipeline
 
 def test_a_large_model_is_counted_when_it_is_loaded(fault_pipeline, monkeypatch):
     pipeline, calls = fault_pipeline(), []
-    pipeline.count_memory = lambda: calls.append(1) or ()
+    pipeline.count_memory = counting(calls)
     monkeypatch.setattr(budget_module, "WORTH", 80)  # bytes of its one layer
     Budget(pipeline, FakeGauge())
     assert calls
@@ -202,7 +212,7 @@ def test_a_plane_goes_through_what_was_counted():
 
 def peaks(pipeline, req):
     """Return the most bytes that were alive in each stage of a request that was really run."""
-    most = {}
+    most: dict[str, int] = {}
     with Execution(pipeline, req) as execution, LiveStorages() as live:
         more = True
         while more:

@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,9 @@ def test_the_likely_cause_of_a_death_is_told(number, killed, told):
 
     async def test():
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(60)")
-        rank = Rank(process, SimpleNamespace(), SimpleNamespace(), memory=SimpleNamespace(kills=lambda: next(counts)))
+        others: list[Any] = [SimpleNamespace(), SimpleNamespace()]
+        memory: Any = SimpleNamespace(kills=lambda: next(counts))
+        rank = Rank(process, *others, memory=memory)
         process.send_signal(number)
         assert await rank.end() == told
 
