@@ -171,7 +171,8 @@ def counting(calls):
 
 @pytest.mark.parametrize(("height", "counts"), [(64, 0), (4096, 1)])
 def test_a_model_is_counted_for_the_first_request_that_may_matter(fault_pipeline, height, counts):
-    pipeline, calls = fault_pipeline(), []
+    pipeline = fault_pipeline()
+    calls: list[int] = []
     pipeline.count_memory = counting(calls)
     budget = Budget(pipeline, FakeGauge(left=4 * GIB))
     for _ in range(2):
@@ -180,7 +181,8 @@ def test_a_model_is_counted_for_the_first_request_that_may_matter(fault_pipeline
 
 
 def test_a_large_model_is_counted_when_it_is_loaded(fault_pipeline, monkeypatch):
-    pipeline, calls = fault_pipeline(), []
+    pipeline = fault_pipeline()
+    calls: list[int] = []
     pipeline.count_memory = counting(calls)
     monkeypatch.setattr(budget_module, "WORTH", 80)  # bytes of its one layer
     Budget(pipeline, FakeGauge())
