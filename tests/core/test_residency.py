@@ -88,3 +88,19 @@ def test_owners_are_found_by_their_parts(modules):
     residency = Residency(modules, {}, {})
     assert residency.owners([modules["vae"][0], modules["fixed"]]) == ("vae", "fixed")
     assert all(residency.is_resident(name) for name in modules)
+
+
+@pytest.mark.parametrize(
+    ("resident", "asked", "missing"),
+    [
+        ([], ["transformer", "fixed"], 70),
+        (["vae"], ["transformer"], 60),
+        (["text_encoder"], ["text_encoder"], 0),
+        (["text_encoder"], ["vae"], -30),
+        (["text_encoder", "vae"], ["fixed"], -50),
+    ],
+)
+def test_what_must_still_come_is_told(modules, placements, resident, asked, missing):
+    residency = Residency(modules, placements, dict.fromkeys(placements, 100))
+    residency.bring(resident)
+    assert residency.missing_bytes(asked) == missing

@@ -39,6 +39,9 @@ class FakeGauge(Gauge):
     def free(self):
         return self.left
 
+    def ceiling(self):
+        return self.left
+
     def begin(self):
         return 500
 

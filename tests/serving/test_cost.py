@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from safelight.core.architecture import Architecture
+from safelight.core.stage_memory import StageMemory
 from safelight.errors import InvalidParameterError
 from safelight.preparation import prepare
 from safelight.runtime.cost import step_cost
@@ -111,6 +112,18 @@ def test_a_step_that_cannot_fit_is_refused():
     check_cost(params(schema, height=512, width=512), schema, UNLIMITED)
     with pytest.raises(InvalidParameterError, match=r"needs more than .* of memory") as caught:
         check_cost(params(schema, height=1024, width=1024), schema, UNLIMITED)
+    assert caught.value.param == "size"
+
+
+def test_a_stage_that_can_never_fit_is_refused():
+    """What was counted of a stage crosses the socket, and grows with pixels and tokens."""
+    stages = (StageMemory("text_encoding", 1 << 28, 0, 0), StageMemory("decoding", 0, 3072, 0))
+    schema = with_architecture(IMAGE_SCHEMA, FLUX, stage_memory=stages, device_bytes=3 << 30)
+    schema = schema_from_wire(schema_to_wire(schema))
+    assert schema.stage_memory == stages
+    check_cost(params(schema, height=1024, width=1024), schema, UNLIMITED)
+    with pytest.raises(InvalidParameterError, match=r"decoding needs about 3.05 GiB of memory, .* 3.00 GiB") as caught:
+        check_cost(params(schema, height=1040, width=1024), schema, UNLIMITED)
     assert caught.value.param == "size"
 
 

@@ -328,6 +328,11 @@ class SamplingParams:
         """
         return self.num_latent_tokens(schema)
 
+    def num_pixels(self, schema: ModelSchema) -> int:
+        """Return the pixels of an output, of a video those of a frame. Only for resolved parameters."""
+        height, width = self.output_size(schema)
+        return height * width
+
     def num_pictures(self) -> int:
         """Return how many pictures, or videos, an output has. Only for resolved parameters."""
         return 1

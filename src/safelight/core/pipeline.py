@@ -15,6 +15,7 @@ from safelight.core.residency import Residency
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage, Steps
+from safelight.core.stage_memory import StageMemory
 from safelight.stages.conditioning import ConditioningStage
 from safelight.stages.decoding import DecodingStage
 from safelight.stages.denoising import DenoisingStage
@@ -38,6 +39,7 @@ class ComposedPipeline:
         run_calls: makes the calls of a step, given how one is made; over several ranks, where a step is shared.
         shares_branches: whether the guidance branches of a step run on different ranks.
         empty_components: by name, what makes a component without weights, on the meta device, where that is known.
+        count_memory: counts what each stage takes beside weights; of a pipeline that cannot be counted, nothing.
 
     """
 
@@ -69,6 +71,7 @@ class ComposedPipeline:
         self.shared_stages: frozenset[str] = frozenset()
         self.shares_branches = False
         self.empty_components: dict[str, Callable[[], nn.Module]] = {}
+        self.count_memory: Callable[[], tuple[StageMemory, ...]] = tuple
         self.run_calls: Callable[[Sequence[ModelCall], CallMaker], list[Prediction]] = run_in_turn
         self._modules = dict(modules)
         self.create_pipeline_stages(server_args)

@@ -71,6 +71,10 @@ class Residency:
         """Say whether a component can run at once."""
         return name not in self._placements or name in self._resident
 
+    def missing_bytes(self, names: Iterable[str]) -> int:
+        """Return how many bytes more components take than those that leave for them; below 0 if it is less."""
+        return sum(self._placements[name].num_bytes for name in names if name in self._placements) - self.num_bytes
+
     def component(self, name: str) -> Any:
         """Return a component, on the device."""
         self.bring([name])

@@ -9,6 +9,7 @@ from typing import Any
 
 from safelight.core.architecture import Architecture
 from safelight.core.params import KINDS, SamplingParams
+from safelight.core.stage_memory import StageMemory
 
 
 class ModelTaskType(enum.StrEnum):
@@ -45,6 +46,7 @@ class ModelSchema:
         architecture: of the network that runs at every step; None where it is not known.
         token_bytes: that a step holds for each token, at the very least; 0 where that is not known.
         device_bytes: that all devices of a request have beside the weights; 0 where that is not known.
+        stage_memory: what each stage takes, as it was counted; nothing where it was not.
 
     """
 
@@ -61,6 +63,7 @@ class ModelSchema:
     architecture: Architecture | None = None
     token_bytes: int = 0
     device_bytes: int = 0
+    stage_memory: tuple[StageMemory, ...] = ()
 
     def json_schema(self) -> dict[str, Any]:
         """Return a JSON Schema (2020-12) of what may be asked, with defaults, ranges and a group for forms."""

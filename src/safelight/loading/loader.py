@@ -44,6 +44,7 @@ from safelight.loading.description import configure, sources
 from safelight.loading.digest import weights_digest
 from safelight.loading.planning import device_memory, plan_memory
 from safelight.loading.repository import Repository, open_for
+from safelight.loading.stage_memory import count_memory
 from safelight.parallel.apply import share, waits_on_host
 from safelight.parallel.mesh import Mesh, lone_mesh
 from safelight.parallel.plans import tensor_plan
@@ -150,6 +151,7 @@ def _load_native(
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
     pipeline = pipeline_cls(modules, config, schema, server_args)
     pipeline.empty_components = empty
+    pipeline.count_memory = functools.partial(count_memory, repository, server_args, tiled)
     pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in empty}
     share(pipeline, mesh)
     if tiled:

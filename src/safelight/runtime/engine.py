@@ -278,7 +278,8 @@ class Engine:
             no_room = self.ranks.check_room(tasks)
         steps_left = [task.steps_left for task in tasks]
         if no_room is None:
-            self._advance_all(tasks)
+            with self.ranks.measured_unit(tasks):
+                self._advance_all(tasks)
         else:
             self._end(tasks[0], no_room)
         span.end()

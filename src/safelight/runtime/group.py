@@ -16,6 +16,7 @@ import msgspec
 
 from safelight.core.server_args import ServerArgs
 from safelight.errors import PortError, WorkerStartError
+from safelight.runtime.host_memory import HostMemory, Kills
 from safelight.runtime.messages import LoadFailed, Start, Stop
 from safelight.runtime.processes import python_command, safe_environment
 from safelight.runtime.transport import Parcel, ServerChannel
@@ -99,6 +100,12 @@ class Rank:
     start: Start
     heard: float = field(default_factory=time.monotonic)
     has_begun: bool = False
+    memory: HostMemory = field(default_factory=HostMemory)
+    kills: Kills = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note what the kernel has killed until now."""
+        self.kills = self.memory.kills()
 
     def was_heard(self) -> None:
         """Note that it has said something."""
@@ -109,8 +116,9 @@ class Rank:
         code = await self.process.wait()
         if code >= 0:
             return f"exit code {code}"
-        name = _SIGNALS.get(-code, f"signal {-code}")
-        return f"killed by {name}, as where memory runs out" if code == -signal.SIGKILL else f"killed by {name}"
+        signal_name = _SIGNALS.get(-code, f"signal {-code}")
+        by_kernel = self.memory.kills().since(self.kills) if code == -signal.SIGKILL else ""
+        return f"killed by {signal_name}{by_kernel and f', {by_kernel}'}"
 
     async def hear(self) -> LoadFailed:
         """Tell it to start, as a rank beside the first, and hear that it runs until it says that it cannot load."""

@@ -19,6 +19,7 @@ from safelight.core.params import Option, SamplingParams, make_params_cls
 from safelight.core.registry import get_pipeline, pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import Mode, ServerArgs
+from safelight.core.stage_memory import StageMemory
 from safelight.encoded import EncodedImage
 from safelight.runtime.watch import UnitLimits
 
@@ -243,6 +244,7 @@ class WireSchema(msgspec.Struct, frozen=True):
     architecture: Architecture | None = None
     token_bytes: int = 0
     device_bytes: int = 0
+    stage_memory: list[StageMemory] = []
 
 
 ToWorker = Start | Submit | Cancel | Stop
@@ -306,6 +308,7 @@ def schema_to_wire(schema: ModelSchema) -> WireSchema:
         architecture=schema.architecture,
         token_bytes=schema.token_bytes,
         device_bytes=schema.device_bytes,
+        stage_memory=list(schema.stage_memory),
     )
 
 
@@ -327,6 +330,7 @@ def schema_from_wire(wire: WireSchema) -> ModelSchema:
         architecture=wire.architecture,
         token_bytes=wire.token_bytes,
         device_bytes=wire.device_bytes,
+        stage_memory=tuple(wire.stage_memory),
     )
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 import torch
 
+from safelight.core.params import SamplingParams
 from safelight.core.request import CallMaker
+from safelight.core.schema import ModelSchema
 from safelight.errors import OutOfMemoryError, RankFailedError, SafelightError
 from safelight.parallel.collectives import Communicator
+from safelight.runtime.budget import Budget
 from safelight.runtime.messages import ToWorker
 from safelight.runtime.policy import Plan, Task
 from safelight.runtime.room import Room
@@ -59,18 +63,27 @@ class Ranks:
 
     Args:
         control: all ranks, over the host, in a process group of its own; None for one rank.
-        room: whether a forward fits into this rank's memory; None says that each does.
+        room: of several, whether a forward fits into this rank's memory; None says that each does.
+        budget: of one, whether any unit fits; None says that each does.
 
     """
 
-    def __init__(self, control: Communicator | None = None, room: Room | None = None) -> None:
+    def __init__(
+        self, control: Communicator | None = None, room: Room | None = None, budget: Budget | None = None
+    ) -> None:
         self._control = control or Communicator("control")
         self._room = room
+        self._budget = budget
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return self._control.size
+
+    @property
+    def schema(self) -> ModelSchema | None:
+        """What the model takes, with what is known of its memory; None where nothing is."""
+        return None if self._budget is None else self._budget.schema
 
     @property
     def leads(self) -> bool:
@@ -112,12 +125,25 @@ class Ranks:
         return [reason_of(error) or failure_of(verdict) for error, verdict in zip(errors, verdicts, strict=True)]
 
     def check_room(self, tasks: Sequence[Task]) -> Exception | None:
-        """Say, before tasks make their calls in common, whether those fit into every rank's memory; None if they do."""
+        """Say, before a unit that tasks do in common, why it does not fit into every rank's memory; None if it does.
+
+        On several ranks the model calls are looked at, which they share; on one whatever the unit does.
+        """
+        if self._budget is not None:
+            return self._budget.check(tasks)
         calls = [call for task in tasks for call in task.calls]
         if self.size == 1 or not calls:
             return None
         fits = self._room is None or all(self._room.has_room(call, len(tasks)) for call in calls)
         return self.agree([None if fits else failure_of(OUT_OF_MEMORY)])[0]
+
+    def refusal(self, params: SamplingParams) -> SafelightError | None:
+        """Return why a request can never fit into memory; None where it may, or nobody knows."""
+        return None if self._budget is None else self._budget.refusal(params)
+
+    def measured_unit(self, tasks: Sequence[Task]) -> AbstractContextManager[None]:
+        """Return a context for a unit of tasks, from which `check_room` learns on one rank."""
+        return nullcontext() if self._budget is None else self._budget.measured(tasks)
 
     def measured(self, make: CallMaker) -> CallMaker:
         """Return a maker of calls from which `check_room` learns."""

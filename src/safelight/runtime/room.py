@@ -14,6 +14,7 @@ from torch import nn
 from safelight.acceleration.activations import Valueless, count_peak, on_meta
 from safelight.acceleration.blocks import one_block_each
 from safelight.core.request import CallMaker, ModelCall, Prediction
+from safelight.runtime.host_memory import HostMemory
 
 MAX_COUNTED = 4096
 """Calls whose size is remembered."""
@@ -27,6 +28,10 @@ class Gauge(ABC):
         """Return what a forward may take."""
 
     @abstractmethod
+    def ceiling(self) -> int:
+        """Return what a forward could take, if nothing were taken but what is now."""
+
+    @abstractmethod
     def begin(self) -> int:
         """Return what is in use, and begin to watch for the peak."""
 
@@ -36,16 +41,29 @@ class Gauge(ABC):
 
 
 class CudaGauge(Gauge):
-    """A CUDA device's."""
+    """A CUDA device's.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of CUDA.
+        limit: that torch's allocator was given; None for the whole device.
+
+    """
+
+    def __init__(self, device: torch.device, limit: int | None = None) -> None:
         self._device = device
+        self._limit = limit
 
     def free(self) -> int:
         """Return what the driver and torch's allocator have left."""
         driver, _ = torch.cuda.mem_get_info(self._device)
-        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return driver + cached
+        reserved = torch.cuda.memory_reserved(self._device)
+        left = driver if self._limit is None else max(0, min(driver, self._limit - reserved))
+        return left + reserved - torch.cuda.memory_allocated(self._device)
+
+    def ceiling(self) -> int:
+        """Return what is neither taken now nor out of bounds."""
+        total: int = torch.cuda.get_device_properties(self._device).total_memory
+        return min(total, self._limit or total) - torch.cuda.memory_allocated(self._device)
 
     def begin(self) -> int:
         """Return what is allocated."""
@@ -60,45 +78,43 @@ class CudaGauge(Gauge):
 class HostGauge(Gauge):
     """The host's, as Linux tells of it."""
 
+    def __init__(self) -> None:
+        self._memory = HostMemory()
+        self._files = 0
+
     def free(self) -> int:
-        """Return what the machine has available."""
-        return _kilobytes(MEMORY_INFO, "MemAvailable") << 10
+        """Return the least of what the machine, this process's control groups and its own limits have left."""
+        return self._memory.free()
+
+    def ceiling(self) -> int:
+        """Return what there is in all, but for what this process has taken now."""
+        return max(0, self._memory.total() - self._memory.own())
 
     def begin(self) -> int:
         """Return this process's resident memory."""
         RESET.write_text("5")  # makes the peak what is resident now
-        return _kilobytes(Path("/proc/self/status"), "VmRSS") << 10
+        self._files = _kilobytes("RssFile") << 10
+        return _kilobytes("VmRSS") << 10
 
     def peak(self) -> int:
-        """Return the most that was resident."""
-        return _kilobytes(Path("/proc/self/status"), "VmHWM") << 10
+        """Return the most that was resident, but for what is mapped of files since, such as weights."""
+        return (_kilobytes("VmHWM") << 10) - max(0, (_kilobytes("RssFile") << 10) - self._files)
 
 
+STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
-MEMORY_INFO = Path("/proc/meminfo")
-GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def _kilobytes(path: Path, name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
-    assert found is not None, f"{path} has no {name}"
+def _kilobytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    assert found is not None, f"{STATUS} has no {name}"
     return int(found[1])
 
 
-def host_bytes() -> int:
-    """Return the memory of this machine, or of the control group that bounds this process; 0 where nothing tells."""
-    known = []
-    if MEMORY_INFO.exists():
-        known.append(_kilobytes(MEMORY_INFO, "MemTotal") << 10)
-    if GROUP_LIMIT.exists() and (limit := GROUP_LIMIT.read_text().strip()).isdecimal():
-        known.append(int(limit))
-    return min(known, default=0)
-
-
-def gauge_of(device: torch.device) -> Gauge | None:
-    """Return what tells of a device's memory; None for a host that does not."""
+def gauge_of(device: torch.device, limit: int | None = None) -> Gauge | None:
+    """Return what tells of a device's memory, of which `limit` may be used; None for a host that does not."""
     if device.type == "cuda":
-        return CudaGauge(device)
+        return CudaGauge(device, limit)
     return HostGauge() if os.access(RESET, os.W_OK) else None
 
 

@@ -69,6 +69,8 @@ class Intake:
             params = join_images(schema.params_cls, message.fields, images)
         except SafelightError as error:
             return [(message.request_id, error)]
+        if (refusal := self.engine.ranks.refusal(params)) is not None:
+            return [(message.request_id, refusal)]
         self.outputs[message.request_id] = [
             self.engine.add(
                 Req(message.request_id, single),

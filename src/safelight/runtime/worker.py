@@ -32,12 +32,13 @@ from safelight.loading.planning import layout_for
 from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.preparation import warm_up_params
 from safelight.runtime.background import BackgroundCompiler
+from safelight.runtime.budget import Budget
 from safelight.runtime.engine import Engine
 from safelight.runtime.logs import adopt_libraries
 from safelight.runtime.messages import Heartbeat, Loaded, LoadFailed, Start, schema_to_wire
 from safelight.runtime.policy import Policy
 from safelight.runtime.ranks import Ranks
-from safelight.runtime.room import Room, gauge_of, host_bytes
+from safelight.runtime.room import Room, gauge_of
 from safelight.runtime.scheduler import Follower, Scheduler
 from safelight.runtime.transport import WorkerChannel
 from safelight.runtime.watch import Unit, UnitBoard, Watch
@@ -111,7 +112,7 @@ class GPUWorker:
         self.board.write(None)
         self.scheduler = Scheduler(engine, self.channel) if engine.ranks.leads else Follower(engine)
         warm_up_seconds = time.perf_counter() - begun if is_warm else 0.0
-        schema = with_memory(engine.pipeline, start)
+        schema = with_memory(engine, start)
         return Loaded(schema_to_wire(schema), load_seconds, warm_up_seconds)
 
     def _give_up(self, message: str, exit_code: int) -> int:
@@ -144,28 +145,31 @@ def build_engine(start: Start, folder: Path, board: UnitBoard | None) -> Engine:
         max_running=start.max_running,
         batching=batching,
         watch=Watch(board, start.limits),
-        ranks=Ranks(mesh.control, room_of(pipeline) if start.num_ranks > 1 else None),
+        ranks=ranks_of(pipeline, mesh, args),
     )
 
 
-def room_of(pipeline: ComposedPipeline) -> Room | None:
-    """Return what says whether a forward fits into this rank's memory; None where nothing tells of it."""
-    gauge = gauge_of(pipeline.device)
-    return None if gauge is None else Room(gauge, pipeline.empty_components)
+def ranks_of(pipeline: ComposedPipeline, mesh: Mesh, args: ServerArgs) -> Ranks:
+    """Return the ranks of an engine, with what knows of this one's memory, where something tells of it."""
+    gauge = gauge_of(pipeline.device, args.memory_limit_bytes())
+    if gauge is None:
+        return Ranks(mesh.control)
+    if mesh.layout.num_devices > 1:
+        return Ranks(mesh.control, room=Room(gauge, pipeline.empty_components))
+    return Ranks(mesh.control, budget=Budget(pipeline, gauge))
 
 
-def with_memory(pipeline: ComposedPipeline, start: Start) -> ModelSchema:
-    """Return the schema with what a token takes, and what all ranks have for it, in bytes."""
-    schema, device = pipeline.schema, pipeline.device
+def with_memory(engine: Engine, start: Start) -> ModelSchema:
+    """Return the schema with what a token takes, what stages do, and what all ranks have for it, in bytes."""
+    pipeline = engine.pipeline
+    schema = engine.ranks.schema or pipeline.schema
     if schema.architecture is None:
         return schema
-    if device.type == "cuda":
-        bytes_left = torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)
-    else:
-        bytes_left = host_bytes()
     itemsize = start.args().component_dtype("transformer").itemsize
-    token_bytes = schema.architecture.values_per_token * itemsize
-    return dataclasses.replace(schema, token_bytes=token_bytes, device_bytes=bytes_left * start.num_ranks)
+    schema = dataclasses.replace(schema, token_bytes=schema.architecture.values_per_token * itemsize)
+    if schema.device_bytes or (gauge := gauge_of(pipeline.device)) is None:
+        return schema
+    return dataclasses.replace(schema, device_bytes=gauge.ceiling() * start.num_ranks)
 
 
 def local_args(start: Start) -> ServerArgs:

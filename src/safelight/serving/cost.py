@@ -6,13 +6,9 @@ from collections.abc import Iterator
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
-from safelight.core.sizes import shown_size
 from safelight.errors import InvalidParameterError
-from safelight.runtime.cost import request_cost, step_cost
+from safelight.runtime.cost import OF_A_STEP, largest, memory_excess, request_cost, step_cost
 from safelight.serving.limits import Limits
-
-_OF_A_STEP = ("size", "num_frames")
-"""What makes one step large."""
 
 
 def check_cost(params: SamplingParams, schema: ModelSchema, limits: Limits, cost_seconds: float = 0.0) -> None:
@@ -29,11 +25,11 @@ def check_cost(params: SamplingParams, schema: ModelSchema, limits: Limits, cost
 
     """
     for reason in _too_large_steps(params, schema, limits, cost_seconds):
-        name, value = _largest(params, schema, _OF_A_STEP)
+        name, value = largest(params, schema, OF_A_STEP)
         raise InvalidParameterError(name, value, f"less: {reason}")
     cost = request_cost(params, schema)
     if cost > limits.max_cost:
-        name, value = _largest(params, schema, (*_OF_A_STEP, "num_inference_steps", "n"))
+        name, value = largest(params, schema, (*OF_A_STEP, "num_inference_steps", "n"))
         counted = f"steps x tokens x branches x outputs are {cost:,}, and at most {limits.max_cost:,.0f} are done"
         raise InvalidParameterError(name, value, f"less: {counted}")
 
@@ -43,24 +39,8 @@ def _too_large_steps(params: SamplingParams, schema: ModelSchema, limits: Limits
     tokens = params.num_sequence_tokens(schema)
     if tokens > limits.max_tokens:
         yield f"a step has {tokens:,} tokens, and at most {limits.max_tokens:,} are done at once"
-    if schema.device_bytes and tokens * schema.token_bytes > schema.device_bytes:
-        needs = shown_size(tokens * schema.token_bytes)
-        yield f"a step needs more than {needs} of memory, and the model leaves {shown_size(schema.device_bytes)}"
+    if excess := memory_excess(params, schema):
+        yield excess
     seconds = step_cost(params, schema) * cost_seconds
     if seconds > limits.unit_seconds:
         yield f"a step would take about {seconds:,.0f} s here, and may take {limits.unit_seconds:,.0f} s"
-
-
-def _largest(params: SamplingParams, schema: ModelSchema, names: tuple[str, ...]) -> tuple[str, object]:
-    """Return the field, of these, that is largest beside the model's own default, and its value."""
-    defaults = schema.defaults
-    height, width = params.output_size(schema)
-    usual_pixels = (defaults.get("height") or height) * (defaults.get("width") or width)
-    shares = {
-        "size": (height * width / usual_pixels, f"{width}x{height}"),
-        "num_inference_steps": (params.num_steps() / (defaults.get("num_inference_steps") or 1), params.num_steps()),
-        "num_frames": ((params.num_frames or 1) / (defaults.get("num_frames") or 1), params.num_frames),
-        "n": (params.n or 1, params.n),
-    }
-    name = max(names, key=lambda name: shares[name][0])
-    return name, shares[name][1]
