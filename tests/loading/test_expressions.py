@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 import time
 
@@ -125,6 +126,8 @@ FILES = [
     ({"model": {"type": "BPE", "vocab": {"a": 2**50}}}, "a token's number"),
     ({"model": {"type": "Unigram", "vocab": [["x" * 10**6, 0.0]]}}, "1,000,000 characters"),
     ({"added_tokens": 7}, "no such thing"),
+    ({"model": {"vocab": 7}}, "no vocabulary"),
+    ({"normalizer": json.loads("[" * 500 + "]" * 500)}, "nested in more than 32"),
 ]
 
 

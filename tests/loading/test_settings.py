@@ -57,6 +57,14 @@ def test_what_published_models_have_is_taken(name, class_name, config):
     check_settings(config, name, "here", class_name)
 
 
+def test_depth_is_bounded():
+    nested = 1
+    for _ in range(500):
+        nested = [nested]
+    with pytest.raises(ModelIndexError, match="'a': nested in more than 32"):
+        check_settings({"a": nested}, "config.json", "here")
+
+
 @pytest.mark.parametrize(("name", "config", "words"), REFUSED, ids=str)
 def test_what_is_out_of_all_proportion_is_refused(name, config, words):
     with pytest.raises(ModelIndexError) as caught:

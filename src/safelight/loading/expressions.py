@@ -54,6 +54,8 @@ MAX_ADDITION = 64
 """Characters that are put before a text, or tokens around it."""
 MAX_CHARSMAP, MAX_MAPPED = 1 << 20, 64
 """Bytes of a table of characters, and of what it maps one to."""
+MAX_DEPTH = 32
+"""Of lists and objects in each other."""
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
@@ -74,8 +76,11 @@ def check_tokenizer(config: Mapping[str, Any], where: str) -> None:
     if model.get("dropout"):
         raise ModelIndexError(f"{where}: model: dropout: got {shown(model['dropout'])}; a text's tokens are not drawn")
     vocabulary = model.get("vocab") or {}
-    listed = {str(each[0]): 0 for each in vocabulary if isinstance(each, list) and each} | {}
-    check_vocabulary(vocabulary if isinstance(vocabulary, Mapping) else listed, f"{where}: vocab")
+    if isinstance(vocabulary, list):  # of tokens with their scores
+        vocabulary = {str(each[0]): 0 for each in vocabulary if isinstance(each, list) and each}
+    if not isinstance(vocabulary, Mapping):
+        raise ModelIndexError(f"{where}: vocab is no vocabulary")
+    check_vocabulary(vocabulary, f"{where}: vocab")
 
 
 def check_vocabulary(tokens: Mapping[str, Any], where: str, most: int = MAX_TOKENS) -> None:
@@ -129,15 +134,17 @@ def check_part(part: Any, where: str) -> None:
         raise ModelIndexError(f"{where}: it makes a text {growth:,.0f} times longer; at most {MAX_GROWTH}")
 
 
-def _steps(value: Any) -> Iterator[Mapping[str, Any]]:
+def _steps(value: Any, depth: int = MAX_DEPTH) -> Iterator[Mapping[str, Any]]:
     """Yield every object in a JSON value."""
+    if not depth:
+        raise ModelIndexError(f"a tokenizer's steps are nested in more than {MAX_DEPTH} lists and objects")
     if isinstance(value, Mapping):
         yield value
         for entry in value.values():
-            yield from _steps(entry)
+            yield from _steps(entry, depth - 1)
     elif isinstance(value, list):
         for entry in value:
-            yield from _steps(entry)
+            yield from _steps(entry, depth - 1)
 
 
 def _growth(pattern: Mapping[str, Any], content: str) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelight.errors import ModelIndexError, shown
-from safelight.loading.expressions import MAX_ADDED, MAX_ID, check_vocabulary
+from safelight.loading.expressions import MAX_ADDED, MAX_DEPTH, MAX_ID, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -129,17 +129,19 @@ def check_settings(config: Mapping[str, Any], name: str, where: str, class_name:
         _check_length(config["model_max_length"], where)
 
 
-def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+def numbers(value: Any, name: str = "", depth: int = MAX_DEPTH) -> Iterator[tuple[str, float]]:
     """Yield every number in a JSON value, with the name of the setting that it belongs to.
 
     A value that its whole setting is called by a size of (`{"size": {"height": 4}}`) has the inner name.
     """
+    if not depth:
+        raise ModelIndexError(f"{shown(name)}: nested in more than {MAX_DEPTH} lists and objects")
     if isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from numbers(entry, name if key.isdecimal() else key)
+            yield from numbers(entry, name if key.isdecimal() else key, depth - 1)
     elif isinstance(value, list):
         for entry in value:
-            yield from numbers(entry, name)
+            yield from numbers(entry, name, depth - 1)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, value
 
