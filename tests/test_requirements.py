@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
+import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,73 @@ def load_tool():
 
 
 tool = load_tool()
+
+
+LEAST_SAFE = {
+    "diffusers": (
+        "0.42.1",
+        "a component's library in an index could bring code of the repository (GHSA-4prv-5hj7-c2xr)",
+    ),
+    "fastapi": ("0.133", "earlier ones admit no Starlette that is safe"),
+    "h11": ("0.16", "takes malformed chunked bodies: one request smuggled in another (CVE-2025-43859)"),
+    "pillow": ("12.3", "writes beyond its memory, and decompresses without end (advisories of 2026)"),
+    "python-multipart": (
+        "0.0.31",
+        "quadratic and unbounded headers, preambles, names (CVE-2026-40347, -42561, -53539)",
+    ),
+    "starlette": ("1.3.1", "Host, paths, ranges and forms (CVE-2025-62727, CVE-2026-48710, PYSEC-2026-248 and -249)"),
+    "transformers": ("5.3", "a nested configuration could bring code of the repository (CVE-2026-5241)"),
+    "uvicorn": ("0.42", "copies a body that comes in pieces once for each piece"),
+}
+"""The lowest version without a published flaw that matters here, and what earlier ones do."""
+
+IMPORTED_AS = {"PIL": "pillow", "yaml": "pyyaml", "zmq": "pyzmq"}
+EXTRA = {"kernels"}
+BROUGHT = {"triton"}
+"""Imported where torch brings it."""
+
+
+def imported():
+    """Return the packages of others that the source imports, as registries name them."""
+    found = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                found.add(node.module.partition(".")[0])
+    others = found - sys.stdlib_module_names - {"safelight"}
+    return {tool.canonical(IMPORTED_AS.get(name, name)) for name in others}
+
+
+def test_what_is_imported_is_declared():
+    declared = {tool.canonical(requirement.name) for requirement in DIRECT}
+    extras = {
+        tool.canonical(Requirement(line).name) for name in EXTRA for line in PROJECT["optional-dependencies"][name]
+    }
+    assert {"h11", "starlette", "torch", "pillow"} <= imported()
+    assert imported() - BROUGHT <= declared | extras
+
+
+@pytest.mark.parametrize("name", LEAST_SAFE)
+def test_no_range_admits_a_version_with_a_known_flaw(name):
+    least, flaw = LEAST_SAFE[name]
+    (requirement,) = [each for each in DIRECT if tool.canonical(each.name) == name]
+    (floor,) = [Version(specifier.version) for specifier in requirement.specifier if specifier.operator == ">="]
+    assert floor >= Version(least), flaw
+
+
+HEADERS = [b'form-data; name="' + b";" * 60_000, b"form-data" + b";" * 60_000, b"form-data; " + b"a;" * 30_000]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: repr(header[:20]))
+def test_a_parts_header_of_60_kb_is_parsed_at_once(header):
+    """The first takes two seconds in python-multipart 0.0.27."""
+    from python_multipart.multipart import parse_options_header
+
+    began = time.process_time()
+    parse_options_header(header)
+    assert time.process_time() - began < 0.5
 
 
 def test_direct_dependencies_are_few_and_have_two_ends():

@@ -13,7 +13,7 @@ from safelight.core.registry import resolve_class
 from safelight.errors import CheckpointError, InvalidParameterError
 from safelight.loading import checkpoint
 from safelight.loading.checkpoint import load_weights
-from safelight.loading.repository import read_json
+from safelight.loading.files import read_json
 from safelight.parallel.plans import matching, tensor_plan
 from safelight.parallel.tensor import parse_style, shard_parameters
 

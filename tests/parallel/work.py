@@ -30,8 +30,8 @@ from safelight.core.stage import PipelineStage
 from safelight.errors import InvalidParameterError, RankFailedError
 from safelight.layers.causal_vae import FeatureCache
 from safelight.loading.checkpoint import load_weights
+from safelight.loading.files import read_json
 from safelight.loading.loader import load_pipeline
-from safelight.loading.repository import read_json
 from safelight.parallel.attention import SequenceParallelAttention, TokenLayout
 from safelight.parallel.cfg import ParallelExecutor, run_calls
 from safelight.parallel.collectives import Communicator

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -66,7 +67,7 @@ class Execution:
         stage, span = self.req.stage, self._begin()
         more = False
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), panics_as_errors():
                 more = self._resume(results)
         finally:
             if not more:
@@ -113,6 +114,17 @@ class Execution:
             seconds = span.wait()
             if stage:
                 self.req.timings[stage] = self.req.timings.get(stage, 0.0) + seconds
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise what compiled code panics with (a tokenizer's does) as an error, which ends its request alone."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(f"compiled code panicked: {panic}") from panic
 
 
 def make_call(pipeline: ComposedPipeline, call: ModelCall) -> Prediction:

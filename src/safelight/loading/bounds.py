@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -22,10 +21,6 @@ MAX_TENSORS = 20_000
 MAX_WIDENING, SPARE_BYTES = 8, 1 << 30
 """A module that a library builds takes at most so many times the bytes of its file, and so many more: a file in
 bfloat16 takes twice its bytes in float32, and embeddings that two modules have in common are counted for both."""
-MAX_NUMBER = 1_000_000
-"""Of the integers of a solver or a tokenizer, which are lengths of its tables."""
-UNBOUNDED = frozenset({"model_max_length"})
-"""A tokenizer's, which is beyond all bounds where it has none."""
 
 
 @contextmanager
@@ -61,15 +56,3 @@ def bounded(where: str, files: Sequence[Path] | None = None) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def check_numbers(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a solver's or a tokenizer's configuration whose integers are out of all proportion.
-
-    Raises:
-        ModelIndexError: naming the first.
-
-    """
-    for name, value in config.items():
-        if isinstance(value, int) and abs(value) > MAX_NUMBER and name not in UNBOUNDED:
-            raise ModelIndexError(f"{where}: {name}: got {value}; it takes at most {MAX_NUMBER:,}")

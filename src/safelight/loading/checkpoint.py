@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safelight.acceleration.memory import carrier
-from safelight.errors import CheckpointError
+from safelight.errors import CheckpointError, ModelIndexError
+from safelight.loading.files import name_of, read_json
+from safelight.loading.headers import check_header
 from safelight.loading.variants import STEMS, heads
 from safelight.parallel.shards import Shard
 
@@ -83,6 +84,7 @@ def load_weights(
     exact = float32_parts(type(module))
     unused = frozenset(vars(type(module)).get("_keys_to_ignore_on_load_unexpected", ()))
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    floating = {name for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
     divided = shards or {}
     expected |= {key: shard.full_shape for key, shard in divided.items()}
     state: dict[str, Tensor] = {}
@@ -95,6 +97,8 @@ def load_weights(
                 continue
             _check_key(key, file, expected, state, path)
             tensor, own = _read(file, key, divided.get(key)), torch.float32 if parts & exact else dtype
+            if tensor.is_floating_point() is not (key in floating):
+                raise CheckpointError(f"{name_of(path)}: {key!r} is of {tensor.dtype}, which the model's is not")
             state[key] = there.bring(tensor, own if tensor.is_floating_point() else tensor.dtype)
     missing = sorted(expected.keys() - state.keys())
     if missing:
@@ -136,8 +140,8 @@ def _check_key(key: str, file: Any, expected: dict[str, tuple[int, ...]], seen: 
 def _shard_names(index: Path) -> list[str]:
     where = f"{index.parent.name}/{index.name}"
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (ModelIndexError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where}: not a safetensors index") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
@@ -146,7 +150,8 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def _opened(path: Path) -> Any:
-    """Open a safetensors file, mapped. The library checks header, offsets and length."""
+    """Open a safetensors file, mapped. The library checks offsets and length."""
+    check_header(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

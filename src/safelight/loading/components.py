@@ -16,15 +16,14 @@ from torch import nn
 from safelight.acceleration.memory import carrier
 from safelight.core.registry import resolve_class
 from safelight.errors import CheckpointError, ModelError, ModelIndexError, SafelightError, shown
-from safelight.loading.bounds import bounded, check_numbers
+from safelight.loading.bounds import bounded
 from safelight.loading.checkpoint import checkpoint_files, float32_parts, listed, load_weights
 from safelight.loading.classes import WEIGHTS_FILES, Source, WeightsFile, library_of
-from safelight.loading.repository import read_json
+from safelight.loading.files import read_json
+from safelight.loading.trials import try_out
 from safelight.parallel.plans import tensor_plan
 from safelight.parallel.tensor import shard_parameters
 
-SETTINGS_FILES = ("scheduler_config.json", "tokenizer_config.json")
-"""What components without weights are built from."""
 MAX_REASON = 300
 """Characters of a library's message that ours repeats."""
 
@@ -49,8 +48,9 @@ def load_component(source: Source, dtype: torch.dtype, device: torch.device, sha
     with in_words(f"{folder.name}: {cls.__name__}"), quiet():
         if issubclass(cls, nn.Module):
             return _load_library_module(cls, source, dtype, device)
-        check_settings(folder)
-        return cls.from_pretrained(folder, local_files_only=True)
+        loaded = cls.from_pretrained(folder, local_files_only=True)
+        try_out(loaded, folder.name)
+        return loaded
 
 
 def empty_component(source: Source, dtype: torch.dtype) -> nn.Module:
@@ -98,8 +98,6 @@ def check_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> 
     """
     files = checkpoint_files(folder, stems, variant)
     where, config = f"{folder.name}/config.json", read_json(folder / "config.json")
-    if "transformers_weights" in config:
-        raise ModelIndexError(f"{where}: transformers_weights is refused; weights are {stems[0]}.safetensors")
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -108,18 +106,6 @@ def check_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> 
             "take the model's repository with whole weights, in bfloat16 or float32"
         )
     return files
-
-
-def check_settings(folder: Path) -> None:
-    """Refuse a solver or a tokenizer that would make tables without end.
-
-    Raises:
-        ModelIndexError: naming file and setting.
-
-    """
-    for name in SETTINGS_FILES:
-        if (folder / name).is_file():
-            check_numbers(read_json(folder / name), f"{folder.name}/{name}")
 
 
 def unused_settings(folder: Path, cls: Any) -> list[str]:
@@ -150,7 +136,9 @@ def in_words(what: str) -> Iterator[None]:
         yield
     except SafelightError:
         raise
-    except Exception as error:  # the libraries' boundary: among what they raise is Exception itself
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the libraries' boundary: a panic of compiled code is no Exception
         reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         raise ModelError(f"{what} cannot be loaded: {reason}") from error
 

@@ -32,7 +32,6 @@ from safelight.loading.alignment import align_weights
 from safelight.loading.bounds import bounded
 from safelight.loading.classes import library_of
 from safelight.loading.components import (
-    check_settings,
     check_weights,
     empty_component,
     in_words,
@@ -45,6 +44,7 @@ from safelight.loading.digest import weights_digest
 from safelight.loading.planning import device_memory, plan_memory
 from safelight.loading.repository import Repository, open_for
 from safelight.loading.stage_memory import count_memory
+from safelight.loading.trials import check_all_steps, check_tokens_fit
 from safelight.parallel.apply import share, waits_on_host
 from safelight.parallel.mesh import Mesh, lone_mesh
 from safelight.parallel.plans import tensor_plan
@@ -111,7 +111,6 @@ def _load_diffusers(
         folder = repository.path / name
         cls = components.check_component(repository.path, name, repository.index[name])
         stem = components.checkpoint_stem(cls)
-        check_settings(folder)
         if stem is not None:
             files += check_weights(folder, (stem,), repository.component_variant(name))
         warn_of_unused(folder, cls)
@@ -120,7 +119,11 @@ def _load_diffusers(
         if value != "none":
             raise InvalidParameterError(setting, value, "none for a model run by the diffusers package")
     with in_words(repository.pipeline.pipeline_name), quiet(), bounded(repository.name, files):
-        return diffusers.load(repository.path, describe(repository), server_args, repository.variant)
+        pipeline = diffusers.load(repository.path, describe(repository), server_args, repository.variant)
+        parts = pipeline.get_module("pipeline").components
+        check_all_steps(parts)
+        check_tokens_fit(parts)
+    return pipeline
 
 
 def _load_native(
@@ -149,6 +152,7 @@ def _load_native(
             kernels = "plain" if in_bands else server_args.kernels
             _prepare(modules[name], server_args, dtype, kernels, mesh, name in placed)
         logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
+    check_tokens_fit(modules)
     pipeline = pipeline_cls(modules, config, schema, server_args)
     pipeline.empty_components = empty
     pipeline.count_memory = functools.partial(count_memory, repository, server_args, tiled)

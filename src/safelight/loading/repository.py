@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError, ModelNotFoundError, shown
 from safelight.loading import hub
 from safelight.loading.classes import LIBRARY_CLASSES
+from safelight.loading.files import check_inside, read_json
+from safelight.loading.gate import check_model
 from safelight.loading.variants import choose_variant, own_variant
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "shapes"
@@ -107,8 +108,9 @@ class Repository:
     def sampling_defaults(self) -> dict[str, Any]:
         """Return the default sampling values that the repository states for itself, checked."""
         path = self.path / DEFAULTS_NAME
-        if not path.is_file():
+        if not os.path.lexists(path):
             return {}
+        check_inside(self.path, path)
         options = self.pipeline.sampling_param_cls().options()
         stated = read_json(path)
         unknown = sorted(stated.keys() - options.keys())
@@ -153,8 +155,7 @@ def open_repository(
     if path is not None:
         if revision is not None:
             raise InvalidParameterError("revision", revision, "nothing here: a folder has no revisions")
-        found = _read(name if model is not None else "the shipped model", path, backend)
-        return _with_variant(found, variant) if weights else found
+        return _checked(_read(name if model is not None else "the shipped model", path, backend), weights, variant)
     if not hub.is_repo_id(name):
         raise ModelNotFoundError(f"model: {shown(name)}: no such folder, and not a Hub id (owner/name)")
     repo_id, _, tagged = name.partition("@")
@@ -164,8 +165,8 @@ def open_repository(
     index_path = hub.download_file(repo_id, INDEX_NAME, revision)
     components = _read(name, index_path.parent, backend).component_names()
     selection = hub.Selection(components, (DEFAULTS_NAME, INDEX_NAME), weights, variant)
-    found = _read(name, hub.download_components(repo_id, revision, index_path.parent, selection), backend)
-    return _with_variant(found, variant) if weights else found
+    path = hub.download_components(repo_id, revision, index_path.parent, selection)
+    return _checked(_read(name, path, backend), weights, variant)
 
 
 def open_for(server_args: ServerArgs) -> Repository:
@@ -179,6 +180,12 @@ def open_for(server_args: ServerArgs) -> Repository:
     return open_repository(
         server_args.model, server_args.revision, backend=server_args.backend, variant=server_args.variant
     )
+
+
+def _checked(repository: Repository, weights: bool, variant: str | None) -> Repository:
+    """Return a repository whose files may be opened, with the variant that is read where weights are."""
+    check_model(repository.path, repository.index, repository.component_names())
+    return _with_variant(repository, variant) if weights else repository
 
 
 def _with_variant(repository: Repository, asked: str | None) -> Repository:
@@ -195,25 +202,10 @@ def existing(name: str) -> Path | None:
         return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        ModelIndexError: if it cannot be read, or is something else.
-
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelIndexError(f"{path.parent.name}/{path.name}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelIndexError(f"{path.parent.name}/{path.name}: a JSON object is expected, not {type(value).__name__}")
-    return value
-
-
 def _read(name: str, path: Path, backend: str) -> Repository:
     if not (path / INDEX_NAME).is_file():
         raise ModelIndexError(f"{name}: no {INDEX_NAME} there; a model is a folder in Diffusers layout")
+    check_inside(path, path / INDEX_NAME)
     index = read_json(path / INDEX_NAME)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str):

@@ -95,7 +95,7 @@ class FluxPipelineConfig(PipelineConfig):
             vae_shift=vae.get("shift_factor") or 0.0,
             axes_dims_rope=tuple(transformer.get("axes_dims_rope", (16, 56, 56))),
             guidance_embeds=transformer.get("guidance_embeds", False),
-            clip_length=component_configs["tokenizer"].get("model_max_length", 77),
+            clip_length=clip_length(component_configs),
             own_sigmas=cls.leaves_flow_sigmas and bool(component_configs["scheduler"].get("use_flow_sigmas")),
         )
 
@@ -232,6 +232,15 @@ def check_components(component_configs: Mapping[str, Mapping[str, Any]]) -> None
         given = component_configs[encoder].get(width)
         if given is not None:
             check_field("transformer", name, transformer.get(name, default), (given,))
+    length, positions = clip_length(component_configs), component_configs["text_encoder"].get("max_position_embeddings")
+    if positions is not None and not 1 <= length <= positions:
+        check_field("tokenizer", "model_max_length", length, (positions,))
+
+
+def clip_length(component_configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the tokens that CLIP's texts are filled up to."""
+    length: int = component_configs["tokenizer"].get("model_max_length", 77)
+    return length
 
 
 @dataclass(frozen=True, kw_only=True)
