@@ -154,7 +154,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         """When it may be removed, on the clock that it ended by."""
         if self.ended is None or self.expires_at is None or self.completed_at is None:
             return None
-        return Moment(self.ended.clock, self.ended.seconds + self.expires_at - self.completed_at)
+        kept = self.expires_at - self.completed_at
+        return Moment(self.ended.clock, self.ended.seconds + kept)
 
     @property
     def finished(self) -> bool:
