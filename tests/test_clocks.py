@@ -26,7 +26,7 @@ JOB_STAMPS = {"created_at", "started_at", "completed_at", "expires_at"}
 DIFFERENCES = {
     (
         "serving/jobs.py",
-        "self.ended.seconds + self.expires_at - self.completed_at",
+        "self.expires_at - self.completed_at",
     ): "both made at once: `keep_seconds`",
     ("serving/patience.py", "end - job.expires_at"): "whether the clock was set since",
 }

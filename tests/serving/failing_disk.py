@@ -42,14 +42,25 @@ class FailingDisk:
         command = [compiler, "-O1", "-shared", "-fPIC", "-o", str(library), str(_SOURCE), "-ldl"]
         subprocess.run(command, check=True, timeout=60)
         control.write_bytes(bytes(_FORM.size))
-        with control.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), _FORM.size)
+        self._open(control)
         self.environment: Mapping[str, str] = {
             **os.environ,
             "LD_PRELOAD": str(library),
             "FAILING_DISK_CONTROL": str(control),
             "FAILING_DISK_FOLDER": str(folder),
         }
+
+    @classmethod
+    def of_this_process(cls) -> FailingDisk:
+        """Return the disk that this process runs on, to be told by it when to fail."""
+        disk = cls.__new__(cls)
+        disk.environment = os.environ
+        disk._open(Path(os.environ["FAILING_DISK_CONTROL"]))
+        return disk
+
+    def _open(self, control: Path) -> None:
+        with control.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), _FORM.size)
 
     def fail(self, operations: tuple[str, ...], error: int, after: int = 0, count: int = FOREVER) -> None:
         """Let calls of these kinds fail from the next but `after` on."""

@@ -148,7 +148,8 @@ def sweep(tmp_path, kind, cases):
         assert control["state"] == "completed"
         for path in (tmp_path / "disk" / "outputs").iterdir():
             if not path.name.startswith("."):
-                is_whole(path.read_bytes())
+                with contextlib.suppress(FileNotFoundError):  # the server removes what the disk did not let go
+                    is_whole(path.read_bytes())
     with failing(tmp_path, kind) as server:
         for job_id in ids:
             server.check(job_id, "after a restart")

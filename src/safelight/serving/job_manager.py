@@ -100,7 +100,7 @@ class JobManager:
         try:
             await self._take_over()
         except StorageError as error:
-            raise StateDirectoryError(f"state directory: {error}") from error
+            raise StateDirectoryError(f"state directory: {self.store.where!r} cannot be used: {error}") from error
         self._tasks = [
             asyncio.create_task(self._sweep_forever(), name="sweep jobs"),
             asyncio.create_task(self._take_up(), name="take up jobs"),

@@ -304,7 +304,13 @@ class JobStore(ABC):
     Methods that write raise `StorageFullError` where there is no room, and all raise `StorageBusyError` where another
     program holds the store; nothing has changed then. All raise `StorageFailedError` where the disk fails: a change may
     be there after a restart all the same, and is to be made again.
+
+    Attributes:
+        where: the file or place that it is kept in, for whoever starts the server; clients are not told.
+
     """
+
+    where: str
 
     @abstractmethod
     async def add(self, job: Job) -> Job:

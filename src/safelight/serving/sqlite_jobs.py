@@ -130,7 +130,7 @@ class SqliteJobStore(JobStore):
                 by a newer version, or is neither empty nor ours.
 
         """
-        self._directory = directory
+        self._directory, self.where = directory, str(directory / _DATABASE)
         directories.check_ours("state directory", directory, _is_older)
         self._lock = _lock(directory)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="safelight-jobs")
@@ -400,7 +400,8 @@ def _connect(path: Path) -> sqlite3.Connection:
             directories.make_private(path.with_name(name))
         connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
         try:
-            _prepare(connection, path)
+            with _named_failures(path.parent):
+                _prepare(connection, path)
         except BaseException:
             connection.close()
             raise
@@ -412,8 +413,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Bring the file to this version's form. The version is written every time: a full disk shows at the start."""
-    with _named_failures(path.parent):
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > _VERSION:
         message = f"{path.name} is of version {version}, and this Safelight knows {_VERSION}; use a newer one"
         raise StateDirectoryError(f"state directory {str(path.parent)!r}: {message}")
