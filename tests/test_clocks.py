@@ -28,9 +28,10 @@ DIFFERENCES = {
         "serving/jobs.py",
         "self.expires_at - self.completed_at",
     ): "both made at once: `keep_seconds`",
-    ("serving/patience.py", "end - job.expires_at"): "whether the clock was set since",
+    ("serving/patience.py", "job.expires_at - self.now()"): "whether the clock was set since",
 }
 """Where a job's stamps are computed with, and why."""
+ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 NAMES = {path: str(path.relative_to(SOURCE)) for path in sorted(SOURCE.rglob("*.py"))}
 
 
@@ -53,13 +54,13 @@ def differences(tree: ast.AST) -> set[str]:
     """Return where a stamp of a job is added, subtracted or compared for order."""
     found = set()
     for node in ast.walk(tree):
-        order = isinstance(node, ast.Compare) and any(
-            isinstance(op, ast.Lt | ast.LtE | ast.Gt | ast.GtE) for op in node.ops
-        )
-        if isinstance(node, ast.BinOp) or order:
-            operands = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.left, *node.comparators]
-            if any(isinstance(each, ast.Attribute) and each.attr in JOB_STAMPS for each in operands):
-                found.add(ast.unparse(node))
+        operands: list[ast.expr] = []
+        if isinstance(node, ast.BinOp):
+            operands = [node.left, node.right]
+        elif isinstance(node, ast.Compare) and any(isinstance(each, ORDER) for each in node.ops):
+            operands = [node.left, *node.comparators]
+        if any(isinstance(each, ast.Attribute) and each.attr in JOB_STAMPS for each in operands):
+            found.add(ast.unparse(node))
     return found
 
 

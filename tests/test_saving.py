@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -20,7 +19,8 @@ from safelight import media, video
 from safelight.errors import OutputError
 from tests.serving.failing_disk import FOREVER, FailingDisk
 
-folder, form, error, most = pathlib.Path(os.environ["FAILING_DISK_FOLDER"]), sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+folder = pathlib.Path(os.environ["FAILING_DISK_FOLDER"])
+form, error, most = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 disk = FailingDisk.of_this_process()
 random = np.random.default_rng(0)
 pixels, frames = random.integers(0, 256, (300, 400, 3), np.uint8), random.integers(0, 256, (9, 64, 96, 3), np.uint8)
@@ -116,4 +116,4 @@ def test_the_command_line_says_it_in_a_line(tmp_path, error):
     )
     disk.heal()
     assert done.returncode == 2 and "output:" in done.stderr.splitlines()[-1], done.stderr
-    assert os.listdir(tmp_path / "disk") == []
+    assert list((tmp_path / "disk").iterdir()) == []

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import subprocess
-import sys
 
 import pytest
 
 from safelight.errors import StateDirectoryError, StorageBusyError, StorageFailedError, StorageFullError
-from safelight.serving.sqlite_jobs import SqliteJobStore, _named_failures
+from safelight.serving.sqlite_jobs import _named_failures
 from tests.live_server import LiveServer, command, environment, fault_model, free_port
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.job_server import serving

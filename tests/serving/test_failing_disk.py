@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -46,8 +47,9 @@ class Failing:
     def job(self, job_id: str) -> httpx.Response:
         return self.http.get(f"/v1/jobs/{job_id}")
 
-    def end(self, job_id: str) -> dict:
+    def end(self, job_id: str) -> dict[str, Any]:
         """Wait for the end of a job."""
+        job: dict[str, Any]
         until = time.monotonic() + SECONDS
         while (job := self.job(job_id).json())["state"] not in ("completed", "failed"):
             assert time.monotonic() < until, job
@@ -68,7 +70,7 @@ class Failing:
 
 def is_whole(data: bytes) -> None:
     if data[4:8] == b"ftyp":
-        assert len(read_frames(data)) == 9
+        assert read_frames(data).shape[0] == 9
     else:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
@@ -121,7 +123,7 @@ def attempt(server: Failing, name: str, key: str, wait: float) -> str | None:
     assert job_id in (None, again.json()["id"]), name
     server.check(again.json()["id"], name)
     assert server.http.get("/readyz").status_code == 200, name
-    return again.json()["id"]
+    return str(again.json()["id"])
 
 
 def work(server: Failing, operations) -> int:

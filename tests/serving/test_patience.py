@@ -228,8 +228,7 @@ def test_a_clock_that_jumps_between_two_steps_of_a_job(tmp_path, years, jump):
         assert job.seconds == 2.0 and 0 <= job.queue_seconds <= 1.0
         await server.jobs.sweep()
         assert [each.id for each in await server.store.removable()] == [older.id, job.id]
-        left = server.jobs.expiry.end(job) - server.jobs.expiry.now()
-        assert 0 < DAY - left < 120
+        assert server.jobs.expiry.end(job) - server.jobs.expiry.now() > DAY - 120
         clock.now += DAY - 10
         await server.jobs.sweep()
         assert {each.id for each in (await server.store.page()).jobs} >= {job.id}

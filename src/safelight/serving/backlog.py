@@ -40,15 +40,14 @@ class Backlog:
         """The job whose turn it is."""
         return next(iter(self._places), None)
 
-    def take(self, job: Job) -> Run:
-        """Return the run of a job, which is in memory from now on; whoever followed it follows that."""
+    def run(self, job: Job) -> Run:
+        """Return the run of the job whose turn it is; whoever followed it follows that."""
         run = self._followed.pop(job.id, None) or Run(job)
         run.job = job
-        self.drop(job.id)
         return run
 
     def drop(self, job_id: str) -> None:
-        """Forget a job that is taken, or over."""
+        """Forget a job that runs, or is over."""
         self._places.pop(job_id, None)
         self._update()
 

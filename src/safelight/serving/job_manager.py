@@ -131,10 +131,10 @@ class JobManager:
                 logger.exception("job %s cannot be read", job_id)
                 job = None
             if job is None or job.finished or job_id not in self._backlog:
-                self._backlog.drop(job_id)
                 places.release()
             else:
-                self._launch(self._backlog.take(job), lambda _: places.release())
+                self._launch(self._backlog.run(job), lambda _: places.release())
+            self._backlog.drop(job_id)  # after the launch: with the last one, what came later is let go
 
     async def submit(self, submission: Submission) -> Job:
         """Accept a job: it is durable when this returns. Whoever asks twice with one idempotency key has one job.

@@ -85,15 +85,17 @@ class Expiry:
         return Horizon(self._clocks.moment(), self.now() if believes else None, knows_all)
 
     def end(self, job: Job) -> float:
-        """Return when a finished job's addresses end, as `now` will have it: with the job.
+        """Return when a finished job's addresses end, in seconds since 1970: not before the job.
 
         That is the stamp that people are shown, unless the clock was set meanwhile.
         """
         assert job.expires_at is not None
         if job.expires is None or job.expires.clock != self._moment.clock:
             return job.expires_at
-        end = self.now() + job.expires.seconds - self._clocks.moment().seconds
-        return job.expires_at if abs(end - job.expires_at) < SAME_SECONDS else end
+        left = job.expires.seconds - self._clocks.moment().seconds
+        if abs(job.expires_at - self.now() - left) < SAME_SECONDS:
+            return job.expires_at
+        return max(self._clocks.stamp(), self._start + self._passed()) + left
 
     def _passed(self) -> float:
         return self._clocks.moment().since(self._moment) or 0.0
