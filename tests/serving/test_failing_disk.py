@@ -175,3 +175,60 @@ def test_a_job_on_a_disk_that_fails(tmp_path):
 @pytest.mark.parametrize("case", ALL, ids=[f"{'+'.join(case[0])}-{case[1]}" for case in ALL])
 def test_every_call_of_a_job_fails_once(tmp_path, kind, case):
     sweep(tmp_path, kind, [case])
+
+
+def test_files_that_the_disk_does_not_let_go_are_removed_later(tmp_path):
+    with failing(tmp_path, "video") as server:
+        job_id = server.submit().json()["id"]
+        assert server.end(job_id)["state"] == "completed"
+        outputs = tmp_path / "disk" / "outputs"
+        assert len(list(outputs.glob(f"{job_id}.*"))) == 3
+        server.disk.fail(("unlink",), ERRORS["EIO"])
+        assert server.http.delete(f"/v1/videos/{job_id}").json()["deleted"] is True
+        assert server.http.get(f"/v1/videos/{job_id}").status_code == 404
+        time.sleep(0.7)  # a sweep passes, and forgets nothing
+        assert len(list(outputs.glob(f"{job_id}.*"))) == 3
+        server.disk.heal()
+        until = time.monotonic() + SECONDS
+        while list(outputs.glob(f"{job_id}.*")):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+
+SPOOL = """
+import os, pathlib
+from safelight.errors import StorageFailedError, StorageFullError
+from safelight.runtime.messages import OutputMade
+from safelight.runtime.spool import SPOOLED_BYTES
+from safelight.runtime.transport import spooled_frames
+from tests.serving.failing_disk import ERRORS, FOREVER, FailingDisk
+import numpy as np
+
+folder, disk = pathlib.Path(os.environ["FAILING_DISK_FOLDER"]), FailingDisk.of_this_process()
+arrays = [np.zeros((8, 1024, 1024, 3), np.uint8) for _ in range(2)]
+message = OutputMade("r", 0, [array.shape for array in arrays], ["u1"] * 2, 1, {}, {}, [])
+for name, error in (("EIO", StorageFailedError), ("ENOSPC", StorageFullError), ("EROFS", StorageFailedError)):
+    for after in range(6):
+        disk.fail(("write", "open"), ERRORS[name], after)
+        try:
+            spooled_frames(message, arrays, folder)
+        except error as found:
+            assert str(folder) not in str(found)
+            assert after < 4 and not list(folder.iterdir()), (name, after)
+        else:
+            assert after >= 4 and len(list(folder.iterdir())) == 2, (name, after)
+        disk.heal()
+        for path in folder.iterdir():
+            path.unlink()
+disk.fail(("write",), ERRORS["short"], 0, 3)
+spooled_frames(message, arrays, folder)
+assert sorted(path.stat().st_size for path in folder.iterdir()) == [arrays[0].nbytes] * 2
+"""
+
+
+def test_a_video_on_its_way_between_two_processes(tmp_path):
+    disk = FailingDisk(tmp_path / "disk", tmp_path / "shim")
+    done = subprocess.run(
+        [sys.executable, "-c", SPOOL], env=disk.environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
