@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -46,7 +47,8 @@ def submit(http: httpx.Client, prompt: str) -> str:
     return str(answer.json()["id"])
 
 
-def end(http: httpx.Client, job_id: str) -> dict:
+def end(http: httpx.Client, job_id: str) -> dict[str, Any]:
+    job: dict[str, Any]
     until = time.monotonic() + 60
     while (job := http.get(f"/v1/jobs/{job_id}").json())["state"] not in ("completed", "failed"):
         assert time.monotonic() < until, job

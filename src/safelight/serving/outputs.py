@@ -337,8 +337,7 @@ class Outputs:
         temporaries[name] = self._temporary(".mp4")
         fps = output.params["fps"]
         video.save_video(frames, temporaries[name], fps, metadata)
-        directories.make_private(temporaries[name])  # it has the mode that the encoder gave it
-        directories.sync(temporaries[name])
+        directories.make_private(temporaries[name])  # it is on the disk, and has the mode that the encoder gave it
         extras = {"thumbnail": (thumbnail(frames), "webp"), "spritesheet": (spritesheet(frames), "jpeg")}
         files = {}
         for variant, (data, ending) in extras.items():
