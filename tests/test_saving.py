@@ -105,6 +105,7 @@ def test_a_file_is_whole_or_not_there_wherever_the_disk_fails(tmp_path, form, er
     sweep(tmp_path, form, error, 10_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_the_command_line_says_it_in_a_line(tmp_path, error):
     disk = FailingDisk(tmp_path / "disk", tmp_path / "shim")

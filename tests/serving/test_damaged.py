@@ -122,7 +122,7 @@ def test_a_mistake_of_ours_keeps_its_name(tmp_path):
         connection.execute("SELECT 1")
 
 
-@pytest.mark.parametrize("stream", ["/dev/full", "closed"])
+@pytest.mark.parametrize("stream", ["/dev/full", pytest.param("closed", marks=pytest.mark.slow)])
 def test_a_log_that_takes_nothing_ends_no_server(tmp_path, stream):
     """Its lines to people, its log and its worker's go to a full disk, or nowhere."""
     port = free_port()
