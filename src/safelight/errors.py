@@ -8,6 +8,7 @@ that failed. `status` and `code` are what a server answers with.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Self
 
@@ -204,17 +205,34 @@ class ConflictError(ServingError):
     code = "idempotency_conflict"
 
 
-class StorageFullError(ServingError):
+class StorageError(ServingError):
+    """What a server keeps cannot be read or written now."""
+
+    @staticmethod
+    def of(error: OSError, what: str) -> StorageError:
+        """Return what the system's error is to a client, who is told no path; `what` failed."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StorageFullError(f"{what}: there is no room")
+        return StorageFailedError(f"{what}: the disk fails")
+
+
+class StorageFullError(StorageError):
     """There is no room for the request's outputs."""
 
     status = 507
     code = "storage_full"
 
 
-class StorageBusyError(ServingError):
+class StorageBusyError(StorageError):
     """Another program holds the jobs' database."""
 
     code = "storage_busy"
+
+
+class StorageFailedError(StorageError):
+    """The disk fails, or cannot be written any more, or the jobs' database on it is damaged or gone."""
+
+    code = "storage_failed"
 
 
 class PortError(SafelightError):

@@ -210,11 +210,22 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], over
     temporary = path.with_name(f".safelight-{secrets.token_hex(8)}")
     try:
         IMAGE_WRITERS[path.suffix.lower()](image, temporary, json.dumps(metadata))
-        temporary.replace(path)
+        put(temporary, path)
     except (OSError, ValueError) as error:  # ValueError: more metadata than the format holds
         raise OutputError(f"output: {str(path)!r} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its name, or the disk fails
+            temporary.unlink()
+
+
+def put(made: Path, path: Path) -> None:
+    """Give a finished file or folder its name, once what it holds is on the disk."""
+    descriptor = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    made.replace(path)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def save_video(frames: Frames, path: Path, fps: int, metadata: Mapping[str, Any]
                 made.mkdir()
                 for index, frame in enumerate(frames):
                     media.save_image(Image.fromarray(frame), made / f"{index:05}.png", {**metadata, "frame": index})
-            made.replace(path)
+            media.put(made, path)
     except OSError as error:
         raise OutputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
 
@@ -141,7 +141,7 @@ def save_file(data: bytes, path: Path, overwrite: bool = False) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".safelight-") as folder:
             made = Path(folder) / path.name
             made.write_bytes(data)
-            made.replace(path)
+            media.put(made, path)
     except OSError as error:
         raise OutputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from safelight.preparation import prepare
+from safelight.serving.clocks import Clocks, Moment
 from safelight.serving.directories import MARKER
 from safelight.serving.job_manager import JobManager
 from safelight.serving.job_runs import JobLimits
@@ -25,13 +26,21 @@ SECONDS = 20.0
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """Seconds that pass when they are told to: `now` for people, which may be set, and what passes."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now, self.boot, self._set_by = 1000.0, "boot", 0.0
 
     def __call__(self) -> float:
         return self.now
+
+    def set(self, now: float) -> None:
+        """Say another time, though none passes."""
+        self._set_by += now - self.now
+        self.now = now
+
+    def moment(self) -> Moment:
+        return Moment(self.boot, self.now - self._set_by)
 
 
 class Server:
@@ -42,7 +51,8 @@ class Server:
         self.store = SqliteJobStore(state)
         self.outputs = Outputs(state / "outputs")
         limits.setdefault("retry_seconds", 0.01)
-        self.jobs = JobManager(self.store, self.outputs, engine, self.clock, JobLimits(**limits), self.clock)
+        clocks = Clocks(self.clock, self.clock.moment)
+        self.jobs = JobManager(self.store, self.outputs, engine, JobLimits(**limits), clocks)
 
     async def submit(self, prompt: str = "a", key: str | None = None, digest: str = "", **fields: Any) -> Job:
         return await self.jobs.submit(submission(self.engine, prompt, key, digest, **fields))
@@ -105,6 +115,22 @@ def picture(size=(40, 30), mode="RGB", form="PNG", colour="red") -> bytes:
     file = io.BytesIO()
     Image.new(mode, size, colour).save(file, format=form)
     return file.getvalue()
+
+
+async def file_names(store: SqliteJobStore) -> set[str]:
+    """Return the names of all jobs' files."""
+    names: set[str] = set()
+    page = await store.page(limit=100)
+    while page.jobs:
+        names.update(file.name for job in page.jobs for file in job.files)
+        page = await store.page(limit=100, after=page.jobs[-1].id)
+    return names
+
+
+async def unfinished(store: SqliteJobStore) -> list[Job]:
+    """Return every job that waits or runs."""
+    found = [await store.get(waiting.id) for waiting in await store.unfinished()]
+    return [job for job in found if job is not None]
 
 
 async def collect(events):

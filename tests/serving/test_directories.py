@@ -13,7 +13,7 @@ import pytest
 from safelight.errors import StateDirectoryError
 from safelight.serving import directories
 from safelight.serving.directories import MARKER, job_of, listed
-from safelight.serving.jobs import new_id
+from safelight.serving.jobs import Kept, new_id
 from safelight.serving.outputs import Outputs
 from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.job_server import picture, serving
@@ -239,12 +239,15 @@ def test_only_what_is_known_to_be_over_is_removed(tmp_path, caplog):
     outside.mkdir()
     (outside / "precious").write_text("mine")
 
+    async def kept(job_ids):
+        return {IMAGE: Kept(is_over=True, names=frozenset({f"{IMAGE}.0.png"}))} if IMAGE in job_ids else {}
+
     async def main():
         outputs = Outputs(tmp_path / "outputs")
         gone = left_by_a_death(outputs.directory)
         gone += [outputs.directory / f"{IMAGE}.{name}" for name in ("input0", "1.png", "0.mp4.thumbnail.webp")]
-        kept = [outputs.directory / name for name in [*KEPT, f"{IMAGE}.0.png"]]
-        for path in [*gone, *kept]:
+        stay = [outputs.directory / name for name in [*KEPT, f"{IMAGE}.0.png"]]
+        for path in [*gone, *stay]:
             if not path.exists():
                 path.write_text("x")
         (outputs.directory / ".safelight-ab3_x9zl").mkdir()
@@ -253,10 +256,10 @@ def test_only_what_is_known_to_be_over_is_removed(tmp_path, caplog):
         (outputs.directory / ".safelight-ab3_x9zm").symlink_to(outside)
         (outputs.directory / ".tmp-00000000000000ff").symlink_to(outside / "precious")
         with caplog.at_level(logging.WARNING):
-            await outputs.clean({f"{IMAGE}.0.png"}, {IMAGE})
+            await outputs.clean(kept)
         await outputs.close()
         assert not [path for path in gone if path.exists()]
-        assert all(path.exists() for path in kept)
+        assert all(path.exists() for path in stay)
 
     asyncio.run(main())
     for name in ("folder", ".safelight-ab3_x9zl/mine", ".safelight-ab3_x9zm", ".tmp-00000000000000ff"):
@@ -283,7 +286,7 @@ def test_what_an_interrupted_removal_left_is_removed_by_the_next_start(tmp_path)
         assert server.files() == {job.outputs[0].name, f"{VIDEO}.input0"}
 
     async def look(server):
-        assert server.files() == set() == await server.store.over()
+        assert server.files() == set() and await server.store.kept([VIDEO]) == {}
 
     serving(tmp_path, use)
     serving(tmp_path, look)
@@ -314,8 +317,9 @@ def test_removed_jobs_are_forgotten_once_their_files_are_gone(tmp_path):
         for _ in range(3):
             job = await server.end(await server.submit(images={"image": [picture()]}))
             assert await server.jobs.delete(job.id)
+            assert await server.store.kept([job.id]) == {job.id: Kept(is_over=True)}
         await server.jobs.sweep()
-        assert await server.store.over() == set() == server.files()
+        assert await server.store.kept([job.id]) == {} and server.files() == set()
 
     serving(tmp_path, use, StubEngine(EDIT_SCHEMA))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 
 import httpx
 import pytest
@@ -209,7 +210,7 @@ def test_a_signed_address_opens_from_everywhere(tmp_path):
 
 @pytest.mark.parametrize("headers", [{"host": "evil.example"}, {"host": "localhost", **CROSS["a form in a sandbox"]}])
 def test_websockets_are_behind_the_same_door(headers):
-    check = KeyCheck(None, None, Origins(), Hosts(), Addresses(b"k" * 32))  # type: ignore[arg-type]
+    check = KeyCheck(None, None, Origins(), Hosts(), Addresses(b"k" * 32, time.time))  # type: ignore[arg-type]
     sent = []
 
     async def send(message):

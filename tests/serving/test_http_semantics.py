@@ -161,14 +161,14 @@ def test_an_address_is_for_reading_one_file(server, anybody, address):
 
 
 def test_an_expired_address_says_so(server, anybody, address):
-    addresses = Addresses(server.settings.address_key)
+    addresses = Addresses(server.settings.address_key, time.time)
     path = urlsplit(address).path
     for end, status in ((time.time() - 1, 403), (time.time() + 60, 200)):
         answer = anybody.get(addresses.signed(path, {"index": "0"}, end))
         assert answer.status_code == status
     error = assert_error(anybody.get(addresses.signed(path, {"index": "0"}, 1.0)), 403)
     assert error["code"] == "address_expired" and "expired" in error["message"]
-    forged = Addresses(b"another key").signed(path, {"index": "0"}, time.time() + 60)
+    forged = Addresses(b"another key", time.time).signed(path, {"index": "0"}, time.time() + 60)
     assert assert_error(anybody.get(forged), 403)["code"] == "invalid_signature"
 
 

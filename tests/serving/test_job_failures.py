@@ -22,7 +22,7 @@ from safelight.preparation import prepare
 from safelight.serving.directories import job_of
 from safelight.serving.jobs import Job, JobError
 from tests.serving.disks import as_left_by_a_death, fill, small_disk
-from tests.serving.job_server import Server, collect, picture, serving, submission
+from tests.serving.job_server import Server, collect, file_names, picture, serving, submission, unfinished
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, StubEngine, make_media
 
 # Failures.
@@ -135,7 +135,7 @@ def test_jobs_of_another_model_and_lost_inputs_fail_by_name(tmp_path):
         assert second.state == "completed"
 
     async def other(server):
-        job = await server.end((await server.store.unfinished())[0])
+        job = await server.end((await unfinished(server.store))[0])
         assert job.error is not None and job.error.code == "model_not_found"
 
     jobs = serving(tmp_path / "state", accept, StubEngine(EDIT_SCHEMA, state="restarting"))
@@ -171,7 +171,7 @@ def test_the_first_finished_make_room_for_later_ones(tmp_path):
     async def use(server):
         first = await server.end(await server.submit("[noise]", seed=1))
         size = first.num_bytes
-        server.jobs._limits = dataclasses.replace(server.jobs._limits, max_bytes=int(2.5 * size))
+        server.jobs._room._limits = dataclasses.replace(server.jobs._room._limits, max_bytes=int(2.5 * size))
         second, third = [await server.end(await server.submit("[noise]", seed=n)) for n in (2, 3)]
         assert await server.store.get(first.id) is None
         assert server.files() == {second.outputs[0].name, third.outputs[0].name}
@@ -182,7 +182,7 @@ def test_the_first_finished_make_room_for_later_ones(tmp_path):
             await server.jobs.submit(
                 dataclasses.replace(submission(server.engine), images={"image": [bytes(3 * size)]})
             )
-        server.jobs._limits = dataclasses.replace(server.jobs._limits, max_bytes=int(1.5 * size))
+        server.jobs._room._limits = dataclasses.replace(server.jobs._room._limits, max_bytes=int(1.5 * size))
         await server.jobs.sweep()
         assert server.files() == {third.outputs[0].name}
 
@@ -230,16 +230,16 @@ def test_a_disk_so_full_that_nothing_can_be_written_down(tmp_path):
         with pytest.raises(StorageFullError):
             while True:  # SQLite has some pages to use again
                 await server.submit("no room")
-        accepted = len(await server.store.unfinished())
+        accepted = len(await unfinished(server.store))
         server.engine.release()
         await asyncio.sleep(0.2)
         assert {(await server.get(job.id)).finished for job in (held, doomed)} == {False}
-        assert server.files() == await server.store.file_names()
+        assert server.files() == await file_names(server.store)
         filling.unlink()
         ended = [await server.end(job) for job in (held, doomed)]
         assert [job.error.code if job.error else job.state for job in ended] == ["storage_full", "storage_full"]
         assert (await server.end(await server.submit("after"))).state == "completed"
-        while await server.store.unfinished():
+        while await unfinished(server.store):
             await asyncio.sleep(0.01)
         assert len((await server.store.page(limit=100)).jobs) == accepted + 1
 
@@ -277,11 +277,11 @@ def killed_at_random(folder: Path, rounds: int) -> None:
     async def finish(server):
         server.engine.state = "restarting"
         await server.jobs.start()
-        strays, unfinished = server.files() - await server.store.file_names(), await server.store.unfinished()
-        ids = {job.id for job in unfinished if job.attempts}
+        strays = server.files() - await file_names(server.store)
+        ids = {job.id for job in await unfinished(server.store) if job.attempts}
         assert {job_of(name) for name in strays} <= ids, "what belongs to no unfinished job is removed at the start"
         server.engine.state = "ready"
-        for job in await server.store.unfinished():
+        for job in await unfinished(server.store):
             await server.end(job)
         await check_jobs(server, told)
 
@@ -317,7 +317,7 @@ async def check_jobs(server: Server, told: list[list[str]]) -> None:
     assert set(codes) <= {"worker_lost", "out_of_memory", "cancelled"}
     assert all(job.attempts == 2 for job in jobs.values() if job.error and job.error.code == "worker_lost")
     assert max(job.attempts for job in jobs.values()) <= 2
-    assert server.files() == await server.store.file_names()
+    assert server.files() == await file_names(server.store)
     print(f"{len(jobs)} jobs, {len(deleted)} deleted, attempts {Counter(j.attempts for j in jobs.values())}, {codes}")
     for job in list(jobs.values())[-200:]:
         for index, output in enumerate(job.outputs):

@@ -19,7 +19,7 @@ from safelight.serving.directories import MARKER
 from safelight.serving.jobs import owner_of
 from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.disks import as_left_by_a_death
-from tests.serving.job_server import SECONDS, Server, collect, picture, serving, submission
+from tests.serving.job_server import SECONDS, Server, collect, file_names, picture, serving, submission, unfinished
 from tests.serving.stub_engine import (
     EDIT_SCHEMA,
     IMAGE_SCHEMA,
@@ -85,7 +85,7 @@ def test_the_engine_is_given_what_was_resolved_before_and_after_a_restart(tmp_pa
         }
 
     async def run(server):
-        (job,) = await server.store.unfinished()
+        (job,) = await unfinished(server.store)
         assert (await server.end(job)).state == "completed"
         return server.engine.submitted[0].params
 
@@ -236,7 +236,7 @@ def test_too_many_jobs_are_refused_and_leave_nothing(tmp_path):
             await server.submit("[hold]", images={"image": [picture()]})
         with pytest.raises(QueueFullError):
             await server.submit("no", images={"image": [picture()]})
-        assert len(server.files()) == len(await server.store.unfinished()) == 2
+        assert len(server.files()) == len(await unfinished(server.store)) == 2
 
     serving(tmp_path, use, StubEngine(EDIT_SCHEMA), max_unfinished=2)
 
@@ -290,7 +290,7 @@ def test_cancelling_and_deleting_anywhere_on_the_way(tmp_path, monkeypatch, wher
         while server.jobs._runs:
             await asyncio.sleep(0.01)
         assert server.engine.stats.num_running == 0
-        assert server.files() == await server.store.file_names()
+        assert server.files() == await file_names(server.store)
         assert any(job.id in name for name in server.files()) == (how == "cancel")  # its input, until it expires
         done = await server.end(await server.submit("control", seed=1))
         assert np.array_equal(server.pixels(done), make_media(server.engine.submitted[-1].params))
@@ -356,7 +356,7 @@ def test_a_caller_that_goes_away_leaves_a_whole_job_or_none(tmp_path):
             await asyncio.sleep(0.01)
         jobs = (await server.store.page(limit=100)).jobs
         assert jobs and {job.state for job in jobs} == {"completed"}
-        assert server.files() == await server.store.file_names()
+        assert server.files() == await file_names(server.store)
 
     serving(tmp_path, use, StubEngine(EDIT_SCHEMA))
 

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from safelight.errors import ConflictError, InvalidParameterError, StateDirectoryError, StorageFullError
+from safelight.serving.clocks import Moment
 from safelight.serving.jobs import (
     MAX_ATTEMPTS,
+    Horizon,
     Job,
     JobError,
     StoredFile,
@@ -33,6 +35,7 @@ from safelight.serving.jobs import (
 )
 from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.disks import as_left_by_a_death, fill, make_read_only, small_disk
+from tests.serving.job_server import file_names, unfinished
 
 
 def make_job(kind="image", **fields) -> Job:
@@ -225,18 +228,17 @@ def test_what_is_unfinished_expired_and_removable(tmp_path):
         assert await store.replace(waiting, failed(waiting, at=5.0))
         without_files = await add_in(store, make_job(), "failed")
         await store.add(d)
-        assert await store.unfinished() == [d]
-        assert [job.id for job in await store.removable()] == [without_files.id, b.id, a.id, c.id]
-        assert [job.id for job in await store.removable(failed_first=True)] == [without_files.id, c.id, b.id, a.id]
-        assert [job.id for job in await store.expired(14.0, since=3.5)] == [a.id]
+        assert await unfinished(store) == [d]
+        assert [job.id for job in await store.removable()] == [b.id, a.id, c.id, without_files.id]
+        assert [job.id for job in await store.removable(failed_first=True)] == [c.id, without_files.id, b.id, a.id]
         assert await store.last_end() == 5.0
-        assert [job.id for job in await store.expired(at=12.5)] == [without_files.id]
-        assert [job.id for job in await store.expired(at=14.0)] == [without_files.id, b.id, a.id]
+        for at, ids in {None: [], 12.5: [without_files.id], 14.0: [b.id, a.id, without_files.id]}.items():
+            assert [job.id for job in await store.expired(Horizon(Moment("now", 0.0), at))] == ids
         records = [len(msgspec.json.encode(job)) for job in (await store.page(limit=10)).jobs]
         assert (await store.usage()).num_bytes_records == sum(records)
         usage, waits = await store.usage(), len(msgspec.json.encode(d))
         assert (usage.num_bytes, usage.num_bytes_finished) == (420 + sum(records), 320 + sum(records) - waits)
-        assert await store.file_names() == {"in0", "in1", "in2", "in3", f"{a.id}.0.png", f"{b.id}.0.png"}
+        assert await file_names(store) == {"in0", "in1", "in2", "in3", f"{a.id}.0.png", f"{b.id}.0.png"}
 
     with_store(tmp_path, use)
 
@@ -286,7 +288,7 @@ def test_a_newer_version_is_left_alone(tmp_path):
         assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (1,)
         connection.execute("PRAGMA user_version = 1")
     connection.close()
-    assert len(with_store(tmp_path, lambda store: store.unfinished())) == 1
+    assert len(with_store(tmp_path, unfinished)) == 1
 
 
 def test_directories_that_cannot_be_used(tmp_path):
@@ -317,10 +319,10 @@ def test_a_full_disk_changes_nothing_and_passes(tmp_path):
         with pytest.raises(StorageFullError):
             for _ in range(1000):
                 added.append(await store.add(make_job(params={"prompt": os.urandom(4096).hex()})))
-        assert await store.unfinished() == added
+        assert await unfinished(store) == added
         (tmp_path / "disk" / "filling").unlink()
         added.append(await store.add(make_job()))
-        assert await store.unfinished() == added
+        assert await unfinished(store) == added
 
     with small_disk(tmp_path / "disk") as disk:
         fill(disk, leave=1 << 20)
@@ -429,7 +431,7 @@ class StoreAgainstDict(RuleBasedStateMachine):
     def same(self):
         jobs = self.run(self.store.page(limit=100, order="asc")).jobs
         assert jobs == list(self.model.values())
-        assert self.run(self.store.unfinished()) == [job for job in jobs if not job.finished]
+        assert self.run(unfinished(self.store)) == [job for job in jobs if not job.finished]
         assert self.run(self.store.usage()).num_bytes == sum(job.num_bytes for job in jobs)
 
     def teardown(self):

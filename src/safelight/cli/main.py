@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import click
 
 from safelight.errors import SafelightError, nearest
-from safelight.runtime.logs import configure, printable
+from safelight.runtime.logs import configure, tell
 from safelight.runtime.processes import guard_children
 from safelight.version import __version__
 
@@ -87,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _end(message: str, code: int) -> None:
-    click.echo(f"safelight: {printable(' '.join(message.split()))}", err=True)
+    tell(f"safelight: {' '.join(message.split())}")
     sys.exit(code)
 
 

@@ -14,7 +14,7 @@ import msgspec
 from safelight.cli.options import API_KEY_FILE_VARIABLE, engine_options, engine_settings
 from safelight.core.server_args import ServerArgs
 from safelight.parallel.torchrun import launched
-from safelight.runtime.logs import printable
+from safelight.runtime.logs import tell
 from safelight.serving.serve_args import ServeArgs, read_config
 
 ENVIRONMENT = {"state_dir": "SAFELIGHT_STATE_DIR", "api_key_file": API_KEY_FILE_VARIABLE}
@@ -66,9 +66,7 @@ def serve(model: str | None, config: Path | None, **values: Any) -> None:
     logging.getLogger().setLevel(min(logging.getLogger().level, logging.WARNING))
 
     async def run() -> int:
-        return await Server(
-            server_args, serve_args, lambda line: click.echo(printable(f"safelight: {line}"), err=True)
-        ).run()
+        return await Server(server_args, serve_args, lambda line: tell(f"safelight: {line}")).run()
 
     click.get_current_context().exit(asyncio.run(run()))
 

@@ -6,7 +6,9 @@ Imports no torch.
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from contextlib import suppress
 
 PER_CAUSE, SECONDS = 20, 60.0
 """Records of one cause within so many seconds; what is more is counted, and told with the next one."""
@@ -26,6 +28,12 @@ def printable(text: str, keep: str = "") -> str:
         else character.encode("unicode_escape", "surrogatepass").decode("ascii")
         for character in text
     )
+
+
+def tell(line: str) -> None:
+    """Write a line to standard error, as far as there is room for it: nothing ends because nobody can be told."""
+    with suppress(OSError, ValueError):  # ValueError: it is closed
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 class Formatter(logging.Formatter):

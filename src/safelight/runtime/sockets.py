@@ -11,7 +11,6 @@ import socket
 import stat
 import tempfile
 import threading
-import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -28,8 +27,6 @@ DESCRIPTORS = "/proc/self/fd"
 ROOM = 32
 """Descriptors that must be free when the library starts: it aborts the process where it gets none for its threads."""
 MAX_RETIRED = 8
-NEW_SECONDS = 60.0
-"""For which an empty folder may be one that a server has made and does not hold yet."""
 _FOLDER = re.compile(r"safelight-[a-z0-9_]{8}")
 _FILE = re.compile(r"[0-9]+\.(?:unit|store|[0-9]+\.ipc)|[0-9a-f]{16}\.frames")
 _HELD: dict[Path, int] = {}
@@ -167,7 +164,7 @@ def _is_left(folder: int) -> bool:
     names = _names(folder)
     if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
         return False
-    if not all(_FILE.fullmatch(name) for name in names) or (not names and time.time() - found.st_mtime < NEW_SECONDS):
+    if not names or not all(_FILE.fullmatch(name) for name in names):  # an empty one may be new, and not held yet
         return False
     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return not any(_is_answered(folder, name) for name in names if name.endswith(".ipc"))

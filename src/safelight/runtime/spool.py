@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safelight.errors import StorageFullError
+from safelight.errors import StorageError
 from safelight.runtime.sockets import require_private
 
 SPOOLED_BYTES = 8 << 20
@@ -27,7 +28,7 @@ def spool(array: memoryview, folder: Path) -> bytes:
     """Write an array's bytes into a new file in a folder, and return its name.
 
     Raises:
-        StorageFullError: if that cannot be done; no file is left.
+        StorageError: if that cannot be done; no file is left where the disk lets it go.
 
     """
     path = folder / f"{secrets.token_hex(8)}.frames"
@@ -39,7 +40,7 @@ def spool(array: memoryview, folder: Path) -> bytes:
     except OSError as error:
         with suppress(OSError):
             path.unlink()
-        raise StorageFullError("there is no room for the video on its way to be encoded") from error
+        raise StorageError.of(error, "the video on its way to be encoded") from error
     return path.name.encode()
 
 
@@ -98,6 +99,8 @@ class SpooledFrames:
             raise IndexError(index)
         size = int(np.prod(self.shape[1:]))
         data = os.pread(self._file.fileno(), size, index * size)
+        if len(data) != size:
+            raise OSError(errno.EIO, "the file of frames is shorter than it was")
         return np.frombuffer(data, np.uint8).reshape(self.shape[1:])
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:

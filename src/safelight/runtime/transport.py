@@ -21,7 +21,7 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from safelight.errors import PortError, StorageFullError
+from safelight.errors import PortError, StorageError
 from safelight.runtime.client import Media
 from safelight.runtime.messages import Array, Failed, FromWorker, Heartbeat, OutputMade, ToWorker
 from safelight.runtime.sockets import LIBRARY, SocketName
@@ -52,8 +52,15 @@ def spooled_frames(message: FromWorker, arrays: Sequence[Array], folder: Path) -
     """Return a message's frames for the API process, with long videos in files."""
     first, *others = to_frames(message, arrays)
     large = [index for index, array in enumerate(arrays) if is_spooled(array)]
-    for index in large:
-        others[index] = spool(memoryview(others[index]), folder)
+    names: list[bytes] = []
+    try:
+        for index in large:
+            others[index] = spool(memoryview(others[index]), folder)
+            names.append(bytes(others[index]))
+    except StorageError:
+        for name in names:
+            (folder / name.decode()).unlink(missing_ok=True)
+        raise
     return [first, _ENCODER.encode(large), *others]
 
 
@@ -96,11 +103,18 @@ class ServerChannel:
         """Wait for the next message, with its arrays: their bytes, [N] uint8."""
         assert self._socket is not None
         first, second, *others = await self._socket.recv_multipart(copy=False)
-        large = _SPOOLED.decode(second.buffer)
+        message, large = _FROM_WORKER.decode(first.buffer), _SPOOLED.decode(second.buffer)
         arrays: list[Media] = [np.frombuffer(frame.buffer, np.uint8) for frame in others]
-        for index in large:
-            arrays[index] = spooled(bytes(others[index].buffer), self._path.parent)
-        return _FROM_WORKER.decode(first.buffer), arrays
+        try:
+            for index in large:
+                arrays[index] = spooled(bytes(others[index].buffer), self._path.parent)
+        except OSError as error:  # this request's file, and nobody else's
+            if not isinstance(message, OutputMade):
+                raise
+            found = StorageError.of(error, "the video on its way to be encoded")
+            logger.error("%s: %s", found, error)
+            return Failed(message.request_id, found.code, str(found), None), []
+        return message, arrays
 
     def close(self) -> None:
         """Let go of the socket, and delete its file, which the library leaves where a peer died."""
@@ -209,7 +223,7 @@ class WorkerChannel:
         folder = self.path.parent
         try:
             frames = spooled_frames(message, arrays, folder)
-        except StorageFullError as error:
+        except StorageError as error:
             assert isinstance(message, OutputMade), "no other message has arrays"
             logger.error("%s: %s", error, error.__cause__)
             frames = spooled_frames(Failed(message.request_id, error.code, str(error), None), (), folder)

@@ -7,6 +7,7 @@ unit that takes too long is seen from outside.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from safelight.errors import PortError
 from safelight.runtime.durations import Durations
 
 SIZE = 8192
@@ -74,9 +76,13 @@ class UnitBoard:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with path.open("a+b") as file:
-            file.truncate(SIZE)
-            self._map = mmap.mmap(file.fileno(), SIZE)
+        try:
+            with path.open("a+b") as file:
+                # Not a hole, which a full disk turns into a signal that ends whoever looks into it.
+                os.posix_fallocate(file.fileno(), 0, SIZE)
+                self._map = mmap.mmap(file.fileno(), SIZE)
+        except OSError as error:
+            raise PortError(f"TMPDIR: a file for a worker cannot be made there: {error.strerror}") from error
 
     def write(self, unit: Unit | None) -> None:
         """Say what is begun; None is nothing."""

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import stat
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
@@ -35,11 +34,11 @@ class Addresses:
 
     Args:
         key: a secret of the server's own, which has nothing to do with what clients are given.
-        clock: seconds since 1970.
+        clock: seconds since 1970, of which those are counted that have passed in any case.
 
     """
 
-    def __init__(self, key: bytes, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, key: bytes, clock: Callable[[], float]) -> None:
         self._key, self._clock = key, clock
 
     def signed(self, path: str, query: Mapping[str, str], end: float) -> str:

@@ -92,7 +92,7 @@ class Context:
         self.engine, self.jobs, self.settings = engine, jobs, settings
         self.metrics = Metrics(engine)
         self.budget = Budget(settings.limits, jobs.outputs.directory)
-        self.addresses = Addresses(settings.address_key)
+        self.addresses = Addresses(settings.address_key, jobs.expiry.now)
         self.owner = owner_of(settings.api_key)
         self.started_at = int(time.time())
         self.event_turn = asyncio.Lock()
@@ -230,9 +230,8 @@ class Context:
 
     def count_completed(self, job: Job, task: str, steps: int) -> None:
         """Count a job, if it completed. `steps` are those of all its outputs."""
-        if job.state == "completed" and job.completed_at is not None and job.started_at is not None:
-            seconds, queue_seconds = job.completed_at - job.created_at, job.started_at - job.created_at
-            self.metrics.completed(task, seconds, queue_seconds, job.timings, len(job.outputs), steps)
+        if job.state == "completed":
+            self.metrics.completed(task, job.seconds, job.queue_seconds, job.timings, len(job.outputs), steps)
 
     async def job(self, job_id: str, kind: Kind | None = None) -> Job:
         """Return a job.

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -139,10 +140,18 @@ def write_private(path: Path, data: bytes) -> None:
             rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
     except BaseException:
-        path.unlink()
+        with suppress(OSError):  # the disk fails: the next start removes it
+            path.unlink()
         raise
     finally:
         os.close(descriptor)
+
+
+def probe(directory: Path) -> None:
+    """Write and sync a file without a name, which is gone when it is closed; `OSError` says why that cannot be."""
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+        file.write(bytes(4096))
+        os.fsync(file.fileno())
 
 
 def make_private(path: Path) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from pathlib import Path
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.errors import NotReadyError, StorageBusyError, StorageFullError
+from safelight.errors import NotReadyError, StorageError
 from safelight.serving.auth import LIVE_PATH
 from safelight.serving.context import Context, json_response
+from safelight.serving.directories import probe
 from safelight.serving.metrics import CONTENT_TYPE
 from safelight.version import __version__
 
@@ -39,13 +38,13 @@ def routes(context: Context) -> APIRouter:
         if context.engine.state != "ready":
             raise NotReadyError(f"the engine is not ready: {context.engine.state}")
         try:
-            written = asyncio.to_thread(_write, context.jobs.outputs.directory)
+            written = asyncio.to_thread(probe, context.jobs.outputs.directory)
             await asyncio.wait_for(written, _DISK_SECONDS)
         except (OSError, TimeoutError) as error:
             raise NotReadyError("the outputs directory cannot be written") from error
         try:
             await asyncio.wait_for(context.jobs.store.check_writable(), _DISK_SECONDS)
-        except (StorageBusyError, StorageFullError, TimeoutError) as error:
+        except (StorageError, TimeoutError) as error:
             raise NotReadyError("the jobs' database cannot be written") from error
         return json_response({"status": "ready"})
 
@@ -54,9 +53,3 @@ def routes(context: Context) -> APIRouter:
         return Response(context.metrics.exposition(), media_type=CONTENT_TYPE)
 
     return router
-
-
-def _write(directory: Path) -> None:
-    """Write a byte into a file without a name, which is gone when it is closed."""
-    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-        file.write(b"\0")

@@ -265,8 +265,7 @@ async def _as_job(request: Request, context: Context, body: Body, resolved: Reso
         for index, output in enumerate(job.outputs)
     ]
     response = {**_response(resolved, pictures, None), "warnings": job.warnings}
-    began = job.started_at or job.created_at
-    seconds = {"seconds": (job.completed_at or began) - job.created_at, "queue_seconds": began - job.created_at}
+    seconds = {"seconds": job.seconds, "queue_seconds": job.queue_seconds}
     return json_response({**response, "metrics": {**seconds, "stage_seconds": job.timings}})
 
 

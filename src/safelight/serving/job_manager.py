@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
-
-import msgspec
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
@@ -30,15 +29,21 @@ from safelight.errors import (
     NotReadyError,
     QueueFullError,
     SafelightError,
+    StateDirectoryError,
     StorageBusyError,
+    StorageError,
+    StorageFailedError,
     StorageFullError,
     WorkerLostError,
 )
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
+from safelight.serving.backlog import Backlog
+from safelight.serving.clocks import Clocks
 from safelight.serving.job_runs import JobEvent, JobLimits, Run
 from safelight.serving.jobs import MAX_ATTEMPTS, Job, JobError, JobStore, check_same
 from safelight.serving.outputs import Outputs, Staged
 from safelight.serving.patience import Expiry, when_free
+from safelight.serving.room import Room
 from safelight.serving.shares import check_share
 from safelight.serving.spool import Stored
 from safelight.serving.submission import Submission, new_job, read_params
@@ -48,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = JobError(SafelightError.code, "the server made a mistake; its log has it by this job's id")
 CANCELLED = JobError(CancelledError.code, "the job was cancelled")
-_OF_A_STOP = (CancelledError, NotReadyError, StorageBusyError, WorkerLostError)
+_OF_A_STOP = (CancelledError, NotReadyError, StorageBusyError, StorageFailedError, WorkerLostError)
 """What ends a run when the server stops, and not its job, which is the next server's."""
 WORKER_LOST = JobError(WorkerLostError.code, f"worker or server died while this job ran, {MAX_ATTEMPTS} times")
 JOBS_A_TRIM = 64
@@ -65,45 +70,72 @@ class JobManager:
         store: JobStore,
         outputs: Outputs,
         engine: EngineClient,
-        clock: Callable[[], float] = time.time,
         limits: JobLimits | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
+        clocks: Clocks | None = None,
     ) -> None:
         self.store = store
         self.outputs = outputs
         self._engine = engine
-        self._clock = clock
-        self._expiry = Expiry(clock, monotonic)
+        self._clocks = clocks or Clocks()
         self._num_accepted = 0
         self._limits = limits or JobLimits()
+        self.expiry = Expiry(self._clocks, self._limits.keep_seconds)
+        self._room = Room(store, outputs, self.expiry, self._limits)
+        self._backlog = Backlog()
         self._runs: dict[str, Run] = {}
         self._gate = asyncio.Lock()  # first come, first served: the order of acceptance
         self._left = asyncio.Event()  # a job has left the engine
-        self._room = asyncio.Lock()
         self._background: set[asyncio.Task[Any]] = set()
-        self._leaving: set[str] = set()
-        """Jobs that are not there yet or any more, and whose files are being written or removed."""
-        self._sweeper: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
 
     async def start(self) -> None:
-        """Remove what a dead server left, take up its jobs, and begin to run them.
+        """Remove what a dead server left, take up its jobs, and begin to run them. Nothing is done a second time.
 
         Raises:
-            StorageFullError: if the disk is full.
+            StateDirectoryError: if the directories cannot be read and written.
 
         """
-        self._expiry.begin(await self.store.last_end())
+        if self._tasks:
+            return
+        try:
+            await self._take_over()
+        except StorageError as error:
+            raise StateDirectoryError(f"state directory: {self.store.where!r} cannot be used: {error}") from error
+        self._tasks = [
+            asyncio.create_task(self._sweep_forever(), name="sweep jobs"),
+            asyncio.create_task(self._take_up(), name="take up jobs"),
+        ]
+
+    async def _take_over(self) -> None:
+        self.expiry.begin(await self.store.last_end())
         unfinished = await self.store.unfinished()
-        for job in unfinished:
-            if job.attempts >= MAX_ATTEMPTS:
+        for waiting in unfinished:
+            if waiting.attempts >= MAX_ATTEMPTS:
+                job = await self.store.get(waiting.id)
+                assert job is not None
                 await self.store.replace(job, self._failed(job, WORKER_LOST))
-        await self.outputs.clean(await self.store.file_names(), await self.store.over())
+        await self.outputs.clean(self.store.kept)
         await self.store.forget(())
-        for job in unfinished:
-            if job.attempts < MAX_ATTEMPTS:
-                self._launch(job)
-        self._sweeper = asyncio.create_task(self._sweep_forever(), name="sweep jobs")
+        self._backlog.begin(waiting.id for waiting in unfinished if waiting.attempts < MAX_ATTEMPTS)
+
+    async def _take_up(self) -> None:
+        """Run the jobs of an earlier server, of which a few are in memory at a time."""
+        places = asyncio.Semaphore(self._limits.max_taken)
+        while (job_id := self._backlog.first) is not None:
+            await places.acquire()
+            try:
+                job = await self._when_free(functools.partial(self.store.get, job_id), math.inf)
+            except StorageError:  # the server stops
+                return
+            except Exception:  # a job's boundary: its record is damaged, and the others' are not
+                logger.exception("job %s cannot be read", job_id)
+                job = None
+            if job is None or job.finished or job_id not in self._backlog:
+                places.release()
+            else:
+                self._launch(self._backlog.run(job), lambda _: places.release())
+            self._backlog.drop(job_id)  # after the launch: with the last one, what came later is let go
 
     async def submit(self, submission: Submission) -> Job:
         """Accept a job: it is durable when this returns. Whoever asks twice with one idempotency key has one job.
@@ -122,12 +154,12 @@ class JobManager:
         schema = self._engine.schema
         if self._closing or schema is None:
             raise NotReadyError("the server stops" if self._closing else "the model is being loaded")
-        num_unfinished = len(self._runs) + len(self._background)
+        num_unfinished = len(self._runs) + len(self._background) + len(self._backlog)
         if num_unfinished >= self._limits.max_unfinished:
             raise QueueFullError(f"{self._limits.max_unfinished} jobs wait already")
         clients = [run.client for run in self._runs.values()]
         check_share(submission.client, clients, self._limits.max_unfinished, num_unfinished)
-        job, files = new_job(submission, schema, self._clock())
+        job, files = new_job(submission, schema, self._clocks.stamp(), self._clocks.moment())
         # A caller that goes away leaves no job behind that is stored and never run.
         task = asyncio.create_task(self._accept(job, files, submission.client))
         self._background.add(task)
@@ -151,7 +183,8 @@ class JobManager:
             failed = self._failed(job, CANCELLED)
             if await self._replace(job, failed, self._limits.busy_seconds):
                 break
-        run = self._runs.get(job_id)
+        run = self._runs.get(job_id) or self._backlog.followed_as(job_id)
+        self._backlog.drop(job_id)
         if run is not None:
             self._show(run, failed)
             self._stop(run)
@@ -165,11 +198,13 @@ class JobManager:
 
         """
         job = await self.cancel(job_id)
-        return job is not None and await self._remove(job)
+        return job is not None and await self._room.remove(job)
 
     def progress(self, job_id: str) -> Progress | None:
         """Return how far an unfinished job is; None for every other."""
         run = self._runs.get(job_id)
+        if run is None and job_id in self._backlog:
+            return Progress(queue_position=self._num_before() + self._backlog.position(job_id))
         return None if run is None else self._progress(run)
 
     async def events(self, job_id: str) -> AsyncIterator[JobEvent]:
@@ -177,10 +212,13 @@ class JobManager:
 
         It ends without a last event if the server stops before the job does. Nothing is yielded for an unknown id.
         """
-        run = self._runs.get(job_id)
-        if run is None:
-            job = await self.store.get(job_id)
-            run = None if job is None else Run(job)
+        job = None if job_id in self._runs else await self.store.get(job_id)
+        run = self._runs.get(job_id)  # it may have been taken up meanwhile
+        if run is None and job is not None and job_id in self._backlog:
+            run = self._backlog.follow(job)
+        elif run is None and job is not None:
+            run = Run(job)
+            run.over = True
         if run is None:
             return
         told: JobEvent | None = None
@@ -191,19 +229,13 @@ class JobManager:
                 yield event
             if run.changed is not changed:
                 continue
-            if run.job.finished or run.over or run.task is None:
+            if run.job.finished or run.over:
                 return
             await changed.wait()
 
     async def sweep(self) -> None:
         """Remove what has expired, and what is over the quota."""
-        while expired := await self.store.expired(*self._expiry.horizon()):
-            for job in expired:
-                await self._remove(job)
-        async with self._room:
-            await self._make_room(0)
-            await self._trim_records()
-        await self.store.forget({*self._runs, *self._leaving})
+        await self._room.sweep(self._runs.keys())
 
     async def close(self, drain: float) -> None:
         """Stop: what waits stays in the store, and what runs has `drain` seconds to finish. Then close the store.
@@ -211,8 +243,9 @@ class JobManager:
         What has not finished by then stays in progress, and has its next attempt when a server starts.
         """
         self._closing = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self._backlog.close()
         for run in list(self._runs.values()):
             if not run.running:
                 self._stop(run)
@@ -226,27 +259,18 @@ class JobManager:
         await self.store.close()
 
     async def _wait(self, seconds: float) -> None:
-        tasks = [*(run.task for run in self._runs.values()), self._sweeper, *self._background]
+        tasks = [*(run.task for run in self._runs.values()), *self._tasks, *self._background]
         waited = [task for task in tasks if task is not None]
         if waited:
             await asyncio.wait(waited, timeout=seconds)
 
-    @contextlib.contextmanager
-    def _held(self, job: Job) -> Iterator[None]:
-        """Keep the store from forgetting a job that is not there yet or any more: its files are."""
-        self._leaving.add(job.id)
-        try:
-            yield
-        finally:
-            self._leaving.discard(job.id)
-
     async def _accept(self, job: Job, files: Mapping[str, bytes | Stored], client: str) -> Job:
         self._num_accepted += 1
-        with self._held(job):
-            async with self._room:
+        with self._room.held(job):
+            async with self._room.lock:
                 if self._num_accepted % JOBS_A_TRIM == 0:
-                    await self._trim_records()
-                await self._make_room(job.num_bytes)
+                    await self._room.trim_records()
+                await self._room.make(job.num_bytes)
                 if files:
                     await self.store.announce(job.id)
                     await self.outputs.save(files)
@@ -256,18 +280,19 @@ class JobManager:
         try:
             accepted = await self._when_free(lambda: self.store.add(job), self._limits.busy_seconds)
         except SafelightError:  # after anything else it may be stored all the same, and needs its files
-            await self.outputs.remove(files)
+            await self._room.remove_files(job.id, files)
             raise
         if accepted is not job:
-            await self.outputs.remove(files)
+            await self._room.remove_files(job.id, files)
         elif not self._closing:
-            self._launch(job, client)
+            self._launch(Run(job, client, is_new=True))
         return accepted
 
-    def _launch(self, job: Job, client: str = "") -> None:
-        run = self._runs[job.id] = Run(job, client)
-        run.task = asyncio.create_task(self._run(run), name=job.id)
+    def _launch(self, run: Run, then: Callable[[asyncio.Task[None]], None] = lambda _: None) -> None:
+        self._runs[run.job.id] = run
+        run.task = asyncio.create_task(self._run(run), name=run.job.id)
         run.task.add_done_callback(lambda task: self._ended(run, task))
+        run.task.add_done_callback(then)
 
     def _ended(self, run: Run, task: asyncio.Task[None]) -> None:
         """Forget a run; here and not in the task, which never begins if it is cancelled at once."""
@@ -318,6 +343,8 @@ class JobManager:
     async def _enter(self, run: Run) -> Ticket:
         """Put a job into the engine's queue, after the jobs before it, as soon as there is room."""
         params: SamplingParams | None = None
+        if run.is_new:
+            await self._backlog.over.wait()
         async with self._gate:
             while True:
                 self._left.clear()
@@ -347,17 +374,17 @@ class JobManager:
         try:
             async for progress in ticket.changes():
                 if progress.state == "running" and not begun:
-                    begun = await self._advance(run, run.job.begun(self._clock(), progress.mode))
+                    begun = await self._advance(run, self._begun(run, progress))
                 run.wake()
             outputs = await ticket.result()
         except WorkerLostError:  # it had begun, if only for a moment
-            begun = begun or await self._advance(run, run.job.begun(self._clock(), ticket.progress.mode))
+            begun = begun or await self._advance(run, self._begun(run, ticket.progress))
             raise
         finally:
             self._left.set()
             self._engine.cancel(ticket.request.request_id)
         if not begun:
-            await self._advance(run, run.job.begun(self._clock(), ticket.progress.mode))
+            await self._advance(run, self._begun(run, ticket.progress))
         return outputs
 
     async def _finish(self, run: Run, outputs: Sequence[Output]) -> None:
@@ -365,9 +392,9 @@ class JobManager:
         began, job, schema = time.perf_counter(), run.job, self._engine.schema
         assert schema is not None
         staged = await self.outputs.stage(job.id, outputs, job.output_format, job.compression, schema)
-        async with self._room:
+        async with self._room.lock:
             try:
-                await self._make_room(staged.num_bytes)
+                await self._when_free(lambda: self._room.make(staged.num_bytes), math.inf)
             except SafelightError:
                 await self.outputs.discard(staged)
                 raise
@@ -376,15 +403,15 @@ class JobManager:
             await self._complete(run, staged, [text for output in outputs for text in output.warnings], timings)
 
     async def _complete(self, run: Run, staged: Staged, warnings: Sequence[str], timings: Mapping[str, float]) -> None:
-        now = self._clock()
-        done = run.job.completed(staged.outputs, warnings, timings, now, now + self._limits.keep_seconds)
+        now, moment = self._clocks.stamp(), self._clocks.moment()
+        done = run.job.completed(staged.outputs, warnings, timings, now, now + self._limits.keep_seconds, moment)
         try:
             completed = await self._advance(run, done)
-        except (StorageBusyError, StorageFullError):
-            await self.outputs.remove(staged.temporaries)
+        except (StorageBusyError, StorageFullError):  # after a failure of the disk it may have completed all the same
+            await self._room.remove_files(run.job.id, staged.temporaries)
             raise
         if not completed:  # it was cancelled or deleted meanwhile
-            await self.outputs.remove(staged.temporaries)
+            await self._room.remove_files(run.job.id, staged.temporaries)
 
     async def _fail(self, run: Run, error: JobError) -> None:
         failed = self._failed(run.job, error)
@@ -397,11 +424,15 @@ class JobManager:
                     logger.error("job %s: the disk is too full to write down that it failed", run.job.id)
                 await asyncio.sleep(self._limits.retry_seconds)
         if run.job.finished:
-            await self._remove_others(run.job, [file.name for file in run.job.files])
+            with contextlib.suppress(StorageError):  # the next start removes them
+                await self._room.remove_others(run.job, [file.name for file in run.job.files])
 
     def _failed(self, job: Job, error: JobError) -> Job:
-        now = self._clock()
-        return job.failed(error, now, now + self._limits.keep_seconds)
+        now = self._clocks.stamp()
+        return job.failed(error, now, now + self._limits.keep_seconds, self._clocks.moment())
+
+    def _begun(self, run: Run, progress: Progress) -> Job:
+        return run.job.begun(self._clocks.stamp(), progress.mode, self._clocks.moment())
 
     async def _advance(self, run: Run, new: Job) -> bool:
         """Change a job in the store, and here if the store agreed."""
@@ -419,7 +450,7 @@ class JobManager:
 
     def _wake_waiting(self) -> None:
         """Tell the jobs that are held back that they may have moved up."""
-        for run in self._runs.values():
+        for run in [*self._runs.values(), *self._backlog.followed()]:
             if run.ticket is None:
                 run.wake()
 
@@ -427,51 +458,6 @@ class JobManager:
         if not run.job.finished:
             run.job = job
             run.wake()
-
-    async def _remove(self, job: Job) -> bool:
-        """Remove a finished job, and then its files; on a full disk the files first, which makes room for the rest."""
-        names = [file.name for file in job.files]
-        with self._held(job):
-            try:
-                removed = await self.store.delete(job.id)
-            except StorageFullError:
-                await self.outputs.remove(names)
-                removed = await self.store.delete(job.id)
-            await self.outputs.remove(names)
-            await self._remove_others(job, ())
-        return removed is not None
-
-    async def _remove_others(self, job: Job, names: Iterable[str]) -> None:
-        """Remove what an earlier attempt has left of a job that is over: the server died before that was completed."""
-        if job.attempts > 1:
-            await self.outputs.remove_others(job.id, names)
-
-    async def _make_room(self, num_bytes: int) -> None:
-        """Remove the first finished jobs until so many bytes fit. Only under the lock `_room`.
-
-        Raises:
-            StorageFullError: if they never will.
-
-        """
-        limit = self._limits.max_bytes
-        if limit is None:
-            return
-        usage = await self.store.usage()
-        if num_bytes and usage.num_bytes - usage.num_bytes_finished + num_bytes > limit:
-            raise StorageFullError("the files of this job need more room than all jobs may take")
-        excess = usage.num_bytes + num_bytes - limit
-        while excess > 0 and (removable := await self.store.removable()):
-            for job in removable:
-                if excess > 0 and await self._remove(job):
-                    excess -= job.num_bytes
-
-    async def _trim_records(self) -> None:
-        """Remove finished jobs until all records are within their bound. Only under the lock `_room`."""
-        excess = (await self.store.usage()).num_bytes_records - self._limits.max_record_bytes
-        while excess > 0 and (removable := await self.store.removable(failed_first=True)):
-            for job in removable:
-                if excess > 0 and await self._remove(job):
-                    excess -= len(msgspec.json.encode(job))
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -484,12 +470,19 @@ class JobManager:
     def _progress(self, run: Run) -> Progress:
         if run.ticket is not None:
             return run.ticket.progress
-        before = 0
-        for other in self._runs.values():
-            if other is run:
-                break
-            before += other.ticket is None
-        return Progress(queue_position=self._engine.stats.num_waiting + before)
+        if run.job.id not in self._runs:
+            return self.progress(run.job.id) or Progress()
+        if not run.is_new:
+            return Progress(queue_position=self._num_before(run))
+        return Progress(queue_position=self._num_before(run) + len(self._backlog))
+
+    def _num_before(self, run: Run | None = None) -> int:
+        """Return how many requests are before a job, or before the backlog: in the engine's queue, and for it."""
+        waiting = [other for other in self._runs.values() if other.ticket is None]
+        earlier = [other for other in waiting if not other.is_new]
+        later = [other for other in waiting if other.is_new] if run is not None and run.is_new else []
+        ahead = itertools.takewhile(lambda other: other is not run, [*earlier, *later])
+        return self._engine.stats.num_waiting + sum(1 for _ in ahead)
 
     def _news(self, run: Run, told: JobEvent | None) -> list[JobEvent]:
         """Return the events that lead from what was told last to what is now."""

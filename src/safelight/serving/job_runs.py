@@ -17,6 +17,7 @@ class JobLimits:
     Attributes:
         max_unfinished: jobs that wait or run; more are refused.
         max_submitted: of these, how many the engine is given; the others leave its queue to who waits for an answer.
+        max_taken: jobs of an earlier server that are in memory at a time; the others wait in the store.
         max_submitted_bytes: of the input files of these, unless it is one job alone; the others' stay on the disk.
         keep_seconds: how long a finished job and its files are kept.
         max_bytes: of all jobs' files and records; the first finished are removed for later ones. None is no limit.
@@ -29,6 +30,7 @@ class JobLimits:
 
     max_unfinished: int = 1000
     max_submitted: int = 16
+    max_taken: int = 64
     max_submitted_bytes: int = 64 << 20
     keep_seconds: float = 24 * 3600.0
     max_bytes: int | None = None
@@ -48,10 +50,16 @@ class JobEvent:
 
 
 class Run:
-    """An unfinished job in this process, and whose it is; nobody's, after a restart."""
+    """An unfinished job in this process, and whose it is; nobody's, after a restart.
 
-    def __init__(self, job: Job, client: str = "") -> None:
-        self.job, self.client = job, client
+    Attributes:
+        is_new: whether this server accepted it, so that the jobs of an earlier one come before it.
+        over: whether nothing more becomes of it in this process.
+
+    """
+
+    def __init__(self, job: Job, client: str = "", is_new: bool = False) -> None:
+        self.job, self.client, self.is_new = job, client, is_new
         self.ticket: Ticket | None = None
         self.task: asyncio.Task[None] | None = None
         self.over = False

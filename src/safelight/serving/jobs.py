@@ -21,9 +21,8 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from safelight.core.server_args import Mode
-from safelight.errors import (
-    ConflictError,
-)
+from safelight.errors import ConflictError
+from safelight.serving.clocks import Moment
 from safelight.serving.spool import Stored, parts
 
 Kind = Literal["image", "video"]
@@ -84,7 +83,7 @@ class StoredOutput(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One durable job. Times are seconds since 1970.
+    """One durable job. Times are seconds since 1970, for people; what lies between two of them is told by moments.
 
     Attributes:
         id: safe in a URL; begins with `image_` or `video_`.
@@ -110,6 +109,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         warnings: what the user should know.
         timings: seconds of each stage, over all outputs.
         error: why it failed.
+        accepted, began, ended: when it was accepted, begun first, and finished, on the clock that nobody sets.
 
     """
 
@@ -136,6 +136,27 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     timings: dict[str, float] = {}
     error: JobError | None = None
+    accepted: Moment | None = None
+    began: Moment | None = None
+    ended: Moment | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """From its acceptance to its end; None where that is not known, as where the machine was started between."""
+        return None if self.ended is None else self.ended.since(self.accepted)
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From its acceptance to its first attempt."""
+        return None if self.began is None else self.began.since(self.accepted)
+
+    @property
+    def expires(self) -> Moment | None:
+        """When it may be removed, on the clock that it ended by."""
+        if self.ended is None or self.expires_at is None or self.completed_at is None:
+            return None
+        kept = self.expires_at - self.completed_at
+        return Moment(self.ended.clock, self.ended.seconds + kept)
 
     @property
     def finished(self) -> bool:
@@ -153,13 +174,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         """The size of its files, and of its record."""
         return sum(file.num_bytes for file in self.files) + len(msgspec.json.encode(self))
 
-    def begun(self, at: float, mode: Mode | None = None) -> Job:
+    def begun(self, at: float, mode: Mode | None = None, moment: Moment | None = None) -> Job:
         """Return it as it is once its next attempt has begun; the engine may have died before it told the mode."""
         return msgspec.structs.replace(
             self,
             state="in_progress",
             attempts=self.attempts + 1,
             started_at=at if self.started_at is None else self.started_at,
+            began=moment if self.started_at is None else self.began,
             mode=self.mode or mode,
         )
 
@@ -170,6 +192,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         timings: Mapping[str, float],
         at: float,
         expires_at: float,
+        moment: Moment | None = None,
     ) -> Job:
         """Return it as it is with its outputs; `warnings` are added to its own."""
         return msgspec.structs.replace(
@@ -177,14 +200,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             state="completed",
             completed_at=at,
             expires_at=expires_at,
+            ended=moment,
             outputs=tuple(outputs),
             warnings=tuple(dict.fromkeys([*self.warnings, *warnings])),
             timings=dict(timings),
         )
 
-    def failed(self, error: JobError, at: float, expires_at: float) -> Job:
+    def failed(self, error: JobError, at: float, expires_at: float, moment: Moment | None = None) -> Job:
         """Return it as it is once it has failed."""
-        return msgspec.structs.replace(self, state="failed", completed_at=at, expires_at=expires_at, error=error)
+        return msgspec.structs.replace(
+            self, state="failed", completed_at=at, expires_at=expires_at, ended=moment, error=error
+        )
 
     def may_become(self, other: Job) -> bool:
         """Say whether `other` is a legal next form of this job."""
@@ -197,6 +223,35 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             ("in_progress", "failed"),
             ("in_progress", "completed"),
         }
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """Of an unfinished job what is kept in memory until its turn comes."""
+
+    id: str
+    attempts: int
+
+
+class Horizon(msgspec.Struct, frozen=True):
+    """By what jobs are judged to have expired.
+
+    Attributes:
+        moment: now, for what ended by this clock.
+        at: by which others must have expired, in seconds since 1970; None expires none of them.
+        knows_all: whether others that say to have ended later than `at` have expired too: their clock was wrong.
+
+    """
+
+    moment: Moment
+    at: float | None = None
+    knows_all: bool = False
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What the store says of a job's files: whether the job is over, and which it has."""
+
+    is_over: bool
+    names: frozenset[str] = frozenset()
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -256,8 +311,15 @@ class JobStore(ABC):
     """Where jobs are kept. Every change is durable when its method returns.
 
     Methods that write raise `StorageFullError` where there is no room, and all raise `StorageBusyError` where another
-    program holds the store; nothing has changed then.
+    program holds the store; nothing has changed then. All raise `StorageFailedError` where the disk fails: a change may
+    be there after a restart all the same, and is to be made again.
+
+    Attributes:
+        where: the file or place that it is kept in, for whoever starts the server; clients are not told.
+
     """
+
+    where: str
 
     @abstractmethod
     async def add(self, job: Job) -> Job:
@@ -308,16 +370,16 @@ class JobStore(ABC):
         """Do nothing where a job could be changed; raise why it cannot be where it could not."""
 
     @abstractmethod
-    async def unfinished(self) -> list[Job]:
-        """Return what is queued or in progress, oldest first."""
+    async def unfinished(self) -> list[Waiting]:
+        """Return what is queued or in progress, in the order of acceptance; the jobs themselves stay in the store."""
 
     @abstractmethod
     async def last_end(self) -> float | None:
         """Return when the last job that there is completed or failed; None where none has."""
 
     @abstractmethod
-    async def expired(self, at: float, since: float | None = None, limit: int = MAX_PAGE) -> list[Job]:
-        """Return what completed or failed (not before `since`) and has expired by then, first finished first."""
+    async def expired(self, horizon: Horizon, limit: int = MAX_PAGE) -> list[Job]:
+        """Return what completed or failed and has expired, first finished first."""
 
     @abstractmethod
     async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
@@ -328,16 +390,12 @@ class JobStore(ABC):
         """Return the bytes of all jobs' files and records."""
 
     @abstractmethod
-    async def file_names(self) -> set[str]:
-        """Return the names of all jobs' files."""
+    async def kept(self, job_ids: Collection[str]) -> dict[str, Kept]:
+        """Return what is known of the files of these jobs, or of what was removed and is not forgotten."""
 
     @abstractmethod
     async def announce(self, job_id: str) -> None:
         """Note that files are written for a job that is not there yet: until it is added, it counts as removed."""
-
-    @abstractmethod
-    async def over(self) -> set[str]:
-        """Return the ids of jobs that completed or failed, or were removed and are not forgotten."""
 
     @abstractmethod
     async def forget(self, but: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from safelight.core.params import Option
-from safelight.errors import InvalidParameterError
+from safelight.errors import InvalidParameterError, StorageError
 from safelight.serving.context import Context, json_response, timestamp, unless_gone
 from safelight.serving.errors import ConflictStateError, NotFoundError, RangeError
 from safelight.serving.events import EventStream, event
@@ -105,8 +105,8 @@ def percent(job: Job, context: Context) -> int:
 
 def content_url(context: Context, request: Request, job: Job, index: int) -> str:
     """Return the absolute address of an output, which opens without the key for as long as the job is kept."""
-    assert job.expires_at is not None
-    signed = context.addresses.signed(f"/v1/jobs/{job.id}/content", {"index": str(index)}, job.expires_at)
+    end = context.jobs.expiry.end(job)
+    signed = context.addresses.signed(f"/v1/jobs/{job.id}/content", {"index": str(index)}, end)
     return f"{context.base_url(request)}{signed}"
 
 
@@ -150,6 +150,8 @@ async def content_response(request: Request, context: Context, job: Job, index: 
         file = await asyncio.to_thread(context.jobs.outputs.path(name).open, "rb")
     except FileNotFoundError as error:
         raise NotFoundError("the job has been removed") from error
+    except OSError as error:
+        raise StorageError.of(error, "the file") from error
     return _FilePart(file, first, last - first + 1, 200 if part is None else 206, headers, media_type)
 
 

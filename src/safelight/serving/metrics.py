@@ -49,13 +49,19 @@ class Metrics:
         engine.on_step = self._stepped
 
     def completed(
-        self, task: str, seconds: float, queue_seconds: float, timings: Mapping[str, float], outputs: int, steps: int
+        self,
+        task: str,
+        seconds: float | None,
+        queue_seconds: float | None,
+        timings: Mapping[str, float],
+        outputs: int,
+        steps: int,
     ) -> None:
         """Count a generation that ended well.
 
         Args:
             task: what the model does.
-            seconds, queue_seconds: since its acceptance, and of these before it began.
+            seconds, queue_seconds: since its acceptance, and of these before it began; None where that is not known.
             timings: seconds of each stage.
             outputs: how many pictures or videos.
             steps: denoising steps, over all outputs.
@@ -63,8 +69,9 @@ class Metrics:
         """
         self._requests.labels(task, "200").inc()
         self._outputs.inc(outputs)
-        self._duration.observe(seconds)
-        self._queue.observe(queue_seconds)
+        for histogram, known in ((self._duration, seconds), (self._queue, queue_seconds)):
+            if known is not None:
+                histogram.observe(known)
         for stage, spent in timings.items():
             self._stage.labels(stage).observe(spent)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,10 @@ from PIL import Image, PngImagePlugin
 
 from safelight import media, video
 from safelight.core.schema import ModelSchema
-from safelight.errors import InvalidParameterError, OutputError, SafelightError, StateDirectoryError, StorageFullError
+from safelight.errors import InvalidParameterError, OutputError, SafelightError, StateDirectoryError, StorageError
 from safelight.runtime.client import Media, Output
 from safelight.serving import directories
-from safelight.serving.jobs import StoredFile, StoredOutput
+from safelight.serving.jobs import Kept, StoredFile, StoredOutput
 from safelight.serving.spool import Stored
 from safelight.version import __version__
 
@@ -47,6 +47,9 @@ MEDIA_TYPES: Mapping[str, str] = {
 """By output format; a file's name ends in the format."""
 THUMBNAIL_SIDE, TILE_SIDE, MAX_TILES = 512, 256, 16
 NUM_THREADS = 2
+CLEANED = 500
+"""Files of which a start asks the store at a time."""
+_UNKNOWN = Kept(is_over=False)
 _MAX_EXIF_TEXT = 60_000
 """JPEG holds 65,533 bytes of EXIF."""
 _LONG_TEXT = 1_000
@@ -198,29 +201,35 @@ class Outputs:
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-    async def clean(self, known: Iterable[str], over: Iterable[str] = ()) -> None:
+    async def clean(self, kept: Callable[[frozenset[str]], Awaitable[Mapping[str, Kept]]]) -> None:
         """Remove what a server left that died, and nothing else; name what is left over. Only before any are written.
 
         Removed are files under our temporary names, and files of jobs that are over and do not have them.
 
         Args:
-            known: names of all jobs' files.
-            over: ids of the jobs that are known to be over: finished, or removed.
+            kept: says what is known of jobs by their ids, of which it is given some at a time.
 
         Raises:
             StateDirectoryError: if that cannot be done.
 
         """
+        others: list[str] = []
         try:
-            await self.run(self._clean, frozenset(known), frozenset(over))
+            with os.scandir(self.directory) as entries:
+                while names := await self.run(lambda: [entry.name for entry in itertools.islice(entries, CLEANED)]):
+                    jobs = frozenset(job_id for job_id in map(directories.job_of, names) if job_id is not None)
+                    others += await self.run(self._clean, names, await kept(jobs))
         except OSError as error:
             raise StateDirectoryError(f"outputs directory {str(self.directory)!r}: {error.strerror}") from error
+        if others:
+            what = "belong to no job that has ended, and are kept"
+            logger.warning("outputs directory %r: %s %s", str(self.directory), directories.listed(others), what)
 
     async def save(self, files: Mapping[str, bytes | Stored]) -> None:
         """Write files by name, durably.
 
         Raises:
-            StorageFullError: if there is no room; none of them is there then.
+            StorageError: if there is no room, or the disk fails; none of them is there then.
 
         """
         await self.run(self._save, files)
@@ -238,7 +247,7 @@ class Outputs:
             schema: of the model that made them.
 
         Raises:
-            StorageFullError: if there is no room; nothing is left then.
+            StorageError: if there is no room, or the disk fails; nothing is left then.
             SafelightError: if they cannot be encoded.
 
         """
@@ -248,22 +257,31 @@ class Outputs:
         """Give staged files their names, durably.
 
         Raises:
-            StorageFullError: if there is no room; nothing is left then.
+            StorageError: if there is no room, or the disk fails; nothing is left then.
 
         """
         await self.run(self._publish, staged)
 
     async def discard(self, staged: Staged) -> None:
         """Remove staged files that will not be published."""
-        await self.run(_remove, list(staged.temporaries.values()))
+        await self.run(self._remove, list(staged.temporaries.values()))
 
     async def remove(self, names: Iterable[str]) -> None:
         """Remove files by name; one that is not there is none."""
-        await self.run(_remove, [self.path(name) for name in names])
+        await self.run(self._remove, [self.path(name) for name in names])
 
     async def remove_others(self, job_id: str, names: Iterable[str]) -> None:
         """Remove a job's files but for those of these names: what an attempt has left that was not finished."""
         await self.run(self._remove_others, job_id, frozenset(names))
+
+    async def read(self, name: str) -> bytes:
+        """Return a file.
+
+        Raises:
+            StorageError: if it cannot be read.
+
+        """
+        return await self.run(self._read, name)
 
     def path(self, name: str) -> Path:
         """Return where a file of a job is. Names come from jobs, never from a client."""
@@ -275,20 +293,25 @@ class Outputs:
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
         os.close(self._lock)
 
-    def _clean(self, known: frozenset[str], over: frozenset[str]) -> None:
-        kept = []
-        for path in self.directory.iterdir():
-            if path.name in known:
-                directories.make_private(path)
-            elif path.name != directories.MARKER and not _removed(path, over):
-                kept.append(path.name)
-        if kept:
-            what = "belong to no job that has ended, and are kept"
-            logger.warning("outputs directory %r: %s %s", str(self.directory), directories.listed(kept), what)
+    def _clean(self, names: Iterable[str], kept: Mapping[str, Kept]) -> list[str]:
+        """Remove what may be of these files, and return the names of those that nobody knows."""
+        others = []
+        for name in names:
+            job = kept.get(directories.job_of(name) or "", _UNKNOWN)
+            if name in job.names:
+                directories.make_private(self.directory / name)
+            elif name != directories.MARKER and not _removed(self.directory / name, job.is_over):
+                others.append(name)
+        return others
 
     def _remove_others(self, job_id: str, names: frozenset[str]) -> None:
-        others = [path for path in self.directory.iterdir() if directories.job_of(path.name) == job_id]
-        _remove(path for path in others if path.name not in names)
+        with _named_failures():
+            others = [path for path in self.directory.iterdir() if directories.job_of(path.name) == job_id]
+            _remove(path for path in others if path.name not in names)
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        with _named_failures():
+            _remove(paths)
 
     def _save(self, files: Mapping[str, bytes | Stored]) -> None:
         with self._temporaries() as temporaries:
@@ -321,8 +344,7 @@ class Outputs:
         temporaries[name] = self._temporary(".mp4")
         fps = output.params["fps"]
         video.save_video(frames, temporaries[name], fps, metadata)
-        directories.make_private(temporaries[name])  # it has the mode that the encoder gave it
-        directories.sync(temporaries[name])
+        directories.make_private(temporaries[name])  # it is on the disk, and has the mode that the encoder gave it
         extras = {"thumbnail": (thumbnail(frames), "webp"), "spritesheet": (spritesheet(frames), "jpeg")}
         files = {}
         for variant, (data, ending) in extras.items():
@@ -330,6 +352,10 @@ class Outputs:
             temporaries[file.name] = self._write(data)
             files[variant] = file
         return _stored(name, temporaries[name], frames.shape, output.seed, len(frames), fps, files)
+
+    def _read(self, name: str) -> bytes:
+        with _named_failures():
+            return self.path(name).read_bytes()
 
     def _publish(self, staged: Staged) -> None:
         with self._temporaries(staged.temporaries) as temporaries:
@@ -343,7 +369,8 @@ class Outputs:
             with _named_failures():
                 yield found
         except BaseException:
-            _remove([*found.values(), *(self.path(name) for name in found)])
+            with contextlib.suppress(OSError):  # the disk fails: the next start removes them
+                _remove([*found.values(), *(self.path(name) for name in found)])
             raise
 
     def _temporary(self, ending: str = "") -> Path:
@@ -378,20 +405,18 @@ def _stored(
 
 @contextlib.contextmanager
 def _named_failures() -> Iterator[None]:
-    """Turn a failure to write into an error whose message holds no path."""
+    """Turn a failure of the disk into an error whose message holds no path."""
     try:
         yield
     except (OSError, OutputError) as error:
         reason = error.__cause__ if isinstance(error, OutputError) else error
-        if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFullError("there is no room for the outputs") from error
-        if isinstance(error, OutputError):
+        if not isinstance(reason, OSError):
             raise SafelightError("the output could not be written") from error
-        raise
+        raise StorageError.of(reason, "the outputs") from error
 
 
-def _removed(path: Path, over: frozenset[str]) -> bool:
-    """Remove what a server of ours left unfinished, or a job that is over; say whether it is gone."""
+def _removed(path: Path, is_over: bool) -> bool:
+    """Remove what a server of ours left unfinished, or what a job has no more that is over; say whether it is gone."""
     mode = path.lstat().st_mode
     if stat.S_ISDIR(mode) and directories.is_temporary_folder(path.name):
         inside = list(path.iterdir())
@@ -400,7 +425,7 @@ def _removed(path: Path, over: frozenset[str]) -> bool:
         _remove(inside)
         path.rmdir()
         return True
-    if stat.S_ISREG(mode) and (directories.is_temporary(path.name) or directories.job_of(path.name) in over):
+    if stat.S_ISREG(mode) and (directories.is_temporary(path.name) or is_over):
         path.unlink()
         return True
     return False

@@ -9,19 +9,23 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from safelight.errors import StorageBusyError
+from safelight.errors import StorageBusyError, StorageFailedError
+from safelight.serving.clocks import Clocks
+from safelight.serving.jobs import Horizon, Job
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 24 * 3600.0
 """For which nothing from before the start is removed, where the clock does not go on from where it was."""
+SAME_SECONDS = 60.0
+"""By which two clocks may differ that have not been set."""
 
 
 async def when_free(
     call: Callable[[], Awaitable[T]], seconds: float, retry_seconds: float, stops: Callable[[], bool]
 ) -> T:
-    """Do something with the jobs' store, again and again while another program holds it.
+    """Do something with the jobs' store, again and again while another program holds it, or its disk fails.
 
     Args:
         call: does it.
@@ -30,14 +34,14 @@ async def when_free(
         stops: whether this server stops, so that it is given up at once.
 
     Raises:
-        StorageBusyError: if it is given up.
+        StorageBusyError, StorageFailedError: if it is given up.
 
     """
     begun = time.monotonic()
     for tried in itertools.count():
         try:
             return await call()
-        except StorageBusyError as error:
+        except (StorageBusyError, StorageFailedError) as error:
             if stops() or time.monotonic() - begun >= seconds:
                 raise
             if tried == 0:
@@ -49,26 +53,49 @@ async def when_free(
 class Expiry:
     """Says what a server may believe to have expired.
 
-    While it runs, by the earlier of the clock and of the time that has passed since its start. Of what ended before
-    that: the same, if the clock at the start was within a day after the last job's end; otherwise nothing for a day.
+    What ended by the machine's present clock for durations, before this server's start too, expires by that clock. Of
+    the rest, which ended before the machine was started, the stamps for people are all that is known: they are believed
+    if the clock at the server's start was within a day after the last job's end, and after a day in any case; and then
+    by the earlier of that clock and of the time that has passed since the start.
 
     Args:
-        clock: seconds since 1970.
-        monotonic: seconds that nobody sets.
+        clocks: what it goes by.
+        keep_seconds: how long a finished job is kept.
 
     """
 
-    def __init__(self, clock: Callable[[], float], monotonic: Callable[[], float]) -> None:
-        self._clock, self._monotonic = clock, monotonic
+    def __init__(self, clocks: Clocks, keep_seconds: float) -> None:
+        self._clocks, self._keep_seconds = clocks, keep_seconds
         self.begin(None)
 
     def begin(self, last_end: float | None) -> None:
-        """Begin to count; `last_end` is when the last job of the store ended."""
-        self._start, self._passed = self._clock(), self._monotonic()
+        """Begin to count; `last_end` is when the last job of the store ended, by its stamp."""
+        self._start, self._moment = self._clocks.stamp(), self._clocks.moment()
         self._goes_on = last_end is not None and 0 <= self._start - last_end <= GRACE_SECONDS
 
-    def horizon(self) -> tuple[float, float | None]:
-        """Return the time by which a job must have expired, and, if that matters, since when it must have ended."""
-        passed = self._monotonic() - self._passed
-        since = None if self._goes_on or passed >= GRACE_SECONDS else self._start
-        return min(self._clock(), self._start + passed), since
+    def now(self) -> float:
+        """Return the seconds since 1970 that have passed in any case: the clock may have been set forward."""
+        return min(self._clocks.stamp(), self._start + self._passed())
+
+    def horizon(self) -> Horizon:
+        """Return by what jobs are judged now."""
+        passed = self._passed()
+        believes = self._goes_on or passed >= GRACE_SECONDS
+        knows_all = passed >= max(GRACE_SECONDS, self._keep_seconds)
+        return Horizon(self._clocks.moment(), self.now() if believes else None, knows_all)
+
+    def end(self, job: Job) -> float:
+        """Return when a finished job's addresses end, in seconds since 1970: not before the job.
+
+        That is the stamp that people are shown, unless the clock was set meanwhile.
+        """
+        assert job.expires_at is not None
+        if job.expires is None or job.expires.clock != self._moment.clock:
+            return job.expires_at
+        left = job.expires.seconds - self._clocks.moment().seconds
+        if abs(job.expires_at - self.now() - left) < SAME_SECONDS:
+            return job.expires_at
+        return max(self._clocks.stamp(), self._start + self._passed()) + left
+
+    def _passed(self) -> float:
+        return self._clocks.moment().since(self._moment) or 0.0

@@ -99,6 +99,7 @@ class Server:
                     unit_seconds=self.serve_args.first_unit_limit,
                 ),
             )
+            await jobs.start()  # what it refuses is told in a line, before anything listens
             config = uvicorn_config(create_app(engine, jobs, settings), settings.limits)
             config.timeout_graceful_shutdown = int(CLOSING_SECONDS)
             return await self._serve(_Uvicorn(config), listener, engine)

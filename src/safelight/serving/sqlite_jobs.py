@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,20 +17,25 @@ from safelight.errors import (
     InvalidParameterError,
     StateDirectoryError,
     StorageBusyError,
+    StorageError,
+    StorageFailedError,
     StorageFullError,
 )
 from safelight.serving import directories
 from safelight.serving.addresses import KEY_NAME
 from safelight.serving.jobs import (
     MAX_PAGE,
+    Horizon,
     Job,
     JobStore,
+    Kept,
     Kind,
     Order,
     Page,
     StoredFile,
     StoredOutput,
     Usage,
+    Waiting,
     check_same,
 )
 
@@ -38,10 +43,20 @@ T = TypeVar("T")
 
 _VERSION = 1
 _DATABASE, _LOCK = "jobs.sqlite3", "lock"
-_NO_ROOM = frozenset({"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"})
-"""SQLite's names for a full disk; a quota is an unnamed failure to write."""
-_HELD = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
-"""What its names begin with where another program holds the file."""
+_FAILURES: tuple[tuple[str, type[StorageError], str], ...] = (
+    ("SQLITE_FULL", StorageFullError, "the state directory is full"),
+    ("SQLITE_BUSY", StorageBusyError, "another program holds the jobs' database; try again later"),
+    ("SQLITE_LOCKED", StorageBusyError, "another program holds the jobs' database; try again later"),
+    ("SQLITE_PROTOCOL", StorageBusyError, "another program holds the jobs' database; try again later"),
+    ("SQLITE_CORRUPT", StorageFailedError, "the jobs' database is damaged"),
+    ("SQLITE_NOTADB", StorageFailedError, "the jobs' database is damaged"),
+    ("SQLITE_READONLY", StorageFailedError, "the jobs' database cannot be written any more"),
+    ("SQLITE_IOERR", StorageFailedError, "the jobs' database: the disk fails"),
+    ("SQLITE_CANTOPEN", StorageFailedError, "the jobs' database cannot be opened any more"),
+)
+"""What SQLite's names begin with, and what it is to a client."""
+_UNNAMED = ("SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")
+"""Of these it does not say whether the disk fails or a quota is at its end."""
 _BUSY_SECONDS = 0.5
 """For which SQLite waits by itself; whoever can wait longer tries again, and lets others to the store between."""
 _SCHEMA = """
@@ -63,9 +78,15 @@ CREATE INDEX jobs_by_end ON jobs (state, completed_at);
 """
 _REMOVED = "CREATE TABLE IF NOT EXISTS removed (id TEXT PRIMARY KEY) WITHOUT ROWID"
 """Jobs that are no more and whose files may still be there. A version that does not know it is not disturbed."""
+_ADDED = {"expires_clock": "TEXT", "expires_moment": "REAL", "turn": "INTEGER"}
+"""Columns of a later version, which an earlier one leaves empty: when a job expires, by the clock that nobody sets, and
+a number that goes up with every end: the order of ends, whatever the clock for people said."""
+_BY_TURN = "CREATE INDEX IF NOT EXISTS jobs_by_turn ON jobs (turn)"
+_NEXT_TURN = "UPDATE jobs SET turn = (SELECT coalesce(max(turn), 0) + 1 FROM jobs) WHERE id = :id"
+_FIRST_ENDED = "turn, completed_at, number"
 _COLUMNS = (
     *("id", "kind", "owner", "idempotency_key", "state", "attempts"),
-    *("completed_at", "expires_at", "num_bytes", "record"),
+    *("completed_at", "expires_at", "num_bytes", "record", "expires_clock", "expires_moment"),
 )
 _INSERT = f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)})"
 _UPDATE = (
@@ -77,7 +98,10 @@ _FINISHED, _UNFINISHED = "state IN ('completed', 'failed')", "state IN ('queued'
 
 def _row(job: Job) -> dict[str, Any]:
     """Return a job's columns: the whole of it as JSON, and beside it what is searched for."""
+    expires = job.expires
     return {
+        "expires_clock": expires and expires.clock,
+        "expires_moment": expires and expires.seconds,
         "id": job.id,
         "kind": job.kind,
         "owner": job.owner,
@@ -105,12 +129,14 @@ class SqliteJobStore(JobStore):
                 by a newer version, or is neither empty nor ours.
 
         """
-        self._directory = directory
+        self._directory, self.where = directory, str(directory / _DATABASE)
         directories.check_ours("state directory", directory, _is_older)
         self._lock = directories.hold("state directory", directory, _LOCK)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="safelight-jobs")
         try:
             self._connection = self._thread.submit(_connect, directory / _DATABASE).result()
+            opened = (directory / _DATABASE).stat()
+            self._identity = (opened.st_dev, opened.st_ino)
             directories.mark(directory)
         except OSError as error:
             self._let_go()
@@ -161,42 +187,40 @@ class SqliteJobStore(JobStore):
         assert old.id == new.id
         if not old.may_become(new):
             return False
-        values = {**_row(new), "old_state": old.state, "old_attempts": old.attempts}
-        return await self._call(self._write, _UPDATE, values) == 1
+        return await self._call(self._replace, old, new)
 
     async def delete(self, job_id: str) -> Job | None:
         return await self._call(self._delete, job_id)
 
-    async def unfinished(self) -> list[Job]:
-        return await self._call(self._select, f"{_UNFINISHED} ORDER BY number", {})
+    async def unfinished(self) -> list[Waiting]:
+        return await self._call(self._unfinished)
 
     async def check_writable(self) -> None:
-        await self._call(self._write, "UPDATE jobs SET id = id WHERE number < 0", {})
+        await self._call(self._write, f"PRAGMA user_version = {_VERSION}", {})  # which is written every time
 
     async def last_end(self) -> float | None:
         return await self._call(self._last_end)
 
-    async def expired(self, at: float, since: float | None = None, limit: int = MAX_PAGE) -> list[Job]:
-        is_expired = "expires_at <= :at AND (:since IS NULL OR completed_at >= :since)"
-        where = f"{_FINISHED} AND {is_expired} ORDER BY completed_at, number LIMIT :limit"
-        return await self._call(self._select, where, {"at": at, "since": since, "limit": limit})
+    async def expired(self, horizon: Horizon, limit: int = MAX_PAGE) -> list[Job]:
+        by_stamp = "coalesce(expires_at <= :at OR (:knows_all AND completed_at > :at), FALSE)"
+        is_expired = f"CASE WHEN expires_clock = :clock THEN expires_moment <= :seconds ELSE {by_stamp} END"
+        where = f"{_FINISHED} AND {is_expired} ORDER BY {_FIRST_ENDED} LIMIT :limit"
+        moment, others = horizon.moment, {"at": horizon.at, "knows_all": horizon.knows_all, "limit": limit}
+        return await self._call(self._select, where, {"clock": moment.clock, "seconds": moment.seconds, **others})
 
     async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
         order = "state = 'completed', " if failed_first else ""
-        where = f"{_FINISHED} ORDER BY {order}completed_at, number LIMIT :limit"
+        where = f"{_FINISHED} ORDER BY {order}{_FIRST_ENDED} LIMIT :limit"
         return await self._call(self._select, where, {"limit": limit})
 
     async def usage(self) -> Usage:
         return await self._call(self._usage)
 
-    async def file_names(self) -> set[str]:
-        return await self._call(self._file_names)
+    async def kept(self, job_ids: Collection[str]) -> dict[str, Kept]:
+        return await self._call(self._kept, tuple(job_ids))
 
     async def announce(self, job_id: str) -> None:
         await self._call(self._write, "INSERT OR IGNORE INTO removed VALUES (:id)", {"id": job_id})
-
-    async def over(self) -> set[str]:
-        return await self._call(self._over)
 
     async def forget(self, but: Collection[str]) -> None:
         await self._call(self._forget, frozenset(but))
@@ -208,8 +232,16 @@ class SqliteJobStore(JobStore):
     async def _call(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
+    def _transaction(self) -> AbstractContextManager[None]:
+        """Begin a change, unless the file has lost its name, and what is written into it is lost."""
+        with suppress(OSError):
+            found = (self._directory / _DATABASE).stat()
+            if (found.st_dev, found.st_ino) == self._identity:
+                return _transaction(self._connection, self._directory)
+        raise StorageFailedError("the jobs' database is gone from the state directory; start the server again")
+
     def _add(self, job: Job) -> Job:
-        with _transaction(self._connection):
+        with self._transaction():
             existing = self._find(job.owner, job.idempotency_key) if job.idempotency_key is not None else None
             if existing is not None:
                 return check_same(existing, job.digest)
@@ -221,8 +253,16 @@ class SqliteJobStore(JobStore):
         where = "owner = :owner AND idempotency_key = :key"
         return _first(self._select(where, {"owner": owner, "key": idempotency_key}))
 
+    def _replace(self, old: Job, new: Job) -> bool:
+        with self._transaction():
+            values = {**_row(new), "old_state": old.state, "old_attempts": old.attempts}
+            done = self._connection.execute(_UPDATE, values).rowcount == 1
+            if done and new.finished:
+                self._connection.execute(_NEXT_TURN, {"id": new.id})
+        return done
+
     def _delete(self, job_id: str) -> Job | None:
-        with _transaction(self._connection):
+        with self._transaction():
             found = _first(self._select("id = :id", {"id": job_id}))
             if found is not None:
                 self._connection.execute("DELETE FROM jobs WHERE id = :id", {"id": job_id})
@@ -230,40 +270,49 @@ class SqliteJobStore(JobStore):
         return found
 
     def _forget(self, but: frozenset[str]) -> None:
-        with _named_failures():
+        with self._named_failures():
             known = [job_id for (job_id,) in self._connection.execute("SELECT id FROM removed")]
         if forgotten := [(job_id,) for job_id in known if job_id not in but]:
-            with _transaction(self._connection):
+            with self._transaction():
                 self._connection.executemany("DELETE FROM removed WHERE id = ?", forgotten)
 
-    def _write(self, statement: str, values: Mapping[str, Any]) -> int:
-        with _transaction(self._connection):
-            return self._connection.execute(statement, values).rowcount
+    def _named_failures(self) -> AbstractContextManager[None]:
+        return _named_failures(self._directory)
+
+    def _write(self, statement: str, values: Mapping[str, Any]) -> None:
+        with self._transaction():
+            self._connection.execute(statement, values)
 
     def _select(self, where: str, values: Mapping[str, Any]) -> list[Job]:
-        with _named_failures():
+        with self._named_failures():
             rows = self._connection.execute(f"SELECT record FROM jobs WHERE {where}", values)
             return [msgspec.json.decode(record, type=Job) for (record,) in rows]
 
-    def _file_names(self) -> set[str]:
+    def _unfinished(self) -> list[Waiting]:
+        with self._named_failures():
+            rows = self._connection.execute(f"SELECT id, attempts FROM jobs WHERE {_UNFINISHED} ORDER BY number")
+            return [Waiting(*row) for row in rows]
+
+    def _kept(self, job_ids: tuple[str, ...]) -> dict[str, Kept]:
         """Read one record after the other, and of each its files alone: there may be many, and large ones."""
-        with _named_failures():
-            rows = self._connection.execute("SELECT record FROM jobs")
-            return {name for (record,) in rows for name in msgspec.json.decode(record, type=_Files).names()}
+        among = f"({', '.join('?' * len(job_ids))})"
+        with self._named_failures():
+            removed = self._connection.execute(f"SELECT id FROM removed WHERE id IN {among}", job_ids)
+            found = {job_id: Kept(is_over=True) for (job_id,) in removed}
+            rows = self._connection.execute(f"SELECT id, {_FINISHED}, record FROM jobs WHERE id IN {among}", job_ids)
+            for job_id, is_over, record in rows:
+                names = msgspec.json.decode(record, type=_Files).names()
+                found[job_id] = Kept(bool(is_over), frozenset(names))
+        return found
 
     def _last_end(self) -> float | None:
-        with _named_failures():
+        with self._named_failures():
             (found,) = self._connection.execute("SELECT max(completed_at) FROM jobs").fetchone()
             return None if found is None else float(found)
 
-    def _over(self) -> set[str]:
-        with _named_failures():
-            rows = self._connection.execute(f"SELECT id FROM jobs WHERE {_FINISHED} UNION ALL SELECT id FROM removed")
-            return {job_id for (job_id,) in rows}
-
     def _usage(self) -> Usage:
         totals = f"total(num_bytes), total(num_bytes) FILTER (WHERE {_FINISHED}), total(length(record))"
-        with _named_failures():
+        with self._named_failures():
             row = self._connection.execute(f"SELECT {totals} FROM jobs").fetchone()
             return Usage(*map(int, row))
 
@@ -273,29 +322,39 @@ def _first(jobs: list[Job]) -> Job | None:
 
 
 @contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+def _transaction(connection: sqlite3.Connection, folder: Path) -> Iterator[None]:
     """Commit what is done inside, or nothing of it."""
-    try:
-        with _named_failures():
+    with _named_failures(folder):
+        try:
             connection.execute("BEGIN IMMEDIATE")
             yield
             connection.execute("COMMIT")
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+        finally:
+            if connection.in_transaction:
+                with suppress(sqlite3.DatabaseError):  # the disk fails: what matters has been raised
+                    connection.execute("ROLLBACK")
 
 
 @contextmanager
-def _named_failures() -> Iterator[None]:
-    """Turn what SQLite says of a full disk, or of another program that holds the file, into our errors."""
+def _named_failures(folder: Path) -> Iterator[None]:
+    """Turn what SQLite says of the disk, or of another program that holds the file, into our errors."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorname in _NO_ROOM:
-            raise StorageFullError("the state directory is full") from error
-        if error.sqlite_errorname.startswith(_HELD):
-            raise StorageBusyError("another program holds the jobs' database; try again later") from error
+    except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+        name = getattr(error, "sqlite_errorname", "")  # Python's own, of a closed connection for example, have none
+        for beginning, cls, message in _FAILURES:
+            if name.startswith(beginning):
+                raise (_unnamed(folder) if name in _UNNAMED else cls(message)) from error
         raise
+
+
+def _unnamed(folder: Path) -> StorageError:
+    """Find out why nothing can be written, by writing."""
+    try:
+        directories.probe(folder)
+    except OSError as error:
+        return StorageError.of(error, "the jobs' database")
+    return StorageFailedError("the jobs' database: the disk fails")
 
 
 class _Files(msgspec.Struct):
@@ -325,12 +384,14 @@ def _connect(path: Path) -> sqlite3.Connection:
             directories.make_private(path.with_name(name))
         connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
         try:
-            _prepare(connection, path)
+            with _named_failures(path.parent):
+                _prepare(connection, path)
         except BaseException:
             connection.close()
             raise
-    except (OSError, sqlite3.Error, StorageBusyError, StorageFullError) as error:
-        raise StateDirectoryError(f"state directory {str(path.parent)!r} cannot be used: {error}") from error
+    except (OSError, sqlite3.Error, StorageError) as error:
+        message = f"state directory {str(path.parent)!r} cannot be used: {path.name}: {error}"
+        raise StateDirectoryError(message) from error
     return connection
 
 
@@ -347,10 +408,15 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA wal_autocheckpoint = 64")  # pages of 4 KiB: the log stays small beside small disks
-    with _transaction(connection):
+    with _transaction(connection, path.parent):
         if version == 0:
             for statement in _SCHEMA.split(";"):
                 connection.execute(statement)
         connection.execute(_REMOVED)
+        columns = {name for _, name, *_ in connection.execute("PRAGMA table_info(jobs)")}
+        for name, kind in _ADDED.items():
+            if name not in columns:
+                connection.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
+        connection.execute(_BY_TURN)
         connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM jobs LIMIT 0")
         connection.execute(f"PRAGMA user_version = {_VERSION}")

@@ -13,7 +13,8 @@ from safelight import media
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
-from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError
+from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError, StorageError
+from safelight.serving.clocks import Moment
 from safelight.serving.jobs import Job, Kind, StoredFile, new_id
 from safelight.serving.spool import Stored
 
@@ -50,8 +51,10 @@ class Submission:
     client: str = ""
 
 
-def new_job(submission: Submission, schema: ModelSchema, now: float) -> tuple[Job, dict[str, bytes | Stored]]:
-    """Return a queued job and its input files by name."""
+def new_job(
+    submission: Submission, schema: ModelSchema, now: float, moment: Moment
+) -> tuple[Job, dict[str, bytes | Stored]]:
+    """Return a queued job, accepted now, and its input files by name."""
     kind: Kind = "video" if schema.task.makes_video else "image"
     job_id = new_id(kind)
     options, values = submission.params.options(), submission.params.set_fields()
@@ -65,6 +68,7 @@ def new_job(submission: Submission, schema: ModelSchema, now: float) -> tuple[Jo
         model=schema.model,
         params=_as_stored(plain),
         created_at=now,
+        accepted=moment,
         request=_as_stored(dict(submission.request)),
         output_format=submission.output_format,
         compression=submission.compression,
@@ -83,6 +87,7 @@ def read_params(job: Job, schema: ModelSchema, inputs: Sequence[Path]) -> Sampli
 
     Raises:
         ModelNotFoundError: if the job was for another model than the one of the schema.
+        StorageError: if the disk does not give a picture.
         SafelightError: if a picture cannot be read any more.
 
     """
@@ -94,7 +99,11 @@ def read_params(job: Job, schema: ModelSchema, inputs: Sequence[Path]) -> Sampli
     for file, path in zip(job.inputs, inputs, strict=True):
         try:
             image = media.open_image(EncodedImage.read(path.read_bytes(), media.READ_FORMATS), mode=cls.image_mode)
-        except (InvalidParameterError, *media.UNREADABLE) as error:  # a message could hold the path
+        except FileNotFoundError as error:  # a message could hold the path
+            raise SafelightError("an input image of this job is not there any more") from error
+        except (InvalidParameterError, *media.UNREADABLE) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # and not Pillow's, of a damaged file
+                raise StorageError.of(error, "an input image of this job") from error
             raise SafelightError("an input image of this job cannot be read any more") from error
         single = options[file.param].kind == "image"
         images[file.param] = image if single else (*images.get(file.param, ()), image)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -128,7 +127,7 @@ async def _remixed(source: Job, asked: Asked, context: Context) -> Asked:
     pictures: dict[str, list[bytes]] = {}
     for file in source.inputs:
         if file.param not in asked.pictures and not (file.param == "image" and INPUT_REFERENCE in asked.pictures):
-            data = await asyncio.to_thread(context.jobs.outputs.path(file.name).read_bytes)
+            data = await context.jobs.outputs.read(file.name)
             pictures.setdefault(file.param, []).append(data)
     return dataclasses.replace(asked, model={**model, **asked.model}, pictures={**pictures, **asked.pictures})
 

@@ -1,0 +1,121 @@
+"""How finished jobs make room for later ones: by age, by quota, or because somebody removes them. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Collection, Iterable, Iterator
+
+import msgspec
+
+from safelight.errors import StorageError, StorageFullError
+from safelight.serving.job_runs import JobLimits
+from safelight.serving.jobs import Job, JobStore, Kept
+from safelight.serving.outputs import CLEANED, Outputs
+from safelight.serving.patience import Expiry
+
+logger = logging.getLogger(__name__)
+
+
+class Room:
+    """Removes jobs, and then their files. Its methods are for the event loop's thread.
+
+    Attributes:
+        lock: held by whoever makes room and takes it.
+
+    """
+
+    def __init__(self, store: JobStore, outputs: Outputs, expiry: Expiry, limits: JobLimits) -> None:
+        self._store, self._outputs, self._expiry, self._limits = store, outputs, expiry, limits
+        self.lock = asyncio.Lock()
+        self._leaving: set[str] = set()
+        """Jobs that are not there yet or any more, and whose files are being written or removed."""
+        self._left: set[str] = set()
+        """Jobs of which the disk did not let go some files."""
+
+    @contextlib.contextmanager
+    def held(self, job: Job) -> Iterator[None]:
+        """Keep the store from forgetting a job that is not there yet or any more: its files are."""
+        self._leaving.add(job.id)
+        try:
+            yield
+        finally:
+            self._leaving.discard(job.id)
+
+    async def sweep(self, busy: Collection[str]) -> None:
+        """Remove what has expired, and what is over the quota; `busy` are jobs whose files may be written now."""
+        while expired := await self._store.expired(self._expiry.horizon()):
+            for job in expired:
+                await self.remove(job)
+        async with self.lock:
+            await self.make(0)
+            await self.trim_records()
+        await self._remove_left()
+        await self._store.forget({*busy, *self._leaving, *self._left})
+
+    async def remove(self, job: Job) -> bool:
+        """Remove a finished job, and then its files; on a full disk the files first, which makes room for the rest.
+
+        Files that the disk does not let go are tried again later.
+        """
+        with self.held(job):
+            try:
+                removed = await self._store.delete(job.id)
+            except StorageFullError:
+                await self._outputs.remove([file.name for file in job.files])
+                removed = await self._store.delete(job.id)
+            await self.remove_files(job.id, [file.name for file in job.files], others=job.attempts > 1)
+        return removed is not None
+
+    async def remove_others(self, job: Job, names: Iterable[str]) -> None:
+        """Remove what an earlier attempt has left of a job that is over: the server died before that was completed."""
+        if job.attempts > 1:
+            await self._outputs.remove_others(job.id, names)
+
+    async def remove_files(self, job_id: str, names: Iterable[str], others: bool = False) -> None:
+        """Remove files of a job, and with `others` those that an earlier attempt left, at once or when the disk can."""
+        try:
+            await self._outputs.remove(names)
+            if others:
+                await self._outputs.remove_others(job_id, ())
+        except StorageError as error:
+            logger.error("files of job %s stay for now: %s", job_id, error)
+            self._left.add(job_id)
+
+    async def _remove_left(self) -> None:
+        """Remove what the disk did not let go, of jobs that are over."""
+        some = list(self._left)[:CLEANED]
+        kept = await self._store.kept(some)
+        for job_id in some:
+            known = kept.get(job_id, Kept(is_over=True))
+            if known.is_over:
+                await self._outputs.remove_others(job_id, known.names)
+                self._left.discard(job_id)
+
+    async def make(self, num_bytes: int) -> None:
+        """Remove the first finished jobs until so many bytes fit. Only under the lock.
+
+        Raises:
+            StorageFullError: if they never will.
+
+        """
+        limit = self._limits.max_bytes
+        if limit is None:
+            return
+        usage = await self._store.usage()
+        if num_bytes and usage.num_bytes - usage.num_bytes_finished + num_bytes > limit:
+            raise StorageFullError("the files of this job need more room than all jobs may take")
+        excess = usage.num_bytes + num_bytes - limit
+        while excess > 0 and (removable := await self._store.removable()):
+            for job in removable:
+                if excess > 0 and await self.remove(job):
+                    excess -= job.num_bytes
+
+    async def trim_records(self) -> None:
+        """Remove finished jobs until all records are within their bound. Only under the lock."""
+        excess = (await self._store.usage()).num_bytes_records - self._limits.max_record_bytes
+        while excess > 0 and (removable := await self._store.removable(failed_first=True)):
+            for job in removable:
+                if excess > 0 and await self.remove(job):
+                    excess -= len(msgspec.json.encode(job))
