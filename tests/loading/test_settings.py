@@ -58,7 +58,7 @@ def test_what_published_models_have_is_taken(name, class_name, config):
 
 
 def test_depth_is_bounded():
-    nested = 1
+    nested: object = 1
     for _ in range(500):
         nested = [nested]
     with pytest.raises(ModelIndexError, match="'a': nested in more than 32"):

@@ -412,21 +412,22 @@ def test_a_body_has_a_least_rate(tmp_path):
             assert read_answer(sock)[0] == 200
 
 
-def test_the_last_eighth_is_for_small_bodies():
+def test_the_last_eighth_is_for_small_bodies(tmp_path):
     """However large ones come, in pieces too; all of it is given back when they are answered."""
     with contextlib.ExitStack() as at_end:
         request = Request({"type": "http", "state": {"at_end": at_end}})
-        budget = Budget(800)
+        budget = Budget(Limits(held_bytes=800), tmp_path)
+        share = budget.share(request)
         for num_bytes in (600, 99, 1):
-            budget.take(request, num_bytes)
+            share.take(num_bytes, is_small=False)
         with pytest.raises(QueueFullError):
-            budget.take(request, 1)
+            share.take(1, is_small=False)
         for num_bytes in (50, 50):
-            budget.take(request, num_bytes, is_small=True)
+            share.take(num_bytes, is_small=True)
         with pytest.raises(QueueFullError):
-            budget.take(request, 1, is_small=True)
+            share.take(1, is_small=True)
     with contextlib.ExitStack() as at_end:
-        budget.take(Request({"type": "http", "state": {"at_end": at_end}}), 700)
+        budget.share(Request({"type": "http", "state": {"at_end": at_end}})).take(700, is_small=False)
 
 
 def test_stalled_bodies_leave_room_and_go(tmp_path):
