@@ -21,6 +21,7 @@ from safelight.serving.gate import Body, aside, read_fields
 from safelight.serving.images import submission
 from safelight.serving.jobs import Job
 from safelight.serving.jobs_api import content_response, error_object, percent
+from safelight.serving.spool import Stored
 
 VIDEO_FIELDS: Mapping[str, Option] = {
     "prompt": Option("string", "what to generate", group="basic"),
@@ -125,7 +126,7 @@ async def _remixed(source: Job, asked: Asked, context: Context) -> Asked:
         raise ModelNameError("model: the one that made this video is not served any more")
     replaced = {"output_type"} | ({"height", "width"} if "size" in asked.own else set())
     model = {name: value for name, value in source.params.items() if name not in replaced}
-    pictures: dict[str, list[bytes]] = {}
+    pictures: dict[str, list[bytes | Stored]] = {}
     for file in source.inputs:
         if file.param not in asked.pictures and not (file.param == "image" and INPUT_REFERENCE in asked.pictures):
             data = await asyncio.to_thread(context.jobs.outputs.path(file.name).read_bytes)
