@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -111,7 +111,7 @@ def request_of(chunks):
     return Request({"type": "http", "method": "POST", "path": "/", "headers": [], "state": {"at_end": Ends()}}, receive)
 
 
-class Ends(list[Any]):
+class Ends(list[Callable[[], None]]):
     def callback(self, function, *args):
         self.append(lambda: function(*args))
 
@@ -154,7 +154,7 @@ def test_a_disk_that_fails_is_named(number, expected, monkeypatch, tmp_path):
 
     found = Spool(tmp_path)
     found.keep(b"x")
-    monkeypatch.setattr("os.pwrite", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
     with pytest.raises(expected):
         found.flush()
     open_files = len(list(Path("/proc/self/fd").iterdir()))
@@ -167,7 +167,7 @@ def test_a_full_disk_ends_the_large_request_alone(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "full")
 
     with running(tmp_path) as server, server.http() as http:
-        monkeypatch.setattr("os.pwrite", full)
+        monkeypatch.setattr(os, "pwrite", full)
         large = json.dumps({"prompt": PROMPT, "user": "x" * 100_000})
         sent = http.post("/v1/images/generations", content=large, headers={"content-type": "application/json"})
         assert assert_error(sent, 507)["code"] == "storage_full"
@@ -286,7 +286,7 @@ def test_legal_bodies_of_the_largest_size_pass(tmp_path):
             assert sent.status_code == form.status_code == 200, (sent.text, form.text)
             assert sent.json()["data"] == form.json()["data"]
         (first, *_) = server.engine.submitted
-        assert first.params.image is not None and first.params.image[0].file == padded
+        assert [image.file for image in first.params.image or ()] == [padded]
 
 
 def test_settings_are_the_promised_ones():
