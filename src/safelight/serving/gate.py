@@ -31,6 +31,10 @@ T = TypeVar("T")
 
 _LARGE_BODIES = ThreadPoolExecutor(1, thread_name_prefix="safelight-bodies")
 """They are looked at one after another: threads take the interpreter from each other, and most from the event loop."""
+_BODIES = ThreadPoolExecutor(1, thread_name_prefix="safelight-small-bodies")
+"""For those that are in memory, and do not wait for large ones."""
+_AT_ONCE_PARSED = 1 << 12
+"""Bytes of a body that is looked at where it is read: half a millisecond, whatever is in it."""
 _WRITER = ThreadPoolExecutor(1, thread_name_prefix="safelight-spool")
 """Writes what comes of large bodies, so that a slow disk holds up those alone."""
 _AT_ONCE = 1 << 19
@@ -50,7 +54,7 @@ class Body:
         is_form: whether it was a form.
         files: the files of a form, in their order.
         spool: where what is long in it is, and what is decoded from that can be.
-        is_large: whether looking at its fields may take a while, so that it is for a thread.
+        is_long: whether looking at its fields may take a while, so that it is for a thread.
 
     """
 
@@ -58,7 +62,7 @@ class Body:
     is_form: bool
     files: tuple[bytes | Stored, ...] = ()
     spool: Spool | None = None
-    is_large: bool = False
+    is_long: bool = False
 
 
 class Budget:
@@ -161,9 +165,9 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
         raise MediaTypeError("content-type: text is taken as UTF-8 alone")
     spool = await read_body(request, limits, budget)
     parse, arguments = (_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
-    if not spool.in_file:
+    if spool.num_bytes <= _AT_ONCE_PARSED and not spool.in_file:
         return parse(spool, limits, *arguments)
-    return replace(await _in_turn(parse, spool, limits, *arguments), is_large=True)
+    return replace(await _in_turn(spool, parse, spool, limits, *arguments), is_long=True)
 
 
 def _given_back(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -185,13 +189,18 @@ def _form(spool: Spool, limits: Limits, boundary: bytes) -> Body:
 
 
 async def aside(body: Body, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call what looks at all of a body: in a thread where that is large, so that the event loop goes on."""
-    return await _in_turn(function, *args, **kwargs) if body.is_large else function(*args, **kwargs)
+    """Call what looks at all of a body: in a thread where that is long, so that the event loop goes on."""
+    if body.spool is None or not body.is_long:
+        return function(*args, **kwargs)
+    return await _in_turn(body.spool, function, *args, **kwargs)
 
 
-async def _in_turn(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    call = functools.partial(_given_back, function, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_LARGE_BODIES, call)
+async def _in_turn(spool: Spool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call it in the thread for bodies that are where this one is."""
+    loop = asyncio.get_running_loop()
+    if spool.in_file:
+        return await loop.run_in_executor(_LARGE_BODIES, functools.partial(_given_back, function, *args, **kwargs))
+    return await loop.run_in_executor(_BODIES, functools.partial(function, *args, **kwargs))
 
 
 async def read_body(request: Request, limits: Limits, budget: Budget) -> Spool:
