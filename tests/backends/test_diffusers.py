@@ -332,8 +332,12 @@ def test_weights_go_through_the_same_gate(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("unet/config.json", {"layers_per_block": 10**9}, "more than 20,000 tensors"),
-        ("text_encoder/config.json", {"vocab_size": 2 * 10**8}, "far larger model than its weights"),
+        ("unet/config.json", {"layers_per_block": 10**7}, "more than 20,000 tensors"),
+        (
+            "text_encoder/config.json",
+            {"vocab_size": 16_000_000, "max_position_embeddings": 16_000_000},
+            "far larger model than its weights",
+        ),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps: got 1000000000"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from safelight.errors import StorageFullError
+from safelight.errors import StorageError
 from safelight.runtime.spool import spool, spooled
 
 NAMES = [b"../secret.frames", b"/etc/passwd", b"", b".", b"0123456789abcdef.frames\n", b"0123456789ABCDEF.frames",
@@ -42,7 +42,7 @@ def test_a_folder_that_others_may_look_into_takes_and_gives_nothing(tmp_path, wh
     (tmp_path / "elsewhere" / "0123456789abcdef.frames").write_bytes(b"another's")
     with pytest.raises(OSError):
         spooled(b"0123456789abcdef.frames", folder)
-    with pytest.raises(StorageFullError):
+    with pytest.raises(StorageError):
         spool(memoryview(b"a client's"), folder)
     assert len(list(tmp_path.glob("*/*"))) <= 2, "it is in no other folder"
 

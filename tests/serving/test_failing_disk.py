@@ -228,6 +228,7 @@ assert sorted(path.stat().st_size for path in folder.iterdir()) == [arrays[0].nb
 
 def test_a_video_on_its_way_between_two_processes(tmp_path):
     disk = FailingDisk(tmp_path / "disk", tmp_path / "shim")
+    (tmp_path / "disk").chmod(0o700)  # as the folder of sockets is
     done = subprocess.run(
         [sys.executable, "-c", SPOOL], env=disk.environment, capture_output=True, text=True, timeout=120
     )

@@ -42,7 +42,8 @@ def parts(monkeypatch, tmp_path):
             args = ServeArgs(port=free_port(), state_dir=str(tmp_path / "state"), **settings)
             with pytest.raises(SafelightError, match="this is enough"):
                 asyncio.run(Server(ServerArgs(), args, lambda line: None).run())
-        asyncio.run(found.jobs.close(0.0))
+        for part in (found.jobs.outputs, found.jobs.store):  # what was made in the server's loop ended with that
+            asyncio.run(part.close())
         return found
 
     return of

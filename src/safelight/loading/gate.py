@@ -22,7 +22,7 @@ def check_model(root: Path, index: Mapping[str, Any], components: Sequence[str])
     Args:
         root: the model's folder.
         index: its `model_index.json`.
-        components: names of those that its pipeline loads. A name that is a path is refused elsewhere.
+        components: names of those that may be opened. A name that is a path is refused elsewhere.
 
     Raises:
         ModelError: naming the file, and what is wrong with it.

@@ -183,8 +183,13 @@ def open_for(server_args: ServerArgs) -> Repository:
 
 
 def _checked(repository: Repository, weights: bool, variant: str | None) -> Repository:
-    """Return a repository whose files may be opened, with the variant that is read where weights are."""
-    check_model(repository.path, repository.index, repository.component_names())
+    """Return a repository whose files may be opened, with the variant that is read where weights are.
+
+    What a pipeline's class names is asked for with the weights alone: it needs torch. All else that may be read of a
+    model, its index names.
+    """
+    named = {name for name, entry in repository.index.items() if isinstance(entry, list)}
+    check_model(repository.path, repository.index, sorted({*named, *(repository.component_names() if weights else ())}))
     return _with_variant(repository, variant) if weights else repository
 
 

@@ -82,7 +82,8 @@ class UnitBoard:
                 os.posix_fallocate(file.fileno(), 0, SIZE)
                 self._map = mmap.mmap(file.fileno(), SIZE)
         except OSError as error:
-            raise PortError(f"TMPDIR: a file for a worker cannot be made there: {error.strerror}") from error
+            reason = error.strerror or error
+            raise PortError(f"TMPDIR: a worker's file cannot be made in {str(path.parent)!r}: {reason}") from error
 
     def write(self, unit: Unit | None) -> None:
         """Say what is begun; None is nothing."""
