@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests import attribution
 from tests.families.report import OTHERWISE_HEADINGS, OtherwiseRow, ParityRow, markdown, table
 
 attribution.attribute()
+gc.disable()  # until all tests are imported, which stay
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
 
@@ -40,6 +42,12 @@ def pytest_collection_modifyitems(config, items):
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure(config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import sys
@@ -84,6 +85,8 @@ def main(args: list[str] | None = None) -> None:
             raise
         what = "a package is missing or broken" if isinstance(error, ImportError) else "internal error"
         _end(f"{what}: {type(error).__name__}: {error} (safelight -v shows where)", 1)
+    finally:
+        gc.freeze()  # nothing is looked for at the end of a process: with torch that takes half a second
 
 
 def _end(message: str, code: int) -> None:

@@ -6,12 +6,31 @@ entry of `PYTHONPATH`. Whoever starts a server in a downloaded folder would run 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SAFE_PATH = "PYTHONSAFEPATH"
 """By which Python is told what `-P` tells it; what a process of ours starts is told so too, as by Inductor."""
 PATH = "PYTHONPATH"
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Make what stays to the process's end, as imports do: Python's collector looks at none of it, now or later.
+
+    A third of the time to import torch goes into looking, and again as much at the end of the process.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def python_command(module: str, *arguments: str) -> list[str]:

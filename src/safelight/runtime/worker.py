@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import time
@@ -87,6 +88,8 @@ class GPUWorker:
             return self._give_up(f"the model cannot be loaded: {reason}; the log says more", 3)
         self.channel.send(loaded)
         assert self.scheduler is not None
+        gc.collect()
+        gc.freeze()  # the model stays: between two steps the collector need not look at all of it
         try:
             self.scheduler.run()
         except DeviceLostError:

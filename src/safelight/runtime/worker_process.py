@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safelight.runtime.logs import configure
 from safelight.runtime.messages import LoadFailed
+from safelight.runtime.processes import uncollected
 from safelight.runtime.transport import WorkerChannel
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def give_way() -> None:
 def run(channel: WorkerChannel, board_path: str) -> int:
     """Import the worker, and let it serve; return the exit code. What keeps it from beginning is told."""
     try:
-        worker = import_module("safelight.runtime.worker").GPUWorker(channel, board_path)
+        with uncollected():
+            worker = import_module("safelight.runtime.worker").GPUWorker(channel, board_path)
     except Exception as error:  # the process's boundary: whatever it was, the supervisor is told
         logger.exception("the worker cannot begin")
         reason = f"the worker's process cannot begin: {type(error).__name__}: {error}"
