@@ -270,7 +270,9 @@ FILES = st.sampled_from(["diffusion_pytorch_model", "model", "x"]).flatmap(
 )
 
 
-@pytest.mark.parametrize("pipeline_name", ["FluxPipeline", "StableDiffusionPipeline"])
+@pytest.mark.parametrize(
+    "pipeline_name", ["FluxPipeline", pytest.param("StableDiffusionPipeline", marks=pytest.mark.slow)]
+)
 @settings(TRIED, max_examples=40)
 @given(data=st.data())
 def test_files_under_other_names(repository_of, tmp_path_factory, pipeline_name, data):

@@ -93,7 +93,7 @@ def sweep(tmp_path, form, error, most):
     assert calls > 3 and (failed > 3 or error == "short")
 
 
-@pytest.mark.parametrize("form", ["a.png", "v.mp4"])
+@pytest.mark.parametrize("form", ["a.png", pytest.param("v.mp4", marks=pytest.mark.slow)])
 def test_a_file_is_whole_or_not_there(tmp_path, form):
     sweep(tmp_path, form, "ENOSPC", 8)
 

@@ -76,6 +76,7 @@ def flux(tiny_folder):
     return pipeline, compilation, counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_a_class_of_blocks_is_compiled_once(flux):
     """Two classes of two blocks each."""
     pipeline, compilation, num_graphs = flux

@@ -44,6 +44,7 @@ def model_classes():
     return found
 
 
+@pytest.mark.slow
 def test_every_class_has_its_librarys_file():
     """Whatever package the index names it of: Stable Diffusion's safety checker is transformers', IF's mark is not."""
     classes = model_classes()

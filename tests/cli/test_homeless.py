@@ -79,7 +79,7 @@ REFUSED = {
 
 
 def slow(case):
-    return [pytest.mark.slow] if case.startswith(("serve compiled", "serve what", "check")) else []
+    return [pytest.mark.slow] if case.startswith(("compile", "serve compiled", "serve what", "check")) else []
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,7 @@ def test_what_needs_a_home_says_what_to_set(homeless, arguments, code, says):
     assert {path.name for path in homeless[1].iterdir()} <= {"state"}, "something was written elsewhere"
 
 
+@pytest.mark.slow
 def test_what_needs_none_works(homeless):
     picture = run(homeless, "generate", "a large red circle at the left on a white background", "-o", "a.png")
     assert picture.returncode == 0, picture.stderr

@@ -130,8 +130,19 @@ DRAWS = {"FlowMatchLCMScheduler", "EulerAncestralDiscreteScheduler"}
 """Solvers that draw noise at each step, of which the reference takes it from wherever it is."""
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "WanPipeline"])
-@pytest.mark.parametrize(("cls", "config"), SOLVERS, ids=str)
+FAMILIES = ["FluxPipeline", "QwenImagePipeline", "WanPipeline"]
+"""Every solver falls back in one of them in the quick tests, and in all of them in the others."""
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "name"),
+    [
+        pytest.param(*solver, name, marks=[] if number % len(FAMILIES) == place else pytest.mark.slow)
+        for number, solver in enumerate(SOLVERS)
+        for place, name in enumerate(FAMILIES)
+    ],
+    ids=str,
+)
 def test_other_solvers_fall_back_and_say_so(built, caplog, name, cls, config):
     """The picture is the package's to the byte; where it fails, one line says so."""
     folder = built(name, "scheduler", cls, config)

@@ -38,7 +38,8 @@ def alone(folder):
         }
 
 
-@pytest.mark.parametrize("settings", [{"tp_size": 2}, pytest.param({"devices": 2}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("settings", [{"tp_size": 2}, {"devices": 2}], ids=str)
+@pytest.mark.slow
 def test_two_ranks_by_the_python_api(folder, alone, settings):
     with DiffusionGenerator.from_pretrained(folder, device="cpu", **settings) as generator:
         made = generator.generate(PROMPT, output_type="np", **FIELDS)

@@ -14,7 +14,7 @@ from tests.live_server import fault_model, generate, serving
 from tests.reliability.conftest import CONTROL, Healthy, assert_error, until
 
 
-@pytest.mark.parametrize("directive", ["exit@denoising:1", "segv@decoding"])
+@pytest.mark.parametrize("directive", [pytest.param("exit@denoising:1", marks=pytest.mark.slow), "segv@decoding"])
 def test_a_dead_worker_costs_one_answer(mortal, directive):
     """The others wait for the next worker, and have the bytes that they have alone."""
     healthy = Healthy(mortal)

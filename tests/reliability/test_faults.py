@@ -48,7 +48,10 @@ def test_nan_is_never_a_picture(pictures, healthy):
     healthy()
 
 
-@pytest.mark.parametrize(("stage", "prompt"), [("encoding", "[sleep@encoding=1.5] a cat"), ("decoding", "a cat")])
+@pytest.mark.parametrize(
+    ("stage", "prompt"),
+    [("encoding", "[sleep@encoding=1.5] a cat"), pytest.param("decoding", "a cat", marks=pytest.mark.slow)],
+)
 def test_delete_stops_a_job_outside_its_loop_at_its_next_unit(clips, stage, prompt):
     """Decoding the whole video would take 25 s, in units of 0.25 s."""
     healthy = Healthy(clips, video_of)
@@ -101,6 +104,7 @@ def test_delete_stops_a_job_within_a_step(pictures, healthy):
     healthy()
 
 
+@pytest.mark.slow
 def test_the_queue_answers_429_at_once_and_loses_nobody(pictures, healthy):
     """256 clients at once, of 16 addresses: each is answered once, and who is refused knows when to come again."""
     answers, slow = [], []

@@ -56,6 +56,7 @@ def peak_memory(server):
     return int(resident[1]) << 10
 
 
+@pytest.mark.slow
 def test_long_videos_do_not_pass_through_the_api_processs_memory(tmp_path):
     """Each has 97 MB of frames, which are encoded from a file that is gone when they are; two come at once."""
     with serving(tmp_path, fault_model(tmp_path / "model", "FaultVideoPipeline")) as server, server.http() as http:

@@ -58,8 +58,8 @@ def test_two_ranks_give_the_bytes_of_one(fault_family, fault_model, expected):
 @pytest.mark.parametrize(
     ("directive", "error"),
     [
-        ("raise@encoding", RankFailedError),
-        ("oom@denoising:1", OutOfMemoryError),
+        pytest.param("raise@encoding", RankFailedError, marks=pytest.mark.slow),
+        pytest.param("oom@denoising:1", OutOfMemoryError, marks=pytest.mark.slow),
         ("full@denoising:1", OutOfMemoryError),
         pytest.param("oom@encoding", OutOfMemoryError, marks=pytest.mark.slow),
         pytest.param("raise@denoising:2", RankFailedError, marks=pytest.mark.slow),

@@ -167,6 +167,7 @@ def test_the_queue_is_bounded_as_a_whole(tmp_path, monkeypatch):
 # With workers
 
 
+@pytest.mark.slow
 def test_replicas_give_the_bytes_of_one(fault_family, fault_model, expected):
     async def test():
         async with replicas_of(fault_model(name="served", step_seconds=0.01), max_running=2) as replicas:

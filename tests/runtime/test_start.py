@@ -56,7 +56,11 @@ def folder(tmp_path, monkeypatch):
 NAMES = ["a" * 60, "b" * 90, "ü" * 50, "/".join(["c" * 200] * 4), os.fsdecode(b"d\xfc\xff")]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:1])
+@pytest.mark.parametrize(
+    "name",
+    [*NAMES[-2:], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[:-2])],
+    ids=lambda name: name[:1],
+)
 def test_a_folder_of_any_length_holds_sockets(fault_family, fault_model, folder, monkeypatch, name):
     long = folder / name
     long.mkdir(parents=True)
@@ -224,7 +228,16 @@ def replace_by(what, folder, elsewhere):
         os.chown(folder, 12345, 12345)
 
 
-@pytest.mark.parametrize("what", ["nothing", "a file", "a link", "a folder for all", "another user's"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a link",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("nothing", "a file", "a folder for all", "another user's")
+        ),
+    ],
+)
 def test_a_folder_of_sockets_that_is_taken_away_ends_the_server(fault_family, fault_model, folder, tmp_path, what):
     """No socket is made where others could use it. Each failed start is one death."""
     if what.startswith("another") and os.getuid() != 0:

@@ -682,6 +682,7 @@ def has_ipv6():
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+@pytest.mark.slow
 def test_a_server_on_ipv6(tmp_path):
     prompt = "a large red circle at the left on a white background"
     with serving(tmp_path, None, "--no-warm-up", host="::1") as server:

@@ -68,7 +68,8 @@ def check(http: httpx.Client, jobs: list[str]) -> None:
     assert all(value >= 0 for _, value in samples)
 
 
-@pytest.mark.parametrize("years", [YEARS, pytest.param(-YEARS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("years", [YEARS, -YEARS])
+@pytest.mark.slow
 def test_a_server_whose_clock_jumps(tmp_path, years):
     clock = tmp_path / "clock"
     clock.write_text("0")
