@@ -135,16 +135,22 @@ class Memory:
 
     @contextlib.contextmanager
     def peak(self, row: Row) -> Iterator[None]:
-        """Fill in the highest of both while the block runs, over the rest: the kernel's own mark of each process."""
+        """Fill in the highest of both while the block runs, over the rest: the kernel's own mark of each process.
+
+        Of helpers that come and go, as those that try pictures, those count together that are there at one time.
+        """
         for pid in set.union(*self._pids()):
             Path(f"/proc/{pid}/clear_refs").write_text("5")
-        highest: dict[int, int] = {}
+        highest = [0, 0]
         over = threading.Event()
+
+        def look() -> None:
+            for place, pids in enumerate(self._pids()):
+                highest[place] = max(highest[place], sum(status_of(pid, "VmHWM") for pid in pids))
 
         def watch() -> None:
             while not over.wait(SAMPLE_SECONDS):
-                for pid in set.union(*self._pids()):
-                    highest[pid] = max(highest.get(pid, 0), status_of(pid, "VmHWM"))
+                look()
 
         thread = threading.Thread(target=watch)
         thread.start()
@@ -153,10 +159,8 @@ class Memory:
         finally:
             over.set()
             thread.join()
-            for pid in set.union(*self._pids()):
-                highest[pid] = max(highest.get(pid, 0), status_of(pid, "VmHWM"))
-            workers = sum(highest.get(pid, 0) for pid in self._worker)
-            row.api, row.worker = sum(highest.values()) - workers - self.rest[0], workers - self.rest[1]
+            look()
+            row.api, row.worker = highest[0] - self.rest[0], highest[1] - self.rest[1]
 
 
 class Epilogue:
@@ -333,6 +337,7 @@ def warm_up(http: httpx.Client) -> None:
     assert http.post("/v1/images/generations", json={"prompt": "a cat", "stream": True}).status_code == 200
     for _ in range(20):
         assert generate(http).status_code == 200
+    assert generate(http, size="1024x1024").status_code == 200  # before the first large one its memory is counted
     picture = generate(http).json()["data"][0]["b64_json"]
     assert http.post(
         "/v1/images/edits", json={"prompt": "a cat", "image": f"data:image/png;base64,{picture}"}

@@ -6,21 +6,21 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import NotReadyError, SafelightError, UsageError, by_code, nearest, shown
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
 from safelight.serving.addresses import KEY_BYTES, Addresses
+from safelight.serving.disconnects import unless_gone
 from safelight.serving.errors import ModelNameError, NotFoundError, is_internal
 from safelight.serving.fields import Asked, Resolved, resolve
 from safelight.serving.gate import Budget
@@ -149,12 +149,14 @@ class Context:
 
         Raises:
             UsageError: naming the field.
+            ClientDisconnect: if the client goes away; pictures whose turn has not come are not tried then.
 
         """
         if not asked.pictures:
             return resolve(asked, self.limits, self.engine.stats.cost_seconds)
         arguments = (asked, self.limits, self.engine.stats.cost_seconds)
-        return await asyncio.get_running_loop().run_in_executor(self._decoder, resolve, *arguments)
+        tried = asyncio.get_running_loop().run_in_executor(self._decoder, resolve, *arguments)
+        return await unless_gone(request.receive, tried)
 
     def submit(self, request: Request, params: SamplingParams) -> Ticket:
         """Put a request into the engine's queue that somebody waits for; there too it has the id that they are told.
@@ -289,32 +291,6 @@ def total_timings(outputs: list[Output]) -> dict[str, float]:
         for stage, seconds in output.timings.items():
             total[stage] = total.get(stage, 0.0) + seconds
     return total
-
-
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """Return what `work` gives, and end it if the client goes away first. The body has been read.
-
-    Raises:
-        ClientDisconnect: if it did.
-
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from safelight.serving.answers import LargeJson
-from safelight.serving.context import unless_gone
+from safelight.serving.disconnects import unless_gone
 
 _PING = b": ping\n\n"
 

@@ -19,6 +19,7 @@ from starlette.requests import Request
 
 from safelight.encoded import give_back_memory
 from safelight.errors import QueueFullError, SafelightError
+from safelight.serving.disconnects import unless_gone
 from safelight.serving.errors import MalformedRequestError, MediaTypeError, TimedOutError, TooLargeError
 from safelight.serving.forms import CHARSETS, about, parse_form
 from safelight.serving.limits import Limits
@@ -151,6 +152,7 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
 
     Raises:
         MediaTypeError, TooLargeError, MalformedRequestError: for what is not taken.
+        ClientDisconnect: if the client goes away before the body's turn.
 
     """
     described = request.headers.get("content-type", "")
@@ -167,7 +169,8 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
     parse, arguments = (_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
     if spool.num_bytes <= _AT_ONCE_PARSED and not spool.in_file:
         return parse(spool, limits, *arguments)
-    return replace(await _in_turn(spool, parse, spool, limits, *arguments), is_long=True)
+    parsed = _in_turn(spool, parse, spool, limits, *arguments)
+    return replace(await unless_gone(request.receive, parsed), is_long=True)
 
 
 def _given_back(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -22,8 +22,8 @@ from safelight.serving.context import (
     json_response,
     request_id,
     total_timings,
-    unless_gone,
 )
+from safelight.serving.disconnects import unless_gone
 from safelight.serving.errors import GONE, MalformedRequestError, error_body
 from safelight.serving.events import EventStream, event, event_pieces
 from safelight.serving.fields import (

@@ -13,7 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from safelight.core.params import Option
 from safelight.errors import InvalidParameterError, StorageError
-from safelight.serving.context import Context, json_response, timestamp, unless_gone
+from safelight.serving.context import Context, json_response, timestamp
+from safelight.serving.disconnects import unless_gone
 from safelight.serving.errors import ConflictStateError, NotFoundError, RangeError
 from safelight.serving.events import EventStream, event
 from safelight.serving.fields import typed
