@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from safelight.serving.pieces import check_json_text, find, pieces, turn
+from safelight.serving.pieces import check_json_text, find, has_slashes_alone, pieces, turn, with_slashes
 from safelight.serving.spool import LongText, Spool
 
 _LONG = 1 << 16
@@ -17,7 +17,7 @@ _AT_ONCE = 500
 
 
 class LongTexts:
-    """The long texts of a JSON document that are written without escapes, left out of it.
+    r"""The long texts of a JSON document that are written without escapes but `\/`, as PHP does, left out of it.
 
     Args:
         data: the document.
@@ -47,10 +47,9 @@ class LongTexts:
                 end = self._end_of_escaped(data, escape, end)
                 if end < 0:
                     break
-            elif end - begun > _LONG:
-                check_json_text(pieces(memoryview(data)[begun + 1 : end]))
+            if end - begun > _LONG and (text := _text(data, begun + 1, end, escape >= 0, spool)) is not None:
                 kept += data[at : begun + 1] + f"{self._mark}{len(self._texts)}".encode()
-                self._texts.append(LongText(spool, begun + 1, end - begun - 1))
+                self._texts.append(text)
                 at = end
             begun = find(data, b'"', end + 1)
         self.are_there = bool(self._texts)
@@ -86,3 +85,15 @@ class LongTexts:
     def _name(self, name: str) -> str:
         text = self.put_back(name)
         return text.start[:_NAME_LENGTH] if isinstance(text, LongText) else name
+
+
+def _text(data: bytearray, begin: int, end: int, is_escaped: bool, spool: Spool) -> LongText | None:
+    """Return a long text as it is in the document's file, or added to that; None for one with other escapes."""
+    written = memoryview(data)[begin:end]
+    if is_escaped and not has_slashes_alone(pieces(written)):
+        return None
+    check_json_text(pieces(written))
+    if not is_escaped:
+        return LongText(spool, begin, end - begin)
+    stored = spool.store(with_slashes(pieces(written)))
+    return LongText(spool, stored.begin, stored.length)
