@@ -134,6 +134,19 @@ class EncodedImage(Image.Image):
             DECODED.keep(self)
         return super().load()
 
+    def check(self) -> None:
+        """Decode the file once, and keep nothing. Raises what `load` would.
+
+        Turning and converting, for which there would be as much memory again, are tried on one pixel.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(self.file), formats=(self.kind,)) as image:
+                image.load()
+                upright(image.crop((0, 0, 1, 1)), self.mode)
+        if self.num_bytes >= LARGE_BYTES:
+            give_back_memory()
+
     def let_go(self) -> None:
         """Forget the pixels, and keep the file."""
         if self._im is not None:

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 MOST_SECONDS = 0.1
 """Of `/livez`, at the 99th percentile."""
 MOST_BYTES = 300_000_000
+MOST_HELPER_BYTES = 600_000_000
+"""Of what tries pictures, one at a time: of 25 megapixels in WebP they take 16 bytes a pixel in the library."""
 """Of the API process, over its rest."""
 LEFT_BYTES = 100_000_000
 """Of these, that may be kept when all is over."""
@@ -47,7 +49,8 @@ class Row:
         late: of whoever asks, at the 99th percentile: how long the machine kept it from asking.
         own: the 99th percentile without the time in which the kernel gave the event loop's processor to others.
         asked, unanswered: questions, and those that were not answered.
-        api, worker: memory over the rest, at its highest, of the API with all its helpers and of the workers.
+        api, worker: memory over the rest, at its highest, of the API process and of the workers.
+        helpers: memory, at its highest, of all else that the API has started: who tries large pictures.
         left: memory of the API over the rest, when all was over.
         visits: what another client was answered, and after how long.
         answers: what the attack was answered.
@@ -66,6 +69,7 @@ class Row:
     unanswered: int = 0
     api: int = 0
     worker: int = 0
+    helpers: int = 0
     left: int = 0
     visits: list[tuple[str, float]] = field(default_factory=list)
     answers: dict[str, int] = field(default_factory=dict)
@@ -112,7 +116,7 @@ def below(pid: int) -> Iterator[int]:
 
 
 class Memory:
-    """Of a server's processes. The API is its own process with all below it but the workers, whatever these do.
+    """Of a server's processes: the API's, the workers with all below them, and helpers, which are all others.
 
     Args:
         server: at rest.
@@ -124,24 +128,24 @@ class Memory:
         self._worker = {server.worker(), *below(server.worker())}
         self.rest = self.now()
 
-    def _pids(self) -> tuple[set[int], set[int]]:
+    def _pids(self) -> tuple[set[int], set[int], set[int]]:
         pid = self._server.process.pid
-        return {pid, *below(pid)} - self._worker, self._worker
+        return {pid}, self._worker, set(below(pid)) - self._worker
 
     def now(self) -> tuple[int, int]:
         """Return the bytes of the API and of the workers."""
-        api, worker = [sum(status_of(pid, "VmRSS") for pid in pids) for pids in self._pids()]
+        api, worker, _ = [sum(status_of(pid, "VmRSS") for pid in pids) for pids in self._pids()]
         return api, worker
 
     @contextlib.contextmanager
     def peak(self, row: Row) -> Iterator[None]:
-        """Fill in the highest of both while the block runs, over the rest: the kernel's own mark of each process.
+        """Fill in the highest of each while the block runs, over the rest: the kernel's own mark of each process.
 
         Of helpers that come and go, as those that try pictures, those count together that are there at one time.
         """
         for pid in set.union(*self._pids()):
             Path(f"/proc/{pid}/clear_refs").write_text("5")
-        highest = [0, 0]
+        highest = [0, 0, 0]
         over = threading.Event()
 
         def look() -> None:
@@ -160,7 +164,7 @@ class Memory:
             over.set()
             thread.join()
             look()
-            row.api, row.worker = highest[0] - self.rest[0], highest[1] - self.rest[1]
+            row.api, row.worker, row.helpers = highest[0] - self.rest[0], highest[1] - self.rest[1], highest[2]
 
 
 class Epilogue:
@@ -317,6 +321,7 @@ def judged(row: Row, attack: Attack, is_busy: bool = False) -> list[str]:
         f"/livez p99 is {1000 * p99:.0f} ms": p99 > MOST_SECONDS,
         f"{row.unanswered} of {row.asked} questions were not answered": row.unanswered > 0,
         f"the API takes {row.api / 1e6:.0f} MB over its rest": row.api > MOST_BYTES,
+        f"its helpers take {row.helpers / 1e6:.0f} MB": row.helpers > MOST_HELPER_BYTES,
         f"the API keeps {row.left / 1e6:.0f} MB": row.left > LEFT_BYTES,
         f"another client was served {row.served} of {len(row.visits)} times, else {other}": row.served
         < len(row.visits),

@@ -21,15 +21,15 @@ from pathlib import Path
 
 from tests.live_server import fault_model, serving
 from tests.reliability.attack_processes import ATTACKS, BETWEEN
-from tests.reliability.attack_rows import MOST_BYTES, MOST_SECONDS, Range, Row
+from tests.reliability.attack_rows import MOST_BYTES, MOST_HELPER_BYTES, MOST_SECONDS, Range, Row
 from tests.reliability.attacker import NICE
 
 SECONDS = 6.0
 STEP_SECONDS = 0.005
 BEGIN, END = "<!-- the table of make test-attacks -->\n", "<!-- its end -->\n"
 HEADING = (
-    "| attack | p50 | p99 | its own | longest | API over rest | kept | worker over rest | another client |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|---|\n"
+    "| attack | p50 | p99 | its own | longest | API over rest | kept | helpers | worker over rest | another client |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|\n"
 )
 
 
@@ -86,6 +86,7 @@ def line(row: Row) -> str:
         f"{1000 * row.longest:.0f}",
         marked(f"{row.api / 1e6:.0f}", row.api > MOST_BYTES),
         f"{row.left / 1e6:.0f}",
+        marked(f"{row.helpers / 1e6:.0f}", row.helpers > MOST_HELPER_BYTES),
         f"{row.worker / 1e6:.0f}",
         marked(visitor, row.served < len(row.visits)),
     )

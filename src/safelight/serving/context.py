@@ -155,8 +155,8 @@ class Context:
         if not asked.pictures:
             return resolve(asked, self.limits, self.engine.stats.cost_seconds)
         arguments = (asked, self.limits, self.engine.stats.cost_seconds)
-        tried = asyncio.get_running_loop().run_in_executor(self._decoder, resolve, *arguments)
-        return await unless_gone(request.receive, tried)
+        loop = asyncio.get_running_loop()
+        return await unless_gone(request.receive, loop.run_in_executor(self._decoder, resolve, *arguments))
 
     def submit(self, request: Request, params: SamplingParams) -> Ticket:
         """Put a request into the engine's queue that somebody waits for; there too it has the id that they are told.

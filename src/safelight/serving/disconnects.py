@@ -31,6 +31,7 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
+        del task, work  # an error of theirs leads to this frame: it would keep what they had until the collector comes
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -169,8 +169,8 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
     parse, arguments = (_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
     if spool.num_bytes <= _AT_ONCE_PARSED and not spool.in_file:
         return parse(spool, limits, *arguments)
-    parsed = _in_turn(spool, parse, spool, limits, *arguments)
-    return replace(await unless_gone(request.receive, parsed), is_long=True)
+    body = await unless_gone(request.receive, _in_turn(spool, parse, spool, limits, *arguments))
+    return replace(body, is_long=True)
 
 
 def _given_back(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -178,12 +178,17 @@ def _given_back(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     try:
         return function(*args, **kwargs)
     except SafelightError as error:
-        for each in (error, error.__cause__, error.__context__):
-            if each is not None:
-                traceback.clear_frames(each.__traceback__)
+        _forget_frames(error)
         raise
     finally:
         give_back_memory()
+
+
+def _forget_frames(error: SafelightError) -> None:
+    """Let go of what the calls had that an error ended. Not in their caller: the error would lead to itself there."""
+    for each in (error, error.__cause__, error.__context__):
+        if each is not None:
+            traceback.clear_frames(each.__traceback__)
 
 
 def _form(spool: Spool, limits: Limits, boundary: bytes) -> Body:

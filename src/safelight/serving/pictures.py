@@ -165,11 +165,9 @@ def check_decodes(image: EncodedImage, param: str) -> None:
 
     """
     try:
-        image.load()
+        image.check()
     except UNREADABLE as error:
         raise damaged(image.kind, param) from error
-    finally:
-        image.let_go()
 
 
 def decode_picture(data: bytes, param: str, limits: Limits) -> EncodedImage:

@@ -87,11 +87,10 @@ def main() -> None:
         kind, mode, width, height, length = line.decode("ascii").split()
         image = EncodedImage(sys.stdin.buffer.read(int(length)), kind, mode, (int(width), int(height)))
         try:
-            image.load()
+            image.check()
             answer = _GOOD
         except (*UNREADABLE, MemoryError):
             answer = _DAMAGED
-        image.let_go()
         sys.stdout.buffer.write(answer)
         sys.stdout.buffer.flush()
 
