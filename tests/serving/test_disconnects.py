@@ -89,11 +89,10 @@ def faults():
     for name, body in fields.items():
         yield pytest.param("application/json", body.encode(), id=name)
     part = b'--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n%s\r\n'
-    for name, value in ((b"prompt", long.encode()), (b"what", long.encode()), (b"image", long.encode())):
-        yield pytest.param(
-            "multipart/form-data; boundary=b", part % (name, value) + b"--b--\r\n", id=f"a form: {name.decode()}"
-        )
-    yield pytest.param("multipart/form-data; boundary=b", part % (b"a", long.encode()), id="a form without an end")
+    form = "multipart/form-data; boundary=b"
+    for name in ("prompt", "what", "image"):
+        yield pytest.param(form, part % (name.encode(), long.encode()) + b"--b--\r\n", id=f"a form: {name}")
+    yield pytest.param(form, part % (b"a", long.encode()), id="a form without an end")
 
 
 @pytest.mark.parametrize("prefer", ["", "respond-async"])
