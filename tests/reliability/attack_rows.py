@@ -342,7 +342,7 @@ def warm_up(http: httpx.Client) -> None:
     assert http.post("/v1/images/generations", json={"prompt": "a cat", "stream": True}).status_code == 200
     for _ in range(20):
         assert generate(http).status_code == 200
-    # Of the first large picture the memory is counted, and with the first large input zmq makes a thread for its frames.
+    # Of the first large picture the memory is counted, and for the first large input zmq makes a thread.
     picture = generate(http, size="1024x1024").json()["data"][0]["b64_json"]
     assert http.post(
         "/v1/images/edits", json={"prompt": "a cat", "image": f"data:image/png;base64,{picture}"}
