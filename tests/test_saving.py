@@ -90,7 +90,7 @@ def sweep(tmp_path, form, error, most):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     calls, failed = map(int, done.stdout.split())
-    assert calls > 3 and (failed > 3 or error == "short")
+    assert calls >= 3 and (failed >= 3 or error == "short")
 
 
 @pytest.mark.parametrize("form", ["a.png", pytest.param("v.mp4", marks=pytest.mark.slow)])
