@@ -28,7 +28,7 @@ DIFFERENCES = {
         "serving/jobs.py",
         "self.expires_at - self.completed_at",
     ): "both made at once: `keep_seconds`",
-    ("serving/patience.py", "job.expires_at - self.now()"): "whether the clock was set since",
+    ("serving/patience.py", "job.expires_at - steady"): "whether the clock was set since",
 }
 """Where a job's stamps are computed with, and why."""
 ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)

@@ -93,9 +93,10 @@ class Expiry:
         if job.expires is None or job.expires.clock != self._moment.clock:
             return job.expires_at
         left = job.expires.seconds - self._clocks.moment().seconds
-        if abs(job.expires_at - self.now() - left) < SAME_SECONDS:
+        steady = self._start + self._passed()  # what the clock would say now if nobody had set it
+        if abs(job.expires_at - steady - left) < SAME_SECONDS:
             return job.expires_at
-        return max(self._clocks.stamp(), self._start + self._passed()) + left
+        return max(self._clocks.stamp(), steady) + left
 
     def _passed(self) -> float:
         return self._clocks.moment().since(self._moment) or 0.0
