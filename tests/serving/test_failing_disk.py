@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import subprocess
 import sys
 import time
@@ -161,9 +160,10 @@ def sweep(tmp_path, kind, cases):
 
 
 QUICK = [(CHANGES, "EIO", 6), (CHANGES, "ENOSPC", 3)]
-ALL = [(CHANGES, error, 0) for error in ERRORS] + [
-    ((operation,), error, 0) for operation, error in itertools.product(("sync", "open", "read", "unlink"), ("EIO",))
+ALL = [(CHANGES, error, 0 if error == "EIO" else 12) for error in ERRORS] + [
+    ((operation,), "EIO", 12) for operation in ("sync", "open", "read", "unlink")
 ]
+"""Every call once by one error, and a dozen of them by the others: an attempt takes half a second."""
 
 
 def test_a_job_on_a_disk_that_fails(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from safelight.errors import StateDirectoryError, StorageBusyError
 from safelight.serving.clocks import Clocks, Moment
 from safelight.serving.job_runs import JobLimits
-from safelight.serving.jobs import Horizon
+from safelight.serving.jobs import Horizon, Job, JobError
 from safelight.serving.patience import GRACE_SECONDS, Expiry
 from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.http_server import PROMPT, assert_error, running
@@ -205,6 +205,22 @@ def test_a_start_with_another_clock_waits_for_a_day(last_end):
     assert expiry.horizon() == Horizon(Moment("boot", 50 + GRACE_SECONDS - 1))
     hands.go(1)
     assert expiry.horizon() == Horizon(Moment("boot", 50 + GRACE_SECONDS), 1e9 + GRACE_SECONDS, knows_all=True)
+
+
+@pytest.mark.parametrize("at_end, at_signing, at_opening", itertools.product((-YEAR, 0.0, YEAR), repeat=3))
+def test_addresses_end_with_their_job_and_not_before(at_end, at_signing, at_opening):
+    """However the clock was set when the job ended, when its address was signed, and when that is opened."""
+    hands = Hands()
+    expiry = hands.expiry(1e9 - 60)
+    hands.now += at_end
+    job = Job(id="image_a", kind="image", model="m", params={}, created_at=1.0)
+    job = job.failed(JobError("cancelled", "c"), hands.now, hands.now + DAY, hands.clocks.moment())
+    hands.now += at_signing - at_end
+    hands.go(60.0)
+    end = expiry.end(job)
+    hands.now += at_opening - at_signing
+    hands.go(DAY - 120.0)
+    assert expiry.now() < end
 
 
 @pytest.mark.parametrize("years", [-10, 10])

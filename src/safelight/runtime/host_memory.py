@@ -19,7 +19,7 @@ OWN_LIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
 
 @dataclass(frozen=True)
 class Kills:
-    """How often the kernel has killed for want of memory, since the machine, or the group, began.
+    """How often the kernel has killed for lack of memory, since the machine, or the group, began.
 
     Attributes:
         of_group: in this process's control group.
