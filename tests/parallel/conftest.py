@@ -35,8 +35,12 @@ def pytest_terminal_summary(terminalreporter, config):
         target.write_text(markdown(sorted(rows, key=lambda row: (row.pipeline, row.case)), formulas))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pools(tmp_path_factory):
+    """Return a function: the ranks of a size.
+
+    They end with the module: gloo has a thread for each group that was made, and they wake a hundred times a second.
+    """
     made: dict[int, RankPool] = {}
 
     def pool(size):
