@@ -46,7 +46,8 @@ from safelight.acceleration.memory import CudaMemory, DeviceMemory, HostMemory
 from safelight.acceleration.plan import WORKSPACE
 from safelight.attention import BACKENDS, set_attention_backend
 from safelight.attention.backends import AttentionKind, compute_capability, select_backend
-from safelight.core.request import ModelCall
+from safelight.core.calls import CallKey, ModelCall
+from safelight.core.model_runner import Forward
 from safelight.errors import CompilationError
 from safelight.layers.causal_vae import CausalDecoder
 
@@ -202,14 +203,18 @@ def graphs(machine: Machine) -> bool:
         arguments = flux_inputs(machine, side)
         names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
         kwargs = {name: arguments[name] for name in names}
-        call = ModelCall("transformer", kwargs, {"freqs_cis": arguments["freqs_cis"]}, (side,), ("r", "cond", 0))
+        call = ModelCall("transformer", kwargs, {"freqs_cis": arguments["freqs_cis"]}, (side,), CallKey("r", "cond", 0))
         eager = as_safelight_calls(transformer)
 
         def make(each: ModelCall, eager: Callable[..., Any] = eager) -> Tensor:
             return as_tensor(eager(**each.kwargs, **each.shared_kwargs))
 
         recorded = StepGraphs(machine.device)
-        replayed = torch.inference_mode()(recorded.of(make))
+
+        @torch.inference_mode()
+        def replayed(each: ModelCall, recorded: StepGraphs = recorded, make: Callable[..., Tensor] = make) -> Any:
+            return recorded([Forward(each, ())], lambda forwards: [make(one.call) for one in forwards])[0]
+
         made = [as_tensor(replayed(call)) for _ in range(4)]
         equal &= all(torch.equal(each, make(call)) for each in made)
         seconds = interleaved({"eager": partial(make, call), "graph": partial(replayed, call)}, 3, machine.clock)

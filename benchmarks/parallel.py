@@ -13,7 +13,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import product
@@ -26,7 +26,7 @@ from benchmarks.common import print_table
 from benchmarks.stacks import STACKS, Inputs, Size, Stack, num_tokens
 from benchmarks.traffic import Forward, Shape, sent_by_forward, sent_by_step
 from safelight.errors import InvalidParameterError
-from safelight.parallel.cfg import run_calls
+from safelight.parallel.calls import divide
 from safelight.parallel.layout import AXES, ModelFacts, ParallelLayout, choose_layout
 from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.parallel.plans import model_facts
@@ -103,11 +103,10 @@ def divided(stack: Stack, size: Size, mesh: Mesh, dtype: torch.dtype, device: to
 def step(module: nn.Module, inputs: Inputs, num_branches: int, mesh: Mesh) -> Callable[[], object]:
     """Return a function that runs the branches of a step."""
 
-    def run(_: int) -> Tensor:
-        velocity: Tensor = module(**inputs.for_safelight())
-        return velocity
+    def run(branches: Sequence[int]) -> list[Tensor]:
+        return [module(**inputs.for_safelight()) for _ in branches]
 
-    return torch.inference_mode()(partial(run_calls, range(num_branches), run, mesh.cfg))
+    return torch.inference_mode()(partial(divide, range(num_branches), run, mesh.cfg))
 
 
 def measured(stack: Stack, size: Size, mesh: Mesh, device: torch.device, rounds: int) -> tuple[float, int, int]:

@@ -30,6 +30,7 @@ from benchmarks.common import begin, interleaved, print_table
 from safelight import DiffusionGenerator, ServerArgs
 from safelight.attention import set_attention_backend
 from safelight.core import registry
+from safelight.core.components import Components
 from safelight.core.config import PipelineConfig
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
@@ -68,7 +69,7 @@ class VirtualClock:
 class FirstComeFirstServed(Policy):
     """What the policy is compared with."""
 
-    def order(self, tasks: Any, is_resident: Any, now: float) -> list[Task]:
+    def order(self, tasks: Any, now: float) -> list[Task]:
         """Return the tasks by arrival."""
         return sorted(tasks, key=lambda task: task.arrival)
 
@@ -260,7 +261,7 @@ def stacked_pipeline() -> ComposedPipeline:
         vae_scale_factor=8, latent_channels=CHANNELS, vae_scale=1.0, vae_shift=0.0, freqs_cis=freqs_cis
     )
     schema = ModelSchema("stacked", "StackedTransformer", ModelTaskType.T2I, SamplingParams, SIZES, 8)
-    return StackedTransformer({"transformer": transformer}, config, schema, ServerArgs(device="cpu"))
+    return StackedTransformer(Components({"transformer": transformer}), config, schema, ServerArgs(device="cpu"))
 
 
 SIZES = {**SamplingParams.defaults, "height": 64, "width": 64}

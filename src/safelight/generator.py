@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import torch
 
-from safelight.acceleration.callers import Callers
 from safelight.client import RemoteEngine
 from safelight.core.executor import SyncExecutor
 from safelight.core.params import SamplingParams
@@ -24,6 +23,7 @@ from safelight.group_engine import GroupEngine
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
 from safelight.results import GenerationEvent, GenerationOutput, GenerationResult, make_output
+from safelight.runtime.model_runner import PipelineRunner
 
 
 class DiffusionGenerator:
@@ -162,18 +162,20 @@ class _LocalEngine:
 
     def __init__(self, pipeline: ComposedPipeline) -> None:
         self._pipeline = pipeline
-        self._callers = Callers(pipeline)
-        if self._callers.compilation is not None:
-            self._callers.compilation.check_toolchain()
+        self._runner = PipelineRunner(pipeline)
+        if self._runner.compilation is not None:
+            self._runner.compilation.check_toolchain()
 
     def close(self) -> None:
         """Nothing is held but memory."""
 
     def stream(self, each: list[SamplingParams]) -> Iterator[tuple[GenerationEvent, GenerationOutput | None]]:
         """Make one output after another, and yield how far they are; with an output's last event, the output."""
-        executor = SyncExecutor(self._pipeline, self._callers.finished())
+        self._runner.finish_compiling()
+        executor = SyncExecutor(self._pipeline, self._runner, self._runner.form)
+        request_id = uuid.uuid4().hex
         for index, single in enumerate(each):
-            req = Req(request_id=uuid.uuid4().hex, params=single)
+            req = Req(request_id, single, index)
             for _ in executor.execute(req):
                 yield _progress(req, index, len(each)), None
             made = make_output(req, self._pipeline.schema.task.makes_video)

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from safelight import ServerArgs
-from safelight.acceleration.tiled_vae import BandPlan, tile_decoding
+from safelight.acceleration.tiled_vae import BandPlan
 from safelight.core.executor import Execution
 from safelight.core.request import map_tensors
+from safelight.core.trees import leaves
 from safelight.errors import InvalidParameterError, NonFiniteOutputError
 from safelight.loading.loader import load_pipeline
-from safelight.stages.banded_decoding import BandedDecodingStage
+from safelight.loading.vaes import run_vae
+from safelight.stages.decoding import DecodingState
+from tests.calls import loaded_as
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
 
@@ -27,10 +30,8 @@ class Banded:
         self.recipe.build(folder, "default")
         self.whole = load_pipeline(ServerArgs(str(folder), device="cpu", conditioning_cache="0"))
         self.bands = load_pipeline(ServerArgs(str(folder), device="cpu", vae_tiling="exact", conditioning_cache="0"))
-        for stage_name, stage in self.bands.stages.items():
-            if isinstance(stage, BandedDecodingStage):
-                self.bands.stages[stage_name] = stage.undivided
-        tile_decoding(self.bands, FINE)
+        assert self.bands.vae is not None and self.bands.vae.decoder is not None
+        self.bands = loaded_as(self.bands, vae=run_vae(self.bands.get_module("vae"), bands=FINE))
         fit = [case for case in self.recipe.cases if case.variant == "default" and not case.slow]
         fields = [case.fields for case in fit if isinstance(case.fields["prompt"], str)]
         self.fields = [{**entry, "n": 1, "num_inference_steps": 2} for entry in fields][:2]
@@ -62,7 +63,7 @@ def test_pixels_are_those_of_the_undivided_stage(banded):
             assert ours.shape == expected.shape
             assert ours.dtype == expected.dtype
             assert float((ours - expected).abs().max()) < 1e-5
-        assert bands.feature_cache == {}
+        assert bands.stage_state is None
 
 
 def test_outputs_of_other_types(banded):
@@ -103,7 +104,7 @@ def test_closed_in_the_middle_of_decoding(banded):
     first, second = banded.fields
     expected = finished(banded.bands, second)[0].outputs
     victim = Execution(banded.bands, requests(banded.bands, first)[0])
-    while not victim.req.feature_cache:
+    while not isinstance(victim.req.stage_state, DecodingState):
         assert victim.advance()
     victim.close()
     assert torch.equal(finished(banded.bands, second)[0].outputs[0], expected[0])
@@ -111,22 +112,12 @@ def test_closed_in_the_middle_of_decoding(banded):
 
 def test_what_is_not_finite_becomes_no_picture(banded):
     def broken(req):
-        if req.stage == "decoding":
-            for tensors in req.feature_cache.values():
-                for tensor in tensors:
-                    if isinstance(tensor, torch.Tensor):
-                        tensor.fill_(float("nan"))
-                    elif not isinstance(tensor, dict | None):
-                        for band in tensor.bands:
-                            band.fill_(float("nan"))
+        if req.stage == "decoding" and len(req.pending) and req.pending[0].key.step:
+            for tensor in leaves(dict(req.pending[0].kwargs)):
+                tensor.fill_(float("nan"))
 
     with torch.inference_mode(), pytest.raises(NonFiniteOutputError):
         finished(banded.bands, banded.fields[0], broken)
-
-
-def test_a_pipeline_without_a_decoding_stage_is_refused(banded):
-    with pytest.raises(InvalidParameterError, match="vae_tiling"):
-        tile_decoding(banded.bands)
 
 
 def test_a_setting_of_another_value_is_refused():

@@ -18,23 +18,28 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from benchmarks.common import as_tensor
 from safelight import DiffusionGenerator, ServerArgs
 from safelight.acceleration import compile as compile_module
-from safelight.acceleration.callers import Callers
 from safelight.acceleration.compilation import Compilation
 from safelight.acceleration.compile import missing_for_launchers, missing_toolchain, warm_up_compiler
 from safelight.core.executor import Execution, SyncExecutor
+from safelight.core.form import EAGER, Form
+from safelight.core.model_runner import ModelRunner
 from safelight.errors import CompilationError, InvalidParameterError
 from safelight.runtime.background import BackgroundCompiler, job_of
+from safelight.runtime.model_runner import PipelineRunner
+from tests.calls import through
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
 
 NEAR = 1e-5
 """Of pixels in [0, 1]."""
 SECONDS = 300.0
+COMPILED = Form("compiled")
 
 
-def alone(pipeline, fields, make=None):
+def alone(pipeline, fields, compilation=None):
     (req,) = requests(pipeline, fields)
-    for _ in SyncExecutor(pipeline, make).execute(req):
+    runner = None if compilation is None else ModelRunner(pipeline, [compilation])
+    for _ in SyncExecutor(pipeline, runner, COMPILED).execute(req):
         pass
     return req.outputs[0]
 
@@ -93,7 +98,7 @@ def test_compiled_blocks_are_near_and_no_size_compiles_again(flux):
     for fields in cases_of("FluxPipeline"):
         expected = alone(pipeline, fields)
         with PythonCalls(Modulation.forward) as eager:
-            made = alone(pipeline, fields, compilation.make_call)
+            made = alone(pipeline, fields, compilation)
         assert eager.count == 0, "every block ran compiled"
         assert (made - expected).abs().max() < NEAR
         assert not torch.equal(made, expected), "no kernel of the two is the same"
@@ -104,9 +109,12 @@ def test_compiled_blocks_are_near_and_no_size_compiles_again(flux):
 def test_both_forms_take_turns_and_give_each_its_bytes(flux):
     pipeline, compilation, _ = flux
     first, second = cases_of("FluxPipeline")[:2]
-    asked = [(first, None), (first, compilation.make_call), (second, compilation.make_call), (second, None)]
-    expected = [alone(pipeline, fields, make) for fields, make in asked]
-    executions = [Execution(pipeline, requests(pipeline, fields)[0], make) for fields, make in asked]
+    asked = [(first, EAGER), (first, COMPILED), (second, COMPILED), (second, EAGER)]
+    expected = [alone(pipeline, fields, None if form == EAGER else compilation) for fields, form in asked]
+    runner = ModelRunner(pipeline, [compilation])
+    executions = [Execution(pipeline, requests(pipeline, fields)[0], runner) for fields, _ in asked]
+    for execution, (_, form) in zip(executions, asked, strict=True):
+        execution.form = form
     running = list(executions)
     while running:
         running = [execution for execution in running if execution.advance()]
@@ -117,21 +125,22 @@ def test_both_forms_take_turns_and_give_each_its_bytes(flux):
 def test_what_no_graph_takes_runs_eagerly_and_compiles_nothing(flux):
     """Two rows, where one was compiled for: the bytes are those of the eager form, today and tomorrow."""
     from safelight.acceleration.compilation import doubled
-    from safelight.core.executor import make_call
 
     pipeline, compilation, _ = flux
     call, before = doubled(compilation.calls[0]), counters["stats"]["unique_graphs"]
     with torch.inference_mode():
-        assert torch.equal(as_tensor(compilation.make_call(call)), as_tensor(make_call(pipeline, call)))
+        compiled = through(compilation, pipeline.forward, COMPILED)
+        assert torch.equal(as_tensor(compiled(call)), as_tensor(pipeline.forward(call)))
     assert counters["stats"]["unique_graphs"] == before
 
 
 def test_a_failed_call_leaves_the_blocks_eager(flux):
-    _, compilation, _ = flux
+    pipeline, compilation, _ = flux
     call = compilation.calls[0]
     (each, *_) = compilation._classes["transformer"]
     with torch.inference_mode(), pytest.raises(TypeError):
-        compilation.make_call(type(call)(call.component, {}, {}, call.signature, call.key))
+        empty = type(call)(call.component, {}, {}, call.signature, call.key)
+        through(compilation, pipeline.forward, COMPILED)(empty)
     assert each._forward is each._forms["eager"]
 
 
@@ -154,7 +163,7 @@ def test_a_second_process_finds_everything_in_the_cache(flux, tiny_folder):
     """In process, with the same bytes: it is another first request than this process had."""
     pipeline, compilation, _ = flux
     fields = {"prompt": "a cat", "seed": 3, "height": 48, "width": 80, "num_inference_steps": 2}
-    expected = alone(pipeline, fields, compilation.make_call)
+    expected = alone(pipeline, fields, compilation)
     arguments = [str(tiny_folder("FluxPipeline")), json.dumps(fields)]
     done = subprocess.run(
         [sys.executable, "-c", SECOND_PROCESS, *arguments], capture_output=True, text=True, timeout=SECONDS
@@ -190,7 +199,7 @@ def test_a_cache_that_cannot_be_used_says_what_to_set(tmp_path, monkeypatch):
 
 def test_a_model_without_repeated_blocks_is_refused(fault_pipeline_of):
     with pytest.raises(InvalidParameterError, match="compile: got 'blocks'; it takes none for this model"):
-        Callers(fault_pipeline_of(compile="blocks"))
+        PipelineRunner(fault_pipeline_of(compile="blocks"))
 
 
 def test_without_a_compiler_it_is_refused_with_the_reason(tiny_folder, monkeypatch):
@@ -252,7 +261,7 @@ def test_another_process_fills_the_cache_and_every_family_is_near(tiny, name, tm
     compilation.finish()
     assert counters["inductor"]["fxgraph_cache_hit"] >= 2 and counters["inductor"]["fxgraph_cache_miss"] == 0
     for fields in cases_of(name)[:3]:
-        expected, made = alone(pipeline, fields), alone(pipeline, fields, compilation.make_call)
+        expected, made = alone(pipeline, fields), alone(pipeline, fields, compilation)
         assert (made - expected).abs().max() < NEAR and not torch.equal(made, expected)
 
 
@@ -270,9 +279,10 @@ def test_the_other_process_fails_with_a_reason_and_ends_with_us(tiny_flux):
 @pytest.mark.slow
 def test_bfloat16_is_compiled_for_itself(tiny_flux):
     pipeline = tiny_flux(compile="blocks", dtype="bfloat16")
-    callers = Callers(pipeline)
+    runner = PipelineRunner(pipeline)
+    runner.finish_compiling()
     fields = cases_of("FluxPipeline")[0]
-    made, expected = alone(pipeline, fields, callers.finished()), alone(pipeline, fields)
+    made, expected = alone(pipeline, fields, runner.compilation), alone(pipeline, fields)
     assert (made - expected).abs().max() < 0.05 and not torch.equal(made, expected)
 
 

@@ -8,9 +8,10 @@ import torch
 from benchmarks.common import as_tensor
 from safelight import ServerArgs
 from safelight.acceleration.graphs import CaptureError, CudaRecorder, Recorder, StepGraphs, refuse_graphs
-from safelight.core.executor import make_call
-from safelight.core.request import ModelCall
+from safelight.core.calls import CallKey, ModelCall
+from safelight.core.form import Form
 from safelight.errors import InvalidParameterError
+from tests.calls import through
 
 
 class FakeRecorder(Recorder):
@@ -47,7 +48,9 @@ class FakeRecorder(Recorder):
 def call(rows, component="transformer", signature=(), dtype=torch.float32, shared=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, 5, generator=generator).to(dtype)
-    return ModelCall(component, {"hidden": hidden}, {"table": torch.full((5,), shared)}, signature, ("r", "cond", 0))
+    return ModelCall(
+        component, {"hidden": hidden}, {"table": torch.full((5,), shared)}, signature, CallKey("r", "cond", 0)
+    )
 
 
 def compute(call):
@@ -66,7 +69,7 @@ def graphs(recorder):
 
 def test_every_call_has_the_bytes_of_its_own_arguments(graphs, recorder):
     """Shared arguments too: two requests of one signature have equal ones, and the graph must not depend on it."""
-    make = graphs.of(compute)
+    make = through(graphs, compute)
     results = []
     for seed in range(7):
         asked = call(1 + seed % 2, shared=1.0 + seed, seed=seed)
@@ -75,8 +78,8 @@ def test_every_call_has_the_bytes_of_its_own_arguments(graphs, recorder):
     assert all(torch.equal(result, expected) for result, expected in results), "earlier results are left alone"
 
 
-def test_a_graph_is_of_one_component_signature_shape_dtype_and_maker(graphs, recorder):
-    make = graphs.of(compute)
+def test_a_graph_is_of_one_component_signature_shape_dtype_and_form(graphs, recorder):
+    make = through(graphs, compute)
     kinds = [
         call(1),
         call(2),
@@ -91,14 +94,14 @@ def test_a_graph_is_of_one_component_signature_shape_dtype_and_maker(graphs, rec
     for kind in kinds:
         assert torch.equal(make(kind), compute(kind))
     assert recorder.num_recorded == len(kinds)
-    other = graphs.of(lambda asked: compute(asked) + 1)
+    other = through(graphs, lambda asked: compute(asked) + 1, Form("compiled"))
     for _ in range(3):
         assert torch.equal(other(kinds[-1]), compute(kinds[-1]) + 1)
     assert torch.equal(make(kinds[-1]), compute(kinds[-1]))
 
 
 def test_the_graph_that_was_not_used_for_longest_goes(graphs, recorder):
-    make = graphs.of(compute)
+    make = through(graphs, compute)
     for rows in (1, 2, 3):
         for _ in range(3):
             make(call(rows))
@@ -113,9 +116,17 @@ def test_the_graph_that_was_not_used_for_longest_goes(graphs, recorder):
     assert graphs.num_bytes == 1000 + sum((rows * 5 + 5) * 4 for rows in (1, 2, 4))
 
 
+def test_a_call_that_is_made_alone_has_no_graph(graphs, recorder):
+    """What an encoder or a VAE is given may change under it."""
+    make = through(graphs, compute)
+    for seed in range(4):
+        assert torch.equal(make(call(1, signature=None, seed=seed)), compute(call(1, seed=seed)))
+    assert recorder.num_measured == recorder.num_recorded == 0
+
+
 def test_what_is_not_bound_by_launches_runs_as_it_is():
     recorder = FakeRecorder(bound=False)
-    make = StepGraphs(torch.device("cpu"), recorder).of(compute)
+    make = through(StepGraphs(torch.device("cpu"), recorder), compute)
     for _ in range(5):
         make(call(1))
     assert (recorder.num_measured, recorder.num_recorded) == (1, 0)
@@ -125,7 +136,7 @@ def test_what_cannot_be_recorded_stays_eager_and_is_not_tried_again(caplog):
     """Other shapes are recorded all the same."""
     recorder = FakeRecorder(refuses=lambda result: len(result) == 2)
     graphs = StepGraphs(torch.device("cpu"), recorder)
-    make = graphs.of(compute)
+    make = through(graphs, compute)
     for seed in range(6):
         for rows in (1, 2):
             asked = call(rows, seed=seed)
@@ -135,7 +146,7 @@ def test_what_cannot_be_recorded_stays_eager_and_is_not_tried_again(caplog):
 
 
 def test_results_of_several_tensors(graphs):
-    make = graphs.of(lambda asked: (compute(asked), compute(asked) * 2))
+    make = through(graphs, lambda asked: (compute(asked), compute(asked) * 2))
     for seed in range(5):
         picture, sound = make(call(2, seed=seed))
         assert torch.equal(picture * 2, sound) and torch.equal(picture, compute(call(2, seed=seed)))
@@ -165,10 +176,10 @@ def test_a_replay_has_the_bytes_of_the_call(tiny_flux):
             return run(), True
 
     graphs = StepGraphs(pipeline.device, Always(pipeline.device))
-    make = graphs.of(lambda each: make_call(pipeline, each))
+    make = through(graphs, pipeline.forward)
     with torch.inference_mode():
         for scale in (1.0, 0.5, -2.0, 0.25, 3.0):
             scaled = {**asked.kwargs, "hidden_states": asked.kwargs["hidden_states"] * scale}
             each = ModelCall(asked.component, scaled, asked.shared_kwargs, asked.signature, asked.key)
-            assert torch.equal(as_tensor(make(each)), as_tensor(make_call(pipeline, each)))
+            assert torch.equal(as_tensor(make(each)), as_tensor(pipeline.forward(each)))
     assert graphs.num_graphs == 1

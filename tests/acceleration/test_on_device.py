@@ -11,7 +11,6 @@ import torch
 from benchmarks.common import as_tensor
 from benchmarks.stacks import STACKS
 from safelight import ServerArgs
-from safelight.acceleration.callers import Callers
 from safelight.acceleration.compilation import canonical_request, first_calls
 from safelight.acceleration.fused import fuse
 from safelight.acceleration.graphs import CudaRecorder, StepGraphs
@@ -19,12 +18,15 @@ from safelight.acceleration.plan import WORKSPACE, plan_mode
 from safelight.attention import BACKENDS
 from safelight.attention.backends import AttentionKind, compute_capability, disagreement
 from safelight.attention.check import formula, largest_error
-from safelight.core.executor import SyncExecutor, make_call
-from safelight.core.request import ModelCall
+from safelight.core.calls import ModelCall
+from safelight.core.executor import SyncExecutor
+from safelight.core.form import Form
 from safelight.loading.footprint import measure
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
+from safelight.runtime.model_runner import PipelineRunner
 from tests.acceleration.memories import LateMemory
+from tests.calls import through
 from tests.families.conftest import requests
 from tests.features import runs
 from tests.recipes import all_recipes
@@ -102,28 +104,29 @@ def test_what_cannot_be_captured_stays_eager(tiny_flux, device, caplog):
             return run(), True
 
     def asking(each):
-        made = as_tensor(make_call(pipeline, each))
+        made = as_tensor(pipeline.forward(each))
         return made * (1.0 if made.sum().item() > -1e9 else 2.0)
 
     graphs = StepGraphs(pipeline.device, Always(pipeline.device))
-    make, plain = graphs.of(asking), graphs.of(lambda each: make_call(pipeline, each))
+    make, plain = through(graphs, asking), through(graphs, pipeline.forward, Form("compiled"))
     with torch.inference_mode():
         for scale in (1.0, 0.5, -2.0, 0.25, 3.0):
             each = scaled(asked, scale)
-            assert torch.equal(as_tensor(make(each)), as_tensor(make_call(pipeline, each)))
+            assert torch.equal(as_tensor(make(each)), as_tensor(pipeline.forward(each)))
             assert torch.cuda.current_stream() == stream
         assert graphs.num_graphs == 0 and "stay without a graph" in caplog.text
         for scale in (1.0, 0.5, -2.0, 0.25):
             each = scaled(asked, scale)
-            assert torch.equal(as_tensor(plain(each)), as_tensor(make_call(pipeline, each)))
+            assert torch.equal(as_tensor(plain(each)), as_tensor(pipeline.forward(each)))
         assert graphs.num_graphs == 1 and graphs.num_bytes > 0
 
 
 def pictures(pipeline, name):
-    make = Callers(pipeline).finished()
+    runner = PipelineRunner(pipeline)
+    runner.finish_compiling()
     reqs = runs.asked(pipeline, name)
     for req in reqs:
-        for _ in SyncExecutor(pipeline, make).execute(req):
+        for _ in SyncExecutor(pipeline, runner, runner.form).execute(req):
             pass
     return [req.outputs[0] for req in reqs]
 

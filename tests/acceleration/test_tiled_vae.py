@@ -181,7 +181,7 @@ def test_units_are_bounded_and_their_cost_is_that_of_the_work(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_may_be_moved_between_any_two_units(vaes, kind):
     """Every tensor is replaced by a clone and the old one filled with NaN; dataclasses and lists are rebuilt."""
-    from safelight.core.request import _mapped
+    from safelight.core.trees import map_tree
 
     def poisoned(tensor):
         clone = tensor.clone()
@@ -196,7 +196,7 @@ def test_the_state_may_be_moved_between_any_two_units(vaes, kind):
         for piece in unit.run(state):
             frames, rows = piece.pixels.shape[1:3]
             pixels[:, piece.frame : piece.frame + frames, piece.top : piece.top + rows] = piece.pixels
-        state = _mapped(state, poisoned)
+        state = map_tree(state, poisoned)
     assert torch.equal(pixels, expected)
 
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from safelight.cli.main import main
-from safelight.core import executor
+from safelight.core.pipeline import ComposedPipeline
 from safelight.generator import DiffusionGenerator
-from safelight.loading import loader, repository
+from safelight.loading import component_plan, repository
 from tests.cli.conftest import SMALL
 from tests.recipes import wan
 from tests.recipes.qwen_image import LAYERED, patch_areas, picture
@@ -118,7 +118,7 @@ def no_weights(monkeypatch):
     def load(*args):
         pytest.fail("weights are loaded before the request is checked")
 
-    monkeypatch.setattr(loader, "load_component", load)
+    monkeypatch.setattr(component_plan, "load_component", load)
 
 
 def refused(ended, code, *words):
@@ -319,7 +319,7 @@ def test_a_bug_is_one_line_too(generate, tmp_path, monkeypatch):
     def broken(*args):
         raise ZeroDivisionError("a\nbug")
 
-    monkeypatch.setattr(loader, "load_component", broken)
+    monkeypatch.setattr(component_plan, "load_component", broken)
     ended = generate("x", "-o", tmp_path / "x.png")
     assert (ended.code, ended.err.count("\n")) == (1, 1)
     assert ended.err.startswith("safelight: internal error: ZeroDivisionError: a bug")
@@ -340,22 +340,22 @@ def test_a_picture_of_nan_is_not_written(run, checkpoints, tmp_path):
 
 def test_an_interrupt_ends_with_130_and_writes_nothing(generate, tmp_path, monkeypatch):
     """A real signal, in the middle of the third step."""
-    call, calls = executor.make_call, []
+    forward, calls = ComposedPipeline.forward, []
 
-    def interrupted(pipeline, model_call):
-        calls.append(model_call)
-        if len(calls) == 3:
+    def interrupted(pipeline, call):
+        calls.append(call)
+        if sum(each.component == "transformer" for each in calls) == 3:
             signal.raise_signal(signal.SIGINT)
-        return call(pipeline, model_call)
+        return forward(pipeline, call)
 
-    monkeypatch.setattr("safelight.acceleration.callers.make_call", interrupted)
+    monkeypatch.setattr(ComposedPipeline, "forward", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job does not have
     try:
         ended = generate("x", "--num-inference-steps", 50, "-o", tmp_path / "x.png")
     finally:
         signal.signal(signal.SIGINT, before)
     assert (ended.code, ended.out, ended.err.strip()) == (130, "", "safelight: interrupted")
-    assert len(calls) == 3 and list(tmp_path.iterdir()) == []
+    assert calls[-1].key.step == 2 and list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ import types
 import pytest
 import torch
 
+from safelight.core.calls import ModelCall
+from safelight.core.components import Components
 from safelight.core.executor import Execution, SyncExecutor
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import ModelCall, Req, map_tensors, move
+from safelight.core.request import Req, map_tensors, move
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
 
@@ -29,7 +31,7 @@ class LoopStage(PipelineStage):
     def run(self, batch, server_args):
         while batch.step_index < 3:
             batch.pending = [
-                ModelCall("double", {"x": batch.latents + 1}, {}, (), (batch.request_id, branch, batch.step_index))
+                ModelCall("double", {"x": batch.latents + 1}, {}, (), batch.key(branch, batch.step_index))
                 for branch in ("cond", "uncond")
             ]
             self.advance(batch, (yield batch.pending))
@@ -49,7 +51,7 @@ class StubPipeline(ComposedPipeline):
 
 
 def pipeline(double=lambda x: 2 * x):
-    return StubPipeline({"double": double}, None, None, ServerArgs(device="cpu"))  # type: ignore[arg-type]
+    return StubPipeline(Components({"double": double}), None, None, ServerArgs(device="cpu"))  # type: ignore[arg-type]
 
 
 def counting(calls):

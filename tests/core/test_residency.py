@@ -1,7 +1,6 @@
 """Components come to the device when a unit needs them, and the least recently used leave it for others."""
 
 import pytest
-from torch import nn
 
 from safelight.core.residency import Residency
 
@@ -26,19 +25,14 @@ class Counted:
 
 
 @pytest.fixture
-def modules():
-    return {name: nn.Sequential(nn.Linear(1, 1)) for name in ("text_encoder", "transformer", "vae", "fixed")}
-
-
-@pytest.fixture
 def placements():
     return {"text_encoder": Counted(40), "transformer": Counted(70), "vae": Counted(10)}
 
 
-def test_the_least_recently_used_leave(modules, placements):
-    residency = Residency(modules, placements, dict.fromkeys(placements, 100))
-    assert [residency.is_resident(name) for name in modules] == [False, False, False, True]
-    assert residency.component("vae") is modules["vae"]
+def test_the_least_recently_used_leave(placements):
+    residency = Residency(placements, dict.fromkeys(placements, 100))
+    assert [residency.is_resident(name) for name in (*placements, "fixed")] == [False, False, False, True]
+    residency.bring(["vae"])
     residency.bring(["text_encoder"])
     residency.bring(["vae"])
     assert residency.resident() == ("text_encoder", "vae") and residency.num_bytes == 50
@@ -53,9 +47,9 @@ def test_the_least_recently_used_leave(modules, placements):
     assert residency.num_bytes == 0 and not any(placement.inside for placement in placements.values())
 
 
-def test_room_is_that_of_what_runs(modules, placements):
+def test_room_is_that_of_what_runs(placements):
     """The VAE needs much room for what it computes: others leave although it is on the device already."""
-    residency = Residency(modules, placements, {"text_encoder": 115, "transformer": 120, "vae": 60})
+    residency = Residency(placements, {"text_encoder": 115, "transformer": 120, "vae": 60})
     residency.bring(["vae"])
     residency.bring(["transformer"])
     residency.bring(["text_encoder"])
@@ -64,30 +58,24 @@ def test_room_is_that_of_what_runs(modules, placements):
     assert residency.resident() == ("text_encoder", "vae")
 
 
-def test_several_at_one_time(modules, placements):
+def test_several_at_one_time(placements):
     """The least of their rooms is what there is."""
-    residency = Residency(modules, placements, {"text_encoder": 80, "transformer": 120, "vae": 120})
+    residency = Residency(placements, {"text_encoder": 80, "transformer": 120, "vae": 120})
     residency.bring(["transformer"])
     residency.bring(["vae", "text_encoder"])
     assert set(residency.resident()) == {"vae", "text_encoder"}
 
 
-def test_one_that_cannot_come_leaves_the_others_right(modules, placements):
-    residency = Residency(modules, placements, dict.fromkeys(placements, 75))
+def test_one_that_cannot_come_leaves_the_others_right(placements):
+    residency = Residency(placements, dict.fromkeys(placements, 75))
     residency.bring(["text_encoder"])
     placements["transformer"].fails = True
     with pytest.raises(MemoryError):
-        residency.component("transformer")
+        residency.bring(["transformer"])
     assert residency.resident() == ()
     placements["transformer"].fails = False
-    residency.component("transformer")
+    residency.bring(["transformer"])
     assert residency.resident() == ("transformer",)
-
-
-def test_owners_are_found_by_their_parts(modules):
-    residency = Residency(modules, {}, {})
-    assert residency.owners([modules["vae"][0], modules["fixed"]]) == ("vae", "fixed")
-    assert all(residency.is_resident(name) for name in modules)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +88,7 @@ def test_owners_are_found_by_their_parts(modules):
         (["text_encoder", "vae"], ["fixed"], -50),
     ],
 )
-def test_what_must_still_come_is_told(modules, placements, resident, asked, missing):
-    residency = Residency(modules, placements, dict.fromkeys(placements, 100))
+def test_what_must_still_come_is_told(placements, resident, asked, missing):
+    residency = Residency(placements, dict.fromkeys(placements, 100))
     residency.bring(resident)
     assert residency.missing_bytes(asked) == missing

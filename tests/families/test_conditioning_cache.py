@@ -21,7 +21,7 @@ def conditioning(pipeline, fields):
     """Return what the encoders made for a request: all of it, before the first step, and the warnings."""
     req = requests(pipeline, fields)[0]
     with Execution(pipeline, req) as execution:
-        while not req.pending:
+        while not req.in_loop:
             execution.advance()
         embeds = [] if req.image_embeds is None else [req.image_embeds]
         made = [*req.prompt_embeds, *req.negative_prompt_embeds, *embeds, *req.image_latents]
@@ -99,18 +99,19 @@ def test_the_oldest_go_first_and_the_bound_holds():
 
 
 def test_other_weights_are_another_key(tmp_path):
-    cache = ConditioningCache(1000)
+    weights: dict[str, str] = {}
+    cache = ConditioningCache(1000, weights)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "config.json").write_text("{}")
     first = weights_digest(tmp_path)
-    cache.weights["vae"] = first
+    weights["vae"] = first
     cache.put(torch.ones(3), None, "vae", "cat")
     assert cache.get("vae", "cat") is not None and cache.get("text_encoder", "cat") is None
     (tmp_path / "config.json").write_text('{"a": 1}')
     second = weights_digest(tmp_path)
     os.utime(tmp_path / "model.safetensors", (1, 1))
     assert len({first, second, weights_digest(tmp_path)}) == 3
-    cache.weights["vae"] = second
+    weights["vae"] = second
     assert cache.get("vae", "cat") is None
 
 

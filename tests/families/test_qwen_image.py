@@ -13,12 +13,13 @@ from PIL import Image
 
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError, UnknownParameterError, UsageError
-from safelight.families.qwen_image import prompts, stages
+from safelight.families.qwen_image import caption, prompts, stages
 from safelight.families.qwen_image.params import MAX_INPUT_IMAGES, needs_caption
 from safelight.families.qwen_image.transformer import QwenImageTransformer2DModel
 from safelight.generator import DiffusionGenerator
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
+from tests.calls import driven
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
 from tests.recipes.base import shake
@@ -146,9 +147,10 @@ def test_a_caption_in_units_is_the_undivided_one(models, monkeypatch, size, in_e
     """Also where it ends last in a unit, or is cut; with a penalty of what is written, and another image in between."""
     patch_areas(monkeypatch)
     pipeline = models.ours(all_recipes()[LAYERED])
-    stage = pipeline.stages["before_denoising"]
-    monkeypatch.setattr(stage, "text_encoder", sharp(stage.text_encoder))
-    config, longest = stage.text_encoder.generation_config, 80
+    stage, text_encoder = pipeline.stages["before_denoising"], sharp(pipeline.get_module("text_encoder"))
+    monkeypatch.setitem(pipeline.components.modules, "text_encoder", text_encoder)
+    config, longest = text_encoder.generation_config, 80
+    monkeypatch.setattr(stage, "generation_config", config)
     monkeypatch.setattr(config, "repetition_penalty", 5.0)
     monkeypatch.setattr(config, "eos_token_id", None)
     monkeypatch.setattr(stages, "MAX_CAPTION_TOKENS", longest)
@@ -158,7 +160,7 @@ def test_a_caption_in_units_is_the_undivided_one(models, monkeypatch, size, in_e
     inputs = stage.config.caption_inputs(template, req, stage.tokenizer, stage.processor)
 
     def undivided():
-        ids = stage.text_encoder.generate(**inputs, max_new_tokens=longest, do_sample=False)
+        ids = text_encoder.generate(**inputs, max_new_tokens=longest, do_sample=False)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
     expected = undivided()
@@ -173,14 +175,13 @@ def test_a_caption_in_units_is_the_undivided_one(models, monkeypatch, size, in_e
         return decode(ids, **options)
 
     monkeypatch.setattr(stage.tokenizer, "decode", watched)
-    boundaries = 0
+    num_calls = 0
     with torch.inference_mode():
-        for boundary in stage.write_caption(req):
-            boundaries += boundary == []
-            stage.text_encoder.model.rope_deltas = torch.tensor([[-300]])  # which is the last image's, of any request
+        for calls in driven(pipeline, stage.write_caption(req, pipeline.server_args)):
+            num_calls += len(calls)
+            text_encoder.model.rope_deltas = torch.tensor([[-300]])  # which is the last image's, of any request
     assert written[-1] == expected
-    assert boundaries == (len(expected) - 1) // stages.UNIT_TOKENS
-    assert req.feature_cache == {}
+    assert num_calls == -(-len(expected) // stages.UNIT_TOKENS)
 
 
 def test_a_prompt_is_required_but_for_layers(schema):
@@ -241,10 +242,10 @@ def test_keys_and_values_have_the_name_that_the_installed_version_takes(models, 
     """Another version's: as it is installed here or not, `generate` is given that name, and read by it."""
     patch_areas(monkeypatch)
     pipeline = models.ours(all_recipes()[LAYERED])
-    stage = pipeline.stages["before_denoising"]
+    stage, text_encoder = pipeline.stages["before_denoising"], pipeline.get_module("text_encoder")
     output_cls = dataclasses.make_dataclass("Output", ["sequences", (name, object, None)])
-    assert stages.cache_name(output_cls) == name
-    installed, generate, given = stages.CACHE, stage.text_encoder.generate, []
+    assert caption.cache_name(output_cls) == name
+    installed, generate, given = caption.CACHE, text_encoder.generate, []
 
     def renamed(**arguments):
         given.append(name in arguments)
@@ -252,17 +253,17 @@ def test_keys_and_values_have_the_name_that_the_installed_version_takes(models, 
         made = generate(**arguments)
         return {"sequences": made.sequences, name: made[installed]}
 
-    def caption():
+    def written():
         (req,) = requests(pipeline, {"image": picture(90, 100, "RGBA"), "prompt": "", "use_en_prompt": True})
         with torch.inference_mode():
-            for _ in stage.write_caption(req):
+            for _ in driven(pipeline, stage.write_caption(req, pipeline.server_args)):
                 pass
         return req.params.prompts()
 
     monkeypatch.setattr(stages, "UNIT_TOKENS", 4)  # a caption of several units, however soon it ends
     monkeypatch.setattr(stages, "MAX_CAPTION_TOKENS", 40)
-    expected = caption()
-    monkeypatch.setattr(stages, "CACHE", name)
-    monkeypatch.setattr(stage.text_encoder, "generate", renamed)
-    assert caption() == expected
+    expected = written()
+    monkeypatch.setattr(caption, "CACHE", name)
+    monkeypatch.setattr(text_encoder, "generate", renamed)
+    assert written() == expected
     assert len(given) > 1 and all(given)

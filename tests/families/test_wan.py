@@ -235,16 +235,14 @@ def test_the_decoder_remembers_in_the_request(models):
     with torch.inference_mode():
         sent = next(steps)
         while True:
-            results = [pipeline.get_module(call.component)(**call.kwargs, **call.shared_kwargs) for call in sent]
+            results = [pipeline.forward(call) for call in sent]
             try:
                 sent = steps.send(results)
             except StopIteration:
                 break
-            sizes.append((req.stage, len(req.feature_cache), len(req.outputs)))
-    assert [(stage, bool(cache), frames) for stage, cache, frames in sizes][-3:] == [
-        ("decoding", False, 0),
-        ("decoding", True, 1),
-        ("decoding", True, 5),
-    ]
-    assert req.feature_cache == {} and req.outputs[0].shape == (9, 48, 80, 3)
+            given = req.pending[0].kwargs["state"] if req.pending and req.stage == "decoding" else {}
+            sizes.append((req.stage, list(given), len(given.get("cache", ()))))
+    assert sizes[-3][:2] == ("decoding", ["input"]), "nothing is remembered before the first latent frame"
+    assert [(stage, cache > 10) for stage, _, cache in sizes[-2:]] == [("decoding", True)] * 2
+    assert req.stage_state is None and req.outputs[0].shape == (9, 48, 80, 3)
     map_tensors(req, torch.clone)

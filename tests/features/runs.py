@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safelight import ServerArgs
-from safelight.acceleration.callers import Callers
 from safelight.acceleration.plan import WORKSPACE, plan_mode
 from safelight.core.executor import SyncExecutor
+from safelight.core.form import Form
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req
 from safelight.loading.footprint import measure
@@ -26,9 +26,10 @@ from safelight.loading.repository import open_repository
 from safelight.parallel.layout import ParallelLayout
 from safelight.parallel.mesh import Mesh, build_mesh
 from safelight.runtime.engine import Batching, Engine
-from safelight.runtime.policy import Plan, Task
+from safelight.runtime.model_runner import PipelineRunner
+from safelight.runtime.plan import Plan
+from safelight.runtime.policy import Task
 from safelight.runtime.ranks import Ranks
-from safelight.stages.banded_decoding import BandedDecodingStage
 from tests.acceleration.memories import LateMemory
 from tests.families.conftest import requests
 from tests.features.table import FEATURE, OFF, Driver, Pair
@@ -125,23 +126,23 @@ def run(pipeline: ComposedPipeline, name: str, driver: Driver, mesh: Mesh | None
     seen, reqs = Seen(), asked(pipeline, name)
     watch_components(pipeline, seen)
     if driver == "alone":
-        callers = Callers(pipeline)
-        make = callers.finished()
-        seen.compiled = callers.mode == "compiled"
+        runner = PipelineRunner(pipeline)
+        runner.finish_compiling()
+        seen.compiled = runner.form.mode == "compiled"
         for req in reqs:
-            for _ in SyncExecutor(pipeline, make).execute(req):
+            for _ in SyncExecutor(pipeline, runner, runner.form).execute(req):
                 pass
     else:
         batching: Batching = "throughput" if driver == "stacked" else "exact"
         ranks = None if mesh is None else Ranks(mesh.control)
         engine = Engine(pipeline, clock=ticking(), batching=batching, ranks=ranks)
-        engine.callers.finished()
+        engine.runner.finish_compiling()
         tasks = [engine.add(req) for req in reqs]
         drive(engine, seen)
         for task in tasks:
             if task.error is not None:
                 raise task.error
-        seen.compiled = all(task.mode == "compiled" for task in tasks)
+        seen.compiled = all(task.form == Form("compiled") for task in tasks)
     seen.outputs = [req.outputs[0] for req in reqs]
     if mesh is not None:
         seen.sent = {axis for axis, traffic in mesh.traffic().items() if traffic.num_calls}
@@ -191,14 +192,15 @@ def watch_components(pipeline: ComposedPipeline, seen: Seen) -> None:
 
 def not_in_effect(pair: Pair, pipeline: ComposedPipeline, seen: Seen) -> list[str]:
     """Return the features of a pair of which nothing was seen: a setting that does nothing gives equal pixels too."""
-    bands = any(isinstance(stage, BandedDecodingStage) for stage in pipeline.stages.values())
+    vae = type(pipeline.vae.decoder).__name__ if pipeline.vae is not None else ""
+    over_ranks: Any = pipeline.components.over_ranks
     offloaded = seen.brought == set(pipeline.modules())
     effects = {
         "interleaving": seen.switches > 0,
         "throughput batching": seen.stacked > 1,
         "conditioning cache": pipeline.conditioning_cache.num_hits > 0,
         "kernels": True,  # what they replace depends on the processor
-        "exact tiles": bands,
+        "exact tiles": vae.endswith("BandDecoder"),
         "offload, components": offloaded,
         "offload, blocks": offloaded,
         "compile": seen.compiled,
@@ -207,7 +209,7 @@ def not_in_effect(pair: Pair, pipeline: ComposedPipeline, seen: Seen) -> list[st
         "Ulysses": "ulysses" in seen.sent,
         "ring": "ring" in seen.sent,
         "CFG parallel": "cfg" in seen.sent,
-        "VAE parallel": "world" in seen.sent and bool(pipeline.shared_stages),
+        "VAE parallel": over_ranks is not None and "world" in seen.sent and "vae" in over_ranks.sharing,
     }
     return sorted(name for name in pair.names if not effects[name])
 

@@ -113,8 +113,8 @@ def test_encoders_on_one_rank_give_all_ranks_their_embeddings(pools, folders, re
 
 def test_an_encoder_that_fails_ends_the_request_on_every_rank_and_that_alone(pools):
     assert pools(2).run("encoder_that_fails") == [
-        ["RankFailedError: this rank's encoder failed", "[[1.0, 1.0]]"],
-        ["RankFailedError: the rank that encodes failed: MemoryError('no room')", "[[1.0, 1.0]]"],
+        ["RankFailedError: this rank's component failed", "[[1.0, 1.0]]", "None", "3"],
+        ["RankFailedError: the first rank failed: MemoryError('no room')", "[[1.0, 1.0]]", "None", "3"],
     ]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,26 +22,29 @@ from benchmarks import parallel
 from benchmarks.stacks import STACKS, Size
 from safelight import ServerArgs
 from safelight.attention import Attention, AttentionMetadata
-from safelight.core.executor import Execution, PipelineExecutor, SyncExecutor, make_call
+from safelight.core.calls import CallKey, ModelCall
+from safelight.core.executor import Execution, SyncExecutor
+from safelight.core.model_runner import Forward, ModelRunner
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import resolve_class
-from safelight.core.request import ModelCall, Prediction, Req
-from safelight.core.stage import PipelineStage
+from safelight.core.request import Prediction, Req
 from safelight.errors import InvalidParameterError, RankFailedError
 from safelight.layers.causal_vae import FeatureCache
 from safelight.loading.checkpoint import load_weights
 from safelight.loading.files import read_json
 from safelight.loading.loader import load_pipeline
+from safelight.loading.vaes import run_vae
 from safelight.parallel.attention import SequenceParallelAttention, TokenLayout
-from safelight.parallel.cfg import ParallelExecutor, run_calls
+from safelight.parallel.calls import CallsOverRanks, Sharing
+from safelight.parallel.calls import divide as divide_calls
 from safelight.parallel.collectives import Communicator
-from safelight.parallel.encoding import EncoderOnOneRank
 from safelight.parallel.layout import ParallelLayout
 from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.parallel.sequence import apply_sequence_parallel, piece_of
 from safelight.parallel.tensor import connect_shards, library_plan, shard_parameters
-from safelight.parallel.vae import BandedCausalDecoder, RowBands, apply_vae_parallel, divide_decoder
-from safelight.runtime.batching import run_stacked
+from safelight.parallel.vae import BandedCausalDecoder, RowBands, divide_decoder
+from safelight.runtime.stacking import Stacking
+from tests.calls import loaded_as
 from tests.families.conftest import requests
 from tests.features.runs import pair_on_ranks  # noqa: F401 - run by its name
 from tests.recipes import all_recipes
@@ -67,8 +70,7 @@ def pipeline(folder: str, divided_vae: bool = False) -> ComposedPipeline:
 def divided_vae(folder: str, ranks: Mesh) -> ComposedPipeline:
     """Return the pipeline of a checkpoint with its VAE divided."""
     loaded = pipeline(folder, divided_vae=True)
-    apply_vae_parallel(loaded, ranks.world)
-    return loaded
+    return loaded_as(loaded, vae=run_vae(loaded.get_module("vae"), ranks=ranks.world))
 
 
 def load_transformer(
@@ -89,9 +91,10 @@ def load_transformer(
 def divide(folder: str, ranks: Mesh) -> ComposedPipeline:
     """Return the pipeline of a checkpoint with its transformers divided afresh."""
     loaded = divided_vae(folder, ranks) if ranks.layout.vae else pipeline(folder)
+    modules: Any = loaded.components.modules
     for name in loaded.modules():
         if name.startswith("transformer"):
-            loaded._modules[name] = load_transformer(loaded, Path(folder) / name, ranks)
+            modules[name] = load_transformer(loaded, Path(folder) / name, ranks)
     return loaded
 
 
@@ -102,7 +105,7 @@ def request(loaded: ComposedPipeline, recipe: str, case: str, output_type: str, 
     return req
 
 
-def finish(executor: PipelineExecutor, req: Req) -> torch.Tensor:
+def finish(executor: SyncExecutor, req: Req) -> torch.Tensor:
     """Drive a request to its end; return its output."""
     for _ in executor.execute(req):
         pass
@@ -126,8 +129,9 @@ def together(
         loaded = divide(folder, ranks)
         req = request(loaded, recipe, case, output_type)
         before = {axis: (t.num_calls, t.num_bytes) for axis, t in ranks.traffic().items()}
-        for _ in ParallelExecutor(loaded, ranks.cfg).execute(req):
-            if req.pending:
+        runner = ModelRunner(loaded, [CallsOverRanks({}, ranks.cfg, ranks.world, torch.device("cpu"))])
+        for _ in SyncExecutor(loaded, runner).execute(req):
+            if req.in_loop:
                 steps.append([described(call) for call in req.pending])
     save_file({"output": req.outputs[0].contiguous()}, str(Path(out) / f"rank{ranks.world.rank}.safetensors"))
     sent = {axis: (t.num_calls - before[axis][0], t.num_bytes - before[axis][1]) for axis, t in ranks.traffic().items()}
@@ -247,7 +251,7 @@ def branches(num_calls: int, size_of_result: int) -> dict[str, Any]:
     right = True
     for call_is_joint in (False, True):
         before = ranks.traffic.num_calls
-        for call, result in enumerate(run_calls(range(num_calls), run, ranks)):
+        for call, result in enumerate(divide_calls(range(num_calls), lambda calls: list(map(run, calls)), ranks)):
             parts = result if isinstance(result, tuple) else (result,)
             right &= (
                 bool((parts[0] == call).all())
@@ -384,21 +388,20 @@ def embeddings(folder: str, recipe: str, case: str) -> bool:
     ranks = mesh(tp=size()).world
     with patched(recipe):
         loaded = pipeline(folder)
-        stage: Any = loaded.stages["text_encoding"]
-        spread = copy.copy(stage)
-        spread.text_encoders = [
-            EncoderOnOneRank(encoder if ranks.rank == 0 else None, ranks, torch.device("cpu"))
-            for encoder in stage.text_encoders
-        ]
-        wanted, made = (encoded(each, request(loaded, recipe, case, "np")) for each in (stage, spread))
+        sharing: dict[str, Sharing] = {name: "first rank" for name in loaded.modules() if "encoder" in name}
+        spread = ModelRunner(loaded, [CallsOverRanks(sharing, lone_mesh().cfg, ranks, torch.device("cpu"))])
+        wanted, made = (
+            encoded(loaded, each, request(loaded, recipe, case, "np")) for each in (ModelRunner(loaded, []), spread)
+        )
     return len(wanted) > 0 and all(torch.equal(*pair) for pair in zip(wanted, made, strict=True))
 
 
-def encoded(stage: PipelineStage, req: Req) -> list[torch.Tensor]:
-    """Return the embeddings that a stage makes."""
-    with torch.inference_mode():
-        for _ in stage.run(req, ServerArgs()):
-            pass
+def encoded(loaded: ComposedPipeline, runner: ModelRunner, req: Req) -> list[torch.Tensor]:
+    """Return the embeddings of a request."""
+    loaded.conditioning_cache.clear()
+    with Execution(loaded, req, runner) as execution:
+        while not req.in_loop:
+            execution.advance()
     return [*req.prompt_embeds, *req.negative_prompt_embeds]
 
 
@@ -406,17 +409,23 @@ def encoder_that_fails() -> list[str]:
     """Return what each rank raises when the one that has the encoder fails, and whether the next request works."""
     ranks, told = mesh(tp=size()).world, []
 
-    def encoder(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not input_ids.any():
+    def encoder(forwards: Sequence[Forward]) -> list[Any]:
+        assert ranks.rank == 0, "the others have none"
+        if not forwards[0].call.kwargs["input_ids"].any():
             raise MemoryError("no room")
-        return {"last_hidden_state": torch.ones(1, 2)}
+        return [{"states": [torch.ones(1, 2), None], "number": 3}]
 
-    shared = EncoderOnOneRank(encoder if ranks.rank == 0 else None, ranks, torch.device("cpu"))
+    shared = CallsOverRanks({"text_encoder": "first rank"}, lone_mesh().cfg, ranks, torch.device("cpu"))
+
+    def call(ids: torch.Tensor) -> list[Forward]:
+        return [Forward(ModelCall("text_encoder", {"input_ids": ids}, {}, None, CallKey("r/0", "cond", 0)), ())]
+
     try:
-        shared(input_ids=torch.zeros(1))
+        shared(call(torch.zeros(1)), encoder)
     except (MemoryError, RankFailedError) as error:
         told.append(f"{type(error).__name__}: {error}")
-    return [*told, str(shared(input_ids=torch.ones(1)).last_hidden_state.tolist())]
+    (made,) = shared(call(torch.ones(1)), encoder)
+    return [*told, str(made["states"][0].tolist()), str(made["states"][1]), str(made["number"])]
 
 
 def stacked(folder: str, recipe: str, case: str, layout: dict[str, int]) -> list[float]:
@@ -428,12 +437,13 @@ def stacked(folder: str, recipe: str, case: str, layout: dict[str, int]) -> list
         for number, req in enumerate(reqs):
             req.request_id = f"r{number}"
             with Execution(whole, req) as execution:
-                while not req.pending:
+                while not req.in_loop:
                     execution.advance()
                 with torch.inference_mode():
-                    wanted.append((list(req.pending), [make_call(whole, call) for call in req.pending]))
+                    wanted.append((execution.forwards(), [whole.forward(call) for call in req.pending]))
         calls, alone = [entry[0] for entry in wanted], [entry[1] for entry in wanted]
-        made = run_stacked(partial(make_call, divide(folder, ranks)), calls)
+        together = iter(ModelRunner(divide(folder, ranks), [Stacking()]).run([each for own in calls for each in own]))
+        made = [[next(together) for _ in own] for own in calls]
     return [
         max(largest_difference(one, other) for one, other in zip(left, right, strict=True))
         for left, right in zip(made, alone, strict=True)
@@ -479,7 +489,7 @@ def in_bfloat16(folder: str, recipe: str, case: str, layout: dict[str, Any]) -> 
     with patched(recipe):
         loaded = divide(folder, lone_mesh())
         with Execution(loaded, request(loaded, recipe, case, "latent")) as execution:
-            while not execution.req.pending:
+            while not execution.req.in_loop:
                 execution.advance()
             call = execution.req.pending[0]
             is_half = {name: tensor.ndim > 1 and name != "timestep" for name, tensor in call.kwargs.items()}
@@ -488,9 +498,10 @@ def in_bfloat16(folder: str, recipe: str, case: str, layout: dict[str, Any]) -> 
             made = []
             for ranks in (lone_mesh(), mesh(**layout)):
                 path = Path(folder) / call.component
-                loaded._modules[call.component] = load_transformer(loaded, path, ranks, torch.bfloat16)
+                modules: Any = loaded.components.modules
+                modules[call.component] = load_transformer(loaded, path, ranks, torch.bfloat16)
                 with torch.inference_mode():
-                    predicted = make_call(loaded, call)
+                    predicted = loaded.forward(call)
                 assert isinstance(predicted, torch.Tensor)
                 made.append(predicted)
     assert made[1].dtype == torch.bfloat16

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from safelight import ServerArgs
-from safelight.acceleration.callers import Callers
 from safelight.acceleration.compile import CACHE_VARIABLE
 from safelight.core.executor import SyncExecutor
+from safelight.core.form import Form, Mode
 from safelight.core.request import Req
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
 from safelight.runtime.group import EngineSettings
+from safelight.runtime.model_runner import PipelineRunner
 from safelight.runtime.supervisor import Supervisor
 from safelight.serving.job_manager import JobManager
 from safelight.serving.outputs import Outputs
@@ -44,12 +45,13 @@ def folder(tmp_path_factory):
 def expected(folder):
     """Return the picture of each mode, made in this process."""
     pipeline = load_pipeline(ServerArgs(str(folder), device="cpu", compile="blocks"))
-    callers = Callers(pipeline)
-    callers.finished()
+    runner = PipelineRunner(pipeline)
+    runner.finish_compiling()
     made = {}
-    for mode in ("eager", "compiled"):
+    modes: tuple[Mode, ...] = ("eager", "compiled")
+    for mode in modes:
         req = Req("r", prepare(pipeline.schema, FIELDS)[0].split()[0])
-        for _ in SyncExecutor(pipeline, callers.of(mode)).execute(req):
+        for _ in SyncExecutor(pipeline, runner, Form(mode)).execute(req):
             pass
         made[mode] = req.outputs[0].numpy()
     return made

@@ -19,10 +19,11 @@ from safelight.runtime import budget as budget_module
 from safelight.runtime.budget import LEAST, SHARES, Budget, held_by
 from safelight.runtime.engine import Engine
 from safelight.runtime.messages import Submit, split_images
-from safelight.runtime.policy import Plan
+from safelight.runtime.plan import Plan
 from safelight.runtime.ranks import Ranks
 from safelight.runtime.room import Gauge
 from safelight.runtime.scheduler import Intake
+from tests.calls import loaded_as
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
 from tests.runtime.conftest import request
@@ -58,8 +59,8 @@ def counted(fault_pipeline):
     """Return a function: an engine and its gauge, where one stage takes a gibibyte for 64 tokens."""
 
     def make(stage, a_token=A_TOKEN, **more):
-        pipeline = fault_pipeline(name="counted")
-        pipeline.count_memory = lambda: (StageMemory(stage, 0, 0, a_token),)
+        counted = (StageMemory(stage, 0, 0, a_token),)
+        pipeline = loaded_as(fault_pipeline(name="counted"), count_memory=lambda: counted)
         gauge = FakeGauge(**more)
         budget = Budget(pipeline, gauge)
         budget.count()
@@ -171,9 +172,8 @@ def counting(calls):
 
 @pytest.mark.parametrize(("height", "counts"), [(64, 0), (4096, 1)])
 def test_a_model_is_counted_for_the_first_request_that_may_matter(fault_pipeline, height, counts):
-    pipeline = fault_pipeline()
     calls: list[int] = []
-    pipeline.count_memory = counting(calls)
+    pipeline = loaded_as(fault_pipeline(), count_memory=counting(calls))
     budget = Budget(pipeline, FakeGauge(left=4 * GIB))
     for _ in range(2):
         budget.refusal(request(pipeline, height=height, width=64).params)
@@ -181,21 +181,18 @@ def test_a_model_is_counted_for_the_first_request_that_may_matter(fault_pipeline
 
 
 def test_a_large_model_is_counted_when_it_is_loaded(fault_pipeline, monkeypatch):
-    pipeline = fault_pipeline()
     calls: list[int] = []
-    pipeline.count_memory = counting(calls)
+    pipeline = loaded_as(fault_pipeline(), count_memory=counting(calls))
     monkeypatch.setattr(budget_module, "WORTH", 80)  # bytes of its one layer
     Budget(pipeline, FakeGauge())
     assert calls
 
 
 def test_a_model_that_cannot_be_counted_refuses_nothing(fault_pipeline):
-    pipeline = fault_pipeline()
-
     def fail():
         raise ValueError("not without weights")
 
-    pipeline.count_memory = fail
+    pipeline = loaded_as(fault_pipeline(), count_memory=fail)
     budget = Budget(pipeline, FakeGauge(0, 1))
     assert budget.refusal(request(pipeline, height=4096, width=64).params) is None
 
@@ -225,7 +222,7 @@ def peaks(pipeline, req):
 
 
 def hold_to_what_is_taken(pipeline, fields):
-    memory = {stage.stage: stage for stage in pipeline.count_memory()}
+    memory = {stage.stage: stage for stage in pipeline.components.count_memory()}
     compared = 0
     for asked in fields:
         (req, *_) = requests(pipeline, asked)

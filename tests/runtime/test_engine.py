@@ -277,10 +277,10 @@ def test_what_is_resident_goes_before_its_equals(fault_pipeline, monkeypatch):
     tasks = [engine.add(request(engine.pipeline, request_id=f"r{index}")) for index in range(2)]
     while not all(task.calls for task in tasks):
         engine._resume([next(task for task in tasks if not task.calls)])
-    assert engine.order(tasks, engine.clock())[0] is tasks[0]
+    assert engine.policy.order(tasks, engine.clock())[0] is tasks[0]
     object.__setattr__(tasks[0].calls[0], "component", "elsewhere")
     monkeypatch.setattr(engine.pipeline.residency, "is_resident", lambda name: name != "elsewhere")
-    assert engine.order(tasks, engine.clock())[0] is tasks[1]
+    assert engine.policy.order(tasks, engine.clock())[0] is tasks[1]
 
 
 @pytest.mark.parametrize("decoded_before", [0, 1])

@@ -14,10 +14,13 @@ import torch
 
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, OutOfMemoryError, RankFailedError, SafelightError, WorkerLostError
+from safelight.parallel.calls import CallsOverRanks
 from safelight.parallel.collectives import DesynchronisedError
+from safelight.parallel.mesh import lone_mesh
 from safelight.runtime import group
 from safelight.runtime.engine import Engine
 from safelight.runtime.ranks import Ranks, reason_of, vote_of
+from tests.calls import loaded_as
 from tests.runtime.conftest import request
 from tests.runtime.test_supervisor import answer, ask, drive, pid_of, running
 
@@ -184,13 +187,14 @@ class TwoRanks(Ranks):
         return list(errors)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_what_fails_in_a_stage_that_ranks_share_ends_the_group(fault_pipeline, shared):
-    """The other ranks wait in it."""
-    pipeline = fault_pipeline()
-    pipeline.shared_stages = frozenset({"encoding"} if shared else ())
+@pytest.mark.parametrize(("directive", "shared"), [("raise@encoding", False), ("raise@forward:1", True)])
+def test_what_fails_in_a_call_that_ranks_share_ends_the_group(fault_pipeline, directive, shared):
+    """The other ranks wait in it; in what a stage does beside its calls they do not."""
+    lone = lone_mesh()
+    over_ranks = CallsOverRanks({}, lone.cfg, lone.world, torch.device("cpu"))
+    pipeline = loaded_as(fault_pipeline(), over_ranks=over_ranks)
     engine = Engine(pipeline, ranks=TwoRanks())
-    task = engine.add(request(pipeline, "[raise@encoding] a cat"))
+    task = engine.add(request(pipeline, f"[{directive}] a cat"))
     with pytest.raises(DesynchronisedError) if shared else nullcontext():
         while not task.done:
             engine.tick()

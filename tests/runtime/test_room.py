@@ -11,10 +11,11 @@ from torch import nn
 
 from safelight import ServerArgs
 from safelight.acceleration.activations import count_peak
-from safelight.core.executor import Execution, make_call
-from safelight.core.request import ModelCall
+from safelight.core.calls import CallKey, ModelCall
+from safelight.core.executor import Execution
 from safelight.loading.loader import load_pipeline
 from safelight.runtime.room import Gauge, HostGauge, Room
+from tests.calls import through
 from tests.families.conftest import requests
 from tests.recipes import all_recipes
 
@@ -51,12 +52,12 @@ class FakeGauge(Gauge):
     def measured(self, room, elements):
         """Let the room learn from a forward."""
         self.elements = elements
-        return room.measured(call_of(elements), lambda call: call.kwargs["hidden_states"])
+        return through(room.measured, lambda call: call.kwargs["hidden_states"])(call_of(elements))
 
 
 def call_of(elements, component="transformer"):
     kwargs = {"hidden_states": torch.zeros(1, elements)}
-    return ModelCall(component, kwargs, {}, (elements,), ("r", "cond", 0))
+    return ModelCall(component, kwargs, {}, (elements,), CallKey("r", "cond", 0))
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -97,15 +98,15 @@ def test_what_is_counted_is_what_the_loaded_model_takes(tmp_path, pipeline_name)
     recipe = all_recipes()[pipeline_name]
     recipe.build(tmp_path, "default")
     pipeline = load_pipeline(ServerArgs(str(tmp_path), device="cpu", kernels="plain"))
-    room = Room(FakeGauge(1.0), pipeline.empty_components)
+    room = Room(FakeGauge(1.0), pipeline.components.empty)
     cases = [case for case in recipe.cases if case.variant == "default" and not case.slow]
     for case in cases[:3]:
         (req, *_) = requests(pipeline, case.fields)
         with Execution(pipeline, req) as execution, torch.inference_mode():
-            while not req.pending:
+            while not req.in_loop:
                 execution.advance()
             for call in req.pending:
-                taken = count_peak(functools.partial(make_call, pipeline, call))
+                taken = count_peak(functools.partial(pipeline.forward, call))
                 assert taken <= room.count(call) <= 1.1 * taken, "attention lays its result out as the device does"
 
 

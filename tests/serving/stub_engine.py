@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from safelight.core.form import Form, Mode
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema, ModelTaskType
-from safelight.core.server_args import Mode
 from safelight.errors import CancelledError, NotReadyError, QueueFullError, SafelightError, WorkerLostError, by_code
 from safelight.families.flux.params import FluxKontextSamplingParams, FluxSamplingParams
 from safelight.families.wan.params import WanImageToVideoSamplingParams, WanSamplingParams
@@ -201,14 +201,14 @@ class StubEngine(EngineClient):
         parts = ticket.request.params.split()
         steps = parts[0].num_inference_steps or 1
         self.begun.append(ticket.request.request_id)
-        mode = ticket.request.mode or self.mode
+        form = ticket.request.form or Form(self.mode)
         outputs = []
         for index, params in enumerate(parts):
             assert isinstance(params.prompt, str)
             for step in range(steps):
                 done = index * steps + step
                 total, count = steps * len(parts), len(parts)
-                ticket.advance(Progress("running", None, "denoising", done, total, index, count, mode=mode))
+                ticket.advance(Progress("running", None, "denoising", done, total, index, count, form=form))
                 await self._obey(params.prompt, step, steps)
                 await asyncio.sleep(self.step_seconds)
                 if self.on_step is not None:

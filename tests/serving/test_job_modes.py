@@ -23,7 +23,7 @@ def test_after_a_workers_death(tmp_path, first, now):
         server.engine.release()
         done = await server.end(job)
         assert (done.state, done.attempts, done.mode) == ("completed", 2, first)
-        assert [request.mode for request in server.engine.submitted] == [None, first]
+        assert [request.form and request.form.mode for request in server.engine.submitted] == [None, first]
         later = await server.end(await server.submit("b"))
         assert later.mode == now
 
@@ -46,7 +46,7 @@ def test_after_a_restart_of_the_server(tmp_path, first, now):
         server.engine.mode = now
         server.engine.release()
         done = [await server.end(await server.get(job_id)) for job_id in (begun, waited)]
-        assert [request.mode for request in server.engine.submitted] == [first, None]
+        assert [request.form and request.form.mode for request in server.engine.submitted] == [first, None]
         assert [(job.state, job.mode) for job in done] == [("completed", first), ("completed", now)]
 
     serving(tmp_path, again, StubEngine())

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safelight.layers.bands import BandDecoder, Piece, State, Unit, cuts
-from safelight.layers.causal_vae import CausalDecoder
+from safelight.layers.bands import cuts
+from safelight.layers.causal_vae import CausalDecoder, upsamplers_of
+from safelight.stages.vae import Decoder, Piece, State, Unit
 
 BAND_ROWS, LEAST_BANDS = 128, 2
 """A band of the picture has at most so many rows, and a picture is at least so many bands."""
@@ -29,7 +30,7 @@ TRUNK, CACHE = "trunk", "cache"
 then of the band that is decoded."""
 
 
-class CausalBandDecoder(BandDecoder):
+class CausalBandDecoder(Decoder):
     """The walk over the decoder of one of the libraries' causal VAEs.
 
     Args:
@@ -47,12 +48,7 @@ class CausalBandDecoder(BandDecoder):
 
     def output_shape(self, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """Return [C, T, H, W], for latents [1, C, T, H, W]."""
-        num_frames, height, width = latent_shape[-3:]
-        for level in self.levels:
-            height, width = height * level.scale, width * level.scale
-        channels = self.decoder.conv_out.out_channels // self.patch_size**2
-        num_frames = 1 + (num_frames - 1) * self._frames_per_latent()
-        return channels, num_frames, height * self.patch_size, width * self.patch_size
+        return self.walk.output_shape(latent_shape)
 
     def begin(self, latents: Tensor) -> State:
         """Return the state of latents [1, C, T, H, W]."""
@@ -126,12 +122,7 @@ class CausalBandDecoder(BandDecoder):
         frames = list(self.walk.pixels(rows, index == 0, cache, self._kept(top, bottom, needed)))
         if cache is not None and index + 1 == len(state[TRUNK]):
             state[CACHE] = [{}]
-        before = 1 + (index - 1) * self._frames_per_latent() if index else 0
-        return [Piece(before, top * self.patch_size, torch.stack(frames, dim=2)[0])]
-
-    def _frames_per_latent(self) -> int:
-        """Return how many frames a latent frame becomes; the first becomes one."""
-        return 1 << sum(level.doubles_frames for level in self.levels)
+        return [Piece(self.walk.first_frame(index), top * self.patch_size, torch.stack(frames, dim=2)[0])]
 
     def _cost(self, needed: Sequence[tuple[int, int]], width: int, first: bool) -> int:
         """Return about how many multiplications a band of a latent frame takes."""
@@ -167,8 +158,7 @@ class Level:
     """
 
     def __init__(self, block: Any) -> None:
-        parts = dict(block.named_children())
-        upsamplers = [parts["upsampler"]] if "upsampler" in parts else list(parts.get("upsamplers", ()))
+        upsamplers = upsamplers_of(block)
         self.scale = 2 if upsamplers else 1
         self.doubles_frames = any(upsampler.mode == "upsample3d" for upsampler in upsamplers)
         self.reach = 2 * len(block.resnets)

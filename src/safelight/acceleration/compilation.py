@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from safelight.acceleration.blocks import one_block_each, repeated_blocks
 from safelight.acceleration.compile import (
@@ -22,9 +22,12 @@ from safelight.acceleration.compile import (
     use_cache,
     warm_up_compiler,
 )
-from safelight.core.executor import make_call
+from safelight.core.calls import ModelCall
+from safelight.core.executor import Execution
+from safelight.core.model_runner import Forward, Make
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import ModelCall, Prediction, Req
+from safelight.core.request import Req
+from safelight.core.trees import Tree, map_tree
 from safelight.errors import CompilationError, InvalidParameterError, UsageError
 from safelight.preparation import warm_up_params
 
@@ -124,9 +127,9 @@ class Compilation:
             elif self._units:
                 call, each = self._units.popleft()
                 with torch.inference_mode():
-                    module = self.pipeline.residency.component(call.component)
-                    with one_block_each(module), compiling([each]):
-                        make_call(self.pipeline, call)
+                    self.pipeline.residency.bring([call.component])
+                    with one_block_each(self.pipeline.get_module(call.component)), compiling([each]):
+                        self.pipeline.forward(call)
         except CompilationError as error:
             self.fail(str(error))
         else:
@@ -155,10 +158,15 @@ class Compilation:
         """Give up; everything runs eagerly from now on."""
         self.state, self.reason = "failed", reason
 
-    def make_call(self, call: ModelCall) -> Prediction:
-        """Run the component that a call names in its compiled form; the caller is in `inference_mode`."""
-        with in_form(self._classes.get(call.component, ()), "compiled"):
-            return make_call(self.pipeline, call)
+    def __call__(self, forwards: Sequence[Forward], make: Make) -> list[Tree]:
+        """Make forwards, those of compiled requests by the compiled blocks."""
+        return [self._make(forward, make) for forward in forwards]
+
+    def _make(self, forward: Forward, make: Make) -> Tree:
+        if forward.form.mode == "eager":
+            return make([forward])[0]
+        with in_form(self._classes.get(forward.call.component, ()), "compiled"):
+            return make([forward])[0]
 
     def _alike(self, component: str) -> list[str]:
         """Return the components that are given such calls: of alternates, all."""
@@ -183,20 +191,14 @@ def canonical_request(pipeline: ComposedPipeline) -> Req:
 
 
 def first_calls(pipeline: ComposedPipeline, req: Req) -> list[ModelCall]:
-    """Return the first model calls of a request, one a guidance branch, and end it there."""
-    steps = pipeline.run(req)
-    try:
-        with torch.inference_mode():
-            calls = next(steps)
-            while not calls:
-                calls = steps.send([])
-        return list(calls)
-    finally:
-        with torch.inference_mode():
-            steps.close()
+    """Return the model calls of a request's first step, one a guidance branch, and end it there."""
+    with Execution(pipeline, req) as execution:
+        while not req.in_loop:
+            assert execution.advance(), "a model whose blocks are compiled has a loop"
+        return list(req.pending)
 
 
 def doubled(call: ModelCall) -> ModelCall:
     """Return a call with all rows twice."""
-    kwargs: dict[str, Tensor] = {name: torch.cat([rows, rows]) for name, rows in call.kwargs.items()}
+    kwargs = map_tree(dict(call.kwargs), lambda rows: torch.cat([rows, rows]))
     return dataclasses.replace(call, kwargs=kwargs)

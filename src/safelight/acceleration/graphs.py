@@ -12,16 +12,18 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from safelight.core.calls import ModelCall
 from safelight.core.device import is_lost, numbered, on_device
+from safelight.core.model_runner import Forward, Make
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import CallMaker, ModelCall, Prediction
+from safelight.core.trees import Tree, leaves, map_tree
 from safelight.errors import InvalidParameterError
 
 logger = logging.getLogger(__name__)
@@ -46,11 +48,11 @@ class Recorder(ABC):
     """Records what a function does on a device, and can do it again. The seam to CUDA."""
 
     @abstractmethod
-    def measure(self, run: Callable[[], Prediction]) -> tuple[Prediction, bool]:
+    def measure(self, run: Callable[[], Tree]) -> tuple[Tree, bool]:
         """Run a function that has run before; return its result, and whether the device waited for the host."""
 
     @abstractmethod
-    def record(self, run: Callable[[], Prediction]) -> tuple[Callable[[], None], Prediction]:
+    def record(self, run: Callable[[], Tree]) -> tuple[Callable[[], None], Tree]:
         """Record a function; return what does the same again, and the tensors that it writes its result to.
 
         Raises:
@@ -82,7 +84,7 @@ class CudaRecorder(Recorder):
         # One stream for all: cuBLAS keeps a workspace for each that it has worked on.
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
-    def measure(self, run: Callable[[], Prediction]) -> tuple[Prediction, bool]:
+    def measure(self, run: Callable[[], Tree]) -> tuple[Tree, bool]:
         torch.cuda.synchronize(self._device)
         begun = time.perf_counter()
         result = run()
@@ -90,7 +92,7 @@ class CudaRecorder(Recorder):
         torch.cuda.synchronize(self._device)
         return result, launched - begun >= BOUND_BY_LAUNCHES * (time.perf_counter() - begun)
 
-    def record(self, run: Callable[[], Prediction]) -> tuple[Callable[[], None], Prediction]:
+    def record(self, run: Callable[[], Tree]) -> tuple[Callable[[], None], Tree]:
         graph, asking = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         # The outer context brings the stream back that was current, which a capture that fails leaves behind.
         try:
@@ -135,9 +137,9 @@ class _Shape:
 class _Graph:
     """A recorded call: the buffers that it reads, what runs it, and the tensors that it writes."""
 
-    inputs: Mapping[str, Tensor]
+    inputs: Sequence[Tensor]
     replay: Callable[[], None]
-    result: Prediction = field(repr=False)
+    result: Tree = field(repr=False)
 
 
 class StepGraphs:
@@ -155,7 +157,6 @@ class StepGraphs:
         self._max_graphs = max_graphs
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._num_makers = 0
 
     @property
     def num_graphs(self) -> int:
@@ -165,36 +166,38 @@ class StepGraphs:
     @property
     def num_bytes(self) -> int:
         """Memory that they hold."""
-        inputs = [tensor for graph in self._graphs.values() for tensor in graph.inputs.values()]
+        inputs = [tensor for graph in self._graphs.values() for tensor in graph.inputs]
         return self._recorder.num_bytes() + sum(tensor.numel() * tensor.element_size() for tensor in inputs)
 
-    def of(self, make: CallMaker) -> CallMaker:
-        """Return what makes calls as `make` does, from graphs where they pay."""
-        index, self._num_makers = self._num_makers, self._num_makers + 1
-        return lambda call: self._make(call, make, index)
+    def __call__(self, forwards: Sequence[Forward], make: Make) -> list[Tree]:
+        """Make forwards, those of steps from graphs where they pay."""
+        return [self._make(forward, lambda each: make([each])[0]) for forward in forwards]
 
-    def _make(self, call: ModelCall, make: CallMaker, maker: int) -> Prediction:
-        key = (maker, *shape_of(call))
+    def _make(self, forward: Forward, make: Callable[[Forward], Tree]) -> Tree:
+        call = forward.call
+        if call.signature is None:
+            return make(forward)
+        key = (forward.form, *shape_of(call))
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return _replayed(self._graphs[key], call)
         shape = self._shape(key)
         shape.num_calls += 1
         if shape.num_calls == 1:
-            return make(call)
+            return make(forward)
         if shape.num_calls == 2:
-            result, shape.bound = self._recorder.measure(lambda: make(call))
+            result, shape.bound = self._recorder.measure(lambda: make(forward))
             return result
         if not shape.bound:
-            return make(call)
+            return make(forward)
         while len(self._graphs) >= self._max_graphs:
             self._graphs.popitem(last=False)
         try:
-            self._graphs[key] = self._recorded(call, make)
+            self._graphs[key] = self._recorded(forward, make)
         except CaptureError as reason:
             shape.bound = False  # as far as graphs are concerned: it stays eager
             logger.warning("calls of %s stay without a graph: %s", call.component, reason)
-            return make(call)
+            return make(forward)
         return _replayed(self._graphs[key], call)
 
     def _shape(self, key: Hashable) -> _Shape:
@@ -204,22 +207,24 @@ class StepGraphs:
             self._shapes.popitem(last=False)
         return shape
 
-    def _recorded(self, call: ModelCall, make: CallMaker) -> _Graph:
-        inputs = {name: tensor.clone() for name, tensor in {**call.kwargs, **call.shared_kwargs}.items()}
-        buffered = replace(
-            call,
-            kwargs={name: inputs[name] for name in call.kwargs},
-            shared_kwargs={name: inputs[name] for name in call.shared_kwargs},
-        )
+    def _recorded(self, forward: Forward, make: Callable[[Forward], Tree]) -> _Graph:
+        inputs = map_tree(arguments_of(forward.call), torch.clone)
+        kwargs, shared = inputs
+        buffered = replace(forward, call=replace(forward.call, kwargs=kwargs, shared_kwargs=shared))
         replay, result = self._recorder.record(lambda: make(buffered))
-        return _Graph(inputs, replay, result)
+        return _Graph(list(leaves(inputs)), replay, result)
+
+
+def arguments_of(call: ModelCall) -> tuple[Tree, Tree]:
+    """Return a call's arguments, those with a batch dimension first, each in the order of their names."""
+    return dict(sorted(call.kwargs.items())), dict(sorted(call.shared_kwargs.items()))
 
 
 def shape_of(call: ModelCall) -> tuple[Hashable, ...]:
-    """Return what calls of one graph have in common: component, signature, and what their arguments look like."""
-    arguments = {**call.kwargs, **call.shared_kwargs}
-    layouts = tuple((name, tuple(each.shape), each.stride(), each.dtype) for name, each in sorted(arguments.items()))
-    return (call.component, call.signature, layouts)
+    """Return what calls of one graph have in common: what may be stacked, and what their arguments look like."""
+    kwargs, shared = arguments_of(call)
+    layouts = tuple((tuple(each.shape), each.stride(), each.dtype) for each in leaves([kwargs, shared]))
+    return (call.stack_key, *kwargs, *shared, layouts)
 
 
 def refuse_graphs(pipeline: ComposedPipeline) -> None:
@@ -233,11 +238,9 @@ def refuse_graphs(pipeline: ComposedPipeline) -> None:
         raise InvalidParameterError("cuda_graphs", "steps", f"none on {pipeline.device.type}: graphs are CUDA's")
 
 
-def _replayed(graph: _Graph, call: ModelCall) -> Prediction:
+def _replayed(graph: _Graph, call: ModelCall) -> Tree:
     """Run a graph on a call's arguments, and return copies of what it wrote."""
-    for name, tensor in {**call.kwargs, **call.shared_kwargs}.items():
-        graph.inputs[name].copy_(tensor)
+    for buffer, tensor in zip(graph.inputs, leaves(arguments_of(call)), strict=True):
+        buffer.copy_(tensor)
     graph.replay()
-    if isinstance(graph.result, Tensor):
-        return graph.result.clone()
-    return tuple(part.clone() for part in graph.result)
+    return map_tree(graph.result, torch.clone)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from safelight.layers.bands import BandDecoder, Bands, Piece, State, Unit, cuts
+from safelight.layers.bands import Bands, cuts
 from safelight.layers.convolution import channels_last, doubled_conv
+from safelight.stages.vae import Decoder, Piece, State, Unit
 
 BAND_ROWS, LEAST_BANDS = 32, 16
 """A band of the picture has at most so many rows, and a picture is at least so many bands."""
@@ -30,7 +31,7 @@ Work = Callable[[State, int, int, int], Sequence[Piece]]
 """Makes the rows from one to another of so many in all."""
 
 
-class GroupNormBandDecoder(BandDecoder):
+class GroupNormBandDecoder(Decoder):
     """The walk over the decoder of the libraries' `AutoencoderKL`.
 
     Args:

@@ -375,4 +375,4 @@ def offload(
 
     """
     placements = place_components({name: modules[name] for name in names}, resident_blocks, memory)
-    return Residency(modules, placements, rooms)
+    return Residency(placements, rooms)

@@ -333,7 +333,7 @@ def simulate(
     The components come and go as they will when the model runs: by the same `Residency`.
     """
     fixed = {name: size for name, size in sizes.items() if name not in placed}
-    residency = Residency({}, {name: Counted(sizes[name]) for name in placed}, rooms)
+    residency = Residency({name: Counted(sizes[name]) for name in placed}, rooms)
     runs = [list(run(stages, residency, fixed)) for _ in range(2)]
     before = residency.bytes_brought
     for _ in run(stages, residency, fixed):

@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from safelight.acceleration.activations import count_peak
 from safelight.acceleration.causal_bands import CausalBandDecoder, why_not_causal
 from safelight.acceleration.group_norm_bands import GroupNormBandDecoder, why_not_group_norm
-from safelight.core.pipeline import ComposedPipeline
 from safelight.errors import InvalidParameterError
-from safelight.layers.bands import BandDecoder
-from safelight.stages.banded_decoding import UNIT_COST, BandedDecodingStage
-from safelight.stages.decoding import DecodingStage
+from safelight.stages.vae import UNIT_COST, Decoder
 
 SETTING = "vae_tiling"
 """The setting of the engine that asks for bands."""
@@ -45,7 +42,7 @@ class BandPlan:
             raise InvalidParameterError("rows", self.rows, "1 or more, or None")
 
 
-def decode_in_bands(vae: Any, plan: BandPlan | None = None) -> BandDecoder:
+def decode_in_bands(vae: Any, plan: BandPlan | None = None) -> Decoder:
     """Return the decoder in bands of a VAE.
 
     Args:
@@ -65,29 +62,7 @@ def decode_in_bands(vae: Any, plan: BandPlan | None = None) -> BandDecoder:
     return GroupNormBandDecoder(vae, rows) if group_norm else CausalBandDecoder(vae, rows)
 
 
-def tile_decoding(pipeline: ComposedPipeline, plan: BandPlan | None = None) -> None:
-    """Let a pipeline decode in bands, in the place of its decoding stage.
-
-    Args:
-        pipeline: has its stages.
-        plan: how finely it divides.
-
-    Raises:
-        InvalidParameterError: if it has no decoding stage, or its VAE cannot be decoded in bands, with the reason.
-
-    """
-    stages = [name for name, stage in pipeline.stages.items() if isinstance(stage, DecodingStage)]
-    if not stages:
-        takes = f"none with {pipeline.pipeline_name}, which has no decoding stage of its own"
-        raise InvalidParameterError(SETTING, "exact", takes)
-    plan = plan or BandPlan()
-    for name in stages:
-        stage = pipeline.stages[name]
-        assert isinstance(stage, DecodingStage)
-        pipeline.stages[name] = BandedDecodingStage(stage, decode_in_bands(stage.vae, plan), plan.unit_cost)
-
-
-def decoded(decoder: BandDecoder, latents: Tensor) -> Tensor:
+def decoded(decoder: Decoder, latents: Tensor) -> Tensor:
     """Return the pixels [C, T, H, W] of the latents of one picture or video, decoded at once.
 
     Args:

@@ -18,6 +18,7 @@ from safelight.backends.refusals import refusal
 from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
 from safelight.backends.solvers import give_own_solvers
 from safelight.backends.step_thread import StepThread
+from safelight.core.components import Components
 from safelight.core.config import PipelineConfig
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
@@ -91,7 +92,8 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str 
     pipe = cls.from_pretrained(path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     tell_where_images_are(pipe)
-    return DiffusersPipeline({"pipeline": pipe.to(server_args.torch_device())}, DiffusersConfig(), schema, server_args)
+    components = Components({"pipeline": pipe.to(server_args.torch_device())})
+    return DiffusersPipeline(components, DiffusersConfig(), schema, server_args)
 
 
 def _pipeline_class(class_name: str) -> Any:

@@ -17,10 +17,11 @@ from safelight.checking.record import (
     recording_modules,
     tensors_of,
 )
+from safelight.core.calls import ModelCall
 from safelight.core.executor import Execution
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import ModelCall, Req
+from safelight.core.request import Req
 from safelight.errors import NonFiniteOutputError
 
 
@@ -44,7 +45,7 @@ def run_ours(pipeline: ComposedPipeline, params: SamplingParams, encoders: Mappi
     recorder, req, num_steps = Recorder(), Req("check", params), 0
     with Execution(pipeline, req) as execution:
         with recording_encoders(recorder, encoders):
-            while not req.pending and execution.advance():
+            while not req.in_loop and execution.advance():
                 pass
         with torch.inference_mode():
             record_preparation(recorder, pipeline, req)

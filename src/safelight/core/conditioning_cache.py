@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -38,19 +38,21 @@ class ConditioningCache:
 
     Args:
         max_bytes: of all tensors together; 0 keeps nothing.
+        weights: digest of each component's weights, by its name; another digest is another key.
         home: where they are kept; None leaves them where they were made. What is kept elsewhere is copied back.
 
     Attributes:
-        weights: digest of each component's weights, by its name; another digest is another key.
         num_hits, num_misses: how often something was found, or was not.
         num_bytes: of what is kept.
 
     """
 
-    def __init__(self, max_bytes: int, home: torch.device | None = None) -> None:
+    def __init__(
+        self, max_bytes: int, weights: Mapping[str, str] | None = None, *, home: torch.device | None = None
+    ) -> None:
         self.max_bytes = max_bytes
         self._home = home
-        self.weights: dict[str, str] = {}
+        self.weights = {} if weights is None else weights
         self.num_hits = self.num_misses = self.num_bytes = 0
         self._kept: OrderedDict[Hashable, tuple[Tensor, torch.device, Any]] = OrderedDict()
         self._digests: dict[int, tuple[weakref.ref[Image.Image], bytes]] = {}

@@ -135,6 +135,10 @@ class PipelineConfig:
         assert isinstance(latents, Tensor)
         return latents
 
+    def latent_output(self, latents: tuple[Tensor, ...], batch: Req) -> tuple[Tensor, ...]:
+        """Return what a user gets who asks for latents: those of the end of the loop, as they are."""
+        return latents
+
     def get_decode_scale_and_shift(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return (scale, shift), to broadcast over `like`: the VAE is given `latents / scale + shift`."""
         return per_channel(self.vae_scale, like), per_channel(self.vae_shift, like)

@@ -1,9 +1,8 @@
-"""`PipelineExecutor`: the seam between pipelines and everything that runs them."""
+"""`Execution`: one request under way, driven a unit at a time; and what drives one to its end."""
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,11 @@ from typing import Self
 import torch
 
 from safelight.core.device import Span, begin_span
+from safelight.core.form import EAGER, Form
+from safelight.core.model_runner import Forward, ModelRunner, resident
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import CallMaker, ModelCall, Prediction, Req
+from safelight.core.request import Req
+from safelight.core.trees import Tree
 
 
 class Execution:
@@ -29,13 +31,15 @@ class Execution:
     Args:
         pipeline: whose request it is.
         req: the request.
-        call_maker: how its calls are made; eagerly if None.
+        runner: makes its calls; as the modules are, if None.
         begin: begins the span of a unit, from which the time of each stage is told; the device's unless given.
 
     Attributes:
         req: the request.
+        pipeline: whose request it is.
+        runner: makes its calls.
         started: whether its first unit has begun.
-        make_call: how its calls are made; set before its first unit, so that all are made alike.
+        form: in which form its calls are made; set before its first unit, so that all are made alike.
 
     """
 
@@ -43,18 +47,23 @@ class Execution:
         self,
         pipeline: ComposedPipeline,
         req: Req,
-        call_maker: CallMaker | None = None,
+        runner: ModelRunner | None = None,
         begin: Callable[[], Span] | None = None,
     ) -> None:
         self.req = req
-        self.make_call = call_maker or functools.partial(make_call, pipeline)
-        self._pipeline = pipeline
+        self.form = EAGER
+        self.pipeline = pipeline
+        self.runner = runner or ModelRunner(pipeline, [resident(pipeline)])
         self._steps = pipeline.run(req)
         self._begin = begin or functools.partial(begin_span, pipeline.device)
         self._under_way: deque[tuple[str, Span]] = deque()
         self.started = False
 
-    def advance(self, results: Sequence[Prediction] | None = None) -> bool:
+    def forwards(self) -> list[Forward]:
+        """Return the pending calls, as they are to be made."""
+        return [Forward(call, (self.req,), self.form) for call in self.req.pending]
+
+    def advance(self, results: Sequence[Tree] | None = None) -> bool:
         """Do one unit of work; False when the request is done.
 
         Args:
@@ -92,11 +101,10 @@ class Execution:
         """Close."""
         self.close()
 
-    def _resume(self, results: Sequence[Prediction] | None) -> bool:
+    def _resume(self, results: Sequence[Tree] | None) -> bool:
         """Make the pending calls and run the pipeline to its next yield; False at its end."""
         if results is None:
-            results = self._pipeline.run_calls(self.req.pending, self.make_call)
-        self._pipeline.residency.bring(self._pipeline.stage_components(self.req))
+            results = self.runner.run(self.forwards())
         try:
             if self.started:
                 self._steps.send(list(results))
@@ -127,38 +135,24 @@ def panics_as_errors() -> Iterator[None]:
         raise RuntimeError(f"compiled code panicked: {panic}") from panic
 
 
-def make_call(pipeline: ComposedPipeline, call: ModelCall) -> Prediction:
-    """Run the component that a call names; the caller is in `inference_mode`."""
-    result: Prediction = pipeline.residency.component(call.component)(**call.kwargs, **call.shared_kwargs)
-    return result
-
-
-class PipelineExecutor(ABC):
-    """Drives the generators of one pipeline's requests."""
-
-    def __init__(self, pipeline: ComposedPipeline) -> None:
-        self.pipeline = pipeline
-
-    @abstractmethod
-    def execute(self, req: Req) -> Generator[Req, None, None]:
-        """Drive a request to its end, yielding after each unit. Closing the iterator stops the work."""
-
-
-class SyncExecutor(PipelineExecutor):
+class SyncExecutor:
     """Drives one request to its end, in this thread.
 
     Args:
         pipeline: whose requests they are.
-        call_maker: how their calls are made; eagerly if None.
+        runner: makes their calls; as the modules are, if None.
+        form: in which form.
 
     """
 
-    def __init__(self, pipeline: ComposedPipeline, call_maker: CallMaker | None = None) -> None:
-        super().__init__(pipeline)
-        self._call_maker = call_maker
+    def __init__(self, pipeline: ComposedPipeline, runner: ModelRunner | None = None, form: Form | None = None) -> None:
+        self.pipeline = pipeline
+        self._runner = runner
+        self._form = form or EAGER
 
     def execute(self, req: Req) -> Generator[Req, None, None]:
         """Drive a request to its end, yielding after each unit. Closing the iterator stops the work."""
-        with Execution(self.pipeline, req, self._call_maker) as execution:
+        with Execution(self.pipeline, req, self._runner) as execution:
+            execution.form = self._form
             while execution.advance():
                 yield req

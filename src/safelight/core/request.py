@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from safelight.core.calls import CallKey, ModelCall
 from safelight.core.params import SamplingParams
+from safelight.core.trees import map_tree
 
 Latents = Tensor | tuple[Tensor, ...]
 Prediction = Tensor | tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class ModelCall:
-    """One forward of a component, asked for by a pipeline and made by whoever drives it.
-
-    Attributes:
-        component: name of the component; the executor knows what it is.
-        kwargs: arguments that have a batch dimension, which comes first.
-        shared_kwargs: arguments that have none.
-        signature: Python values; calls of one component with equal signatures may be stacked.
-        key: (request id, branch, step); outputs of one request have it in common.
-
-    """
-
-    component: str
-    kwargs: Mapping[str, Tensor]
-    shared_kwargs: Mapping[str, Tensor]
-    signature: tuple[Hashable, ...]
-    key: tuple[str, str, int]
-
-    @property
-    def num_rows(self) -> int:
-        """The size of the batch dimension."""
-        return next(iter(self.kwargs.values())).shape[0]
-
-
-CallMaker = Callable[[ModelCall], Prediction]
-"""Makes a model call: eagerly, compiled, or from a graph. Its caller is in `inference_mode`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +26,8 @@ class Req:
     Attributes:
         request_id: who asked.
         params: for what, resolved: one prompt, one seed.
+        output_index: which of the request's outputs it is, from 0.
+        model: whose request it is, where an engine has several models; its first is the empty name.
         stage: name of the stage that runs, or ran last.
         latents: the noisy latents now, packed as the transformer takes them; a tuple for picture and sound.
         timesteps: [num_inference_steps], the schedule, as the solver gives it.
@@ -73,13 +47,15 @@ class Req:
         outputs: finished media: uint8 or float32, a picture [H, W, C] or a video [T, H, W, C]; or latents.
         warnings: what the user should know about this output.
         timings: seconds of each stage so far.
-        feature_cache: what a causal VAE remembers of the frames before, while it encodes or decodes.
+        stage_state: what the running stage keeps from one yield to the next, of its own dataclass; None at its end.
         host_tensors: of the solver's tensors, those that stay on the CPU whatever the device.
 
     """
 
     request_id: str
     params: SamplingParams
+    output_index: int = 0
+    model: str = ""
     stage: str = ""
     latents: Latents | None = None
     timesteps: Tensor | None = None
@@ -99,8 +75,17 @@ class Req:
     outputs: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
-    feature_cache: dict[str, list[Any]] = field(default_factory=dict)
+    stage_state: Any = None
     host_tensors: frozenset[str] | None = None
+
+    def key(self, branch: str, step: int = 0) -> CallKey:
+        """Return the name of a call of this output."""
+        return CallKey(f"{self.request_id}/{self.output_index}", branch, step)
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether the pending calls are a step's: those of encoders and VAEs are made one by one."""
+        return any(call.signature is not None for call in self.pending)
 
 
 def move(req: Req, device: torch.device | str) -> None:
@@ -137,36 +122,21 @@ def map_tensors(req: Req, change: Callable[[Tensor], Tensor], keep: frozenset[st
         state = vars(solver)
         for name in state.keys() - _SOLVER_CONFIG:
             if f"{index}.{name}" not in keep:
-                state[name] = _mapped(state[name], once)
-    req.latents = _mapped(req.latents, once)
-    req.timesteps = _mapped(req.timesteps, once)
-    req.prompt_embeds = _mapped(req.prompt_embeds, once)
-    req.negative_prompt_embeds = _mapped(req.negative_prompt_embeds, once)
-    req.image_latents = _mapped(req.image_latents, once)
-    req.image_embeds = _mapped(req.image_embeds, once)
-    req.cond = _mapped(req.cond, once)
-    req.pending = _mapped(req.pending, once)
-    req.denoised = _mapped(req.denoised, once)
-    req.outputs = _mapped(req.outputs, once)
-    req.feature_cache = _mapped(req.feature_cache, once)
+                state[name] = map_tree(state[name], once)
+    req.latents = map_tree(req.latents, once)
+    req.timesteps = map_tree(req.timesteps, once)
+    req.prompt_embeds = map_tree(req.prompt_embeds, once)
+    req.negative_prompt_embeds = map_tree(req.negative_prompt_embeds, once)
+    req.image_latents = map_tree(req.image_latents, once)
+    req.image_embeds = map_tree(req.image_embeds, once)
+    req.cond = map_tree(req.cond, once)
+    req.pending = map_tree(req.pending, once)
+    req.denoised = map_tree(req.denoised, once)
+    req.outputs = map_tree(req.outputs, once)
+    req.stage_state = map_tree(req.stage_state, once)
 
 
 _SOLVER_CONFIG = frozenset({"_internal_dict"})
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Rebuild plain containers and dataclasses with their tensors changed; anything else is returned as it is."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list):
-        return [_mapped(entry, change) for entry in value]
-    if type(value) is tuple:
-        return tuple(_mapped(entry, change) for entry in value)
-    if type(value) is dict:
-        return {key: _mapped(entry, change) for key, entry in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{name: _mapped(entry, change) for name, entry in vars(value).items()})
-    return value
 
 
 def _solvers(req: Req) -> tuple[Any, ...]:

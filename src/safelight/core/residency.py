@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Protocol
 
 
 class Placement(Protocol):
@@ -26,7 +24,6 @@ class Residency:
     """Brings the components that a unit needs to the device; for them the least recently used leave it.
 
     Args:
-        modules: the pipeline's components, by name.
         placements: of the components that come and go; the others are where they run for good.
         rooms: for each of these, the bytes that placed components may take on the device while it runs, itself among
             them: the rest of the memory is for what it computes.
@@ -37,15 +34,9 @@ class Residency:
 
     """
 
-    def __init__(
-        self, modules: Mapping[str, Any], placements: Mapping[str, Placement], rooms: Mapping[str, int]
-    ) -> None:
-        self._modules = modules
+    def __init__(self, placements: Mapping[str, Placement], rooms: Mapping[str, int]) -> None:
         self._placements = placements
         self._rooms = rooms
-        self._owners = {
-            part: name for name, module in modules.items() if isinstance(module, nn.Module) for part in module.modules()
-        }
         self._resident: dict[str, Placement] = {}
         """On the device; the least recently used first."""
         self.num_swaps = 0
@@ -60,13 +51,6 @@ class Residency:
         """Return the placed components that are on the device, the least recently used first."""
         return tuple(self._resident)
 
-    def owners(self, parts: Iterable[nn.Module]) -> tuple[str, ...]:
-        """Return the names of the components that modules are, or are parts of.
-
-        What stands for a component that another rank has is none here.
-        """
-        return tuple(self._owners[part] for part in parts if part in self._owners)
-
     def is_resident(self, name: str) -> bool:
         """Say whether a component can run at once."""
         return name not in self._placements or name in self._resident
@@ -74,11 +58,6 @@ class Residency:
     def missing_bytes(self, names: Iterable[str]) -> int:
         """Return how many bytes more components take than those that leave for them; below 0 if it is less."""
         return sum(self._placements[name].num_bytes for name in names if name in self._placements) - self.num_bytes
-
-    def component(self, name: str) -> Any:
-        """Return a component, on the device."""
-        self.bring([name])
-        return self._modules[name]
 
     def bring(self, names: Iterable[str]) -> None:
         """Have components on the device at one time, with room for what they compute.

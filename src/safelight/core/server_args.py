@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safelight.core.sizes import parse_size
 from safelight.errors import InvalidParameterError
 
 if TYPE_CHECKING:
     import torch
-
-Mode = Literal["eager", "compiled"]
-"""How a request's model calls are made: chosen when it begins, and kept to its end, through a worker's death too."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "alternates", "components", "blocks", "auto")

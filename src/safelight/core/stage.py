@@ -1,35 +1,31 @@
-"""`PipelineStage`: one piece of a pipeline's work, or a loop that yields model calls."""
+"""`PipelineStage`: one piece of a pipeline's work, which yields the model calls that it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from torch import nn
-
+from safelight.core.calls import ModelCall
 from safelight.core.conditioning_cache import ConditioningCache
-from safelight.core.request import ModelCall, Prediction, Req
+from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
+from safelight.core.trees import Tree
 
-Steps = Generator[list[ModelCall], list[Prediction], None]
+Steps = Generator[list[ModelCall], list[Tree], None]
 """Yields the calls of a step and is sent their results; an empty list is a boundary, and is sent an empty list."""
 
 
 class PipelineStage:
-    """One piece of work in `forward`, or a loop in an overridden `run`. A stage keeps nothing of a request."""
+    """One piece of work in `forward`, or in an overridden `run` that yields model calls. It keeps nothing of a request.
+
+    What it needs between two yields lies in the request: where no field is made for it, in `stage_state`, as a
+    dataclass of the stage's own, which is cleared when the stage ends.
+    """
 
     cache: ConditioningCache = ConditioningCache(0)
     """What encoders made for earlier requests; the pipeline sets its own."""
 
     def parts(self) -> Sequence[PipelineStage]:
         """Return the stages that this one consists of, where it does."""
-        return ()
-
-    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
-        """Return the modules that the next unit of this stage runs for a request.
-
-        Whoever drives has them on the device. They follow from the request alone; those that calls name are not among
-        them.
-        """
         return ()
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:

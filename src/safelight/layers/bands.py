@@ -1,67 +1,12 @@
-"""Decoding in bands of rows: what a decoder that works so gives to whoever drives it.
-
-A decode is a list of units that is known from the shape of the latents alone. What lies between two units is in a
-state, plain containers of tensors, so that it may be moved, or dropped, between any two.
-"""
+"""Rows of an activation, in bands from top to bottom."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-
-State = dict[str, list[Any]]
-"""What a decode keeps from one unit to the next. Only the request refers to it, and it may be rebuilt between them."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows of decoded frames.
-
-    Attributes:
-        frame: number of the first frame.
-        top: number of the first row.
-        pixels: [C, T, rows, W], in [-1, 1] but for what the decoder overshoots.
-
-    """
-
-    frame: int
-    top: int
-    pixels: Tensor
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A bounded piece of a decode.
-
-    Attributes:
-        cost: multiplications and additions of two numbers, about.
-        run: does the work on the state, in place, and returns the pixels that are finished.
-
-    """
-
-    cost: int
-    run: Callable[[State], Sequence[Piece]]
-
-
-class BandDecoder(ABC):
-    """Decodes latents in bands of rows. It keeps nothing of a decode."""
-
-    @abstractmethod
-    def begin(self, latents: Tensor) -> State:
-        """Return the state before the first unit, of the latents of one picture or video, as the VAE takes them."""
-
-    @abstractmethod
-    def units(self, latent_shape: Sequence[int]) -> Iterator[Unit]:
-        """Yield the units in order, for latents of this shape."""
-
-    @abstractmethod
-    def output_shape(self, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
-        """Return the shape [C, T, H, W] of the pixels, for latents of this shape."""
 
 
 @dataclass

@@ -41,10 +41,24 @@ class CausalDecoder:
     def __init__(self, vae: Any) -> None:
         self.vae = vae
         self.decoder = vae.decoder
+        self.patch_size: int = vae.config.get("patch_size") or 1
+        self.upsamplers = [upsamplers_of(block) for block in self.decoder.up_blocks]
         self.names = {module: name for name, module in self.decoder.named_modules() if isinstance(module, nn.Conv3d)}
         for module in self.decoder.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 module.weight.data = channels_last(module.weight.data)
+
+    def output_shape(self, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """Return the shape [C, T, H, W] of the video, for latents [1, C, T, H, W]."""
+        num_frames, height, width = latent_shape[-3:]
+        scale = self.patch_size << sum(map(len, self.upsamplers))
+        channels = self.decoder.conv_out.out_channels // self.patch_size**2
+        return channels, self.first_frame(num_frames), height * scale, width * scale
+
+    def first_frame(self, index: int) -> int:
+        """Return how many frames the first `index` latent frames become: the first becomes one."""
+        doublings = sum(upsampler.mode == "upsample3d" for found in self.upsamplers for upsampler in found)
+        return 1 + ((index - 1) << doublings) if index else 0
 
     def decode(self, latents: Tensor, cache: FeatureCache | None) -> Iterator[Tensor]:
         """Yield the frames [1, C, H, W], in [-1, 1], of one latent frame: one of the first, several of others.
@@ -87,7 +101,7 @@ class CausalDecoder:
             pixels = self._last_conv(activated(self.decoder.norm_out, decoded), cache)
             del decoded  # or it would be kept while the next is made
             patches = pixels[:, :, kept[-1]]
-            yield unpatchified(patches, self.vae.config.get("patch_size") or 1).clamp_(-1.0, 1.0)
+            yield unpatchified(patches, self.patch_size).clamp_(-1.0, 1.0)
 
     def _up(
         self, level: int, frames: Iterator[Tensor], first: bool, cache: FeatureCache | None, kept: Sequence[slice]
@@ -108,7 +122,7 @@ class CausalDecoder:
         shortcut = parts["avg_shortcut"](frame[:, :, None], first_chunk=first) if "avg_shortcut" in parts else None
         for resnet in block.resnets:
             frame = self._residual(resnet, frame, cache)
-        frames, upsamplers = [frame], [parts["upsampler"]] if "upsampler" in parts else parts.get("upsamplers", ())
+        frames, upsamplers = [frame], upsamplers_of(block)
         for upsampler in upsamplers:
             if upsampler.mode == "upsample3d" and not first:
                 frames = [half.clone() for half in self._conv(upsampler.time_conv, frame, cache).chunk(2, dim=1)]
@@ -176,6 +190,12 @@ class CausalDecoder:
         cache[self.names[conv]] = [soon, later] if before is None else [soon + before[1], later]
         now += conv.bias[:, None, None]
         return now if before is None else now + before[0]
+
+
+def upsamplers_of(block: nn.Module) -> list[Any]:
+    """Return what doubles a frame, or the frames, in a block of a decoder: one module or none."""
+    parts: dict[str, Any] = dict(block.named_children())
+    return [parts["upsampler"]] if "upsampler" in parts else list(parts.get("upsamplers", ()))
 
 
 def activated(norm: Any, frame: Tensor) -> Tensor:

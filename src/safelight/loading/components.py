@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from safelight.loading.trials import try_out
 from safelight.parallel.plans import tensor_plan
 from safelight.parallel.tensor import shard_parameters
 
+logger = logging.getLogger(__name__)
 MAX_REASON = 300
 """Characters of a library's message that ours repeats."""
 
@@ -106,6 +108,12 @@ def check_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> 
             "take the model's repository with whole weights, in bfloat16 or float32"
         )
     return files
+
+
+def warn_of_unused(folder: Path, cls: Any) -> None:
+    """Log which settings of a component have no effect, because its class does not know them."""
+    for name in unused_settings(folder, cls):
+        logger.warning("%s: %s does not know %r in its configuration: left out", folder.name, cls.__name__, name)
 
 
 def unused_settings(folder: Path, cls: Any) -> list[str]:

@@ -18,20 +18,23 @@ from safelight.acceleration.activations import LiveStorages, Valueless, on_host,
 from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.offload import packed_bytes, tensors_of
 from safelight.acceleration.plan import ComponentFootprint, Footprint, StageFootprint
-from safelight.acceleration.tiled_vae import tile_decoding
-from safelight.core.executor import Execution, make_call
+from safelight.acceleration.tiled_vae import BandPlan
+from safelight.core.calls import ModelCall
+from safelight.core.components import Components
+from safelight.core.executor import Execution
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import resolve_class
-from safelight.core.request import ModelCall, Prediction, Req, map_tensors
+from safelight.core.request import Req, map_tensors
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
+from safelight.core.trees import Tree, map_tree
 from safelight.errors import InvalidParameterError
 from safelight.loading.components import empty_component, load_component
 from safelight.loading.description import configure, sources
 from safelight.loading.repository import Repository
+from safelight.loading.vaes import run_vae
 
-CallKey = tuple[str, tuple[Hashable, ...]]
 HOST = torch.device("cpu")
 TOKEN = re.compile(r"<\|\w+\|>|\S+")
 UNCUT = 4096
@@ -63,9 +66,8 @@ def measure(
     stages = rehearsed(pipeline, req)
     tiled = None
     if with_tiles:
-        in_bands = empty_pipeline(repository, server_args)
         with contextlib.suppress(InvalidParameterError):  # a VAE that cannot be decoded so
-            tile_decoding(in_bands)
+            in_bands = empty_pipeline(repository, server_args, in_bands=True)
             tiled = rehearsed(in_bands, request(in_bands.schema, fields))
     components = {
         name: component_footprint(module, name in pipeline.alternates) for name, module in pipeline.modules().items()
@@ -105,8 +107,13 @@ class Peaks:
         return peak > before
 
 
-def empty_pipeline(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
-    """Return a pipeline that is whole but for its components' weights, which are on the meta device."""
+def empty_pipeline(repository: Repository, server_args: ServerArgs, in_bands: bool = False) -> ComposedPipeline:
+    """Return a pipeline that is whole but for its components' weights, which are on the meta device.
+
+    Raises:
+        InvalidParameterError: if its VAE cannot be decoded in bands, and is to be.
+
+    """
     dtype = "bfloat16" if server_args.dtype == "auto" else server_args.dtype
     # What is not a component's work is done for real, on the host.
     args = dataclasses.replace(
@@ -125,7 +132,8 @@ def empty_pipeline(repository: Repository, server_args: ServerArgs) -> ComposedP
     for name, module in modules.items():
         if name.startswith("text_encoder"):
             module.register_forward_pre_hook(tokens_alone, with_kwargs=True)
-    return pipeline_cls(modules, config, schema, args)
+    vae = run_vae(modules["vae"], bands=BandPlan() if in_bands else None) if "vae" in modules else None
+    return pipeline_cls(Components(modules, vae=vae), config, schema, args)
 
 
 class LongestText:
@@ -174,32 +182,33 @@ def rehearse(pipeline: ComposedPipeline, req: Req, peaks: Peaks) -> None:
         peaks: takes note of each unit, and call, of a component.
 
     """
-    made: dict[CallKey, Prediction] = {}
+    made: dict[Hashable, Tree] = {}
     with Valueless(), torch.inference_mode(), Execution(pipeline, req) as execution:
         more, last, repeats = True, list(pipeline.stages)[-1], False
         while more and not repeats:
-            stage, names = req.stage, pipeline.stage_components(req)
-            results = []
-            for call in req.pending:
-                results.append(rehearse_call(pipeline, call, made))
-                peaks.record(req, stage, call.component)
+            stage, names = req.stage, [] if req.in_loop else [call.component for call in req.pending]
             outputs, req.outputs = req.outputs, []  # they are on the host already
             map_tensors(req, on_meta if names else on_host)
             req.outputs = outputs
-            more = execution.advance(results or None)
+            results = []
+            for call in req.pending:
+                results.append(rehearse_step(pipeline, call, made) if req.in_loop else pipeline.forward(call))
+                if req.in_loop:
+                    peaks.record(req, stage, call.component)
+            more = execution.advance(results)
+            del results
             grew = [peaks.record(req, stage, name) for name in names]
             repeats = stage == last and bool(grew) and not any(grew)
 
 
-def rehearse_call(pipeline: ComposedPipeline, call: ModelCall, made: dict[CallKey, Prediction]) -> Prediction:
-    """Return what a call would, as zeros on the host; a component runs once for calls of one signature."""
-    key = (call.component, call.signature)
-    if key not in made:
-        kwargs = {name: on_meta(tensor) for name, tensor in call.kwargs.items()}
-        shared = {name: on_meta(tensor) for name, tensor in call.shared_kwargs.items()}
-        predicted = make_call(pipeline, dataclasses.replace(call, kwargs=kwargs, shared_kwargs=shared))
-        made[key] = tuple(map(on_host, predicted)) if isinstance(predicted, tuple) else on_host(predicted)
-    return made[key]
+def rehearse_step(pipeline: ComposedPipeline, call: ModelCall, made: dict[Hashable, Tree]) -> Tree:
+    """Return what a call of a step would, as zeros on the host; a component runs once for calls that may be stacked."""
+    if call.stack_key not in made:
+        on_device = dataclasses.replace(
+            call, kwargs=map_tree(dict(call.kwargs), on_meta), shared_kwargs=map_tree(dict(call.shared_kwargs), on_meta)
+        )
+        made[call.stack_key] = map_tree(pipeline.forward(on_device), on_host)
+    return made[call.stack_key]
 
 
 def component_footprint(module: nn.Module, is_alternate: bool) -> ComponentFootprint:

@@ -13,42 +13,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from safelight.acceleration.apply import accelerate
 from safelight.acceleration.exclusions import refuse_excluded
 from safelight.acceleration.memory import DeviceMemory
 from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan
-from safelight.acceleration.tiled_vae import tile_decoding
-from safelight.attention import set_attention_backend
+from safelight.acceleration.tiled_vae import SETTING as TILING
+from safelight.acceleration.tiled_vae import BandPlan
 from safelight.backends import components, diffusers
 from safelight.core.architecture import NETWORKS, Architecture
+from safelight.core.components import Components
 from safelight.core.device import on_device
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.registry import resolve_class
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UsageError
-from safelight.loading.alignment import align_weights
 from safelight.loading.bounds import bounded
-from safelight.loading.classes import library_of
-from safelight.loading.components import (
-    check_weights,
-    empty_component,
-    in_words,
-    load_component,
-    quiet,
-    unused_settings,
-)
-from safelight.loading.description import configure, sources
+from safelight.loading.component_plan import plan_components
+from safelight.loading.components import check_weights, in_words, quiet, warn_of_unused
+from safelight.loading.description import configure
 from safelight.loading.digest import weights_digest
 from safelight.loading.planning import device_memory, plan_memory
 from safelight.loading.repository import Repository, open_for
 from safelight.loading.stage_memory import count_memory
 from safelight.loading.trials import check_all_steps, check_tokens_fit
-from safelight.parallel.apply import share, waits_on_host
+from safelight.loading.vaes import run_vae
+from safelight.parallel.apply import over_ranks, share
 from safelight.parallel.mesh import Mesh, lone_mesh
-from safelight.parallel.plans import tensor_plan
-from safelight.parallel.tensor import connect_shards
+from safelight.stages.vae import VAE
 
 logger = logging.getLogger(__name__)
 memory_logger = logging.getLogger("safelight.memory")
@@ -135,34 +126,42 @@ def _load_native(
     plan = _plan_for_device(repository, server_args, memory)
     tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
     placed = frozenset(() if plan is None else plan.placed)
+    in_bands = tiled or mesh.layout.vae
+    plans = plan_components(repository, pipeline_cls, config, server_args, mesh, placed, in_bands)
     modules: dict[str, Any] = {}
-    empty: dict[str, Callable[[], nn.Module]] = {}
-    # Our own classes first: they are mapped in no time, and tell whether the settings fit the model.
-    found = sources(repository, pipeline_cls).items()
-    for name, source in sorted(found, key=lambda item: library_of(item[1].target) is not None):
+    for each in plans:
         begun = time.perf_counter()
-        dtype = server_args.component_dtype(name, config.precisions.get(name))
-        home = HOST if name in placed or waits_on_host(name, mesh) else server_args.torch_device()
-        modules[name] = load_component(source, dtype, home, (mesh.tp.rank, mesh.tp.size))
-        warn_of_unused(source.folder, resolve_class(source.target))
-        if isinstance(modules[name], nn.Module):
-            # Bands walk the library's own modules, which faster ones would replace.
-            in_bands = name == "vae" and (tiled or mesh.layout.vae)
-            empty[name] = functools.partial(empty_component, source, dtype)
-            kernels = "plain" if in_bands else server_args.kernels
-            _prepare(modules[name], server_args, dtype, kernels, mesh, name in placed)
-        logger.info("%s: %s loaded in %.2f s", repository.name, name, time.perf_counter() - begun)
+        modules[each.name] = each.load()
+        logger.info("%s: %s loaded in %.2f s", repository.name, each.name, time.perf_counter() - begun)
+    empty = {each.name: each.empty for each in plans if isinstance(modules[each.name], nn.Module)}
     check_tokens_fit(modules)
-    pipeline = pipeline_cls(modules, config, schema, server_args)
-    pipeline.empty_components = empty
-    pipeline.count_memory = functools.partial(count_memory, repository, server_args, tiled)
-    pipeline.conditioning_cache.weights |= {name: weights_digest(repository.path / name) for name in empty}
-    share(pipeline, mesh)
+    sharing = share(modules, mesh, server_args.torch_device())
+    vae = _vae(modules, tiled, mesh)
+    residency = None
+    if plan is not None and memory is not None:  # last: as the weights lie now, they come and go
+        residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
+    components = Components(
+        modules,
+        vae=vae,
+        residency=residency,
+        weights={name: weights_digest(repository.path / name) for name in empty},
+        empty=empty,
+        count_memory=functools.partial(count_memory, repository, server_args, tiled),
+        over_ranks=over_ranks(sharing, mesh, server_args.torch_device()),
+        shares_branches=mesh.cfg.size > 1,
+    )
+    return pipeline_cls(components, config, schema, server_args)
+
+
+def _vae(modules: Mapping[str, Any], tiled: bool, mesh: Mesh) -> VAE | None:
+    """Return how the VAE is run; None where there is none."""
+    if "vae" in modules:
+        return run_vae(
+            modules["vae"], bands=BandPlan() if tiled else None, ranks=mesh.world if mesh.layout.vae else None
+        )
     if tiled:
-        tile_decoding(pipeline)
-    if plan is not None and memory is not None:
-        pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
-    return pipeline
+        raise InvalidParameterError(TILING, "exact", "none with this model, which has no VAE")
+    return None
 
 
 def _check_component_dtypes(server_args: ServerArgs, names: Sequence[str]) -> None:
@@ -170,25 +169,6 @@ def _check_component_dtypes(server_args: ServerArgs, names: Sequence[str]) -> No
     for component in server_args.component_dtypes:
         if component not in names:
             raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
-
-
-def warn_of_unused(folder: Path, cls: Any) -> None:
-    """Log which settings of a component have no effect, because its class does not know them."""
-    for name in unused_settings(folder, cls):
-        logger.warning("%s: %s does not know %r in its configuration: left out", folder.name, cls.__name__, name)
-
-
-def _prepare(
-    module: nn.Module, server_args: ServerArgs, dtype: torch.dtype, kernels: str, mesh: Mesh, placed: bool
-) -> None:
-    """Lay a component's weights, choose what it computes by, and connect its shards to those of other ranks."""
-    device = server_args.torch_device()
-    if device == HOST and not placed:  # elsewhere, and where it comes and goes, weights are copied before they are used
-        align_weights(module)
-    set_attention_backend(module, server_args.attention_backend, device.type, dtype)
-    accelerate(module, kernels, device, dtype)
-    if tensor_plan(module) is not None:
-        connect_shards(module, mesh.tp)
 
 
 def _plan_for_device(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> MemoryPlan | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from safelight.acceleration.tiled_vae import tile_decoding
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage_memory import StageMemory
@@ -36,9 +35,7 @@ def count_memory(repository: Repository, server_args: ServerArgs, in_bands: bool
     dtype = str(server_args.component_dtype("")).removeprefix("torch.")  # of components with none of their own
     args = dataclasses.replace(server_args, dtype=dtype)
     counted: list[tuple[Size, Mapping[str, int]]] = []
-    pipeline = empty_pipeline(repository, args)
-    if in_bands:
-        tile_decoding(pipeline)
+    pipeline = empty_pipeline(repository, args, in_bands)
     for fields in requests(pipeline.schema):
         req = request(pipeline.schema, fields)
         most: dict[str, int] = {}

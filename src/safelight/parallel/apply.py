@@ -1,29 +1,21 @@
-"""All that several ranks do to one pipeline, in one visible order."""
+"""All that several ranks do to one model, in one visible order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import CallMaker, ModelCall, Prediction
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import PARALLEL_SIZES, ServerArgs
-from safelight.core.stage import PipelineStage
-from safelight.parallel.cfg import run_calls
-from safelight.parallel.collectives import Communicator, DesynchronisedError
-from safelight.parallel.encoding import EncoderOnOneRank
+from safelight.parallel.calls import CallsOverRanks, Sharing
 from safelight.parallel.layout import Choice, ModelFacts, ParallelLayout, choose_layout
 from safelight.parallel.mesh import Mesh
 from safelight.parallel.plans import sequence_plan
 from safelight.parallel.sequence import apply_sequence_parallel
 from safelight.parallel.tensor import connect_shards, library_plan, shard_parameters
-from safelight.parallel.vae import apply_vae_parallel
-from safelight.stages.decoding import DecodingStage
-from safelight.stages.text_encoding import TextEncodingStage
 
 
 def choose(server_args: ServerArgs, facts: ModelFacts, device_bytes: int | None = None) -> Choice:
@@ -54,31 +46,34 @@ def max_branches(schema: ModelSchema) -> int:
     return schema.params_cls(**{**schema.defaults, **fields}).num_branches()
 
 
-def share(pipeline: ComposedPipeline, mesh: Mesh) -> None:
-    """Let a pipeline's requests be made by all ranks of a mesh; every rank calls it, and then does the same.
+def share(modules: Mapping[str, Any], mesh: Mesh, device: torch.device) -> dict[str, Sharing]:
+    """Let components be run by all ranks of a mesh together; every rank calls it, and then does the same.
 
-    Its transformers have this rank's shards already, connected.
+    The transformers have this rank's shards already, connected.
 
     Args:
-        pipeline: this rank's.
+        modules: this rank's components, by name; changed in place.
         mesh: as this rank sees it.
+        device: this rank's.
+
+    Returns:
+        how ranks share the calls of each component that they share, steps aside.
 
     Raises:
         InvalidParameterError: if the model cannot be divided so.
 
     """
+    sharing: dict[str, Sharing] = {}
     if mesh.layout.num_devices == 1:
-        return
-    for module in pipeline.modules().values():
-        if sequence_plan(module) is not None:
+        return sharing
+    for name, module in modules.items():
+        if isinstance(module, nn.Module) and sequence_plan(module) is not None:
             apply_sequence_parallel(module, mesh)
-    shared = {name for name, stage in pipeline.stages.items() if share_encoders(stage, mesh, pipeline)}
-    if mesh.layout.vae:
-        apply_vae_parallel(pipeline, mesh.world)
-        shared |= {name for name, stage in pipeline.stages.items() if isinstance(stage, DecodingStage)}
-    pipeline.shared_stages = frozenset(shared)
-    pipeline.run_calls = partial(run_shared, mesh.cfg)
-    pipeline.shares_branches = mesh.cfg.size > 1
+        elif name.startswith("text_encoder"):
+            sharing[name] = share_encoder(module, mesh, device)
+        elif name == "vae" and mesh.layout.vae:
+            sharing[name] = "together"
+    return sharing
 
 
 def waits_on_host(name: str, mesh: Mesh) -> bool:
@@ -86,43 +81,17 @@ def waits_on_host(name: str, mesh: Mesh) -> bool:
     return name.startswith("text_encoder") and mesh.world.rank > 0
 
 
-def share_encoders(stage: PipelineStage, mesh: Mesh, pipeline: ComposedPipeline) -> bool:
-    """Divide the weights of a stage's text encoders, or let one rank run them; False if every rank runs its own."""
-    shared = False
-    for part in (stage, *stage.parts()):
-        if isinstance(part, TextEncodingStage):
-            found = [_shared_encoder(encoder, mesh, pipeline) for encoder in part.text_encoders]
-            shared |= any(is_shared for _, is_shared in found)
-            part.text_encoders = [encoder for encoder, _ in found]
-    return shared
-
-
-def _shared_encoder(encoder: nn.Module, mesh: Mesh, pipeline: ComposedPipeline) -> tuple[Any, bool]:
-    """Return what stands for an encoder, and whether ranks wait for each other in it.
-
-    It has this rank's shards, or is one rank's. An encoder that is a part of a component is needed by others too, and
-    stays on every rank.
-    """
-    owner = next(module for module in pipeline.modules().values() if encoder in set(module.modules()))
+def share_encoder(encoder: nn.Module, mesh: Mesh, device: torch.device) -> Sharing:
+    """Divide the weights of a text encoder among the ranks, or leave it to the first."""
     plan = library_plan(encoder, mesh.tp.size) if mesh.tp.size > 1 else None
-    if plan is None and owner is encoder:
-        own = encoder if mesh.world.rank == 0 else None
-        return EncoderOnOneRank(own, mesh.world, pipeline.device), True
-    if plan is not None:
-        shard_parameters(encoder, mesh.tp.rank, mesh.tp.size, plan)
-        connect_shards(encoder, mesh.tp, plan)
-    owner.to(pipeline.device)
-    return encoder, plan is not None
+    if plan is None:
+        return "first rank"
+    shard_parameters(encoder, mesh.tp.rank, mesh.tp.size, plan)
+    connect_shards(encoder, mesh.tp, plan)
+    encoder.to(device)
+    return "together"
 
 
-def run_shared(ranks: Communicator, calls: Sequence[ModelCall], make: CallMaker) -> list[Prediction]:
-    """Make the calls of a step over all ranks.
-
-    Raises:
-        DesynchronisedError: if that fails here, where others wait.
-
-    """
-    try:
-        return run_calls(calls, make, ranks)
-    except Exception as error:
-        raise DesynchronisedError("a forward that several ranks share failed on one") from error
+def over_ranks(sharing: Mapping[str, Sharing], mesh: Mesh, device: torch.device) -> CallsOverRanks | None:
+    """Return what has the ranks of a mesh make calls together; None for one rank."""
+    return CallsOverRanks(sharing, mesh.cfg, mesh.world, device) if mesh.layout.num_devices > 1 else None

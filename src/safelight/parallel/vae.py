@@ -14,51 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from safelight.core.pipeline import ComposedPipeline
-from safelight.errors import InvalidParameterError
 from safelight.layers.causal_vae import CausalDecoder, FeatureCache
 from safelight.layers.convolution import doubled_conv
 from safelight.parallel.collectives import Communicator
-from safelight.stages.causal_vae import CausalVAEDecodingStage
-from safelight.stages.decoding import DecodingStage
-
-
-def apply_vae_parallel(pipeline: ComposedPipeline, ranks: Communicator) -> None:
-    """Decode with the pipeline's VAE in bands, one a rank; with one rank nothing changes.
-
-    Args:
-        pipeline: whose decoding stage is changed.
-        ranks: among which the rows are divided.
-
-    Raises:
-        InvalidParameterError: if the VAE cannot be divided.
-
-    """
-    if ranks.size == 1:
-        return
-    for stage in pipeline.stages.values():
-        if not isinstance(stage, DecodingStage):
-            continue
-        name = type(stage.vae).__name__
-        if not can_divide(type(stage), name):
-            raise InvalidParameterError("vae_parallel", True, f"false: the decoder of {name} cannot be divided")
-        if isinstance(stage, CausalVAEDecodingStage):
-            stage.decoder = BandedCausalDecoder(stage.vae, ranks)
-        elif type(stage.vae).__name__ in CAUSAL_VAES:
-            stage.vae = BandedCausalVAE(stage.vae, ranks)
-        else:
-            divide_decoder(stage.vae.decoder, RowBands(ranks))
-
-
-def can_divide(stage: type[DecodingStage], vae: str) -> bool:
-    """Say whether a kind of stage can decode in bands with a VAE of this class."""
-    return issubclass(stage, CausalVAEDecodingStage) or vae in IMAGE_VAES | CAUSAL_VAES
-
-
-IMAGE_VAES = frozenset({"AutoencoderKL"})
-"""VAEs of the libraries whose decoder is made of the modules that `divide_decoder` knows."""
-CAUSAL_VAES = frozenset({"AutoencoderKLQwenImage"})
-"""VAEs of the libraries whose decoder is one that `CausalDecoder` walks, and whose stage decodes all frames at once."""
 
 
 class RowBands:
@@ -237,29 +195,14 @@ class BandedCausalDecoder(CausalDecoder):
         return self._conv(conv, frame, cache)
 
 
-class BandedCausalVAE:
-    """A causal VAE whose stage decodes all frames at once, such as that of a picture; it decodes in bands.
-
-    Args:
-        vae: the library's module.
-        ranks: among which the rows are divided.
-
-    """
-
-    def __init__(self, vae: Any, ranks: Communicator) -> None:
-        self.decoder = BandedCausalDecoder(vae, ranks)
-        self.device: torch.device = vae.device
-        self.dtype: torch.dtype = vae.dtype
-
-    def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
-        """Return the pixels [B, C, T, H, W] of latents of the same form, in a tuple."""
-        assert not return_dict, "pixels come in a tuple"
-        videos = []
-        for video in torch.split(latents, 1):
-            cache: FeatureCache = {}
-            frames = [frame for latent in torch.split(video, 1, dim=2) for frame in self.decoder.decode(latent, cache)]
-            videos.append(torch.stack(frames, dim=2))
-        return (torch.cat(videos),)
+def decode_at_once(decoder: CausalDecoder, latents: Tensor) -> Tensor:
+    """Return the pixels [B, C, T, H, W] of latents of the same form, all frames at once."""
+    videos = []
+    for video in torch.split(latents, 1):
+        cache: FeatureCache = {}
+        frames = [frame for latent in torch.split(video, 1, dim=2) for frame in decoder.decode(latent, cache)]
+        videos.append(torch.stack(frames, dim=2))
+    return torch.cat(videos)
 
 
 def conv_of_framed(framed: Tensor, weight: Tensor) -> Tensor:

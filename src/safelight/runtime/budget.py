@@ -66,7 +66,7 @@ class Budget:
             return
         self._is_counted = True
         try:
-            counted = self._pipeline.count_memory()
+            counted = self._pipeline.components.count_memory()
         except Exception:  # a model's boundary: what cannot be run without weights is not counted
             logger.warning("what a request takes of memory cannot be counted", exc_info=True)
             return
@@ -84,9 +84,7 @@ class Budget:
         if needed < LEAST:
             return None
         needed -= sum(held_by(task.execution.req, self._pipeline.device) for task in tasks)
-        needed += self._pipeline.residency.missing_bytes(
-            {name for task in tasks for name in self._pipeline.needed_components(task.execution.req)}
-        )
+        needed += self._pipeline.residency.missing_bytes({call.component for task in tasks for call in task.calls})
         free = self._gauge.free()
         if needed <= free:
             return None

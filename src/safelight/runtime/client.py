@@ -11,13 +11,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from safelight.core.form import Form
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
-from safelight.core.server_args import Mode
 from safelight.errors import SafelightError
 from safelight.runtime.spool import SpooledFrames
 
 State = Literal["loading", "ready", "restarting", "failed", "draining"]
+
+
+Media = NDArray[np.uint8] | SpooledFrames
+"""A picture, or a video that may lie in a file."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class GenerationRequest:
         params: resolved: checked, with the model's defaults and a seed; images are PIL images.
         priority: higher goes first, within the share that every request has.
         deadline: seconds from its submission after which it is not begun any more; None is no deadline.
-        mode: that it began with before, in another life of the server; None where it has not begun.
+        form: in which it began before, in another life of the server; None where it has not begun.
 
     """
 
@@ -37,7 +41,7 @@ class GenerationRequest:
     params: SamplingParams
     priority: int = 0
     deadline: float | None = None
-    mode: Mode | None = None
+    form: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Progress:
         output_index: which output is being made, from 0.
         num_outputs: how many there will be.
         seconds_left: the engine's estimate; None while there is none.
-        mode: how its model calls are made; None until it has begun.
+        form: in which its model calls are made; None until it has begun.
+        arrays: what there is to see of it so far.
 
     """
 
@@ -65,16 +70,13 @@ class Progress:
     output_index: int = 0
     num_outputs: int = 1
     seconds_left: float | None = None
-    mode: Mode | None = None
+    form: Form | None = None
+    arrays: tuple[Media, ...] = field(default=(), compare=False)
 
     @property
     def percent(self) -> int:
         """Whole percents of the steps; 100 is for who has the outputs."""
         return min(99, 100 * self.step // self.num_inference_steps) if self.num_inference_steps else 0
-
-
-Media = NDArray[np.uint8] | SpooledFrames
-"""A picture, or a video that may lie in a file."""
 
 
 @dataclass(frozen=True)

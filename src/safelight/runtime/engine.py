@@ -6,31 +6,31 @@ import gc
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 
-from safelight.acceleration.callers import Callers
 from safelight.core.device import Span, begin_span, is_lost, is_out_of_memory
 from safelight.core.executor import Execution
+from safelight.core.form import Form
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import Prediction, Req, move
-from safelight.core.server_args import Mode
+from safelight.core.request import Req, move
+from safelight.core.trees import Tree
 from safelight.errors import (
     CancelledError,
     CompilationError,
     DeadlineError,
     DeviceLostError,
-    RankFailedError,
     SafelightError,
 )
 from safelight.parallel.collectives import DesynchronisedError
-from safelight.runtime.batching import run_stacked, stack_key
 from safelight.runtime.cost import step_cost
-from safelight.runtime.policy import Plan, Policy, Task
+from safelight.runtime.model_runner import PipelineRunner
+from safelight.runtime.plan import Plan, plan_tick
+from safelight.runtime.policy import Policy, Task
 from safelight.runtime.ranks import Ranks
 from safelight.runtime.watch import Watch
 
@@ -70,7 +70,7 @@ class Issued:
 
 
 class Engine:
-    """Drives the tasks of one pipeline.
+    """Drives the tasks of a pipeline, or of several on one device.
 
     A device may do its work after the host has given it. The host is ahead by one unit of the same tasks at most: what
     a unit took is learnt when the device has done it, and before other tasks have their turn it has done everything, so
@@ -83,7 +83,7 @@ class Engine:
         batching: `exact` runs each model call alone; `throughput` stacks those of equal signature.
         clock: seconds; only differences count.
         watch: is told of every unit.
-        callers: make the model calls; None makes them as the pipeline's settings say.
+        others: further models by their names, on the same device: requests name theirs (`Req.model`).
         ranks: that carry out the same plans; None for one.
         begin: begins the span of what the device is given next; the device's unless given.
 
@@ -98,7 +98,7 @@ class Engine:
         batching: Batching = "exact",
         clock: Callable[[], float] = time.perf_counter,
         watch: Watch | None = None,
-        callers: Callers | None = None,
+        others: Mapping[str, ComposedPipeline] | None = None,
         ranks: Ranks | None = None,
         begin: Callable[[], Span] | None = None,
     ) -> None:
@@ -108,35 +108,39 @@ class Engine:
         self.batching = batching
         self.clock = clock
         self.watch = watch or Watch()
-        self.callers = callers or Callers(pipeline, stacked=batching == "throughput")
         self.ranks = ranks or Ranks()
+        self.runners = {
+            name: PipelineRunner(each, batching == "throughput", self.ranks.room)
+            for name, each in {"": pipeline, **(others or {})}.items()
+        }
+        self.runner = self.runners[""]
         self.tasks: list[Task] = []
         self._given_span = begin
         self._begin_span = begin or partial(begin_span, pipeline.device, clock)
         self._issued: deque[Issued] = deque()
         self._num_added = 0
-        self._newcomer_was_last = False
+        self._plan = Plan()
         self._compile_due: float | None = None
 
-    def add(self, req: Req, *, priority: int = 0, deadline: float | None = None, mode: Mode | None = None) -> Task:
+    def add(self, req: Req, *, priority: int = 0, deadline: float | None = None, form: Form | None = None) -> Task:
         """Take a request's output in.
 
         Args:
             req: the output, whose parameters are resolved.
             priority: higher goes first.
             deadline: seconds from now after which it is not begun any more.
-            mode: that it began with in an engine before; None where it has not begun.
+            form: in which it began in an engine before; None where it has not begun.
 
         """
-        now, params = self.clock(), req.params
-        cost = step_cost(params, self.pipeline.schema)
-        execution = Execution(self.pipeline, req, begin=self._given_span)
+        now, params, runner = self.clock(), req.params, self.runners[req.model]
+        cost = step_cost(params, runner.pipeline.schema)
+        execution = Execution(runner.pipeline, req, runner, self._given_span)
         task = Task(execution, cost, params.num_steps(), now, self._num_added, priority)
         self._num_added += 1
         if deadline is not None:
             task.deadline = now + deadline
-        if self.callers.compilation is not None:
-            task.mode = mode
+        if runner.compilation is not None:
+            task.form = form
         self.tasks.append(task)
         return task
 
@@ -165,63 +169,25 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a tick has something to do: not while all that live wait for the compiled form."""
-        return any(self._has_form(task) for task in self.tasks) or self._compiles_now()
+        return any(task.has_form for task in self.tasks) or self._compiles_now()
 
     def plan(self) -> Plan:
         """Choose what the next tick does."""
         if self._compiles_now():
-            return Plan(compiles=True)
-        now = self.clock()
-        dropped = [task for task in self.tasks if self._is_lost(task, now)]
-        order = self.order([task for task in self.tasks if task not in dropped and self._has_form(task)], now)
-        num_free = self.max_running - sum(task.on_device for task in order)
-        movable = [task for task in reversed(order) if task.on_device and self.pipeline.movable]
-        for head in order:
-            behind = movable[:1] if movable and order.index(movable[0]) > order.index(head) else []
-            if head.on_device or num_free > 0:
-                return Plan(self._with_companions(head, order, num_free), (), dropped)
-            if behind:
-                return Plan([head], behind, dropped)
-        return Plan((), (), dropped)
-
-    def order(self, tasks: Sequence[Task], now: float) -> list[Task]:
-        """Return tasks in the order in which they are to be resumed."""
-        is_resident, needed = self.pipeline.residency.is_resident, self.pipeline.needed_components
-        resident = {task: all(map(is_resident, needed(task.execution.req))) for task in tasks}
-        return self.policy.order(tasks, resident, now)
-
-    def _with_companions(self, head: Task, order: Sequence[Task], num_free: int) -> list[Task]:
-        """Return the tasks that share a forward with the first one.
-
-        A newcomer goes before, so that it can join; before a task that is owed its share, every other time.
-        """
-        if self.batching == "exact":
-            return [head]
-        waiting = [task for task in order if not task.on_device]
-        running = [task for task in order if task.on_device] + waiting[:num_free]
-        newcomers = [task for task in running if not task.calls]
-        if newcomers and not (self._newcomer_was_last and self.policy.owed is head):
-            self._newcomer_was_last = True
-            return newcomers[:1]
-        self._newcomer_was_last = False
-        keys = {stack_key(call) for call in head.calls}
-        alike = [task for task in running if task.mode == head.mode]
-        return [task for task in alike if task is head or (keys and keys == {stack_key(c) for c in task.calls})]
-
-    def _is_lost(self, task: Task, now: float) -> bool:
-        """Say whether a task cannot begin any more."""
-        return not task.execution.started and (now > task.deadline or not self._can_have_form(task))
-
-    def _can_have_form(self, task: Task) -> bool:
-        compilation = self.callers.compilation
-        return task.mode != "compiled" or (compilation is not None and compilation.state != "failed")
-
-    def _has_form(self, task: Task) -> bool:
-        """Say whether a task's mode is there: one that began compiled, in another worker, waits until it is."""
-        return task.mode != "compiled" or self.callers.mode == "compiled"
+            self._plan = Plan(compiles=True)
+        else:
+            self._plan = plan_tick(
+                self.tasks,
+                self.clock(),
+                self.policy,
+                max_running=self.max_running,
+                stacks=self.batching == "throughput",
+                last=self._plan,
+            )
+        return self._plan
 
     def _refusal(self, task: Task) -> SafelightError:
-        if not self._can_have_form(task):
+        if not task.can_have_form:
             return CompilationError("the request began in the model's compiled form, which cannot be made again")
         return DeadlineError("the request's deadline passed before it could begin")
 
@@ -230,16 +196,16 @@ class Engine:
 
         It is when only tasks are left that wait for the compiled form.
         """
-        compilation = self.callers.compilation
+        compilation = self.runner.compilation
         if compilation is None or compilation.state != "pending" or not compilation.is_due():
             return False
         now = self.clock()
         self._compile_due = now if self._compile_due is None else self._compile_due
-        return now >= self._compile_due + COMPILE_PATIENCE or not any(self._has_form(task) for task in self.tasks)
+        return now >= self._compile_due + COMPILE_PATIENCE or not any(task.has_form for task in self.tasks)
 
     def _compile(self) -> None:
         """Do a unit of compiling. Each may take as long as a first unit, and is no request's."""
-        compilation = self.callers.compilation
+        compilation = self.runner.compilation
         assert compilation is not None
         kind, begun = ("compilation", compilation.num_done), self.clock()
         self.watch.begin(kind, ())
@@ -249,12 +215,12 @@ class Engine:
 
     def _begin(self, task: Task) -> None:
         """Choose how a request's calls are made, when the first of its outputs begins: alike for all."""
-        if task.mode is None:
+        if task.form is None:
             for other in self.tasks:
                 if other.request_id == task.request_id:
-                    other.mode = self.callers.mode
-        assert task.mode is not None
-        task.execution.make_call = self.ranks.measured(self.callers.of(task.mode))
+                    other.form = task.execution.runner.form
+        assert task.form is not None
+        task.execution.form = task.form
 
     def _resume(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Do a unit of each, the model calls of several in common, or of the first where those do not fit.
@@ -323,31 +289,29 @@ class Engine:
         if part.was_last:
             self.policy.tail_seconds.record(task.step_cost, task.tail_seconds)
 
-    def _results(self, tasks: Sequence[Task]) -> Sequence[list[Prediction] | None]:
-        """Make the calls of the tasks in common; None leaves them to each task."""
-        if self.batching == "throughput" and tasks[0].calls:
+    def _results(self, tasks: Sequence[Task]) -> Sequence[list[Tree] | None]:
+        """Make the calls of several tasks in common; None leaves them to each task."""
+        if len(tasks) > 1:
+            forwards = [task.execution.forwards() for task in tasks]
             try:
-                run_calls = self.pipeline.run_calls if self.pipeline.shares_branches else None
-                return list(run_stacked(tasks[0].execution.make_call, [task.calls for task in tasks], run_calls))
+                made = iter(tasks[0].execution.runner.run([each for own in forwards for each in own]))
+                return [[next(made) for _ in own] for own in forwards]
+            except DesynchronisedError:
+                raise
             except Exception as error:  # a request's boundary: apart, only the one at fault fails
                 self._check_device(error)
-                if self.ranks.size > 1:
-                    raise DesynchronisedError("a forward that several ranks share failed on one") from error
                 logger.warning("a stacked forward failed; its %d calls are made apart", len(tasks), exc_info=True)
                 free_memory()
         return [None] * len(tasks)
 
-    def _advance(self, task: Task, results: list[Prediction] | None) -> tuple[bool, Exception | None]:
+    def _advance(self, task: Task, results: list[Tree] | None) -> tuple[bool, Exception | None]:
         """Do a task's unit; return whether the task is over, and what it raised."""
-        shared = self.ranks.size > 1 and task.execution.req.stage in self.pipeline.shared_stages
         try:
             return not task.execution.advance(results), None
         except DesynchronisedError:
             raise
         except Exception as error:  # a request's boundary: nothing else holds its state
             self._check_device(error)
-            if shared and not isinstance(error, RankFailedError):
-                raise DesynchronisedError("a stage that several ranks share failed on one") from error
             return True, error
 
     def _check_device(self, error: Exception) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from safelight.core.server_args import Mode
-from safelight.runtime.client import Output, Progress, Ticket
+from safelight.core.form import Form
+from safelight.runtime.client import Media, Output, Progress, Ticket
 from safelight.runtime.messages import Array, Progressed, Submit, described_image, image_to_array, split_images
 
 
@@ -18,7 +19,7 @@ class LiveRequest:
         ticket: that its submitter holds.
         submitted: when, on the monotonic clock.
         cost: of all of it, as `request_cost` counts.
-        mode: None until it begins; it stays through a worker's death.
+        form: None until it begins; it stays through a worker's death.
         outputs: those that are done, by their index.
         steps: for each output that has begun, the steps done, and those in all.
 
@@ -27,7 +28,7 @@ class LiveRequest:
     ticket: Ticket
     submitted: float
     cost: int
-    mode: Mode | None = None
+    form: Form | None = None
     outputs: dict[int, Output] = field(default_factory=dict)
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
 
@@ -45,9 +46,9 @@ class LiveRequest:
             replace(self.ticket.progress, state="queued", queue_position=None, step=0, stage="", seconds_left=None)
         )
 
-    def advance(self, message: Progressed) -> None:
+    def advance(self, message: Progressed, arrays: Sequence[Media] = ()) -> None:
         """Tell the submitter how far all outputs are."""
-        self.mode = message.mode
+        self.form = message.form
         self.steps[message.output_index] = (message.step, message.num_inference_steps)
         num_outputs = self.ticket.progress.num_outputs
         num_steps = max(total for _, total in self.steps.values())
@@ -61,7 +62,8 @@ class LiveRequest:
             output_index=message.output_index,
             num_outputs=num_outputs,
             seconds_left=a_step * (num_steps * num_outputs - step) if num_steps else None,
-            mode=message.mode,
+            form=message.form,
+            arrays=tuple(arrays),
         )
         self.ticket.advance(progress)
 
@@ -78,6 +80,6 @@ class LiveRequest:
             images=[described_image(name, image) for name, image in images],
             priority=request.priority,
             deadline=deadline,
-            mode=self.mode,
+            form=self.form,
         )
         return submit, [image_to_array(image) for _, image in images]

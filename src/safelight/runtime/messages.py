@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from safelight.core.architecture import Architecture
+from safelight.core.form import EAGER, Form
 from safelight.core.params import Option, SamplingParams, make_params_cls
 from safelight.core.registry import get_pipeline, pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
-from safelight.core.server_args import Mode, ServerArgs
+from safelight.core.server_args import ServerArgs
 from safelight.core.stage_memory import StageMemory
 from safelight.encoded import EncodedImage
 from safelight.runtime.watch import UnitLimits
@@ -75,7 +76,7 @@ class Submit(Message, frozen=True):
         images: (field, mode, width, height, format) of each image: the frame is its pixels, or a file of that format.
         priority: higher goes first.
         deadline: seconds from now; None is no deadline.
-        mode: that it began with in a worker before; None where it has not begun.
+        form: in which it began in a worker before; None where it has not begun.
 
     """
 
@@ -84,7 +85,7 @@ class Submit(Message, frozen=True):
     images: list[tuple[str, str, int, int, str]]
     priority: int = 0
     deadline: float | None = None
-    mode: Mode | None = None
+    form: Form | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -154,7 +155,8 @@ class Progressed(Message, frozen=True):
         seconds_left: of this output, estimated.
         step_seconds: what the unit took, where it was a denoising step.
         batch_size: outputs that shared the unit.
-        mode: how the request's model calls are made.
+        form: in which the request's model calls are made.
+        shapes, dtypes: of the arrays in the frames: what there is to see beside the numbers.
 
     """
 
@@ -166,7 +168,9 @@ class Progressed(Message, frozen=True):
     seconds_left: float
     step_seconds: float | None = None
     batch_size: int = 1
-    mode: Mode = "eager"
+    form: Form = EAGER
+    shapes: list[tuple[int, ...]] = []
+    dtypes: list[str] = []
 
 
 class OutputMade(Message, frozen=True):

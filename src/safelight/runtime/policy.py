@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from safelight.core.calls import ModelCall
 from safelight.core.executor import Execution
-from safelight.core.request import ModelCall
-from safelight.core.server_args import Mode
+from safelight.core.form import Form
 from safelight.runtime.durations import Durations
 
 EQUAL_WORK = 1.25
@@ -31,7 +31,7 @@ class Task:
         number: of tasks added before it, the same on every rank.
         priority: higher goes first.
         deadline: when it is too late to begin it.
-        mode: how its model calls are made; None until it begins.
+        form: in which form its model calls are made; None until it begins.
         on_device: whether its tensors are on the device.
         step_seconds: what its last unit took, if that was a denoising step.
         tail_seconds: what it has needed since its last step: to decode, for example.
@@ -47,7 +47,7 @@ class Task:
     number: int = 0
     priority: int = 0
     deadline: float = math.inf
-    mode: Mode | None = None
+    form: Form | None = None
     on_device: bool = False
     step_seconds: float | None = None
     tail_seconds: float = 0.0
@@ -65,6 +65,26 @@ class Task:
         return self.execution.req.pending
 
     @property
+    def is_resident(self) -> bool:
+        """Whether what its next unit runs is on the device."""
+        residency = self.execution.pipeline.residency
+        return all(residency.is_resident(call.component) for call in self.calls)
+
+    @property
+    def has_form(self) -> bool:
+        """Whether its form is there: one that began compiled, in another worker, waits until it is."""
+        return self.form is None or self.execution.runner.has(self.form)
+
+    def is_lost(self, now: float) -> bool:
+        """Say whether it cannot begin any more: it is too late, or its form cannot be had again."""
+        return not self.execution.started and (now > self.deadline or not self.can_have_form)
+
+    @property
+    def can_have_form(self) -> bool:
+        """Whether its form is there, or may come."""
+        return self.form is None or self.execution.runner.may_have(self.form)
+
+    @property
     def steps_left(self) -> int:
         """Denoising steps that are still to be done."""
         req = self.execution.req
@@ -74,24 +94,6 @@ class Task:
     def kind(self) -> tuple[str, int]:
         """What its next unit has in common with others that take as long."""
         return (self.execution.req.stage, self.step_cost)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one tick does. Rank 0 makes it; whoever has the same tasks can carry it out.
-
-    Attributes:
-        resumed: tasks that do a unit; several share their model calls.
-        evicted: tasks that leave the device before.
-        dropped: tasks that are too late to begin, or began in a mode that cannot be had again.
-        compiles: whether it is a unit of compiling instead.
-
-    """
-
-    resumed: Sequence[Task] = ()
-    evicted: Sequence[Task] = ()
-    dropped: Sequence[Task] = ()
-    compiles: bool = False
 
 
 class Role:
@@ -143,16 +145,16 @@ class Policy:
         self._longest, self._oldest = Role(window), Role(window)
         self._seen = -math.inf
 
-    def order(self, tasks: Sequence[Task], is_resident: Mapping[Task, bool], now: float) -> list[Task]:
+    def order(self, tasks: Sequence[Task], now: float) -> list[Task]:
         """Return the tasks, the one to resume first at the head.
 
         Args:
             tasks: all that live.
-            is_resident: whether what a task's next unit needs is on the device.
             now: on the engine's clock.
 
         """
         remaining = {task: self.remaining(task) for task in tasks}
+        is_resident = {task: task.is_resident for task in tasks}
         self._longest.task = max(tasks, key=lambda task: (remaining[task], -task.arrival), default=None)
         self._oldest.task = min(tasks, key=lambda task: task.arrival, default=None)
         self.owed = self._find_owed(now)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,13 +9,13 @@ import msgspec
 import torch
 
 from safelight.core.params import SamplingParams
-from safelight.core.request import CallMaker
 from safelight.core.schema import ModelSchema
 from safelight.errors import OutOfMemoryError, RankFailedError, SafelightError
 from safelight.parallel.collectives import Communicator
 from safelight.runtime.budget import Budget
 from safelight.runtime.messages import ToWorker
-from safelight.runtime.policy import Plan, Task
+from safelight.runtime.plan import Plan
+from safelight.runtime.policy import Task
 from safelight.runtime.room import Room
 
 ToWorkerParcel = tuple[ToWorker, list[bytes]]
@@ -72,7 +71,7 @@ class Ranks:
         self, control: Communicator | None = None, room: Room | None = None, budget: Budget | None = None
     ) -> None:
         self._control = control or Communicator("control")
-        self._room = room
+        self.room = room
         self._budget = budget
 
     @property
@@ -131,10 +130,10 @@ class Ranks:
         """
         if self._budget is not None:
             return self._budget.check(tasks)
-        calls = [call for task in tasks for call in task.calls]
+        calls = [call for task in tasks for call in task.calls if call.signature is not None]
         if self.size == 1 or not calls:
             return None
-        fits = self._room is None or all(self._room.has_room(call, len(tasks)) for call in calls)
+        fits = self.room is None or all(self.room.has_room(call, len(tasks)) for call in calls)
         return self.agree([None if fits else failure_of(OUT_OF_MEMORY)])[0]
 
     def refusal(self, params: SamplingParams) -> SafelightError | None:
@@ -144,12 +143,6 @@ class Ranks:
     def measured_unit(self, tasks: Sequence[Task]) -> AbstractContextManager[None]:
         """Return a context for a unit of tasks, from which `check_room` learns on one rank."""
         return nullcontext() if self._budget is None else self._budget.measured(tasks)
-
-    def measured(self, make: CallMaker) -> CallMaker:
-        """Return a maker of calls from which `check_room` learns."""
-        if self.size == 1 or self._room is None:
-            return make
-        return functools.partial(self._room.measured, make=make)
 
 
 def vote_of(error: Exception | None) -> int:

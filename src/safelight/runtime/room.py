@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,9 @@ from torch import nn
 
 from safelight.acceleration.activations import Valueless, count_peak, on_meta
 from safelight.acceleration.blocks import one_block_each
-from safelight.core.request import CallMaker, ModelCall, Prediction
+from safelight.core.calls import ModelCall
+from safelight.core.model_runner import Forward, Make
+from safelight.core.trees import Tree, map_tree
 from safelight.runtime.host_memory import HostMemory
 
 MAX_COUNTED = 4096
@@ -143,11 +145,15 @@ class Room:
         _, share = self._largest.get(call.component, (0, 0.0))
         return not share or share * self.count(call) * num_stacked <= self._gauge.free()
 
-    def measured(self, call: ModelCall, make: CallMaker) -> Prediction:
-        """Make a call, and learn from what it took."""
-        counted = self.count(call)
-        before = self._gauge.begin()
-        made = make(call)
+    def measured(self, forwards: Sequence[Forward], make: Make) -> list[Tree]:
+        """Make forwards, and learn from what those of steps took."""
+        return [self._measured(forward, make) for forward in forwards]
+
+    def _measured(self, forward: Forward, make: Make) -> Tree:
+        call = forward.call
+        counted = 0 if call.signature is None else self.count(call)
+        before = self._gauge.begin() if counted else 0
+        (made,) = make([forward])
         if counted >= max(1, self._largest.get(call.component, (0, 0.0))[0]):
             # More than all of it is what a first forward of a process takes besides.
             self._largest[call.component] = (counted, min(1.0, (self._gauge.peak() - before) / counted))
@@ -155,7 +161,7 @@ class Room:
 
     def count(self, call: ModelCall) -> int:
         """Return the bytes of activations that a call takes undivided; 0 where that cannot be known."""
-        key = (call.component, call.signature, call.num_rows)
+        key = (call.stack_key, call.num_rows)
         if key not in self._counted:
             if len(self._counted) == MAX_COUNTED:
                 self._counted.clear()
@@ -168,6 +174,6 @@ class Room:
         if call.component not in self._empty:
             self._empty[call.component] = self._make_empty[call.component]()
         module = self._empty[call.component]
-        kwargs = {name: on_meta(tensor) for name, tensor in {**call.kwargs, **call.shared_kwargs}.items()}
+        kwargs = map_tree({**call.kwargs, **call.shared_kwargs}, on_meta)
         with Valueless(), one_block_each(module):  # one block after another takes what one takes
             return count_peak(lambda: module(**kwargs))

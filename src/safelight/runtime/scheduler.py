@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from safelight.core.device import is_out_of_memory
+from safelight.core.form import EAGER
 from safelight.core.request import Req
 from safelight.encoded import EncodedImage
 from safelight.errors import CancelledError, OutOfMemoryError, SafelightError
@@ -73,12 +74,12 @@ class Intake:
             return [(message.request_id, refusal)]
         self.outputs[message.request_id] = [
             self.engine.add(
-                Req(message.request_id, single),
+                Req(message.request_id, single, index),
                 priority=message.priority,
                 deadline=message.deadline,
-                mode=message.mode,
+                form=message.form,
             )
-            for single in params.split()
+            for index, single in enumerate(params.split())
         ]
         return []
 
@@ -171,7 +172,7 @@ class Scheduler:
             self._fail(task)
             return
         req = task.execution.req
-        index = self._intake.outputs[task.request_id].index(task)
+        index = req.output_index
         if not task.done:
             progress = Progressed(
                 request_id=req.request_id,
@@ -182,7 +183,7 @@ class Scheduler:
                 seconds_left=self.engine.policy.remaining(task),
                 step_seconds=task.step_seconds,
                 batch_size=batch_size,
-                mode=task.mode or "eager",
+                form=task.form or EAGER,
             )
             self.channel.send(progress)
             return
@@ -197,7 +198,7 @@ class Scheduler:
 
     def _report_compiled(self) -> None:
         """Tell once that the compiled form is there, or why it will not be."""
-        compilation = self.engine.callers.compilation
+        compilation = self.engine.runner.compilation
         if compilation is None or compilation.state == "pending" or self._told_compiled:
             return
         self._told_compiled = True
@@ -218,7 +219,7 @@ class Scheduler:
         if now < self._snapshot_at + SNAPSHOT_SECONDS and self.engine.tasks:
             return
         self._snapshot_at = now
-        order = self.engine.order(self.engine.tasks, self.engine.clock())
+        order = self.engine.policy.order(self.engine.tasks, self.engine.clock())
         waiting = [task.request_id for task in order if not task.execution.started]
         positions = {request_id: index for index, request_id in enumerate(dict.fromkeys(waiting))}
         device = self.engine.pipeline.device

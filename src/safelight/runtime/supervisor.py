@@ -171,7 +171,7 @@ class Supervisor(EngineClient):
         assert request.request_id not in self._live, "two requests have one id"
         assert self._schema is not None, "it has been loaded once"
         cost = request_cost(request.params, self._schema)
-        live = LiveRequest(Ticket(request), time.monotonic(), cost, request.mode)
+        live = LiveRequest(Ticket(request), time.monotonic(), cost, request.form)
         self.adopt(live)
         return live.ticket
 
@@ -358,7 +358,7 @@ class Supervisor(EngineClient):
         elif isinstance(message, Compiled):
             self._take_compiled(message)
         elif isinstance(message, Progressed):
-            self._take_progress(message)
+            self._take_progress(message, arrays)
         elif isinstance(message, OutputMade):
             self._take_output(message, arrays)
         elif isinstance(message, Failed):
@@ -394,12 +394,12 @@ class Supervisor(EngineClient):
             if live.ticket.progress.queue_position != position:
                 live.ticket.advance(replace(live.ticket.progress, queue_position=position))
 
-    def _take_progress(self, message: Progressed) -> None:
+    def _take_progress(self, message: Progressed, arrays: Sequence[Media]) -> None:
         live = self._live.get(message.request_id)
         if message.step_seconds is not None and self.on_step is not None:
             self.on_step(message.step_seconds, message.batch_size)
         if live is not None:
-            live.advance(message)
+            live.advance(message, shaped(message, arrays))
             if message.step_seconds is not None:
                 self._learn_cost(live.ticket.request.params, message.step_seconds)
 
@@ -414,9 +414,7 @@ class Supervisor(EngineClient):
         live = self._live.get(message.request_id)
         if live is None:
             return
-        described = zip(arrays, message.dtypes, message.shapes, strict=True)
-        media = [array.view(np.dtype(dtype)).reshape(shape) for array, dtype, shape in described]
-        output = Output(media, message.seed, message.params, message.timings, message.warnings)
+        output = Output(shaped(message, arrays), message.seed, message.params, message.timings, message.warnings)
         live.outputs[message.output_index] = output
         if len(live.outputs) == live.ticket.progress.num_outputs:
             del self._live[message.request_id]
@@ -438,3 +436,9 @@ class Supervisor(EngineClient):
 
     def _num_waiting(self) -> int:
         return sum(live.ticket.progress.state == "queued" for live in self._live.values())
+
+
+def shaped(message: Progressed | OutputMade, arrays: Sequence[Media]) -> list[Media]:
+    """Return the arrays of a message in their shapes."""
+    described = zip(arrays, message.dtypes, message.shapes, strict=True)
+    return [array.view(np.dtype(dtype)).reshape(shape) for array, dtype, shape in described]

@@ -224,7 +224,7 @@ class WorkerChannel:
         try:
             frames = spooled_frames(message, arrays, folder)
         except StorageError as error:
-            assert isinstance(message, OutputMade), "no other message has arrays"
+            assert isinstance(message, OutputMade), "no other message has arrays so large that they lie in a file"
             logger.error("%s: %s", error, error.__cause__)
             frames = spooled_frames(Failed(message.request_id, error.code, str(error), None), (), folder)
         socket.send_multipart(frames, copy=not arrays)

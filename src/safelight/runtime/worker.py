@@ -158,7 +158,7 @@ def ranks_of(pipeline: ComposedPipeline, mesh: Mesh, args: ServerArgs) -> Ranks:
     if gauge is None:
         return Ranks(mesh.control)
     if mesh.layout.num_devices > 1:
-        return Ranks(mesh.control, room=Room(gauge, pipeline.empty_components))
+        return Ranks(mesh.control, room=Room(gauge, pipeline.components.empty))
     return Ranks(mesh.control, budget=Budget(pipeline, gauge))
 
 
@@ -218,7 +218,7 @@ def compile_in_background(engine: Engine, limit: float) -> None:
 
     What this machine or this model cannot compile is told once, and runs eagerly.
     """
-    compilation = engine.callers.compilation
+    compilation = engine.runner.compilation
     if compilation is None:
         return
     missing = missing_toolchain(engine.pipeline.device.type)

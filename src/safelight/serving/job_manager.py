@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from safelight.core.form import Form
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import (
@@ -353,7 +354,7 @@ class JobManager:
                     if schema is not None and self._may_submit(run.job):
                         params = params or await self._read(run.job, schema)
                         name = f"{run.job.id}.{run.job.attempts + 1}.{run.job.request_id}"
-                        return self._engine.submit(GenerationRequest(name, params, mode=run.job.mode))
+                        return self._engine.submit(GenerationRequest(name, params, form=form_of(run.job)))
                 # The engine tells nobody when it becomes ready, or when it has room after somebody else's request.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), self._limits.retry_seconds)
@@ -432,7 +433,8 @@ class JobManager:
         return job.failed(error, now, now + self._limits.keep_seconds, self._clocks.moment())
 
     def _begun(self, run: Run, progress: Progress) -> Job:
-        return run.job.begun(self._clocks.stamp(), progress.mode, self._clocks.moment())
+        mode = None if progress.form is None else progress.form.mode
+        return run.job.begun(self._clocks.stamp(), mode, self._clocks.moment())
 
     async def _advance(self, run: Run, new: Job) -> bool:
         """Change a job in the store, and here if the store agreed."""
@@ -511,3 +513,8 @@ def _total(outputs: Sequence[Output]) -> dict[str, float]:
         for stage, seconds in output.timings.items():
             total[stage] = total.get(stage, 0.0) + seconds
     return total
+
+
+def form_of(job: Job) -> Form | None:
+    """Return the form that a job began in; None where it has not begun."""
+    return None if job.mode is None else Form(job.mode)

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from safelight.core.server_args import Mode
+from safelight.core.form import Mode
 from safelight.errors import ConflictError
 from safelight.serving.clocks import Moment
 from safelight.serving.spool import Stored, parts

@@ -1,91 +1,80 @@
-"""Encoding and decoding with a causal video VAE, some frames at a time; what it remembers lies in the request."""
+"""Encoding and decoding with a causal video VAE of the libraries, one latent frame a unit."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from safelight.core.config import PipelineConfig
-from safelight.core.request import Req
-from safelight.core.server_args import ServerArgs
-from safelight.core.stage import Steps
 from safelight.layers.causal_vae import CausalDecoder, patchified
-from safelight.stages.decoding import DecodingStage, check_finite, to_media
-from safelight.stages.image_vae_encoding import ImageVAEEncodingStage
+from safelight.stages.vae import UNIT_COST, Decoder, Encoder, Piece, State, Unit
 
-PIXELS, ENCODER = "pixels", "encoder"
-"""Places in the request's feature cache: the clip that is encoded, and what the library's encoder remembers of it."""
-
-
-class CausalVAEEncodingStage(ImageVAEEncodingStage):
-    """Encodes the frames of one latent frame at a time, with a boundary between two."""
-
-    def __init__(self, vae: Any, config: PipelineConfig) -> None:
-        super().__init__(vae, config)
-        self.num_convolutions = sum(isinstance(module, torch.nn.Conv3d) for module in vae.encoder.modules())
-        self.frames_per_latent = 2 ** sum(map(bool, vae.config["temperal_downsample"]))
-
-    def run(self, batch: Req, server_args: ServerArgs) -> Steps:
-        """Fill `image_latents`, one entry an encoding."""
-        for index in range(self.config.num_vae_inputs(batch)):
-            if index:
-                yield []
-            if self.take_cached(batch, index):
-                continue
-            num_frames = self._begin(batch, index)
-            for start in range(1 - self.frames_per_latent, num_frames, self.frames_per_latent):
-                if start > 0:
-                    yield []
-                self._encode_frames(batch, max(start, 0), start + self.frames_per_latent)
-            batch.image_latents[index:] = [torch.cat(batch.image_latents[index:], dim=2)]
-            self.keep(batch, index)
-            batch.feature_cache = {}
-
-    def _begin(self, batch: Req, index: int) -> int:
-        """Lay what is encoded into the feature cache; return how many frames it has."""
-        pixels = self.config.prepare_vae_input(batch, index).to(self.vae.device, self.vae.dtype)
-        pixels = patchified(pixels, self.vae.config.get("patch_size") or 1)
-        batch.feature_cache = {PIXELS: [pixels], ENCODER: [None] * self.num_convolutions}
-        return pixels.shape[2]
-
-    def _encode_frames(self, batch: Req, start: int, stop: int) -> None:
-        """Append the mode of the posterior, [1, C, 1, H, W], scaled as the transformer takes it."""
-        (frames,) = batch.feature_cache[PIXELS]
-        encoded = self.vae.encoder(frames[:, :, start:stop], feat_cache=batch.feature_cache[ENCODER], feat_idx=[0])
-        mode: Tensor = self.vae.quant_conv(encoded).chunk(2, dim=1)[0].to(self.config.latent_dtype or encoded.dtype)
-        scale, shift = self.config.get_decode_scale_and_shift(mode)
-        batch.image_latents.append((mode - shift) * scale)
+LATENTS, PIXELS, CACHE = "latents", "pixels", "cache"
+"""Places in the state: what is decoded, or encoded; and what is remembered of the frames before, by the names of the
+decoder's convolutions, or in the order of the encoder's."""
 
 
-class CausalVAEDecodingStage(DecodingStage):
-    """Decodes one latent frame at a time, with a boundary between two."""
+class CausalFrameDecoder(Decoder):
+    """Decodes one latent frame a unit.
 
-    def __init__(self, vae: Any, config: PipelineConfig) -> None:
-        super().__init__(vae, config)
-        self.decoder = CausalDecoder(vae)
+    Args:
+        walk: over the VAE's decoder.
 
-    def run(self, batch: Req, server_args: ServerArgs) -> Steps:
-        """Fill `outputs` with the one video [T, H, W, C], or the latents [C, T, H, W]."""
-        assert batch.latents is not None
-        batch.latents = self.config.post_denoising_loop(batch.latents, batch)
-        check_finite(batch.latents, "latents")
-        if batch.params.output_type == "latent":
-            batch.outputs.append(batch.latents[0].cpu())
-            return
-        for index in range(batch.latents.shape[2]):
-            if index:
-                yield []
-            self._decode(batch, index)
-        batch.feature_cache = {}
-        batch.outputs = [torch.cat(batch.outputs)]
+    """
 
-    def _decode(self, batch: Req, index: int) -> None:
-        """Append the frames of a latent frame, [1, H, W, C] each."""
-        assert isinstance(batch.latents, Tensor)
-        latents = batch.latents[:, :, index : index + 1].to(self.vae.device, self.vae.dtype)
-        scale, shift = self.config.get_decode_scale_and_shift(latents)
-        for frame in self.decoder.decode(latents / scale + shift, batch.feature_cache):
-            check_finite(frame, "pixels")
-            batch.outputs.append(to_media(frame[0], batch.params.output_type)[None])
+    def __init__(self, walk: CausalDecoder) -> None:
+        self.walk = walk
+
+    def begin(self, latents: Tensor) -> State:
+        """Return the state of latents [1, C, T, H, W]."""
+        return {LATENTS: latents, CACHE: {}}
+
+    def units(self, latent_shape: Sequence[int]) -> Iterator[Unit]:
+        """Yield a unit for each latent frame, each as large as a model call may be."""
+        for index in range(latent_shape[2]):
+            yield Unit(UNIT_COST, partial(self._decode, index))
+
+    def output_shape(self, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """Return [C, T, H, W], for latents [1, C, T, H, W]."""
+        return self.walk.output_shape(latent_shape)
+
+    def _decode(self, index: int, state: State) -> Sequence[Piece]:
+        """Return the frames of a latent frame."""
+        frames = self.walk.decode(state[LATENTS][:, :, index : index + 1], state[CACHE])
+        before = self.walk.first_frame(index)
+        return [Piece(before + number, 0, frame[0][:, None]) for number, frame in enumerate(frames)]
+
+
+class CausalFrameEncoder(Encoder):
+    """Encodes the frames of one latent frame a unit.
+
+    Args:
+        vae: the library's module.
+
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.num_convolutions = sum(isinstance(module, nn.Conv3d) for module in vae.encoder.modules())
+        self.frames_per_latent: int = 2 ** sum(map(bool, vae.config["temperal_downsample"]))
+
+    def begin(self, pixels: Tensor) -> State:
+        """Return the state of a clip [1, C, T, H, W]."""
+        return {
+            PIXELS: patchified(pixels, self.vae.config.get("patch_size") or 1),
+            CACHE: [None] * self.num_convolutions,
+        }
+
+    def num_units(self, pixel_shape: Sequence[int]) -> int:
+        """Return the number of latent frames of a clip [1, C, T, H, W]."""
+        return -(-(pixel_shape[2] - 1) // self.frames_per_latent) + 1
+
+    def encode(self, state: State, index: int) -> Tensor:
+        """Return the mode of the posterior, [1, C, 1, H, W], of one latent frame."""
+        stop = 1 + index * self.frames_per_latent
+        frames = state[PIXELS][:, :, max(0, stop - self.frames_per_latent) : stop]
+        encoded = self.vae.encoder(frames, feat_cache=state[CACHE], feat_idx=[0])
+        mode: Tensor = self.vae.quant_conv(encoded).chunk(2, dim=1)[0]
+        return mode

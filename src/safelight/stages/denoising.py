@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
+from safelight.core.calls import ModelCall
 from safelight.core.config import PipelineConfig
-from safelight.core.request import ModelCall, Prediction, Req
+from safelight.core.request import Prediction, Req
 from safelight.core.server_args import ServerArgs
 from safelight.core.solver import takes_generator
 from safelight.core.stage import PipelineStage, Steps
+from safelight.core.trees import Tree
+
+
+@dataclass
+class LoopState:
+    """What is kept between two steps of a loop.
+
+    Attributes:
+        kept: what techniques on a call's way keep for the calls that follow, by technique and branch; what a step cache
+            answers from, say.
+
+    """
+
+    kept: dict[tuple[str, str], Tree] = field(default_factory=dict)
 
 
 class DenoisingStage(PipelineStage):
@@ -19,6 +35,7 @@ class DenoisingStage(PipelineStage):
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Advance `latents` from noise to picture. The frame holds no tensor at a yield."""
+        batch.stage_state = LoopState()
         signatures = {branch: self.config.call_signature(branch, batch) for branch in self.config.branches(batch)}
         while batch.step_index < batch.num_inference_steps:
             batch.pending = self.calls(batch, signatures)
@@ -33,8 +50,8 @@ class DenoisingStage(PipelineStage):
         for branch, signature in signatures.items():
             kwargs = self.config.prepare_branch_kwargs(branch, batch, batch.latents, t)
             shared = {name: kwargs.pop(name) for name in self.config.shared_kwargs}
-            key = (batch.request_id, branch, batch.step_index)
-            calls.append(ModelCall(component, kwargs, shared, signature, key))
+            key = batch.key(branch, batch.step_index)
+            calls.append(ModelCall(component, kwargs, shared, signature, key, model=batch.model))
         return calls
 
     def advance(self, batch: Req, predictions: list[Prediction]) -> None:

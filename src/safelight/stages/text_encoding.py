@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from safelight.core.config import PipelineConfig, PromptSpec
+from safelight.core.calls import ModelCall
+from safelight.core.config import COND, UNCOND, PipelineConfig, PromptSpec
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage, Steps
@@ -19,65 +20,69 @@ class TextEncodingStage(PipelineStage):
     """Encodes the prompt with each text encoder, and the negative prompt where the request has that branch.
 
     Args:
-        text_encoders: the modules, in order.
-        tokenizers: one for each.
+        tokenizers: one for each text encoder, in order.
         processor: of images that go with the text into the encoder; None where the model has none.
         config: the model's conventions.
 
     """
 
-    def __init__(
-        self, text_encoders: Sequence[Any], tokenizers: Sequence[Any], processor: Any, config: PipelineConfig
-    ) -> None:
-        self.text_encoders = text_encoders
+    def __init__(self, tokenizers: Sequence[Any], processor: Any, config: PipelineConfig) -> None:
         self.tokenizers = tokenizers
         self.processor = processor
         self.config = config
 
-    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
-        """Return the text encoder that is next."""
-        guided = self.config.should_use_guidance(batch)
-        index = len(batch.negative_prompt_embeds if guided else batch.prompt_embeds)
-        return self.text_encoders[index : index + 1]
-
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
-        """Fill `prompt_embeds` and `negative_prompt_embeds`, with a boundary between two encodings."""
-        dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
-        for index in range(len(self.text_encoders)):
+        """Fill `prompt_embeds` and `negative_prompt_embeds`: one call an encoder and branch, unless they are kept."""
+        for index in range(len(self.tokenizers)):
             spec = self.config.encode_prompt_spec(index, batch)
-            batch.prompt_embeds.append(self._encode(index, spec, spec.prompt, batch, dtype))
+            yield from self._encode(index, spec, COND, batch, server_args)
             if self.config.should_use_guidance(batch):
-                yield []
-                batch.negative_prompt_embeds.append(self._encode(index, spec, spec.negative_prompt, batch, dtype))
-            if index + 1 < len(self.text_encoders):
-                yield []
+                yield from self._encode(index, spec, UNCOND, batch, server_args)
 
-    def _encode(self, index: int, spec: PromptSpec, text: str, batch: Req, dtype: torch.dtype) -> Tensor:
-        """Return the embeddings of a text, kept or made, and warn if it was cut."""
+    def _encode(self, index: int, spec: PromptSpec, branch: str, batch: Req, server_args: ServerArgs) -> Steps:
+        """Append the embeddings of a branch's text, kept or made, and warn if it was cut."""
+        text = spec.prompt if branch == COND else spec.negative_prompt
         seen = self.cache.images_of(batch.params) if self.processor is not None else ()
         key = (encoder_name(index), replace(spec, prompt=text, negative_prompt=""), seen)
         found = self.cache.get(*key)
         if found is None:
-            embeds = self._make(index, spec, text, batch).to(dtype)
+            batch.pending = [self._call(index, spec, branch, text, batch, server_args.torch_device())]
+            (made,) = yield batch.pending
+            dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
+            embeds = self._kept(made, batch.pending[0], spec).to(dtype)
+            batch.pending = []
             found = self.cache.put(embeds, self._cut(self.tokenizers[index], spec, text), *key)
         embeds, warning = found
+        (batch.prompt_embeds if branch == COND else batch.negative_prompt_embeds).append(embeds)
         if warning is not None:
             batch.warnings.append(warning)
-        return embeds
 
-    def _make(self, index: int, spec: PromptSpec, text: str, batch: Req) -> Tensor:
-        encoder, tokenizer = self.text_encoders[index], self.tokenizers[index]
-        inputs = self.config.text_encoder_inputs(spec, text, batch, tokenizer, self.processor)
+    def _call(
+        self, index: int, spec: PromptSpec, branch: str, text: str, batch: Req, device: torch.device
+    ) -> ModelCall:
+        """Return the call of a text encoder."""
+        inputs = self.config.text_encoder_inputs(spec, text, batch, self.tokenizers[index], self.processor)
         # Copies: what NumPy made of an image lies anywhere, and bytes may depend on where.
-        outputs = encoder(**{name: tensor.to(encoder.device, copy=True) for name, tensor in inputs.items()})
+        kwargs = {name: tensor.to(device, copy=True) for name, tensor in inputs.items()}
+        return ModelCall(
+            encoder_name(index),
+            kwargs,
+            {},
+            signature=None,
+            key=batch.key(branch),
+            static={"output": spec.output},
+            method="encode",
+            model=batch.model,
+        )
+
+    def _kept(self, made: Tensor, call: ModelCall, spec: PromptSpec) -> Tensor:
+        """Return what of an encoder's output is the embedding."""
         if spec.output == "pooler_output":
-            pooled: Tensor = outputs.pooler_output
-            return pooled
-        embeds: Tensor = outputs.last_hidden_state
+            return made
         if spec.attention_mask:
-            embeds = torch.where(inputs["attention_mask"].to(embeds.device, torch.bool)[..., None], embeds, 0)
+            made = torch.where(call.kwargs["attention_mask"].to(torch.bool)[..., None], made, 0)
         kept = slice(spec.drop_prefix, None if spec.max_embeds is None else spec.drop_prefix + spec.max_embeds)
-        return embeds[:, kept]
+        return made[:, kept]
 
     def _cut(self, tokenizer: Any, spec: PromptSpec, text: str) -> str | None:
         """Return a warning if the text is cut."""

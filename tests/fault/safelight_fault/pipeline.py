@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -14,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from safelight.core.components import Components
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
@@ -190,9 +192,13 @@ class FaultPipeline(ComposedPipeline):
 
     config: FaultConfig
 
+    def __init__(self, components: Components, config: FaultConfig, schema: Any, server_args: ServerArgs) -> None:
+        transformer = Transformer(config.step_seconds).requires_grad_(False)
+        modules = {**components.modules, "transformer": transformer}
+        super().__init__(dataclasses.replace(components, modules=modules), config, schema, server_args)
+
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the stages."""
-        self._modules["transformer"] = Transformer(self.config.step_seconds).requires_grad_(False)
         self.add_stage(Encoding(), "encoding")
         self.add_stage(Denoising(self.config), "denoising")
         self.add_stage(Decoding(self.config.decode_seconds), "decoding")

@@ -40,12 +40,11 @@ class ToyVariationPipeline(ToyPipeline):
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the stage before the loop, the loop, and decoding."""
-        assert isinstance(self.config, ToyVariationPipelineConfig)
+        assert isinstance(self.config, ToyVariationPipelineConfig) and self.vae is not None
         before = ToyBeforeDenoisingStage(
-            text_encoder=self.get_module("text_encoder"),
             tokenizer=self.get_module("tokenizer"),
-            vae=self.get_module("vae"),
-            scheduler=self.get_module("scheduler"),
+            vae=self.vae,
+            scheduler=self.get_scheduler(),
             config=self.config,
         )
         self.add_stage(InputValidationStage(self.config), "input_validation")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
@@ -15,6 +14,7 @@ from safelight.stages.conditioning import ConditioningStage
 from safelight.stages.image_vae_encoding import ImageVAEEncodingStage
 from safelight.stages.text_encoding import TextEncodingStage
 from safelight.stages.timestep_preparation import TimestepPreparationStage
+from safelight.stages.vae import VAE
 from toy_models.config import ToyVariationPipelineConfig
 from toy_models.params import ToyVariationSamplingParams
 
@@ -25,26 +25,19 @@ class ToyBeforeDenoisingStage(PipelineStage):
     What is usual is left to the standard stages; the stage itself keeps nothing of a request.
 
     Args:
-        text_encoder: CLIP.
-        tokenizer: its tokenizer.
+        tokenizer: CLIP's.
         vae: encodes the image.
         scheduler: the solver, copied for each request.
         config: the model's conventions.
 
     """
 
-    def __init__(
-        self, text_encoder: Any, tokenizer: Any, vae: Any, scheduler: Any, config: ToyVariationPipelineConfig
-    ) -> None:
+    def __init__(self, tokenizer: Any, vae: VAE, scheduler: Any, config: ToyVariationPipelineConfig) -> None:
         self.config = config
-        self.text_encoding = TextEncodingStage([text_encoder], [tokenizer], None, config)
+        self.text_encoding = TextEncodingStage([tokenizer], None, config)
         self.image_encoding = ImageVAEEncodingStage(vae, config)
         self.timestep_preparation = TimestepPreparationStage(scheduler, config)
         self.conditioning = ConditioningStage(config)
-
-    def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
-        """Return what is next: the text encoder, then the VAE."""
-        return self.text_encoding.needed_modules(batch) or self.image_encoding.needed_modules(batch)
 
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill all that the loop needs, with a boundary before each piece of work."""

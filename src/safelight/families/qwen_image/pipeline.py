@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from safelight.core.components import Methods
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.server_args import ServerArgs
+from safelight.families.qwen_image.caption import encode_headless, write_tokens
 from safelight.families.qwen_image.config import QwenImageLayeredPipelineConfig
 from safelight.families.qwen_image.stages import QwenImageLayeredBeforeDenoisingStage
 from safelight.stages.denoising import DenoisingStage
@@ -63,16 +65,20 @@ class QwenImageLayeredPipeline(QwenImageEditPipeline):
         **TRANSFORMER,
         "Qwen2_5_VLForConditionalGeneration": "transformers:Qwen2_5_VLForConditionalGeneration",
     }
+    component_methods: ClassVar[Mapping[str, Methods]] = {
+        "text_encoder": {"encode": encode_headless, "write": write_tokens}
+    }
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add one stage for all that comes before the loop, then the standard loop and decoding."""
         assert isinstance(self.config, QwenImageLayeredPipelineConfig)
+        assert self.vae is not None
         before = QwenImageLayeredBeforeDenoisingStage(
-            text_encoder=self.get_module("text_encoder"),
             tokenizer=self.get_module("tokenizer"),
+            generation_config=self.get_module("text_encoder").generation_config,
             processor=self.get_module("processor"),
-            vae=self.get_module("vae"),
-            scheduler=self.get_module("scheduler"),
+            vae=self.vae,
+            scheduler=self.get_scheduler(),
             config=self.config,
         )
         self.add_stage(InputValidationStage(self.config), "input_validation")

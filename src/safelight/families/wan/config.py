@@ -266,6 +266,10 @@ class WanPipelineConfig(PipelineConfig):
         assert isinstance(latents, Tensor)
         return self.with_condition(latents, batch.cond) if self.expand_timesteps else latents
 
+    def latent_output(self, latents: tuple[Tensor, ...], batch: Req) -> tuple[Tensor, ...]:
+        """Return the latents with the given first frame in its place."""
+        return (self.post_denoising_loop(latents[0], batch),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WanImageToVideoPipelineConfig(WanPipelineConfig):

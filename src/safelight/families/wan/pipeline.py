@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.server_args import ServerArgs
-from safelight.stages.causal_vae import CausalVAEDecodingStage, CausalVAEEncodingStage
-from safelight.stages.decoding import DecodingStage
-from safelight.stages.image_vae_encoding import ImageVAEEncodingStage
 
 
 class WanPipeline(ComposedPipeline):
@@ -20,8 +17,6 @@ class WanPipeline(ComposedPipeline):
         "AutoencoderKLWan": "diffusers:AutoencoderKLWan",
         "WanTransformer3DModel": "safelight.families.wan.transformer:WanTransformer3DModel",
     }
-    image_vae_encoding_stage: ClassVar[type[ImageVAEEncodingStage]] = CausalVAEEncodingStage
-    decoding_stage: ClassVar[type[DecodingStage]] = CausalVAEDecodingStage
     alternates: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
     _required_config_modules: ClassVar[tuple[str, ...]] = ("scheduler", "text_encoder", "tokenizer", "vae")
     _optional_config_modules: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
@@ -50,11 +45,13 @@ class WanDMDPipeline(WanPipeline):
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the standard stages, with the few-step loop."""
+        self.add_standard_dmd_stages()
+
+    def get_scheduler(self) -> Any:
+        """Return what holds the schedule, which comes shifted from the configuration: no solver steps."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        # Holds the schedule, which comes shifted from the configuration: the solver of the repository is not used.
-        self._modules["scheduler"] = FlowMatchEulerDiscreteScheduler()
-        self.add_standard_dmd_stages()
+        return FlowMatchEulerDiscreteScheduler()
 
 
 EntryClass = [WanPipeline, WanImageToVideoPipeline, WanDMDPipeline]

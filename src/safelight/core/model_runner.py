@@ -1,0 +1,108 @@
+"""`ModelRunner`: makes model calls. Whatever happens to a call on its way is one of a list of wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from safelight.core.calls import ModelCall
+from safelight.core.form import EAGER, Form
+from safelight.core.trees import Tree
+
+if TYPE_CHECKING:
+    from safelight.core.pipeline import ComposedPipeline
+    from safelight.core.request import Req
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """A model call on its way, with whose it is.
+
+    Attributes:
+        call: what is made.
+        reqs: whose rows these are, in their order; several where calls were stacked.
+        form: in which form it is made, the same for all of them.
+
+    """
+
+    call: ModelCall
+    reqs: tuple[Req, ...]
+    form: Form = EAGER
+
+
+Make = Callable[[Sequence[Forward]], list[Tree]]
+"""Makes forwards, and returns the result of each. Its caller is in `inference_mode`."""
+Wrapper = Callable[[Sequence[Forward], Make], list[Tree]]
+"""Something that happens to forwards on their way: given them, and what makes them from here on, it returns their
+results. It may answer some itself, change them, join them, or do something around them; and keeps nothing of a request,
+whose `stage_state` is the place for that."""
+
+
+class ModelRunner:
+    """Makes the calls of one model.
+
+    Args:
+        pipeline: the model.
+        way: what happens to its calls, the outermost first; then the component runs.
+
+    """
+
+    def __init__(self, pipeline: ComposedPipeline, way: Sequence[Wrapper]) -> None:
+        self.pipeline = pipeline
+        self.way = tuple(way)
+        self._make: Make = self._forward_each
+        for wrapper in reversed(self.way):
+            self._make = behind(wrapper, self._make)
+
+    @property
+    def form(self) -> Form:
+        """The form of what begins now."""
+        return EAGER
+
+    def has(self, form: Form) -> bool:
+        """Say whether calls of a form can be made now."""
+        return form == EAGER
+
+    def may_have(self, form: Form) -> bool:
+        """Say whether calls of a form can be made now, or may be later."""
+        return self.has(form)
+
+    def run(self, forwards: Sequence[Forward]) -> list[Tree]:
+        """Make calls; return the result of each.
+
+        Raises:
+            Exception: whatever one of them raised.
+
+        """
+        with torch.inference_mode():
+            return self._make(forwards)
+
+    def _forward_each(self, forwards: Sequence[Forward]) -> list[Tree]:
+        return [self.pipeline.forward(forward.call) for forward in forwards]
+
+
+def behind(wrapper: Wrapper, make: Make) -> Make:
+    """Return what makes forwards in a wrapper."""
+    return lambda forwards: wrapper(forwards, make) if forwards else []
+
+
+def one_by_one(wrap: Callable[[Forward, Callable[[Forward], Tree]], Tree]) -> Wrapper:
+    """Return a wrapper of what is done to each forward by itself."""
+
+    def wrapper(forwards: Sequence[Forward], make: Make) -> list[Tree]:
+        return [wrap(forward, lambda each: make([each])[0]) for forward in forwards]
+
+    return wrapper
+
+
+def resident(pipeline: ComposedPipeline) -> Wrapper:
+    """Return a wrapper that has a model's components on the device before they run."""
+
+    def bring(forward: Forward, make: Callable[[Forward], Tree]) -> Tree:
+        pipeline.residency.bring([forward.call.component])
+        return make(forward)
+
+    return one_by_one(bring)
