@@ -15,7 +15,7 @@ from safelight.core.params import SamplingParams
 from safelight.core.registry import pipelines
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
-from safelight.serving.serve_args import ServeArgs
+from safelight.serving.http_args import HTTPArgs
 
 SOURCE = Path(__file__).parents[1] / "src" / "safelight"
 FAMILIES = SOURCE / "families"
@@ -165,6 +165,7 @@ TORCHLESS = [
     "safelight.runtime.supervisor",
     "safelight.serving.server",
     "safelight.cli.serve",
+    "safelight.core.options",
     "safelight.core.params",
     "safelight.core.schema",
     "safelight.core.registry",
@@ -324,7 +325,7 @@ REQ_FIELDS = (
     "negative_prompt_embeds image_latents image_embeds generator raw_latent_shape scheduler cond pending "
     "denoised outputs warnings timings feature_cache host_tensors"
 )
-SERVE_ARGS = (
+HTTP_ARGS = (
     "host port state_dir api_key_file served_model_name public_url allowed_origins allowed_hosts response_format "
     "replicas max_running max_waiting max_cost max_tokens batching share warm_up keep_hours max_storage drain_seconds "
     "unit_limit first_unit_limit heartbeat_limit"
@@ -342,7 +343,7 @@ SERVER_ARGS = (
         (SamplingParams, COMMON_FIELDS, 20),
         (Req, REQ_FIELDS, 25),
         (ServerArgs, SERVER_ARGS, 25),
-        (ServeArgs, SERVE_ARGS, 25),
+        (HTTPArgs, HTTP_ARGS, 25),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
