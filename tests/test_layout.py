@@ -12,17 +12,10 @@ from pathlib import Path
 import pytest
 
 from safelight.core.params import SamplingParams
-from safelight.core.registry import pipelines
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
 from safelight.serving.http_args import HTTPArgs
-
-SOURCE = Path(__file__).parents[1] / "src" / "safelight"
-FAMILIES = SOURCE / "families"
-FILES = sorted(SOURCE.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-FAMILY_NAMES = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir() and not path.name.startswith("_"))
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+from tests.budgets import FAMILIES, FAMILY_NAMES, FILES, FUNCTIONS, OVER, SOURCE, TREES, all_budgets, code_lines
 
 
 def module_name(path: Path) -> str:
@@ -207,60 +200,16 @@ def test_what_computes_needs_torch_alone():
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=240)
 
 
-def code_lines(path: Path) -> int:
-    tree, docs = TREES[path], set()
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Module))
-            and ast.get_docstring(node, clean=False) is not None
-        ):
-            docs |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    lines = enumerate(path.read_text().splitlines(), 1)
-    return sum(1 for n, line in lines if line.strip() and not line.lstrip().startswith("#") and n not in docs)
+@pytest.mark.parametrize("budget", all_budgets(), ids=lambda budget: budget.name)
+def test_budgets(budget):
+    """How full each is stands at the end of the tests' output."""
+    assert budget.used() <= OVER * budget.lines, budget.line()
 
 
-BUDGETS = {
-    "core": 1400,
-    "stages": 900,
-    "layers": 800,
-    "attention": 400,
-    "loading": 1400,
-    "backends": 800,
-    "parallel": 1200,
-    "acceleration": 3000,
-    "checking": 1500,
-    "cli": 800,
-    "generator.py": 300,
-    "runtime": 2500,
-    "serving": 4200,
-}
-OVER = 1.25
-"""A budget is a habit: what is over is printed, and fails at this factor."""
-
-
-def total(folder: Path) -> int:
-    return sum(code_lines(path) for path in FILES if path == folder or folder in path.parents)
-
-
-def check_budget(name: str, lines: int, budget: int) -> None:
-    if lines > budget:
-        print(f"{name}: {lines} code lines, budget {budget}")
-    assert lines <= OVER * budget
-
-
-@pytest.mark.parametrize(("name", "budget"), BUDGETS.items())
-def test_budgets(name, budget):
-    check_budget(name, total(SOURCE / name), budget)
-
-
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_family_budgets(family):
-    """900 code lines for one or two pipeline classes, 150 for each further one; a transformer has 500."""
-    classes = [entry for entry in pipelines().values() if entry.model_family == family]
-    own = 1400 if (FAMILIES / family / "vae.py").exists() else 900
-    if any("V" in entry.pipeline_config_cls().task for entry in classes):
-        own = 1600
-    check_budget(family, total(FAMILIES / family), own + 150 * max(0, len(classes) - 2))
+def test_every_file_is_in_one_budget():
+    """A new folder has a budget, with its reason."""
+    for path in FILES:
+        assert len([budget for budget in all_budgets() if budget.holds(path)]) == 1, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(SOURCE)) for path in FILES])
