@@ -315,3 +315,80 @@ def test_environment_variables_are_few():
         assert "getenv" not in path.read_text(), path
         assert "os.environ" not in path.read_text() or path.name in READ_BY, path
     assert found == ENVIRONMENT_VARIABLES and len(found) <= 5
+
+
+TESTS = Path(__file__).parent
+WITHOUT_TEST = """
+acceleration/blocks.py acceleration/callers.py acceleration/causal_bands.py acceleration/compilation.py
+acceleration/cpu_products.py acceleration/cpu_vae.py acceleration/exclusions.py acceleration/fused/examples.py
+acceleration/fused/fusion.py acceleration/fused/kernels.py acceleration/fused/launch.py
+acceleration/fused/operations.py acceleration/group_norm.py acceleration/group_norm_bands.py acceleration/memory.py
+acceleration/winograd.py
+backends/refusals.py backends/signature.py backends/step_thread.py
+checking/check.py checking/ours.py checking/record.py checking/reference.py checking/report.py
+cli/check.py cli/main.py cli/serve.py
+client.py errors.py group_engine.py preparation.py results.py version.py
+core/conditioning_cache.py core/device.py
+layers/bands.py layers/causal_vae.py
+loading/alignment.py loading/classes.py loading/components.py loading/description.py loading/digest.py
+loading/files.py loading/footprint.py loading/gate.py loading/headers.py loading/loader.py loading/planning.py
+loading/stage_memory.py
+parallel/apply.py parallel/attention.py parallel/cfg.py parallel/collectives.py parallel/encoding.py
+parallel/layout.py parallel/mesh.py parallel/plans.py parallel/sequence.py parallel/shards.py parallel/torchrun.py
+parallel/vae.py
+runtime/background.py runtime/batching.py runtime/client.py runtime/cost.py runtime/durations.py runtime/live.py
+runtime/messages.py runtime/policy.py runtime/scheduler.py runtime/sockets.py runtime/transport.py runtime/worker.py
+runtime/worker_process.py
+serving/addresses.py serving/answers.py serving/app.py serving/auth.py serving/clocks.py serving/context.py
+serving/envelope.py serving/errors.py serving/events.py serving/fields.py serving/forms.py serving/gate.py
+serving/health.py serving/images.py serving/job_runs.py serving/jobs.py serving/jobs_api.py serving/limits.py
+serving/listening.py serving/long_texts.py serving/metrics.py serving/models_api.py serving/openapi.py
+serving/origins.py serving/pictures.py serving/room.py serving/spool.py serving/sqlite_jobs.py serving/submission.py
+serving/trial.py serving/videos.py
+stages/banded_decoding.py stages/causal_vae.py stages/image_encoding.py stages/image_vae_encoding.py
+stages/schedule.py stages/text_encoding.py
+"""
+"""Source files without a test at their path, as they were when the rule was made."""
+HELPERS_IN_TESTS = {
+    "tests.acceleration.test_cpu",
+    "tests.families.test_interleaving",
+    "tests.families.test_parity",
+    "tests.families.test_seeds",
+    "tests.loading.test_checkpoint",
+    "tests.runtime.test_engine",
+    "tests.runtime.test_supervisor",
+    "tests.serving.test_api",
+}
+"""Test modules from which others import, as they were when the rule was made."""
+
+
+def expected_test(path: Path) -> Path:
+    """Return where the test of a source file is: at the file's own path."""
+    place = path.relative_to(SOURCE)
+    return TESTS / place.with_name(f"test_{place.name}")
+
+
+def test_a_files_test_is_at_its_path():
+    """The list shrinks: who writes a test, or moves a file, takes its line out. Nothing is added."""
+    untested = {
+        path.relative_to(SOURCE).as_posix()
+        for path in FILES
+        if path.name != "__init__.py" and FAMILIES not in path.parents and not expected_test(path).exists()
+    }
+    listed = set(WITHOUT_TEST.split())
+    assert untested - listed == set(), "write their tests at their paths"
+    assert listed - untested == set(), "they have tests, or are gone: take them out of WITHOUT_TEST"
+
+
+def test_helpers_are_in_helper_modules():
+    """No test module imports from another one: what two need lies in a module that is no test. The list shrinks."""
+    found = set()
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found |= {name for name in modules if re.fullmatch(r"tests\.(\w+\.)*test_\w+", name)}
+    assert found - HELPERS_IN_TESTS == set(), "move what others need into a helper module"
+    assert HELPERS_IN_TESTS - found == set(), "nobody imports from them: take them out of HELPERS_IN_TESTS"
