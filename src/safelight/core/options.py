@@ -118,10 +118,6 @@ def _strings(value: Any) -> str | tuple[str, ...] | None:
     return _list_of(_string)(value) if isinstance(value, list | tuple) else _string(value)
 
 
-def _boolean(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
 def _images(value: Any) -> tuple[Any, ...] | None:
     # What an image may be is decided where images are opened: this module knows neither files nor pixels.
     return tuple(value) if isinstance(value, list | tuple) else (value,)
@@ -157,7 +153,7 @@ KINDS: Mapping[str, Kind] = {
     "number": Kind("a finite number", {"type": "number"}, _number),
     "numbers": Kind("a list of finite numbers", _array_of("number"), _list_of(_number)),
     "integers": Kind("a list of whole numbers", _array_of("integer"), _list_of(_integer)),
-    "boolean": Kind("true or false", {"type": "boolean"}, _boolean),
+    "boolean": Kind("true or false", {"type": "boolean"}, lambda value: value if isinstance(value, bool) else None),
     "image": Kind("an image", {"type": "string"}, lambda value: None if isinstance(value, list | tuple) else value),
     "images": Kind("an image, or a list of images", {"type": "array", "items": {"type": "string"}}, _images),
     # of settings

@@ -328,11 +328,7 @@ def _params_to_wire(params_cls: type[SamplingParams]) -> WireParams:
     common = {field.name for field in dataclasses.fields(SamplingParams)}
     own = {name: known for name, known in params_cls.options().items() if name not in common}
     return WireParams(
-        params_cls.__name__,
-        own,
-        dict(params_cls.defaults),
-        sorted(params_cls.excluded),
-        dict(params_cls.refused),
+        params_cls.__name__, own, dict(params_cls.defaults), sorted(params_cls.excluded), dict(params_cls.refused)
     )
 
 
