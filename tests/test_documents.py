@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 
 from safelight import errors
+from safelight.cli.config_file import read_config
 from safelight.cli.main import COMMANDS, cli
 from safelight.core.registry import pipelines
 from safelight.core.server_args import ServerArgs
 from safelight.serving import errors as serving_errors
-from safelight.serving.serve_args import ServeArgs, read_config
+from safelight.serving.http_args import HTTPArgs
 from tests.attribution import STRICT
 from tests.documents import (
     DOCUMENTS,
@@ -96,6 +97,7 @@ def synopsis(here: Console, command: Command) -> str:
 BROKEN = """
 import sys, torch
 from safelight.checking import check
+from safelight.cli.config_file import read_config
 from safelight.cli.main import main
 whole = check.load_pipeline
 
@@ -213,8 +215,8 @@ def read_settings(block: Block, folder: Path, hub: Path) -> None:
     """`--config` takes it."""
     (folder / "config.yaml").write_text(block.text)
     given = read_config(folder / "config.yaml")
-    names = [each.name for each in dataclasses.fields(ServeArgs)]
-    ServeArgs(**{name: value for name, value in given.items() if name in names})
+    names = [each.name for each in dataclasses.fields(HTTPArgs)]
+    HTTPArgs(**{name: value for name, value in given.items() if name in names})
     ServerArgs(**{name: value for name, value in given.items() if name not in names})
 
 

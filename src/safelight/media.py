@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -94,7 +95,9 @@ def _png(image: Image.Image, path: Path, metadata: str) -> None:
 
 
 def _jpeg(image: Image.Image, path: Path, metadata: str) -> None:
-    image.convert("RGB").save(path, format="JPEG", quality=95, subsampling=0, exif=exif(metadata))
+    encoded = io.BytesIO()  # Pillow writes a JPEG by the file's number, and takes a short write for a whole one
+    image.convert("RGB").save(encoded, format="JPEG", quality=95, subsampling=0, exif=exif(metadata))
+    path.write_bytes(encoded.getbuffer())
 
 
 def _webp(image: Image.Image, path: Path, metadata: str) -> None:

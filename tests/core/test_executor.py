@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from safelight.core.components import Components
 from safelight.core.executor import Execution, SyncExecutor
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.request import Req, map_tensors, move
+from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
 
@@ -99,50 +97,3 @@ def test_closing_the_iterator_stops_the_work():
         next(running)
     running.close()
     assert len(calls) == 2
-
-
-def test_an_unknown_field_of_a_request_is_an_error():
-    request = req()
-    with pytest.raises(AttributeError):
-        request.something = 1
-
-
-def test_a_stage_that_returns_another_request_is_our_mistake():
-    class Wrong(PipelineStage):
-        def forward(self, batch, server_args):
-            return req("other")
-
-    with pytest.raises(AssertionError, match="another request"):
-        list(Wrong().run(req(), ServerArgs()))
-
-
-def solver(**attributes):
-    return types.SimpleNamespace(**attributes)
-
-
-def test_move_keeps_what_the_solver_keeps_on_the_host():
-    """On an accelerator, what the solver has on the CPU stays there; after a way to the host it is still known."""
-    request = req()
-    request.timesteps = torch.ones(2, device="meta")
-    request.scheduler = solver(
-        sigmas=torch.ones(3), timesteps=request.timesteps, model_outputs=[None, request.timesteps]
-    )
-    host = request.scheduler.sigmas
-    move(request, "meta")
-    assert request.scheduler.sigmas is host
-    assert request.host_tensors == frozenset({"0.sigmas"})
-    request.timesteps = torch.ones(2)  # as after a way to the host, which `meta` cannot give
-    request.scheduler.timesteps, request.scheduler.model_outputs = request.timesteps, [None, request.timesteps]
-    move(request, "meta")
-    assert request.scheduler.sigmas.device.type == "cpu"
-    assert request.scheduler.timesteps.device.type == "meta"
-    assert request.scheduler.model_outputs[1] is request.timesteps is request.scheduler.timesteps
-
-
-def test_move_leaves_a_solvers_configuration_alone():
-    request = req()
-    config = {"trained_betas": torch.ones(2)}
-    request.scheduler = (solver(_internal_dict=config, step=torch.zeros(1)), solver(step=torch.zeros(1)))
-    map_tensors(request, lambda tensor: tensor + 1)
-    assert request.scheduler[0]._internal_dict is config and config["trained_betas"].sum() == 2
-    assert [each.step.item() for each in request.scheduler] == [1.0, 1.0]

@@ -18,7 +18,7 @@ from safelight.errors import InvalidParameterError, SafelightError
 from tests.live_server import environment, fault_model, free_port
 from tests.parallel.checkpoints import build
 from tests.recipes import all_recipes
-from tests.reliability.test_traps import set_traps
+from tests.reliability.traps import set_traps
 
 PROMPT = "a photo of a cat sitting on a red chair"
 FIELDS = {"height": 48, "width": 80, "num_inference_steps": 3, "seed": 4}

@@ -92,7 +92,8 @@ def test_a_job_that_runs_again_has_its_mode_and_its_bytes(folder, expected, tmp_
             if mode == "compiled":
                 await until(lambda: supervisor.stats.compiled)
             job = await killed_once(manager, supervisor, mode)
-            assert (job.state, job.attempts, job.mode) == ("completed", 2, mode), job.error
+            assert (job.state, job.mode) == ("completed", mode), job.error
+            assert job.attempts in (1, 2), "a death between two units is nobody's, and costs no attempt"
             with Image.open(manager.outputs.path(job.outputs[0].name)) as image:
                 assert np.array_equal(np.asarray(image), expected[mode])
             await until(lambda: supervisor.stats.compiled)

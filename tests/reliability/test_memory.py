@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,13 +144,16 @@ def test_the_kernel_takes_the_worker_and_the_log_says_so(group, tmp_path):
         api = server.process.pid
         assert oom_score(worker) >= oom_score(api) + 500
         leave(group, 600 << 20)
-        with group.inside():
-            hog = subprocess.Popen([sys.executable, "-c", HOG, str(group.killed)])
-        try:
-            answered = generate(http, num_inference_steps=1000, size="512x512")
-        finally:
-            hog.kill()
-            hog.wait()
+        with ThreadPoolExecutor(1) as threads:
+            asked = threads.submit(generate, http, num_inference_steps=1000, size="512x512")
+            until(lambda: "safelight_requests_running 1.0" in http.get("/metrics").text)
+            with group.inside():
+                hog = subprocess.Popen([sys.executable, "-c", HOG, str(group.killed)])
+            try:
+                answered = asked.result()
+            finally:
+                hog.kill()
+                hog.wait()
         assert answered.status_code == 503 and answered.json()["error"]["code"] == "worker_lost", answered.text
         assert group.kills >= 1 and not alive(worker)
         (line,) = [line for line in server.log.read_text().splitlines() if "the worker died" in line]

@@ -13,7 +13,7 @@ from safelight.loading.loader import load_pipeline
 
 
 @pytest.fixture
-def fault_model(tmp_path):
+def fault_folder(tmp_path):
     """Return a function that writes a model's folder."""
 
     def make(pipeline_name="FaultPipeline", step_seconds=0.0, name="model", **details):
@@ -28,11 +28,11 @@ def fault_model(tmp_path):
 
 
 @pytest.fixture
-def fault_pipeline(fault_family, fault_model):
+def fault_pipeline(fault_family, fault_folder):
     """Return a loaded pipeline of the given class."""
 
     def load(pipeline_name="FaultPipeline", step_seconds=0.0, **details):
-        return load_pipeline(ServerArgs(str(fault_model(pipeline_name, step_seconds, **details)), device="cpu"))
+        return load_pipeline(ServerArgs(str(fault_folder(pipeline_name, step_seconds, **details)), device="cpu"))
 
     return load
 

@@ -43,9 +43,9 @@ def test_the_likely_cause_of_a_death_is_told(number, killed, told):
     asyncio.run(test())
 
 
-def test_the_kernel_takes_the_worker_before_its_supervisor(fault_family, fault_model):
+def test_the_kernel_takes_the_worker_before_its_supervisor(fault_family, fault_folder):
     async def test():
-        async with running(fault_model(name="served")) as supervisor:
+        async with running(fault_folder(name="served")) as supervisor:
             worker = await pid_of(supervisor)
             scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in ("self", worker)]
             assert scores[1] == min(1000, scores[0] + 500)

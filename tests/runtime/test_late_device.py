@@ -185,9 +185,9 @@ def test_an_engine_does_not_go_on_without_its_device(fault_pipeline, batching):
             engine.tick()
 
 
-def test_a_worker_ends_with_its_device_and_the_next_one_goes_on(fault_family, fault_model, expected):
+def test_a_worker_ends_with_its_device_and_the_next_one_goes_on(fault_family, fault_folder, expected):
     async def test():
-        async with running(fault_model(step_seconds=0.01, name="served")) as supervisor:
+        async with running(fault_folder(step_seconds=0.01, name="served")) as supervisor:
             pid = await pid_of(supervisor)
             bad, good = ask(supervisor, "[lost@denoising:2] a cat"), ask(supervisor, "an owl", request_id="r1")
             with pytest.raises(WorkerLostError):
@@ -224,7 +224,7 @@ def test_a_request_that_cannot_be_moved_ends_alone(fault_pipeline, monkeypatch, 
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", 0), ("cuda:3", 3)])
-def test_a_worker_works_on_its_own_device(fault_family, fault_model, monkeypatch, tmp_path, device, expected):
+def test_a_worker_works_on_its_own_device(fault_family, fault_folder, monkeypatch, tmp_path, device, expected):
     """Libraries ask for the current device: streams, kernels' launchers, and checks at loading."""
     from safelight.runtime import worker
 
@@ -238,7 +238,7 @@ def test_a_worker_works_on_its_own_device(fault_family, fault_model, monkeypatch
         raise ModelError("far enough")
 
     monkeypatch.setattr(worker, "load_pipeline", load)
-    asked = {"model": str(fault_model(name="served")), "device": device}
+    asked = {"model": str(fault_folder(name="served")), "device": device}
     start = Start(asked, max_running=1, batching="exact", share=0.1, limits=UnitLimits(), warm_up=False)
     with pytest.raises(ModelError, match="far enough"):
         worker.build_engine(start, tmp_path, None)

@@ -38,9 +38,9 @@ async def in_mid_step(supervisor):
         await asyncio.sleep(0.01)
 
 
-def test_two_ranks_give_the_bytes_of_one(fault_family, fault_model, expected):
+def test_two_ranks_give_the_bytes_of_one(fault_family, fault_folder, expected):
     async def test():
-        async with on_two(fault_model(name="served")) as supervisor:
+        async with on_two(fault_folder(name="served")) as supervisor:
             asked = [("a cat", 1.0, 4), ("a dog", 3.0, 6), ("an owl", 2.0, 2)]
             tickets = [
                 ask(supervisor, prompt, f"r{index}", guidance_scale=scale, num_inference_steps=steps)
@@ -70,12 +70,12 @@ def test_two_ranks_give_the_bytes_of_one(fault_family, fault_model, expected):
     ],
 )
 def test_what_fails_outside_a_shared_forward_on_one_rank_ends_that_request_alone(
-    fault_family, fault_model, expected, directive, error
+    fault_family, fault_folder, expected, directive, error
 ):
     """Rank 1 alone fails; all vote, and go on together."""
 
     async def test():
-        async with on_two(fault_model(name="served")) as supervisor:
+        async with on_two(fault_folder(name="served")) as supervisor:
             pid = await pid_of(supervisor)
             bad = ask(supervisor, f"[rank1_{directive}] a cat", "bad")
             good = [ask(supervisor, request_id=f"good{index}") for index in range(2)]
@@ -98,7 +98,7 @@ def test_what_fails_outside_a_shared_forward_on_one_rank_ends_that_request_alone
     ],
 )
 def test_a_rank_lost_where_others_wait_for_it_takes_the_group_down(
-    fault_family, fault_model, expected, caplog, directive
+    fault_family, fault_folder, expected, caplog, directive
 ):
     """The request whose unit ran is answered; the group restarts, and the others run again.
 
@@ -106,7 +106,7 @@ def test_a_rank_lost_where_others_wait_for_it_takes_the_group_down(
     """
 
     async def test():
-        async with on_two(fault_model(name="served"), max_running=1) as supervisor:
+        async with on_two(fault_folder(name="served"), max_running=1) as supervisor:
             pid = await pid_of(supervisor)
             bad = ask(supervisor, f"[rank1_{directive}] a cat", "bad")
             good = [ask(supervisor, request_id=f"good{index}") for index in range(2)]
@@ -123,9 +123,9 @@ def test_a_rank_lost_where_others_wait_for_it_takes_the_group_down(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-def test_a_rank_killed_in_mid_denoise(fault_family, fault_model, expected, number):
+def test_a_rank_killed_in_mid_denoise(fault_family, fault_folder, expected, number):
     async def test():
-        async with on_two(fault_model(name="served", step_seconds=0.4)) as supervisor:
+        async with on_two(fault_folder(name="served", step_seconds=0.4)) as supervisor:
             await pid_of(supervisor)
             first, second = (rank.process for rank in supervisor._worker.ranks)
             tickets = [ask(supervisor, request_id=f"r{index}", num_inference_steps=4) for index in range(3)]
@@ -160,8 +160,8 @@ def test_a_rank_killed_in_mid_denoise(fault_family, fault_model, expected, numbe
         ),
     ],
 )
-def test_what_a_model_cannot_have_is_refused_at_start(fault_family, fault_model, settings, field, numbers):
-    folder = fault_model(name="served")
+def test_what_a_model_cannot_have_is_refused_at_start(fault_family, fault_folder, settings, field, numbers):
+    folder = fault_folder(name="served")
 
     async def test():
         args = ServerArgs(str(folder), device="cpu", **settings)
@@ -202,7 +202,7 @@ def test_what_fails_in_a_call_that_ranks_share_ends_the_group(fault_pipeline, di
 
 
 @pytest.mark.parametrize("error", [OSError("no more processes"), asyncio.CancelledError()])
-def test_a_start_that_ends_in_the_middle_leaves_nothing(fault_model, tmp_path, monkeypatch, error):
+def test_a_start_that_ends_in_the_middle_leaves_nothing(fault_folder, tmp_path, monkeypatch, error):
     """One rank was started already."""
     started: list[group.Rank] = []
     whole = group.start_rank
@@ -216,7 +216,7 @@ def test_a_start_that_ends_in_the_middle_leaves_nothing(fault_model, tmp_path, m
     async def test():
         folder = tmp_path / "sockets"
         folder.mkdir()
-        args = ServerArgs(str(fault_model(name="served")), device="cpu", cfg_parallel_size=2)
+        args = ServerArgs(str(fault_folder(name="served")), device="cpu", cfg_parallel_size=2)
         with pytest.raises(type(error)):
             await group.start_worker(folder, 0, group.EngineSettings(args))
         assert started[0].process.returncode == -signal.SIGKILL

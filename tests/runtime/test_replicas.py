@@ -29,8 +29,7 @@ from safelight.runtime.messages import Progressed, Start
 from safelight.runtime.replicas import ReplicaSet
 from safelight.runtime.watch import UnitLimits
 from safelight.runtime.worker import local_args
-from tests.live_server import fault_model as write_fault_model
-from tests.live_server import generate, serving
+from tests.live_server import fault_model, generate, serving
 from tests.runtime.test_supervisor import answer, ask, drive
 from tests.serving.stub_engine import IMAGE_SCHEMA
 
@@ -168,9 +167,9 @@ def test_the_queue_is_bounded_as_a_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_replicas_give_the_bytes_of_one(fault_family, fault_model, expected):
+def test_replicas_give_the_bytes_of_one(fault_family, fault_folder, expected):
     async def test():
-        async with replicas_of(fault_model(name="served", step_seconds=0.01), max_running=2) as replicas:
+        async with replicas_of(fault_folder(name="served", step_seconds=0.01), max_running=2) as replicas:
             seen: list[int] = []
             told: list[str] = []
             replicas.on_step = lambda seconds, rows: seen.append(rows)
@@ -190,9 +189,9 @@ def test_replicas_give_the_bytes_of_one(fault_family, fault_model, expected):
     drive(test())
 
 
-def test_a_killed_replica_gives_its_requests_to_the_other_and_comes_back(fault_family, fault_model, expected):
+def test_a_killed_replica_gives_its_requests_to_the_other_and_comes_back(fault_family, fault_folder, expected):
     async def test():
-        folder = fault_model(name="served", step_seconds=0.05)
+        folder = fault_folder(name="served", step_seconds=0.05)
         async with replicas_of(folder, max_running=2) as replicas:
             lost, other = replicas.replicas
             pid, other_pid = (replica._worker.process.pid for replica in replicas.replicas)
@@ -231,11 +230,13 @@ def test_a_killed_replica_gives_its_requests_to_the_other_and_comes_back(fault_f
 
 
 @pytest.mark.slow
-def test_a_replica_that_gave_up_is_left_out_and_the_last_one_ends_all(fault_family, fault_model, expected, monkeypatch):
+def test_a_replica_that_gave_up_is_left_out_and_the_last_one_ends_all(
+    fault_family, fault_folder, expected, monkeypatch
+):
     monkeypatch.setattr("safelight.runtime.supervisor.MAX_DEATHS", 1)
 
     async def test():
-        async with replicas_of(fault_model(name="served", step_seconds=0.02), max_running=1) as replicas:
+        async with replicas_of(fault_folder(name="served", step_seconds=0.02), max_running=1) as replicas:
             first, second = replicas.replicas
             for replica in replicas.replicas:
                 replica._deaths = deque(maxlen=1)
@@ -297,7 +298,7 @@ def test_each_replica_has_devices_of_its_own(monkeypatch):
 
 @pytest.mark.slow
 def test_a_server_with_two_replicas_outlives_one_of_its_workers(tmp_path):
-    model = write_fault_model(tmp_path / "model", step_seconds=0.05)
+    model = fault_model(tmp_path / "model", step_seconds=0.05)
     with serving(tmp_path, model, "--replicas", "2", "--max-running", "1") as server, server.http() as http:
         first, second = server.children()
         assert generate(http).status_code == 200

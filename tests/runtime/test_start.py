@@ -22,8 +22,7 @@ from safelight.runtime import group, sockets, supervisor
 from safelight.runtime.group import EngineSettings
 from safelight.runtime.replicas import ReplicaSet
 from safelight.runtime.supervisor import Supervisor
-from tests import live_server
-from tests.live_server import command, environment, free_port, generate, serving
+from tests.live_server import command, environment, fault_model, free_port, generate, serving
 from tests.runtime.test_supervisor import answer, ask, drive, pid_of, running
 
 SOON = 5.0
@@ -61,13 +60,13 @@ NAMES = ["a" * 60, "b" * 90, "ü" * 50, "/".join(["c" * 200] * 4), os.fsdecode(b
     [*NAMES[-2:], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[:-2])],
     ids=lambda name: name[:1],
 )
-def test_a_folder_of_any_length_holds_sockets(fault_family, fault_model, folder, monkeypatch, name):
+def test_a_folder_of_any_length_holds_sockets(fault_family, fault_folder, folder, monkeypatch, name):
     long = folder / name
     long.mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(long))
 
     async def test():
-        async with running(fault_model(name="served")) as supervisor:
+        async with running(fault_folder(name="served")) as supervisor:
             assert supervisor._folder.parent == long
             assert {path.name for path in supervisor._folder.iterdir()} == {"0.0.ipc", "0.unit"}
             await answer(ask(supervisor))
@@ -193,11 +192,11 @@ def test_a_package_that_is_missing_is_named(tmp_path, name, package):
     assert "internal error" not in last
 
 
-def test_a_worker_that_cannot_be_started_again_ends_the_server(fault_family, fault_model, folder, monkeypatch):
+def test_a_worker_that_cannot_be_started_again_ends_the_server(fault_family, fault_folder, folder, monkeypatch):
     monkeypatch.setattr(supervisor, "AGAIN_SECONDS", 0.05)
 
     async def test():
-        async with running(fault_model(name="served")) as running_one:
+        async with running(fault_folder(name="served")) as running_one:
             pid = await pid_of(running_one)
             monkeypatch.setattr(sys, "executable", str(folder / "none"))
             waiting = [ask(running_one, f"[sleep@denoising:1=30] {index}", f"r{index}") for index in range(2)]
@@ -238,13 +237,13 @@ def replace_by(what, folder, elsewhere):
         ),
     ],
 )
-def test_a_folder_of_sockets_that_is_taken_away_ends_the_server(fault_family, fault_model, folder, tmp_path, what):
+def test_a_folder_of_sockets_that_is_taken_away_ends_the_server(fault_family, fault_folder, folder, tmp_path, what):
     """No socket is made where others could use it. Each failed start is one death."""
     if what.startswith("another") and os.getuid() != 0:
         pytest.skip("giving a folder away takes root")
 
     async def test():
-        failing = Supervisor(EngineSettings(ServerArgs(str(fault_model(name="served")), device="cpu"), warm_up=False))
+        failing = Supervisor(EngineSettings(ServerArgs(str(fault_folder(name="served")), device="cpu"), warm_up=False))
         await asyncio.wait_for(failing.start(), 60)
         sockets_folder, pid = failing._folder, await pid_of(failing)
         replace_by(what, sockets_folder, tmp_path / "elsewhere")
@@ -271,7 +270,7 @@ def test_what_no_one_thought_of_is_an_answer_too(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["start_worker", "_lose"])
-def test_what_no_one_thought_of_ends_a_server_that_ran(fault_family, fault_model, folder, monkeypatch, broken):
+def test_what_no_one_thought_of_ends_a_server_that_ran(fault_family, fault_folder, folder, monkeypatch, broken):
     """Each of these starts is a death; where not even that can be counted, there is no other. The set is told."""
 
     async def fail(*_):
@@ -281,7 +280,7 @@ def test_what_no_one_thought_of_ends_a_server_that_ran(fault_family, fault_model
         raise ZeroDivisionError
 
     async def test():
-        args = ServerArgs(str(fault_model(name="served")), device="cpu")
+        args = ServerArgs(str(fault_folder(name="served")), device="cpu")
         replicas = ReplicaSet(EngineSettings(args, warm_up=False), 1)
         await replicas.start()
         try:
@@ -303,7 +302,7 @@ def test_what_no_one_thought_of_ends_a_server_that_ran(fault_family, fault_model
 def test_a_server_with_a_long_temporary_folder_serves(tmp_path):
     long = tmp_path / ("long" * 40)
     long.mkdir()
-    model = live_server.fault_model(tmp_path / "model")
+    model = fault_model(tmp_path / "model")
     with serving(long, model) as server, server.http() as http:
         assert generate(http).status_code == 200
 
@@ -313,7 +312,7 @@ def test_a_server_with_a_long_temporary_folder_serves(tmp_path):
     [(True, False, True), pytest.param(False, False, False, marks=pytest.mark.slow), (True, True, False)],
 )
 def test_a_server_is_warm_only_if_a_request_was_run(
-    fault_family, fault_model, tmp_path, monkeypatch, warm_up, refused, is_warm
+    fault_family, fault_folder, tmp_path, monkeypatch, warm_up, refused, is_warm
 ):
     """A model that no small request fits logs that there was none."""
     if refused:
@@ -322,7 +321,7 @@ def test_a_server_is_warm_only_if_a_request_was_run(
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ['PYTHONPATH']}")
 
     async def test():
-        async with running(fault_model(name="served"), warm_up=warm_up) as supervisor:
+        async with running(fault_folder(name="served"), warm_up=warm_up) as supervisor:
             assert supervisor.stats.load_seconds > 0
             assert bool(supervisor.stats.warm_up_seconds) is is_warm
             await answer(ask(supervisor))

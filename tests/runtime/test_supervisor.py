@@ -73,11 +73,11 @@ def drive(test):
     asyncio.run(asyncio.wait_for(test, 120))
 
 
-def test_outputs_progress_and_images_cross_the_socket(fault_family, fault_model, expected):
+def test_outputs_progress_and_images_cross_the_socket(fault_family, fault_folder, expected):
     async def test():
         from PIL import Image
 
-        async with running(fault_model(step_seconds=0.01, name="served")) as supervisor:
+        async with running(fault_folder(step_seconds=0.01, name="served")) as supervisor:
             mode = stat.S_IMODE(supervisor._folder.stat().st_mode)
             assert mode == 0o700
             image = Image.new("RGB", (9, 5), (10, 200, 30))
@@ -108,9 +108,9 @@ def test_outputs_progress_and_images_cross_the_socket(fault_family, fault_model,
         ("refuse@decoding", InvalidParameterError),
     ],
 )
-def test_a_failure_is_answered_by_name_and_hurts_nobody(fault_family, fault_model, expected, directive, error):
+def test_a_failure_is_answered_by_name_and_hurts_nobody(fault_family, fault_folder, expected, directive, error):
     async def test():
-        async with running(fault_model(step_seconds=0.01, name="served")) as supervisor:
+        async with running(fault_folder(step_seconds=0.01, name="served")) as supervisor:
             pid = await pid_of(supervisor)
             bad, good = ask(supervisor, f"[{directive}] a cat", n=2), ask(supervisor, request_id="r1")
             with pytest.raises(error) as caught:
@@ -125,9 +125,9 @@ def test_a_failure_is_answered_by_name_and_hurts_nobody(fault_family, fault_mode
     drive(test())
 
 
-def test_cancel_stops_work_and_answers_at_once(fault_family, fault_model):
+def test_cancel_stops_work_and_answers_at_once(fault_family, fault_folder):
     async def test():
-        async with running(fault_model(step_seconds=0.05, name="served"), max_running=1) as supervisor:
+        async with running(fault_folder(step_seconds=0.05, name="served"), max_running=1) as supervisor:
             long, queued = (ask(supervisor, request_id=f"r{index}", num_inference_steps=1000) for index in range(2))
             while long.progress.step < 2:
                 await asyncio.sleep(0.01)
@@ -148,9 +148,9 @@ def test_cancel_stops_work_and_answers_at_once(fault_family, fault_model):
     drive(test())
 
 
-def test_the_queue_is_bounded(fault_family, fault_model):
+def test_the_queue_is_bounded(fault_family, fault_folder):
     async def test():
-        async with running(fault_model(step_seconds=0.01, name="served"), max_waiting=3, max_running=1) as supervisor:
+        async with running(fault_folder(step_seconds=0.01, name="served"), max_waiting=3, max_running=1) as supervisor:
             tickets, refused = [], 0
             for index in range(40):
                 try:
@@ -169,9 +169,9 @@ def test_the_queue_is_bounded(fault_family, fault_model):
     "directive",
     ["exit@encoding", *(pytest.param(each, marks=pytest.mark.slow) for each in ("segv@decoding", "exit@denoising:1"))],
 )
-def test_a_death_is_answered_and_the_others_run_again(fault_family, fault_model, expected, directive):
+def test_a_death_is_answered_and_the_others_run_again(fault_family, fault_folder, expected, directive):
     async def test():
-        async with running(fault_model(step_seconds=0.01, name="served"), max_running=2) as supervisor:
+        async with running(fault_folder(step_seconds=0.01, name="served"), max_running=2) as supervisor:
             pid = await pid_of(supervisor)
             others = [ask(supervisor, request_id=f"r{index}", num_inference_steps=50, seed=index) for index in range(3)]
             while others[0].progress.step < 1 and others[1].progress.step < 1:
@@ -189,9 +189,9 @@ def test_a_death_is_answered_and_the_others_run_again(fault_family, fault_model,
     drive(test())
 
 
-def test_a_kill_in_the_middle_is_noticed_at_once(fault_family, fault_model, expected):
+def test_a_kill_in_the_middle_is_noticed_at_once(fault_family, fault_folder, expected):
     async def test():
-        async with running(fault_model(step_seconds=0.2, name="served")) as supervisor:
+        async with running(fault_folder(step_seconds=0.2, name="served")) as supervisor:
             pid = await pid_of(supervisor)
             ticket = ask(supervisor, num_inference_steps=100)
             while ticket.progress.step < 1:
@@ -207,9 +207,9 @@ def test_a_kill_in_the_middle_is_noticed_at_once(fault_family, fault_model, expe
     drive(test())
 
 
-def test_three_deaths_are_enough(fault_family, fault_model):
+def test_three_deaths_are_enough(fault_family, fault_folder):
     async def test():
-        async with running(fault_model(name="served")) as supervisor:
+        async with running(fault_folder(name="served")) as supervisor:
             for index in range(3):
                 await pid_of(supervisor)
                 with pytest.raises(WorkerLostError):
@@ -229,10 +229,10 @@ def test_three_deaths_are_enough(fault_family, fault_model):
         *(pytest.param(each, marks=pytest.mark.slow) for each in ("stop@denoising:1", "sleep@denoising:1=600")),
     ],
 )
-def test_a_hung_worker_is_killed(fault_family, fault_model, expected, directive):
+def test_a_hung_worker_is_killed(fault_family, fault_folder, expected, directive):
     async def test():
         limits = UnitLimits(least=1.0, first=60.0)
-        async with running(fault_model(name="served"), unit_limits=limits, heartbeat_limit=2.0) as supervisor:
+        async with running(fault_folder(name="served"), unit_limits=limits, heartbeat_limit=2.0) as supervisor:
             for index in range(2):  # kinds are known from here on
                 await answer(ask(supervisor, "warm", f"w{index}"))
             pid = await pid_of(supervisor)
@@ -247,11 +247,11 @@ def test_a_hung_worker_is_killed(fault_family, fault_model, expected, directive)
     drive(test())
 
 
-def test_a_busy_worker_is_left_alone(fault_family, fault_model):
+def test_a_busy_worker_is_left_alone(fault_family, fault_folder):
     """A unit far longer than the heartbeat's limit is no hang: the heartbeat goes on beside it."""
 
     async def test():
-        async with running(fault_model(name="served"), heartbeat_limit=1.0) as supervisor:
+        async with running(fault_folder(name="served"), heartbeat_limit=1.0) as supervisor:
             pid = await pid_of(supervisor)
             for directive in ("sleep@denoising:1=3", "spin@denoising:1=3"):
                 await answer(ask(supervisor, f"[{directive}] a cat", directive))
@@ -277,9 +277,9 @@ def test_a_server_that_was_held_up_does_not_blame_its_worker(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [pytest.param(OutputMade, marks=pytest.mark.slow), Progressed])
-def test_a_message_that_cannot_be_understood_ends_its_request_alone(fault_family, fault_model, expected, kind):
+def test_a_message_that_cannot_be_understood_ends_its_request_alone(fault_family, fault_folder, expected, kind):
     async def test():
-        async with running(fault_model(name="served")) as supervisor:
+        async with running(fault_folder(name="served")) as supervisor:
             pid, take = await pid_of(supervisor), supervisor._take
 
             def confused(message, frames):
@@ -297,9 +297,9 @@ def test_a_message_that_cannot_be_understood_ends_its_request_alone(fault_family
     drive(test())
 
 
-def test_a_worker_that_sends_nonsense_is_replaced(fault_family, fault_model, expected):
+def test_a_worker_that_sends_nonsense_is_replaced(fault_family, fault_folder, expected):
     async def test():
-        async with running(fault_model(name="served")) as supervisor:
+        async with running(fault_folder(name="served")) as supervisor:
             pid, take = await pid_of(supervisor), supervisor._take
             nonsense = [ValueError("not a heartbeat")]
 
@@ -323,9 +323,9 @@ def test_closing_what_was_not_started_removes_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "kept").exists()
 
 
-def test_a_worker_without_its_supervisor_ends(fault_family, fault_model):
+def test_a_worker_without_its_supervisor_ends(fault_family, fault_folder):
     async def test():
-        async with running(fault_model(name="served")) as supervisor:
+        async with running(fault_folder(name="served")) as supervisor:
             pid = await pid_of(supervisor)
             environ = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             assert environ[-2] == str(os.getpid()).encode()

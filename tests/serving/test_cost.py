@@ -16,8 +16,8 @@ from safelight.preparation import prepare
 from safelight.runtime.cost import step_cost
 from safelight.runtime.messages import schema_from_wire, schema_to_wire
 from safelight.serving.cost import check_cost
+from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
-from safelight.serving.serve_args import ServeArgs
 from tests.serving.http_server import PROMPT, running
 from tests.serving.job_server import picture
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, VIDEO_SCHEMA
@@ -137,7 +137,7 @@ def test_a_stage_that_can_never_fit_is_refused():
 )
 def test_what_models_are_made_for_is_taken(schema, config, fields):
     schema = with_architecture(schema, config)
-    args = ServeArgs()
+    args = HTTPArgs()
     limits = Limits(max_cost=args.max_cost, max_tokens=args.max_tokens)
     assert limits == Limits()
     check_cost(params(schema, **fields), schema, limits)

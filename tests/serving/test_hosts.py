@@ -13,8 +13,8 @@ from safelight.errors import InvalidParameterError
 from safelight.serving.addresses import Addresses
 from safelight.serving.auth import KeyCheck
 from safelight.serving.hosts import Hosts, host_name
+from safelight.serving.http_args import HTTPArgs
 from safelight.serving.origins import Origins
-from safelight.serving.serve_args import ServeArgs
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, VIDEO_SCHEMA
 
@@ -222,12 +222,12 @@ def test_websockets_are_behind_the_same_door(headers):
 
 
 def test_the_setting():
-    assert ServeArgs(allowed_hosts=" Told.Example, ::2 ").hosts() == ("told.example", "::2")
-    assert ServeArgs(public_url="https://Pictures.example.org:8443/a").hosts() == ("pictures.example.org",)
-    assert ServeArgs().hosts() == ()
+    assert HTTPArgs(allowed_hosts=" Told.Example, ::2 ").hosts() == ("told.example", "::2")
+    assert HTTPArgs(public_url="https://Pictures.example.org:8443/a").hosts() == ("pictures.example.org",)
+    assert HTTPArgs().hosts() == ()
     for wrong in ("told.example:8000", "http://told.example", "*", "a b", "["):
         with pytest.raises(InvalidParameterError, match=r"allowed_hosts: got .*names of hosts"):
-            ServeArgs(allowed_hosts=wrong)
+            HTTPArgs(allowed_hosts=wrong)
 
 
 def test_names_are_read_without_an_address_parser():

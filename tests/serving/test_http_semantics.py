@@ -20,7 +20,7 @@ from openai import OpenAI
 from safelight.client import RemoteEngine
 from safelight.errors import InvalidParameterError, StateDirectoryError
 from safelight.serving.addresses import KEY_NAME, Addresses, read_address_key
-from safelight.serving.serve_args import ServeArgs
+from safelight.serving.http_args import HTTPArgs
 from tests.live_server import fault_model, serving
 from tests.serving.http_server import PROMPT, assert_error, next_answer, running
 from tests.serving.stub_engine import IMAGE_SCHEMA, VIDEO_SCHEMA
@@ -255,13 +255,13 @@ def test_addresses_may_be_the_default_form(tmp_path):
 @pytest.mark.parametrize("value", ["base64", "URL", ""])
 def test_forms_that_there_are_not(value):
     with pytest.raises(InvalidParameterError, match="response_format: got"):
-        ServeArgs(response_format=value)
+        HTTPArgs(response_format=value)
 
 
 @pytest.mark.parametrize("hours", [float("inf"), float("nan"), -1, 1e9])
 def test_every_address_has_an_end(hours):
     with pytest.raises(InvalidParameterError, match="keep_hours: got"):
-        ServeArgs(keep_hours=hours)
+        HTTPArgs(keep_hours=hours)
 
 
 # origins
@@ -392,7 +392,7 @@ def test_without_the_setting_no_page_may(server, anybody):
 )
 def test_origins_that_a_setting_takes(text):
     names = [name.strip() for name in text.split(",") if name.strip()]
-    assert list(ServeArgs(allowed_origins=text).origins()) == names
+    assert list(HTTPArgs(allowed_origins=text).origins()) == names
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_origins_that_no_browser_writes_are_refused_at_start(name):
         with pytest.raises(
             InvalidParameterError, match=r"allowed_origins: got .* it takes origins as browsers"
         ) as caught:
-            ServeArgs(allowed_origins=text)
+            HTTPArgs(allowed_origins=text)
         assert repr(name) in str(caught.value)
 
 
@@ -573,8 +573,8 @@ def test_the_root_says_what_this_is(server, anybody):
 @pytest.mark.parametrize("host", ["[::1]", "[::]"])
 def test_brackets_are_for_addresses(host):
     with pytest.raises(InvalidParameterError, match=r"host: got .* without brackets"):
-        ServeArgs(host=host)
-    assert ServeArgs(host=host[1:-1]).host == host[1:-1]
+        HTTPArgs(host=host)
+    assert HTTPArgs(host=host[1:-1]).host == host[1:-1]
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://::1:8000", "http://::1", "http://h:port", "http://\x00"])

@@ -11,9 +11,9 @@ import pytest
 from safelight.core.server_args import ServerArgs
 from safelight.errors import SafelightError
 from safelight.serving import server
+from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
 from safelight.serving.listening import bound
-from safelight.serving.serve_args import ServeArgs
 from safelight.serving.server import Server
 from tests.live_server import free_port
 
@@ -39,7 +39,7 @@ def parts(monkeypatch, tmp_path):
             patch.setattr(server, "create_app", stop)
             patch.setattr(server, "listen", listening)
             patch.setattr(server, "raise_limit", lambda: 1000)
-            args = ServeArgs(port=free_port(), state_dir=str(tmp_path / "state"), **settings)
+            args = HTTPArgs(port=free_port(), state_dir=str(tmp_path / "state"), **settings)
             with pytest.raises(SafelightError, match="this is enough"):
                 asyncio.run(Server(ServerArgs(), args, lambda line: None).run())
         for part in (found.jobs.outputs, found.jobs.store):  # what was made in the server's loop ended with that

@@ -13,8 +13,8 @@ from safelight.backends.diffusers import describe, has_pipeline, pipeline_entry
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, ModelIndexError
 from safelight.serving.fields import Asked, resolve
+from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
-from safelight.serving.serve_args import ServeArgs
 from tests.serving.stub_engine import IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
 
 WAN_480P = {**IMAGE_TO_VIDEO_SCHEMA.defaults, "height": 480, "width": 832}
@@ -126,8 +126,8 @@ BASES = {
 @pytest.mark.parametrize(("url", "taken"), BASES.items())
 def test_the_address_that_clients_are_given_has_a_scheme_and_a_host(url, taken):
     if taken:
-        assert ServeArgs(public_url=url).public_url == url
+        assert HTTPArgs(public_url=url).public_url == url
         return
     with pytest.raises(InvalidParameterError, match=r"public_url: .*https://") as caught:
-        ServeArgs(public_url=url)
+        HTTPArgs(public_url=url)
     assert caught.value.param == "public_url"

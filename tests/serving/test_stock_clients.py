@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from safelight.core.params import Option
+from safelight.core.options import Option
 from safelight.errors import InvalidParameterError
 from safelight.serving import fields as fields_module
 from safelight.serving import images as images_module

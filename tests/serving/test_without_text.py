@@ -15,9 +15,9 @@ from safelight.loading.loader import describe
 from safelight.loading.repository import open_repository
 from safelight.serving.fields import resolve, sort_fields
 from safelight.serving.gate import Body
+from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
 from safelight.serving.models_api import own_fields, request_schema
-from safelight.serving.serve_args import ServeArgs
 from tests.backends import builders
 
 
@@ -38,7 +38,7 @@ def asked(folder, **fields):
 def test_no_prompt_is_asked_for(folder):
     resolved = asked(folder, num_inference_steps=2, seed=1)
     assert resolved.params.prompt is None and resolved.params.seed == 1
-    context: Any = SimpleNamespace(schema=lambda: resolved.schema, settings=ServeArgs(), limits=Limits())
+    context: Any = SimpleNamespace(schema=lambda: resolved.schema, settings=HTTPArgs(), limits=Limits())
     assert "prompt" not in request_schema(context)["required"]
 
 

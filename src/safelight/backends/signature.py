@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
 
-from safelight.core.params import Option, SamplingParams, make_params_cls
+from safelight.core.options import Option
+from safelight.core.params import SamplingParams, make_params_cls
 from safelight.errors import InvalidParameterError, ModelIndexError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from safelight.cli.options import engine_options, given, sampling_options
+from safelight.cli.options import given, sampling_options, setting_options
 from safelight.core.params import SamplingParams
 from safelight.core.server_args import ServerArgs
 from safelight.loading.repository import open_repository
@@ -56,7 +56,7 @@ class CheckCommand(click.Command):
             defaults = {**params_cls.defaults, **repository.sampling_defaults(), **DEFAULTS}
         offered = [option for option in sampling_options(params_cls, defaults) if option.name not in NOT_OFFERED]
         sampling = [STEPS if option.name == STEPS.name else option for option in offered]
-        engine = [option for option in engine_options() if option.name in ENGINE_SETTINGS]
+        engine = [option for option in setting_options(ServerArgs) if option.name in ENGINE_SETTINGS]
         self.params = [*OWN_OPTIONS, *sampling, *engine]
         ctx.obj = params_cls
         return super().parse_args(ctx, args)

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from safelight import media, video
-from safelight.cli.options import API_KEY_FILE_VARIABLE, engine_options, engine_settings, given, sampling_options
+from safelight.cli.options import API_KEY_FILE_VARIABLE, given, given_settings, sampling_options, setting_options
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, OutputError
 from safelight.loading.repository import Repository, open_repository
 from safelight.preparation import prepare
@@ -130,7 +131,7 @@ class GenerateCommand(click.Command):
                 values[name.removeprefix("--")] = value if separator else next(iter(args[index + 1 :]), None)
         ctx.obj = source = _source(ctx, values)
         sampling = sampling_options(source.params_cls(), source.defaults())
-        self.params = [*GENERATE_OPTIONS, *sampling, *engine_options()]
+        self.params = [*GENERATE_OPTIONS, *sampling, *setting_options(ServerArgs)]
         return super().parse_args(ctx, args)
 
 
@@ -150,7 +151,7 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
         raise InvalidParameterError("prompt", None, 'the text to generate from: safelight generate "..."')
     console = Console(stderr=True)
     begun = time.perf_counter()
-    event = _run(console, source, engine_settings(values), fields, partial(check_files, output, overwrite))
+    event = _run(console, source, given_settings(ServerArgs, values), fields, partial(check_files, output, overwrite))
     result = event.result
     assert result is not None
     count = len(result.images) or len(result.videos)
@@ -169,7 +170,7 @@ def _source(ctx: click.Context, values: dict[str, str | None]) -> Source:
         name, backend = values["model"], values["backend"] or "auto"
         return LocalModel(open_repository(name, values["revision"], backend=backend, weights=False))
     from safelight.client import RemoteEngine
-    from safelight.serving.serve_args import read_key
+    from safelight.serving.http_args import read_key
 
     key_file = values["api-key-file"] or os.environ.get(API_KEY_FILE_VARIABLE)
     engine = RemoteEngine(values["server"], read_key(key_file) if key_file else None)

@@ -1,15 +1,14 @@
-"""Command-line options made from the dataclasses: of the model's parameters, and of the engine's settings."""
+"""Command-line options made from the dataclasses: the model's parameters, and settings of engine and HTTP."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from safelight.core.params import Option, SamplingParams
-from safelight.core.server_args import ServerArgs
+from safelight.core.options import Option, defaults_of, options_of
+from safelight.core.params import SamplingParams
 
 API_KEY_FILE_VARIABLE = "SAFELIGHT_API_KEY_FILE"
 POSITIONAL = "prompt"
@@ -43,30 +42,62 @@ def key_value(text: str) -> tuple[str, str]:
 
 CLICK_TYPES: Mapping[str, Any] = {
     "integer": click.INT,
+    "count": click.INT,
     "number": click.FLOAT,
+    "amount": click.FLOAT,
     "integers": integer_list,
     "numbers": float_list,
+    "images": click.Path(),
+    "by component": key_value,
 }
+"""By the kind of an option; of other kinds it is text."""
+REPEATED = frozenset({"images", "by component"})
+"""Kinds whose flags may be given several times."""
+
+
+def click_option(name: str, option: Option, help: str, default: Any = None, **details: Any) -> click.Option:
+    """Return the command line's option for a field.
+
+    Args:
+        name: of the field.
+        option: what was declared of it.
+        help: one line, to which the default is added.
+        default: what it is if nobody says it; shown alone: what is not given stays unset.
+        **details: for click.
+
+    """
+    flag = f"--{name.replace('_', '-')}"
+    shown = "" if default is None or isinstance(default, Mapping) else f"  [default: {default}]"
+    details |= {"help": help + shown, "default": None, "multiple": option.kind in REPEATED}
+    if option.kind == "boolean":
+        return click.Option([f"{flag}/--no-{flag[2:]}", name], **details)
+    kind = click.Choice(option.choices) if option.kind == "string" and option.choices else CLICK_TYPES.get(option.kind)
+    short = [f"-{name}"] if len(name) == 1 else []
+    return click.Option([*short, flag, name], type=kind or click.STRING, **details)
 
 
 def sampling_options(params_cls: type[SamplingParams], defaults: Mapping[str, Any]) -> list[click.Parameter]:
     """Return an option for each field that a model takes."""
-    offered = {name: option for name, option in params_cls.options().items() if name not in NOT_OFFERED}
-    return [_sampling_option(name, option, defaults.get(name)) for name, option in offered.items()]
+    return [
+        click_option(name, option, f"{option.help[0].upper()}{option.help[1:]}.", defaults.get(name))
+        for name, option in params_cls.options().items()
+        if name not in NOT_OFFERED
+    ]
 
 
-def _sampling_option(name: str, option: Option, default: Any) -> click.Option:
-    flag = f"--{name.replace('_', '-')}"
-    known = "" if default is None or isinstance(default, Mapping) else f"  [default: {default}]"
-    details: dict[str, Any] = {"help": f"{option.help[0].upper()}{option.help[1:]}.{known}"}
-    if option.kind == "images":
-        return click.Option([flag, name], type=click.Path(), multiple=True, **details)
-    if option.kind == "boolean":
-        return click.Option([f"{flag}/--no-{name.replace('_', '-')}", name], default=None, **details)
-    if option.choices:
-        return click.Option([flag, name], type=click.Choice(option.choices), **details)
-    short = [f"-{name}"] if len(name) == 1 else []
-    return click.Option([*short, flag, name], type=CLICK_TYPES.get(option.kind, click.STRING), **details)
+def setting_options(cls: type, variables: Mapping[str, str] | None = None) -> list[click.Parameter]:
+    """Return an option for each setting of the engine (`ServerArgs`) or of HTTP (`HTTPArgs`).
+
+    Args:
+        cls: the dataclass of the settings.
+        variables: of the environment, by the settings that they name where no flag does.
+
+    """
+    defaults = defaults_of(cls)
+    return [
+        click_option(name, option, option.help, defaults[name] or None, envvar=(variables or {}).get(name))
+        for name, option in options_of(cls).items()
+    ]
 
 
 def given(params_cls: type[SamplingParams], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,25 +112,7 @@ def given(params_cls: type[SamplingParams], values: Mapping[str, Any]) -> dict[s
     return {name: options[name].check(name, value) for name, value in fields.items()}
 
 
-CLICK_KINDS: Mapping[type, Any] = {int: click.INT, float: click.FLOAT}
-ENGINE_FIELDS = {field.name: field for field in dataclasses.fields(ServerArgs)}
-
-
-def engine_options() -> list[click.Parameter]:
-    """Return an option for each setting of the engine."""
-    options: list[click.Parameter] = []
-    for name, field in ENGINE_FIELDS.items():
-        flag = f"--{name.replace('_', '-')}"
-        several = field.default_factory is dict
-        if type(field.default) is bool:
-            options.append(click.Option([f"{flag}/--no-{flag[2:]}", name], help=field.metadata["help"], default=None))
-            continue
-        kind = key_value if several else CLICK_KINDS.get(type(field.default), click.STRING)
-        options.append(click.Option([flag, name], help=field.metadata["help"], multiple=several, type=kind))
-    return options
-
-
-def engine_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, of all parsed values, the engine's settings that the user set."""
-    settings = {name: values[name] for name in ENGINE_FIELDS if values[name] not in (None, ())}
+def given_settings(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, of all parsed values, the settings of a dataclass that the user set."""
+    settings = {name: values[name] for name in options_of(cls) if values[name] not in (None, ())}
     return {name: dict(value) if isinstance(value, tuple) else value for name, value in settings.items()}

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from safelight.cli.options import key_value
-from safelight.core.server_args import ServerArgs
+from safelight.core.options import listed
+from safelight.core.server_args import DTYPES, OFFLOADS, ServerArgs
 from safelight.core.sizes import shown_size
 from safelight.errors import InvalidParameterError
 
@@ -35,8 +36,8 @@ def size(text: str) -> tuple[int, int]:
 @click.option("--frames", type=click.INT, help="Of a video.  [default: the model's]")
 @click.option("--images", type=click.INT, help="Input images, of that size.  [default: as many as the model needs]")
 @click.option("--memory-limit", help="Of the device, such as 24GiB.  [default: what is free]")
-@click.option("--offload", default="auto", help="none, alternates, components, blocks or auto.  [default: auto]")
-@click.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16.  [default: auto, which is bfloat16]")
+@click.option("--offload", default="auto", help=f"{listed(OFFLOADS)}.  [default: auto]")
+@click.option("--dtype", default="auto", help=f"auto, {listed(DTYPES)}.  [default: auto, which is bfloat16]")
 @click.option("--component-dtypes", type=key_value, multiple=True, help="A component's own, as vae=float32.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON, in bytes.")
 def plan(model: str | None, as_json: bool, **options: Any) -> None:

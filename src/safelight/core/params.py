@@ -7,158 +7,17 @@ subclasses. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from safelight.core.options import Option, option, options_of
 from safelight.errors import InvalidParameterError, UnknownParameterError
 
 if TYPE_CHECKING:
     from safelight.core.schema import ModelSchema
 
 MAX_SEED = 2**64 - 1
-MAX_PROMPT_LENGTH = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """What is known of one field: its kind, range, help and place in a form.
-
-    Attributes:
-        kind: one of the names in `KINDS`.
-        help: one line for people.
-        group: `basic` or `advanced`.
-        minimum, maximum: inclusive bounds of a number, or of each entry of a list of numbers.
-        choices: the values that a string may have.
-
-    """
-
-    kind: str
-    help: str
-    group: str = "advanced"
-    minimum: float | None = None
-    maximum: float | None = None
-    choices: tuple[str, ...] = ()
-
-    def takes(self) -> str:
-        """Say in words what values the field takes."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        described = KINDS[self.kind].description
-        if self.minimum is not None and self.maximum is not None:
-            return f"{described} from {self.minimum} to {self.maximum}"
-        return f"{described} of at least {self.minimum}" if self.minimum is not None else described
-
-    def check(self, name: str, value: Any) -> Any:
-        """Return the value in its plain Python type, or raise `InvalidParameterError` that names the field."""
-        plain = KINDS[self.kind].convert(value)
-        if plain is None or not self._in_range(plain):
-            raise InvalidParameterError(name, value, self.takes())
-        return plain
-
-    def _in_range(self, value: Any) -> bool:
-        if self.choices:
-            return value in self.choices
-        values = value if isinstance(value, tuple) else (value,)
-        numeric = [entry for entry in values if isinstance(entry, int | float)]
-        low = -math.inf if self.minimum is None else self.minimum
-        high = math.inf if self.maximum is None else self.maximum
-        return all(low <= entry <= high for entry in numeric)
-
-
-def _integer(value: Any) -> int | None:
-    """Take 3.0 for 3, as JSON Schema does."""
-    if isinstance(value, numbers.Integral):
-        return None if isinstance(value, bool) else int(value)
-    number = _number(value)
-    return int(number) if number is not None and number.is_integer() else None
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    try:
-        converted = float(value)
-    except OverflowError:  # a whole number above every float
-        return None
-    return converted if math.isfinite(converted) else None
-
-
-def _numbers(value: Any) -> tuple[float, ...] | None:
-    if not isinstance(value, list | tuple) or not value:
-        return None
-    converted = tuple(_number(entry) for entry in value)
-    return None if None in converted else converted  # type: ignore[return-value]
-
-
-def _integers(value: Any) -> tuple[int, ...] | None:
-    if not isinstance(value, list | tuple) or not value:
-        return None
-    converted = tuple(_integer(entry) for entry in value)
-    return None if None in converted else converted  # type: ignore[return-value]
-
-
-def _string(value: Any) -> str | None:
-    if not isinstance(value, str) or len(value) > MAX_PROMPT_LENGTH:
-        return None
-    try:
-        value.encode()  # a lone surrogate is no text, and tokenizers fail on it
-    except UnicodeEncodeError:
-        return None
-    return value
-
-
-def _strings(value: Any) -> str | tuple[str, ...] | None:
-    if not isinstance(value, list | tuple):
-        return _string(value)
-    converted = tuple(_string(entry) for entry in value)
-    return None if not converted or None in converted else converted  # type: ignore[return-value]
-
-
-def _boolean(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-def _images(value: Any) -> tuple[Any, ...] | None:
-    # What an image may be is decided where images are opened: this module knows neither files nor pixels.
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of value: how it is described, written in JSON Schema, and converted (None: it is not of this kind)."""
-
-    description: str
-    json_schema: Mapping[str, Any]
-    convert: Callable[[Any], Any]
-
-
-KINDS: Mapping[str, Kind] = {
-    "string": Kind(f"text of at most {MAX_PROMPT_LENGTH} characters", {"type": "string"}, _string),
-    "strings": Kind(
-        f"text of at most {MAX_PROMPT_LENGTH} characters, or a list of such",
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]},
-        _strings,
-    ),
-    "integer": Kind("a whole number", {"type": "integer"}, _integer),
-    "number": Kind("a finite number", {"type": "number"}, _number),
-    "numbers": Kind(
-        "a list of finite numbers", {"type": "array", "items": {"type": "number"}, "minItems": 1}, _numbers
-    ),
-    "integers": Kind(
-        "a list of whole numbers", {"type": "array", "items": {"type": "integer"}, "minItems": 1}, _integers
-    ),
-    "boolean": Kind("true or false", {"type": "boolean"}, _boolean),
-    "image": Kind("an image", {"type": "string"}, lambda value: None if isinstance(value, list | tuple) else value),
-    "images": Kind("an image, or a list of images", {"type": "array", "items": {"type": "string"}}, _images),
-}
-
-
-def option(kind: str, help: str, **details: Any) -> Any:
-    """Declare a field of `SamplingParams`: unset (None) until the user sets it."""
-    return field(default=None, metadata={"option": Option(kind, help, **details)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +79,7 @@ class SamplingParams:
     @classmethod
     def options(cls) -> dict[str, Option]:
         """Return the fields that this model takes, in order, by name."""
-        return {f.name: f.metadata["option"] for f in dataclasses.fields(cls) if f.name not in cls.excluded}
+        return {name: known for name, known in options_of(cls).items() if name not in cls.excluded}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
@@ -375,7 +234,7 @@ def make_params_cls(
     """Return a class of parameters that no family wrote: the common fields but for `excluded`, and `own`."""
     return dataclasses.make_dataclass(
         name,
-        [(key, Any, field(default=None, metadata={"option": known})) for key, known in own.items()],
+        [(key, Any, dataclasses.field(default=None, metadata={"option": known})) for key, known in own.items()],
         bases=(base,),
         frozen=True,
         kw_only=True,

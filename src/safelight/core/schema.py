@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelight.core.architecture import Architecture
-from safelight.core.params import KINDS, SamplingParams
+from safelight.core.params import SamplingParams
 from safelight.core.stage_memory import StageMemory
 
 
@@ -69,15 +69,7 @@ class ModelSchema:
         """Return a JSON Schema (2020-12) of what may be asked, with defaults, ranges and a group for forms."""
         properties: dict[str, Any] = {}
         for name, option in self.params_cls.options().items():
-            entry = {**KINDS[option.kind].json_schema, "description": option.help, "x-group": option.group}
-            bounds = {"minimum": option.minimum, "maximum": option.maximum}
-            bounds = {key: value for key, value in bounds.items() if value is not None}
-            if option.kind == "numbers":
-                entry["items"] = {**entry["items"], **bounds}
-            else:
-                entry.update(bounds)
-            if option.choices:
-                entry["enum"] = list(option.choices)
+            entry = option.json_schema()
             if name in ("height", "width") and not self.params_cls.fits_size:
                 entry["multipleOf"] = self.size_multiple
             if option.kind == "images":

@@ -1,12 +1,13 @@
-"""What is set once for an engine: each field has one name as flag and keyword. Importing this imports no torch."""
+"""What is set once for an engine: each field has one name as flag, key and keyword. Importing this imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from safelight.core.options import check_settings, listed, option
 from safelight.core.sizes import parse_size
 from safelight.errors import InvalidParameterError
 
@@ -15,23 +16,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "alternates", "components", "blocks", "auto")
-COMPILES = ("none", "blocks")
-CUDA_GRAPHS = ("none", "steps")
 PARALLEL_SIZES = ("cfg_parallel_size", "ring_degree", "ulysses_degree", "tp_size")
 """Settings whose product is the number of devices, from the slowest link to the fastest."""
-VAE_TILINGS = ("none", "exact")
-KERNELS = ("auto", "plain")
-BACKENDS = ("auto", "native", "diffusers")
-
-
-def setting(default: Any, help: str) -> Any:
-    """Declare a field of `ServerArgs`, with the help of its flag."""
-    return field(default=default, metadata={"help": help})
-
-
-def settings_per_component(help: str) -> Any:
-    """Declare a field that maps components' names to values."""
-    return field(default_factory=dict, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -65,63 +51,63 @@ class ServerArgs:
 
     """
 
-    model: str | None = setting(None, "A folder, or a Hub id with optional @revision.  [default: the shipped model]")
-    revision: str | None = setting(None, "Branch, tag or commit of a Hub id.")
-    variant: str | None = setting(None, "Of the weights, such as fp16.  [default: none, or the only one there is]")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...  [default: auto]")
-    dtype: str = setting("auto", "auto, float32, bfloat16 or float16.  [default: auto]")
-    component_dtypes: Mapping[str, str] = settings_per_component("A component's own, as vae=float32; may be repeated.")
-    backend: str = setting("auto", "auto (a family of ours, or else diffusers), native or diffusers.  [default: auto]")
-    attention_backend: str = setting(
-        "auto", "auto, chunked, sdpa, math, flash, efficient, cudnn, flash3 or sage.  [default: auto]"
+    model: str | None = option("text", "A folder, or a Hub id with optional @revision.  [default: the shipped model]")
+    revision: str | None = option("text", "Branch, tag or commit of a Hub id.")
+    variant: str | None = option("text", "Of the weights, such as fp16.  [default: none, or the only one there is]")
+    device: str = option("text", "auto, cpu, cuda, cuda:1, ...", "auto")
+    dtype: str = option("choice", f"auto, {listed(DTYPES)}.", choices=("auto", *DTYPES))
+    component_dtypes: Mapping[str, str] = option(
+        "by component", "A component's own, as vae=float32; may be repeated.", {}
     )
-    kernels: str = setting("auto", "auto: fused and fast operations where they are checked, or plain.  [default: auto]")
+    backend: str = option(
+        "choice",
+        "auto (a family of ours, or else diffusers), native or diffusers.",
+        choices=("auto", "native", "diffusers"),
+    )
+    attention_backend: str = option(
+        "text", "auto, chunked, sdpa, math, flash, efficient, cudnn, flash3 or sage.", "auto"
+    )
+    kernels: str = option(
+        "choice", "auto: fused and fast operations where they are checked, or plain.", choices=("auto", "plain")
+    )
 
-    offload: str = setting(
-        "none", "What waits on the host: none, alternates, components, blocks, or auto.  [default: none]"
+    offload: str = option("choice", f"What waits on the host: {listed(OFFLOADS, ', or ')}.", choices=OFFLOADS)
+    memory_limit: int | str | None = option(
+        "size", "Of the device, such as 24GiB, 500MB, or bytes.  [default: what is free]"
     )
-    memory_limit: int | str | None = setting(
-        None, "Of the device, such as 24GiB, 500MB, or bytes.  [default: what is free]"
+    compile: str = option(
+        "choice", "none, or blocks: compile the transformer's repeated blocks.", choices=("none", "blocks")
     )
-    compile: str = setting("none", "none, or blocks: compile the transformer's repeated blocks.  [default: none]")
-    cuda_graphs: str = setting("none", "none, or steps: replay steps that are bound by launches.  [default: none]")
+    cuda_graphs: str = option(
+        "choice", "none, or steps: replay steps that are bound by launches.", choices=("none", "steps")
+    )
 
-    devices: int = setting(1, "Devices for one request; a planner chooses how they share it.  [default: 1]")
-    cfg_parallel_size: int = setting(1, "Groups of devices that share the guidance branches of a step.  [default: 1]")
-    ring_degree: int = setting(1, "Devices around which keys and values of a part of the tokens go.  [default: 1]")
-    ulysses_degree: int = setting(1, "Devices that exchange tokens for attention heads.  [default: 1]")
-    tp_size: int = setting(1, "Devices that share each weight of the transformer.  [default: 1]")
-    vae_parallel: bool = setting(False, "Decode in bands, one a device.")
-    vae_tiling: str = setting(
-        "none", "none, or exact: decode by bands, of equal pixels within rounding and less than half the memory."
+    devices: int = option("count", "Devices for one request; a planner chooses how they share it.", 1, minimum=1)
+    cfg_parallel_size: int = option(
+        "count", "Groups of devices that share the guidance branches of a step.", 1, minimum=1
     )
-    conditioning_cache: str = setting(
-        "256MiB", "Bytes of prompt and image embeddings that are kept for later requests; 0 is none.  [default: 256MiB]"
+    ring_degree: int = option("count", "Devices around which keys and values of a part of the tokens go.", 1, minimum=1)
+    ulysses_degree: int = option("count", "Devices that exchange tokens for attention heads.", 1, minimum=1)
+    tp_size: int = option("count", "Devices that share each weight of the transformer.", 1, minimum=1)
+    vae_parallel: bool = option("boolean", "Decode in bands, one a device.", False)
+    vae_tiling: str = option(
+        "choice",
+        "none, or exact: decode by bands, of equal pixels within rounding and less than half the memory.",
+        choices=("none", "exact"),
+    )
+    conditioning_cache: str = option(
+        "size", "Bytes of prompt and image embeddings that are kept for later requests; 0 is none.", "256MiB"
     )
 
     def __post_init__(self) -> None:
-        """Refuse a dtype that there is not, by the name of its field."""
-        takes = ", ".join(DTYPES)
-        if self.dtype not in ("auto", *DTYPES):
-            raise InvalidParameterError("dtype", self.dtype, f"auto, {takes}")
-        if self.backend not in BACKENDS:
-            raise InvalidParameterError("backend", self.backend, ", ".join(BACKENDS))
-        if self.kernels not in KERNELS:
-            raise InvalidParameterError("kernels", self.kernels, ", ".join(KERNELS))
-        if self.offload not in OFFLOADS:
-            raise InvalidParameterError("offload", self.offload, ", ".join(OFFLOADS))
-        self.conditioning_cache_bytes()
-        self.num_devices()
-        if self.compile not in COMPILES:
-            raise InvalidParameterError("compile", self.compile, ", ".join(COMPILES))
-        if self.cuda_graphs not in CUDA_GRAPHS:
-            raise InvalidParameterError("cuda_graphs", self.cuda_graphs, ", ".join(CUDA_GRAPHS))
-        if self.vae_tiling not in VAE_TILINGS:
-            raise InvalidParameterError("vae_tiling", self.vae_tiling, ", ".join(VAE_TILINGS))
-        self.memory_limit_bytes()
+        """Refuse what a field does not take, and sizes and numbers of devices that do not fit, by the field's name."""
+        check_settings(self)
         for component, dtype in self.component_dtypes.items():
             if dtype not in DTYPES:
-                raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, takes)
+                raise InvalidParameterError(f"component_dtypes[{component!r}]", dtype, ", ".join(DTYPES))
+        self.conditioning_cache_bytes()
+        self.num_devices()
+        self.memory_limit_bytes()
 
     def num_devices(self) -> int:
         """Return how many devices share a request.
@@ -130,16 +116,12 @@ class ServerArgs:
             InvalidParameterError: if the sizes do not fit each other.
 
         """
-        sizes = {name: vars(self)[name] for name in (*PARALLEL_SIZES, "devices")}
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise InvalidParameterError(name, size, "a whole number from 1")
-        devices = sizes.pop("devices")
+        sizes = {name: vars(self)[name] for name in PARALLEL_SIZES}
         product: int = math.prod(sizes.values())
-        if product > 1 and devices not in (1, product):
+        if product > 1 and self.devices not in (1, product):
             factors = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-            raise InvalidParameterError("devices", devices, f"{product}, which is {factors}; or nothing")
-        return max(product, int(devices))
+            raise InvalidParameterError("devices", self.devices, f"{product}, which is {factors}; or nothing")
+        return max(product, self.devices)
 
     def conditioning_cache_bytes(self) -> int:
         """Return how many bytes of embeddings are kept.

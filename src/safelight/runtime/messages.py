@@ -16,7 +16,8 @@ from PIL import Image
 
 from safelight.core.architecture import Architecture
 from safelight.core.form import EAGER, Form
-from safelight.core.params import Option, SamplingParams, make_params_cls
+from safelight.core.options import Option
+from safelight.core.params import SamplingParams, make_params_cls
 from safelight.core.registry import get_pipeline, pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
@@ -206,22 +207,11 @@ class Failed(Message, frozen=True):
     param: str | None = None
 
 
-class WireOption(msgspec.Struct, frozen=True):
-    """An `Option` on its way."""
-
-    kind: str
-    help: str
-    group: str
-    minimum: float | None
-    maximum: float | None
-    choices: tuple[str, ...]
-
-
 class WireParams(msgspec.Struct, frozen=True):
     """What a class of parameters that no family wrote consists of: the arguments of `make_params_cls`."""
 
     name: str
-    own: dict[str, WireOption]
+    own: dict[str, Option]
     defaults: dict[str, Any]
     excluded: list[str]
     refused: dict[str, str]
@@ -340,24 +330,12 @@ def schema_from_wire(wire: WireSchema) -> ModelSchema:
 
 def _params_to_wire(params_cls: type[SamplingParams]) -> WireParams:
     common = {field.name for field in dataclasses.fields(SamplingParams)}
-    own = {
-        name: WireOption(known.kind, known.help, known.group, known.minimum, known.maximum, known.choices)
-        for name, known in params_cls.options().items()
-        if name not in common
-    }
+    own = {name: known for name, known in params_cls.options().items() if name not in common}
     return WireParams(
-        params_cls.__name__,
-        own,
-        dict(params_cls.defaults),
-        sorted(params_cls.excluded),
-        dict(params_cls.refused),
+        params_cls.__name__, own, dict(params_cls.defaults), sorted(params_cls.excluded), dict(params_cls.refused)
     )
 
 
 def _made(wire: WireParams) -> type[SamplingParams]:
-    own = {
-        name: Option(each.kind, each.help, each.group, each.minimum, each.maximum, each.choices)
-        for name, each in wire.own.items()
-    }
     excluded = frozenset(wire.excluded)
-    return make_params_cls(wire.name, own, defaults=wire.defaults, excluded=excluded, refused=wire.refused)
+    return make_params_cls(wire.name, wire.own, defaults=wire.defaults, excluded=excluded, refused=wire.refused)

@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from safelight.core.params import Option, SamplingParams
+from safelight.core.options import Option
+from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError

@@ -10,7 +10,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.core.params import Option, SamplingParams
+from safelight.core.options import Option
+from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
 from safelight.runtime.client import Ticket

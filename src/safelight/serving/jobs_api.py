@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from safelight.core.params import Option
+from safelight.core.options import Option
 from safelight.errors import InvalidParameterError, StorageError
 from safelight.serving.context import Context, json_response, timestamp
 from safelight.serving.disconnects import unless_gone

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from safelight.serving.http_args import HTTPArgs
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the HTTP API: what is beyond is refused by name, nothing is cut to fit.
+    """Bounds of the HTTP API: what is beyond is refused by name, nothing is cut to fit. Four of them are settings.
 
     Attributes:
         body_bytes: of a request's body.
@@ -54,10 +56,10 @@ class Limits:
     image_side: int = 8192
     images: int = 16
     outputs: int = 10
-    waiting: int = 64
-    max_cost: float = 60e6
-    max_tokens: int = 131_072
-    unit_seconds: float = 1800.0
+    waiting: int = HTTPArgs.max_waiting
+    max_cost: float = HTTPArgs.max_cost
+    max_tokens: int = HTTPArgs.max_tokens
+    unit_seconds: float = HTTPArgs.first_unit_limit
     header_seconds: float = 10.0
     request_seconds: float = 30.0
     body_seconds: float = 5.0

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.core.params import KINDS, Option
+from safelight.core.options import KINDS, Option
 from safelight.core.schema import ModelSchema
 from safelight.runtime.messages import SCHEMA_KEY, schema_to_wire
 from safelight.serving.context import Context, json_response

@@ -23,12 +23,12 @@ from safelight.serving.addresses import read_address_key
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
+from safelight.serving.http_args import HTTPArgs
 from safelight.serving.job_manager import JobManager
 from safelight.serving.job_runs import JobLimits
 from safelight.serving.limits import Limits
 from safelight.serving.listening import Listener, bound, raise_limit
 from safelight.serving.outputs import Outputs
-from safelight.serving.serve_args import ServeArgs
 from safelight.serving.sqlite_jobs import SqliteJobStore
 
 logger = logging.getLogger(__name__)
@@ -55,14 +55,14 @@ class Server:
 
     Args:
         server_args: of the engine.
-        serve_args: of HTTP, queue and storage.
+        http_args: of HTTP, queue and storage.
         say: told, in a line each, what a person needs to know of the start and the end.
 
     """
 
-    def __init__(self, server_args: ServerArgs, serve_args: ServeArgs, say: Callable[[str], None]) -> None:
-        self.server_args, self.serve_args, self.say = server_args, serve_args, say
-        self.model = served_names(server_args, serve_args)[0]
+    def __init__(self, server_args: ServerArgs, http_args: HTTPArgs, say: Callable[[str], None]) -> None:
+        self.server_args, self.http_args, self.say = server_args, http_args, say
+        self.model = served_names(server_args, http_args)[0]
         self._deadline: float | None = None
         self._told_compiled = False
         self._stopping = asyncio.Event()
@@ -74,29 +74,29 @@ class Server:
             SafelightError: if it cannot start.
 
         """
-        key = self.serve_args.api_key()
-        with listen(self.serve_args.host, self.serve_args.port) as listener:
+        key = self.http_args.api_key()
+        with listen(self.http_args.host, self.http_args.port) as listener:
             listener.bound = bound(raise_limit())
-            state = self.serve_args.state_path()
-            engine = ReplicaSet(engine_settings(self.server_args, self.serve_args), self.serve_args.replicas)
+            state = self.http_args.state_path()
+            engine = ReplicaSet(engine_settings(self.server_args, self.http_args), self.http_args.replicas)
             engine.on_compiled = self._compiled
             jobs = JobManager(
-                SqliteJobStore(state), Outputs(state / "outputs"), engine, limits=job_limits(self.serve_args)
+                SqliteJobStore(state), Outputs(state / "outputs"), engine, limits=job_limits(self.http_args)
             )
             settings = Settings(
-                served_names(self.server_args, self.serve_args),
+                served_names(self.server_args, self.http_args),
                 api_key=key,
-                public_url=self.serve_args.public_url,
-                allowed_origins=self.serve_args.origins(),
-                allowed_hosts=self.serve_args.hosts(),
-                response_format=self.serve_args.response_format,
+                public_url=self.http_args.public_url,
+                allowed_origins=self.http_args.origins(),
+                allowed_hosts=self.http_args.hosts(),
+                response_format=self.http_args.response_format,
                 address_key=read_address_key(state),
                 drain_seconds=CLOSING_SECONDS,
                 limits=Limits(
-                    waiting=self.serve_args.max_waiting,
-                    max_cost=self.serve_args.max_cost,
-                    max_tokens=self.serve_args.max_tokens,
-                    unit_seconds=self.serve_args.first_unit_limit,
+                    waiting=self.http_args.max_waiting,
+                    max_cost=self.http_args.max_cost,
+                    max_tokens=self.http_args.max_tokens,
+                    unit_seconds=self.http_args.first_unit_limit,
                 ),
             )
             await jobs.start()  # what it refuses is told in a line, before anything listens
@@ -113,7 +113,7 @@ class Server:
             begun = time.monotonic()
             if not await self._before_stop(engine.start(), http):
                 return 0
-            host = f"[{self.serve_args.host}]" if ":" in self.serve_args.host else self.serve_args.host
+            host = f"[{self.http_args.host}]" if ":" in self.http_args.host else self.http_args.host
             address = f"http://{host}:{listener.getsockname()[1]}"
             warm = ", warmed up with one small request" if engine.stats.warm_up_seconds else ""
             self.say(f"{self.model} is ready after {time.monotonic() - begun:.1f} s{warm}: {address}")
@@ -169,7 +169,7 @@ class Server:
 
     def _signalled(self) -> None:
         """Stop: the first time kindly, the second time soon."""
-        seconds = SECOND_SIGNAL_SECONDS if self._stopping.is_set() else self.serve_args.drain_seconds
+        seconds = SECOND_SIGNAL_SECONDS if self._stopping.is_set() else self.http_args.drain_seconds
         self._deadline = time.monotonic() + seconds
         self._stopping.set()
 
@@ -197,17 +197,17 @@ def listen(host: str, port: int) -> Iterator[Listener]:
         yield listener
 
 
-def served_names(server_args: ServerArgs, serve_args: ServeArgs) -> tuple[str, ...]:
+def served_names(server_args: ServerArgs, http_args: HTTPArgs) -> tuple[str, ...]:
     """Return the names under which the model is asked for; the first is the one that answers name."""
-    if serve_args.served_model_name is not None:
-        return tuple(name.strip() for name in serve_args.served_model_name.split(",") if name.strip())
+    if http_args.served_model_name is not None:
+        return tuple(name.strip() for name in http_args.served_model_name.split(",") if name.strip())
     if server_args.model is None:
         return (SHIPPED_MODEL_NAME,)
     path = existing(server_args.model)
     return (server_args.model.partition("@")[0] if path is None else path.resolve().name,)
 
 
-def engine_settings(server_args: ServerArgs, serve_args: ServeArgs) -> EngineSettings:
+def engine_settings(server_args: ServerArgs, http_args: HTTPArgs) -> EngineSettings:
     """Return what each replica's supervisor needs to know.
 
     Raises:
@@ -215,27 +215,27 @@ def engine_settings(server_args: ServerArgs, serve_args: ServeArgs) -> EngineSet
 
     """
     place = launched(server_args.num_devices())
-    if place is not None and serve_args.replicas > 1:
-        raise InvalidParameterError("replicas", serve_args.replicas, "1 under torchrun, which starts one model's ranks")
+    if place is not None and http_args.replicas > 1:
+        raise InvalidParameterError("replicas", http_args.replicas, "1 under torchrun, which starts one model's ranks")
     return EngineSettings(
         server_args=server_args,
-        model_name=served_names(server_args, serve_args)[0],
-        max_running=serve_args.max_running,
-        max_waiting=serve_args.max_waiting,
-        batching=serve_args.batching,
-        share=serve_args.share,
-        warm_up=serve_args.warm_up,
-        unit_limits=UnitLimits(least=serve_args.unit_limit, first=serve_args.first_unit_limit),
-        heartbeat_limit=serve_args.heartbeat_limit,
+        model_name=served_names(server_args, http_args)[0],
+        max_running=http_args.max_running,
+        max_waiting=http_args.max_waiting,
+        batching=http_args.batching,
+        share=http_args.share,
+        warm_up=http_args.warm_up,
+        unit_limits=UnitLimits(least=http_args.unit_limit, first=http_args.first_unit_limit),
+        heartbeat_limit=http_args.heartbeat_limit,
         is_first_of_torchrun=place is not None,
     )
 
 
-def job_limits(serve_args: ServeArgs) -> JobLimits:
+def job_limits(http_args: HTTPArgs) -> JobLimits:
     """Return what bounds jobs."""
     return JobLimits(
-        keep_seconds=3600 * serve_args.keep_hours,
-        max_bytes=serve_args.max_storage,
+        keep_seconds=3600 * http_args.keep_hours,
+        max_bytes=http_args.max_storage,
         # A further replica is given what it can run; what waits before all of them does not grow.
-        max_submitted=JobLimits.max_submitted + serve_args.max_running * (serve_args.replicas - 1),
+        max_submitted=JobLimits.max_submitted + http_args.max_running * (http_args.replicas - 1),
     )

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.core.params import Option
+from safelight.core.options import Option
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.serving.context import Context, json_response, timestamp

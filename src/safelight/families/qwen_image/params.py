@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from safelight.core.params import SamplingParams, option
+from safelight.core.options import option
+from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError
 

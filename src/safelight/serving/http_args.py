@@ -1,20 +1,16 @@
-"""What is set once for a server, beside the engine's own settings. Imports no torch."""
+"""What is set once for a server, beside the engine's own settings: HTTP, queue and storage. Imports no torch."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
-from safelight.core.server_args import ServerArgs
-from safelight.errors import InvalidParameterError, StateDirectoryError, UnknownParameterError, UsageError
+from safelight.core.options import check_settings, option
+from safelight.errors import InvalidParameterError, StateDirectoryError, UsageError
 from safelight.serving.hosts import host_name, is_loopback
 
-BATCHING = ("exact", "throughput")
 RESPONSE_FORMATS = ("b64_json", "url")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[0-9]{1,5})?")
 _USUAL_PORTS = {("http", ":80"), ("https", ":443")}
@@ -23,13 +19,8 @@ MIN_KEY_LENGTH = 16
 DEFAULT_STATE_DIR = Path("~/.local/state/safelight")
 
 
-def serve_setting(default: Any, help: str, least: float | None = None, most: float | None = None) -> Any:
-    """Declare a field of `ServeArgs`, with the help of its flag and the range of its value."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
-
-
 @dataclass(frozen=True)
-class ServeArgs:
+class HTTPArgs:
     """What HTTP, queue and storage need. Times are in seconds, sizes in bytes.
 
     Attributes:
@@ -60,48 +51,54 @@ class ServeArgs:
 
     """
 
-    host: str = serve_setting("127.0.0.1", "Where to listen.")
-    port: int = serve_setting(8000, "Port to listen on.", 1, 65535)
-    state_dir: str | None = serve_setting(None, f"Folder of jobs and outputs.  [default: {DEFAULT_STATE_DIR}]")
-    api_key_file: str | None = serve_setting(None, "File with the key that every request must bring.")
-    served_model_name: str | None = serve_setting(None, "Name of the model for clients; aliases after commas.")
-    public_url: str | None = serve_setting(None, "Where clients reach the server.  [default: their Host header]")
-    allowed_origins: str | None = serve_setting(None, "Origins of web pages that may use it, after commas; or *.")
-    allowed_hosts: str | None = serve_setting(
-        None, "Names it answers to without a key, beside localhost; after commas."
+    host: str = option("text", "Where to listen.", "127.0.0.1")
+    port: int = option("count", "Port to listen on.", 8000, minimum=1, maximum=65535)
+    state_dir: str | None = option("text", f"Folder of jobs and outputs.  [default: {DEFAULT_STATE_DIR}]")
+    api_key_file: str | None = option("text", "File with the key that every request must bring.")
+    served_model_name: str | None = option("text", "Name of the model for clients; aliases after commas.")
+    public_url: str | None = option("text", "Where clients reach the server.  [default: their Host header]")
+    allowed_origins: str | None = option("text", "Origins of web pages that may use it, after commas; or *.")
+    allowed_hosts: str | None = option("text", "Names it answers to without a key, beside localhost; after commas.")
+    response_format: str = option(
+        "choice",
+        f"How pictures are returned unless asked otherwise: {', '.join(RESPONSE_FORMATS)}.",
+        choices=RESPONSE_FORMATS,
     )
-    response_format: str = serve_setting("b64_json", "How pictures are returned unless asked otherwise: b64_json, url.")
-    replicas: int = serve_setting(1, "Replicas of the model, each on devices of its own.", 1, 64)
-    max_running: int = serve_setting(4, "Outputs that hold device memory at most.", 1, 1024)
-    max_waiting: int = serve_setting(64, "Requests that may wait.", 1, 100_000)
-    max_cost: float = serve_setting(60e6, "Steps x tokens x branches x outputs of a request at most.", 1)
-    max_tokens: int = serve_setting(131_072, "Latent tokens of one step at most.", 1)
-    batching: str = serve_setting("exact", "exact, or throughput: stack the model calls of several requests.")
-    share: float = serve_setting(0.1, "Share of device time that the longest request and the oldest always get.", 0, 1)
-    warm_up: bool = serve_setting(True, "Run one small request before the server is ready.")
-    keep_hours: float = serve_setting(24.0, "Hours for which finished jobs are kept.", 0, 1_000_000)
-    max_storage: int | None = serve_setting(None, "Bytes of all outputs together.  [default: no limit]", 1)
-    drain_seconds: float = serve_setting(30.0, "Seconds that running requests have when the server stops.", 0)
-    unit_limit: float = serve_setting(60.0, "Seconds after which a unit of work counts as hung.", 0.1)
-    first_unit_limit: float = serve_setting(1800.0, "The same for loading and the first unit of a kind.", 0.1)
-    heartbeat_limit: float = serve_setting(10.0, "Seconds of silence after which a worker counts as stopped.", 0.5)
+    replicas: int = option("count", "Replicas of the model, each on devices of its own.", 1, minimum=1, maximum=64)
+    max_running: int = option("count", "Outputs that hold device memory at most.", 4, minimum=1, maximum=1024)
+    max_waiting: int = option("count", "Requests that may wait.", 64, minimum=1, maximum=100_000)
+    max_cost: float = option("amount", "Steps x tokens x branches x outputs of a request at most.", 60e6, minimum=1)
+    max_tokens: int = option("count", "Latent tokens of one step at most.", 131_072, minimum=1)
+    batching: str = option(
+        "choice", "exact, or throughput: stack the model calls of several requests.", choices=("exact", "throughput")
+    )
+    share: float = option(
+        "amount",
+        "Share of device time that the longest request and the oldest always get.",
+        0.1,
+        minimum=0,
+        maximum=1,
+    )
+    warm_up: bool = option("boolean", "Run one small request before the server is ready.", True)
+    keep_hours: float = option("amount", "Hours for which finished jobs are kept.", 24.0, minimum=0, maximum=1_000_000)
+    max_storage: int | None = option("count", "Bytes of all outputs together.  [default: no limit]", minimum=1)
+    drain_seconds: float = option(
+        "amount", "Seconds that running requests have when the server stops.", 30.0, minimum=0
+    )
+    unit_limit: float = option("amount", "Seconds after which a unit of work counts as hung.", 60.0, minimum=0.1)
+    first_unit_limit: float = option(
+        "amount", "The same for loading and the first unit of a kind.", 1800.0, minimum=0.1
+    )
+    heartbeat_limit: float = option(
+        "amount", "Seconds of silence after which a worker counts as stopped.", 10.0, minimum=0.5
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that are out of range, by the name of their field."""
-        for each in fields(self):
-            value, least, most = vars(self)[each.name], each.metadata["least"], each.metadata["most"]
-            if value is None or least is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= (most or value):
-                takes = f"a number from {least} to {most}" if most else f"a number of at least {least}"
-                raise InvalidParameterError(each.name, value, takes)
+        """Refuse what a field does not take, by its name."""
+        check_settings(self)
         if self.public_url is not None and not is_base_url(self.public_url):
             takes = "http:// or https:// and a host, perhaps a port and a path, such as https://pictures.example.org"
             raise InvalidParameterError("public_url", self.public_url, takes)
-        if self.batching not in BATCHING:
-            raise InvalidParameterError("batching", self.batching, ", ".join(BATCHING))
-        if self.response_format not in RESPONSE_FORMATS:
-            raise InvalidParameterError("response_format", self.response_format, ", ".join(RESPONSE_FORMATS))
         if self.host.startswith("["):
             raise InvalidParameterError("host", self.host, "an address without brackets, such as ::1")
         self.origins()
@@ -192,40 +189,3 @@ def read_key(path: str) -> str:
         takes = f"a file whose first line is a key of {MIN_KEY_LENGTH} or more printable ASCII characters"
         raise InvalidParameterError("api_key_file", path, takes)
     return key
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the settings in a YAML file, of engine and server, by the names of their fields.
-
-    Raises:
-        UsageError: if it cannot be read, or has a key that is no setting.
-
-    """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"config: {str(path)!r} is no YAML file of settings: {reason}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UsageError(f"config: {str(path)!r} holds no settings by name")
-    known = {each.name: each for cls in (ServerArgs, ServeArgs) for each in fields(cls)}
-    for name, value in loaded.items():
-        if name not in known:
-            raise UnknownParameterError(str(name), known)
-        _check_type(known[name], value)
-    return loaded
-
-
-def _check_type(known: Field[Any], value: Any) -> None:
-    """Refuse a value that is of another kind than the setting's default."""
-    default = {} if known.default is MISSING else known.default
-    if default is None or value is None:
-        fits = value is None or isinstance(value, str | int)
-    elif isinstance(default, float):
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        fits = type(value) is type(default)
-    if not fits:
-        raise InvalidParameterError(known.name, value, f"a value of the kind of {default!r}")
