@@ -30,12 +30,7 @@ def test_rows_are_those_of_the_first_tensor():
 
 def test_what_may_be_made_as_one_has_one_key():
     assert call().stack_key == call(key=call().key._replace(output="other")).stack_key
-    others = [
-        {"component": "other"},
-        {"method": "encode"},
-        {"model": "m"},
-        {"signature": (8, 16)},
-        {"static": {"a": 1}},
-    ]
+    others: list[dict[str, Any]] = [{"component": "other"}, {"method": "encode"}, {"model": "m"}]
+    others += [{"signature": (8, 16)}, {"static": {"a": 1}}]
     assert len({call().stack_key, *(call(**each).stack_key for each in others)}) == 1 + len(others)
     assert call(signature=None).stack_key is None

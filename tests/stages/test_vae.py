@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -21,9 +22,9 @@ class Rows(Decoder):
 
     def units(self, latent_shape):
         for row, cost in enumerate(self.costs):
-            yield Unit(cost, lambda state, row=row: self.work(state, row))
+            yield Unit(cost, functools.partial(self.work, row))
 
-    def work(self, state, row):
+    def work(self, row, state):
         state["before"] = state["before"] + 1
         return [Piece(0, row, state["latents"][0, :, None, row : row + 1] + state["before"])]
 
