@@ -10,7 +10,6 @@ from torch import nn
 
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import CallMaker, ModelCall, Prediction
-from safelight.core.schema import ModelSchema
 from safelight.core.server_args import PARALLEL_SIZES, ServerArgs
 from safelight.core.stage import PipelineStage
 from safelight.parallel.cfg import run_calls
@@ -45,13 +44,6 @@ def choose(server_args: ServerArgs, facts: ModelFacts, device_bytes: int | None 
         layout.check(facts)
         return Choice(layout, ())
     return choose_layout(server_args.num_devices(), facts, device_bytes=device_bytes)
-
-
-def max_branches(schema: ModelSchema) -> int:
-    """Return the guidance branches that a step of this model can have at most."""
-    asked = {"prompt": "a", "negative_prompt": "b", "true_cfg_scale": 4.0, "guidance_scale": 4.0}
-    fields = {name: value for name, value in asked.items() if name in schema.params_cls.options()}
-    return schema.params_cls(**{**schema.defaults, **fields}).num_branches()
 
 
 def share(pipeline: ComposedPipeline, mesh: Mesh) -> None:

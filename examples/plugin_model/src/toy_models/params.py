@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from safelight.core.params import SamplingParams, option
+from safelight.core.shared_params import CFGParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToySamplingParams(SamplingParams):
-    """Parameters of `ToyPipeline`: the common fields, without images and videos."""
+class ToySamplingParams(CFGParams):
+    """Parameters of `ToyPipeline`: the common fields, without images and videos; guidance above 1."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         **SamplingParams.defaults,

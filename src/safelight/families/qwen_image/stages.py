@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from safelight.core.config import params_of
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage, Steps
-from safelight.families.qwen_image.config import QwenImageLayeredPipelineConfig, layered_params_of
-from safelight.families.qwen_image.params import needs_caption
+from safelight.families.qwen_image.config import QwenImageLayeredPipelineConfig
+from safelight.families.qwen_image.params import QwenImageLayeredSamplingParams, needs_caption
 from safelight.families.qwen_image.prompts import CAPTION_PROMPT_CN, CAPTION_PROMPT_EN
 from safelight.stages.conditioning import ConditioningStage
 from safelight.stages.image_vae_encoding import ImageVAEEncodingStage
@@ -104,7 +105,9 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
 
     def _begin_caption(self, batch: Req) -> list[int]:
         """Lay what is continued into the feature cache, and return the caption's first tokens."""
-        template = CAPTION_PROMPT_EN if layered_params_of(batch).use_en_prompt else CAPTION_PROMPT_CN
+        template = (
+            CAPTION_PROMPT_EN if params_of(batch, QwenImageLayeredSamplingParams).use_en_prompt else CAPTION_PROMPT_CN
+        )
         inputs = self.config.caption_inputs(template, batch, self.tokenizer, self.processor)
         # Copies: what NumPy made lies anywhere, and bytes may depend on where.
         inputs = {name: tensor.to(self.text_encoder.device, copy=True) for name, tensor in inputs.items()}
