@@ -190,9 +190,7 @@ class FluxTransformer2DModel(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build from `transformer/config.json`."""
-        values = dict(config)
-        values["axes_dims_rope"] = tuple(values.get("axes_dims_rope", FluxArchitecture.axes_dims_rope))
-        return cls(FluxArchitecture(**values))
+        return cls(FluxArchitecture(**config))
 
     def forward(
         self,

@@ -176,9 +176,7 @@ class QwenImageTransformer2DModel(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build from `transformer/config.json`."""
-        values = dict(config)
-        values["axes_dims_rope"] = tuple(values.get("axes_dims_rope", QwenImageArchitecture.axes_dims_rope))
-        return cls(QwenImageArchitecture(**values))
+        return cls(QwenImageArchitecture(**config))
 
     def forward(
         self,
