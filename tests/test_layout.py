@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from safelight.core.params import SamplingParams
+from safelight.core.registry import pipelines
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
 from safelight.serving.http_args import HTTPArgs
@@ -75,7 +76,7 @@ LAYERS = {
     "version": set(),
     "core": {"errors", "core", "stages", "families"},
     "stages": {"errors", "core", "stages", "layers", "attention"},
-    "layers": {"errors", "layers"},
+    "layers": {"errors", "layers", "attention"},
     "attention": {"errors", "attention"},
     "families": {"errors", "core", "stages", "layers", "attention", "families"},
     "backends": {"errors", "core", "backends"},
@@ -132,13 +133,74 @@ def test_core_stages_import_only_the_contracts():
     assert {name for name in importers if part(name) == "core"} == {"safelight.core.pipeline"}
 
 
+LIBRARY_VAE = re.compile(r'"(?:diffusers:)?AutoencoderKL\w+"')
+"""A library's class, which tables of its classes name as it is named there."""
+
+
+def pipelines_of(family: str) -> list[str]:
+    return [name for name, entry in pipelines().items() if entry.model_family == family]
+
+
+def names_of(family: str) -> re.Pattern[str]:
+    """Return a pattern of a family's name: as a word, in capitals, and as it and its pipelines begin class names."""
+    camel = "".join(part.capitalize() for part in family.split("_"))
+    prefix = min(pipelines_of(family), key=len).removesuffix("Pipeline")
+    word = rf"(?<![A-Za-z]){family}(?![A-Za-z])|{family.upper()}"
+    return re.compile(rf"{word}|(?:{camel}|{prefix})(?![a-z])")
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_nothing_outside_a_family_names_it(family):
-    pattern = re.compile(rf"(?<![A-Za-z]){family}(?![A-Za-z])|{family.capitalize()}(?![a-z])|{family.upper()}")
-    others = {path: path.read_text() for path in FILES if FAMILIES / family not in path.parents}
-    # Classes of the libraries are theirs to name.
-    naming = [path for path, text in others.items() if pattern.search(re.sub(r"AutoencoderKL\w+", "", text))]
-    assert naming == []
+    pattern = names_of(family)
+    for name in (*pipelines_of(family), f"safelight.families.{family}.params", f"{family.upper()}_SIZES"):
+        assert pattern.search(name), f"{name} would not be found"
+    others = [path for path in FILES if FAMILIES / family not in path.parents]
+    assert [path for path in others if pattern.search(LIBRARY_VAE.sub("", path.read_text()))] == []
+
+
+COMMON = set(SamplingParams.__dataclass_fields__)
+PIECES = {SOURCE / "core" / "shared_params.py", SOURCE / "stages" / "packed_latents.py"}
+OWN_OPTIONS = {name for entry in pipelines().values() for name in entry.sampling_param_cls().options()} - COMMON
+OF_THE_CONTRACT = OWN_OPTIONS & set(Req.__dataclass_fields__)
+"""Fields of a request and of the solver as well: `batch.sigmas` is one of these, and `params.sigmas` is not."""
+OTHERWISE = {
+    ("stages/timestep_preparation.py", "sigmas"): "an argument of the solver",
+    ("stages/timestep_preparation.py", "timesteps"): "an argument of the solver",
+    ("cli/check.py", "sigmas"): "a row: what the solver was set to",
+    ("cli/check.py", "timesteps"): "a row: what the solver was set to",
+    **{
+        (f"checking/{file}", name): "a row: what the solver was set to"
+        for file in ("ours.py", "reference.py")
+        for name in ("sigmas", "timesteps")
+    },
+}
+"""Where a string that is an option's name of some family means something else."""
+
+
+def words(node: ast.AST) -> list[str]:
+    """Return what a node of a syntax tree names: identifiers that are no local variable of another meaning, strings."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    if isinstance(node, ast.Attribute):
+        of_params = ast.unparse(node.value).endswith("params")
+        return [] if node.attr in OF_THE_CONTRACT and not of_params else [node.attr]
+    name = {ast.Name: "id", ast.arg: "arg", ast.keyword: "arg"}.get(type(node))
+    found = getattr(node, name) if name else None
+    return [] if found is None or found in OF_THE_CONTRACT | {"layers"} else [found]
+
+
+def test_shared_code_knows_no_field_of_a_family():
+    """What only families declare stands in no file but theirs, and in the pieces that they choose."""
+    assert {"max_area", "true_cfg_scale", "sigmas", "guidance_scale_2", "layers"} <= OWN_OPTIONS
+    shared = [path for path in FILES if FAMILIES not in path.parents and path not in PIECES]
+    places = {
+        (path.relative_to(SOURCE).as_posix(), word)
+        for path in shared
+        for node in ast.walk(TREES[path])
+        for word in words(node)
+        if word in OWN_OPTIONS
+    }
+    assert places == OTHERWISE.keys()
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -273,7 +335,8 @@ COMMON_FIELDS = (
 )
 REQ_FIELDS = (
     "request_id params output_index model stage latents timesteps num_inference_steps step_index sigmas prompt_embeds "
-    "negative_prompt_embeds image_latents image_embeds generator raw_latent_shape scheduler cond pending "
+    "negative_prompt_embeds prompt_embeds_mask negative_prompt_embeds_mask image_latents image_embeds generator "
+    "raw_latent_shape scheduler cond pending "
     "denoised outputs warnings timings stage_state host_tensors"
 )
 HTTP_ARGS = (

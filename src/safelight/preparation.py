@@ -57,8 +57,9 @@ def warm_up_params(schema: ModelSchema) -> SamplingParams:
     side = -(-WARM_UP_SIDE // schema.size_multiple) * schema.size_multiple
     small: dict[str, Any] = {"prompt": "warm-up", "num_inference_steps": WARM_UP_STEPS, "seed": 0, "output_type": "pil"}
     small["n"] = 1
-    small |= {name: min(side, schema.defaults.get(name) or side) for name in ("height", "width")}
-    small["max_area"] = small["height"] * small["width"]
+    small |= schema.params_cls.size_fields(
+        *(min(side, schema.defaults.get(name) or side) for name in ("height", "width"))
+    )
     small["num_frames"] = 1 + schema.frame_step
     if schema.num_input_images[0]:
         small["image"] = [Image.new("RGB", (side, side), (128, 128, 128))] * schema.num_input_images[0]

@@ -243,7 +243,7 @@ def test_command_on_a_pipeline_that_takes_images(run, checkpoints, monkeypatch, 
 
 
 def test_command_names_the_first_divergence(run, checkpoints, monkeypatch):
-    monkeypatch.setattr("safelight.families.flux.config.linear_mu", lambda *args: 1.0)
+    monkeypatch.setattr("safelight.stages.packed_latents.linear_mu", lambda *args: 1.0)
     ended = run("check-model", checkpoints.folder(), *SMALL)
     assert ended.code == 1
     assert "FluxPipeline diverges first at timesteps: largest difference" in ended.out.splitlines()[-1]

@@ -12,10 +12,12 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from safelight import ServerArgs
-from safelight.errors import CheckpointError, ModelIndexError
+from safelight.errors import CheckpointError, ModelError, ModelIndexError
 from safelight.loading.alignment import ALIGNMENT
+from safelight.loading.checkpoint import load_weights
 from safelight.loading.loader import load_pipeline
 from tests.loading.conftest import edit_json
 from tests.safetensors_files import begins, lay
@@ -302,3 +304,30 @@ def test_weights_are_the_mapped_file(damaged, stored, dtype, shift):
         assert own == torch.bfloat16 or parameter.data_ptr() % ALIGNMENT == 0
         stays.add(is_mapped)
     assert (True in stays) == (stored == own and (own == torch.bfloat16 or shift == 0))
+
+
+class Tabled(nn.Module):
+    """A module that makes a table where no values are made."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        table = torch.arange(4.0)
+        if kept == "buffer":
+            self.linear.register_buffer("table", table, persistent=False)
+        elif kept == "attribute":
+            self.linear.table = table
+
+
+@pytest.mark.parametrize("kept", ["buffer", "attribute", "nowhere"])
+def test_a_table_made_in_init_is_refused_by_name(tmp_path, kept):
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    save_file(dict(Tabled("nowhere").state_dict()), folder / "diffusion_pytorch_model.safetensors")
+    with torch.device("meta"):
+        module = Tabled(kept)
+    if kept == "nowhere":
+        load_weights(module, folder, torch.float32, torch.device("cpu"))
+        return
+    with pytest.raises(ModelError, match=r"transformer\.linear\.table: a tensor that Linear makes in __init__"):
+        load_weights(module, folder, torch.float32, torch.device("cpu"))

@@ -63,7 +63,8 @@ def encoded(config, num_encoders=1, **fields):
     [
         ({}, [2, 4, 5, 1, 1]),
         ({"padding": "do_not_pad"}, [2, 4, 5]),
-        ({"attention_mask": True}, [2, 4, 5, 0, 0]),
+        ({"attention_mask": True}, [2, 4, 5, 1, 1]),
+        ({"zero_padding": True}, [2, 4, 5, 0, 0]),
         ({"drop_prefix": 1, "max_embeds": 2}, [4, 5]),
         ({"output": "pooler_output"}, [2 + 4 + 5 + 1 + 1]),
     ],

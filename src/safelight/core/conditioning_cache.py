@@ -14,21 +14,6 @@ from torch import Tensor
 
 from safelight.core.params import SamplingParams
 
-UNRELATED = frozenset(
-    {
-        "prompt",
-        "negative_prompt",
-        "seed",
-        "n",
-        "output_type",
-        "num_inference_steps",
-        "sigmas",
-        "guidance_scale",
-        "fps",
-    }
-)
-"""Common parameters that no image is prepared by; a family's own all count."""
-
 
 class ConditioningCache:
     """Embeddings and image latents by everything that they were made from, bounded in bytes; the oldest used go first.
@@ -110,7 +95,7 @@ class ConditioningCache:
         """Return what a request's images are prepared by: the images' digests and every parameter that could matter."""
         if not self.max_bytes:
             return ()
-        return tuple((name, self._plain(value)) for name, value in params.set_fields().items() if name not in UNRELATED)
+        return tuple((name, self._plain(value)) for name, value in params.image_fields().items())
 
     def _plain(self, value: Any) -> Hashable:
         """Return a parameter's value as a part of a key."""

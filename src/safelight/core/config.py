@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -16,6 +17,9 @@ from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.errors import ModelIndexError
 
 COND, UNCOND = "cond", "uncond"
+P = TypeVar("P", bound=SamplingParams)
+ComponentConfigs = Mapping[str, Mapping[str, Any]]
+"""The components' JSON by their names; `model_index` is the index itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,8 @@ class PromptSpec:
         max_length: tokens; longer texts are cut, with a warning.
         output: which output of the encoder is the embedding.
         padding: whether texts are padded to `max_length`, or not at all.
-        attention_mask: whether the encoder is told which tokens are padding; their embeddings are zero then.
+        attention_mask: whether the encoder is told which tokens are padding.
+        zero_padding: whether the embeddings of padding are set to zero.
         drop_prefix: tokens of the template whose embeddings are dropped.
         max_embeds: embeddings that are kept after that; None keeps all.
 
@@ -40,6 +45,7 @@ class PromptSpec:
     output: Literal["last_hidden_state", "pooler_output"]
     padding: Literal["max_length", "do_not_pad"] = "max_length"
     attention_mask: bool = False
+    zero_padding: bool = False
     drop_prefix: int = 0
     max_embeds: int | None = None
 
@@ -57,6 +63,10 @@ class PipelineConfig:
     """
 
     task: ClassVar[ModelTaskType]
+    architecture: ClassVar[type[Any]]
+    """The dataclass of the transformer's numbers, with the reference's defaults."""
+    num_input_images: ClassVar[tuple[int, int]] = (0, 0)
+    """The least and the most input images."""
     precisions: ClassVar[Mapping[str, str]] = {}
     """Components that have a precision of their own, whatever the rest has."""
     shared_kwargs: ClassVar[frozenset[str]] = frozenset()
@@ -70,15 +80,73 @@ class PipelineConfig:
     vae_shift: float | tuple[float, ...]
 
     @classmethod
-    def from_model(cls, component_configs: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Build from the components' JSON, by their names; `model_index` is the index itself."""
+    def from_model(cls, component_configs: ComponentConfigs) -> PipelineConfig:
+        """Build from the components' JSON: the class that has the model's conventions, with the values stated there.
+
+        Raises:
+            ModelIndexError: if the components do not fit each other.
+
+        """
+        chosen = cls.variant_of(component_configs)
+        configs = {
+            name: with_defaults(chosen.architecture, config) if name.startswith("transformer") else config
+            for name, config in component_configs.items()
+        }
+        chosen.check_components(configs)
+        return chosen(**chosen.fields_of(configs))
+
+    @classmethod
+    def variant_of(cls, configs: ComponentConfigs) -> type[PipelineConfig]:
+        """Return the class to build: another one, where models of one pipeline class differ in their conventions."""
+        return cls
+
+    @classmethod
+    def check_components(cls, configs: ComponentConfigs) -> None:
+        """Refuse components that do not fit each other: a request would end where they meet.
+
+        Raises:
+            ModelIndexError: naming component and field.
+
+        """
+
+    @classmethod
+    def fields_of(cls, configs: ComponentConfigs) -> dict[str, Any]:
+        """Return the values of the fields; those of transformers are over the defaults of `architecture`."""
         raise NotImplementedError
 
     def model_schema(
         self, model: str, pipeline_name: str, params_cls: type[SamplingParams], defaults: Mapping[str, Any]
     ) -> ModelSchema:
         """Say what the loaded model takes. `defaults` are those that its repository states for itself."""
-        raise NotImplementedError
+        return ModelSchema(
+            model=model,
+            pipeline_name=pipeline_name,
+            task=self.task,
+            params_cls=params_cls,
+            defaults={**params_cls.defaults, **self.own_defaults(), **defaults},
+            size_multiple=self.size_multiple,
+            num_input_images=self.num_input_images,
+            frame_step=self.frame_step,
+            capabilities=self.capabilities(),
+        )
+
+    def own_defaults(self) -> dict[str, Any]:
+        """Return defaults that follow from the components, such as height and width."""
+        return {}
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of which heights and widths are multiples."""
+        return self.vae_scale_factor
+
+    @property
+    def frame_step(self) -> int:
+        """Frame counts are one more than a multiple of it."""
+        return 1
+
+    def capabilities(self) -> frozenset[str]:
+        """Return what the components allow, in the words of the parameters."""
+        return frozenset()
 
     def validate(self, batch: Req) -> None:
         """Check what neither the parameters nor the schema can. Raises `InvalidParameterError`."""
@@ -94,6 +162,8 @@ class PipelineConfig:
     ) -> dict[str, Tensor]:
         """Return the arguments of a text encoder: the token ids [1, S], and what else it is given.
 
+        An `attention_mask` among them, [1, S], is kept beside the embeddings, whether the encoder is given it or not.
+
         Args:
             spec: how the encoder takes text.
             text: the prompt, or the negative prompt.
@@ -103,8 +173,7 @@ class PipelineConfig:
 
         """
         tokens = tokenizer(text, padding=spec.padding, max_length=spec.max_length, truncation=True, return_tensors="pt")
-        inputs: dict[str, Tensor] = {"input_ids": tokens.input_ids}
-        return {**inputs, "attention_mask": tokens.attention_mask} if spec.attention_mask else inputs
+        return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
     # Images
 
@@ -121,6 +190,17 @@ class PipelineConfig:
         return []
 
     # Latents
+
+    def output_size(self, batch: Req) -> tuple[int, int]:
+        """Return the (height, width) in pixels that is made."""
+        height, width = batch.params.height, batch.params.width
+        assert height is not None and width is not None
+        return height, width
+
+    def latent_size(self, batch: Req) -> tuple[int, int]:
+        """Return the same (height, width) in latent pixels."""
+        height, width = self.output_size(batch)
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def prepare_latent_shape(self, batch: Req) -> tuple[int, ...]:
         """Return the shape of the latents before packing, [1, C, H, W] or [1, C, T, H, W]."""
@@ -169,7 +249,7 @@ class PipelineConfig:
 
     def guidance_scale(self, batch: Req, t: Tensor) -> float:
         """Return the scale of classifier-free guidance at this step."""
-        raise NotImplementedError
+        return batch.params.cfg_scale()
 
     def branches(self, batch: Req) -> tuple[str, ...]:
         """Return the names of the guidance branches, in order."""
@@ -181,10 +261,14 @@ class PipelineConfig:
 
     def prepare_pos_cond_kwargs(self, batch: Req, latent_model_input: Latents, t: Tensor) -> dict[str, Tensor]:
         """Return the arguments of the positive branch's call."""
-        raise NotImplementedError
+        return self.transformer_kwargs(COND, batch, latent_model_input, t)
 
     def prepare_neg_cond_kwargs(self, batch: Req, latent_model_input: Latents, t: Tensor) -> dict[str, Tensor]:
         """Return the arguments of the negative branch's call."""
+        return self.transformer_kwargs(UNCOND, batch, latent_model_input, t)
+
+    def transformer_kwargs(self, branch: str, batch: Req, latent_model_input: Latents, t: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of a branch's call, where branches differ in their text alone."""
         raise NotImplementedError
 
     def prepare_branch_kwargs(
@@ -197,7 +281,7 @@ class PipelineConfig:
 
     def call_signature(self, branch: str, batch: Req) -> tuple[Hashable, ...]:
         """Return what must agree for two calls to be stacked: sizes, never scales that differ by row."""
-        embeds = batch.prompt_embeds if branch == COND else batch.negative_prompt_embeds
+        embeds = embeds_of(branch, batch)
         images = tuple(tuple(latents.shape) for latents in batch.image_latents)
         return (batch.raw_latent_shape, tuple(tuple(entry.shape[1:]) for entry in embeds), images)
 
@@ -208,6 +292,42 @@ class PipelineConfig:
         positive, negative = predictions
         assert isinstance(positive, Tensor) and isinstance(negative, Tensor)
         return negative + self.guidance_scale(batch, t) * (positive - negative)
+
+
+def embeds_of(branch: str, batch: Req) -> list[Tensor]:
+    """Return the text embeddings of a branch, one entry a text encoder."""
+    return batch.prompt_embeds if branch == COND else batch.negative_prompt_embeds
+
+
+def masks_of(branch: str, batch: Req) -> list[Tensor | None]:
+    """Return which of a branch's text embeddings are of tokens, one entry a text encoder."""
+    return batch.prompt_embeds_mask if branch == COND else batch.negative_prompt_embeds_mask
+
+
+def texts_of(batch: Req) -> tuple[str, str]:
+    """Return the prompt and the negative prompt, empty where there is none."""
+    negative = batch.params.negative_prompt or ""
+    assert isinstance(negative, str)
+    return batch.params.prompts()[0], negative
+
+
+def params_of(batch: Req, cls: type[P]) -> P:
+    """Return the request's parameters as those of a family."""
+    assert isinstance(batch.params, cls)
+    return batch.params
+
+
+def with_defaults(architecture: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a component's configuration over the defaults of its architecture, a dataclass."""
+    return {**{field.name: field.default for field in dataclasses.fields(architecture)}, **config}
+
+
+def latent_statistics(vae: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `vae_scale` and `vae_shift` as a VAE's configuration states them: one number, or one a channel."""
+    if vae.get("latents_std"):
+        scale = tuple(1.0 / std for std in vae["latents_std"])
+        return {"vae_scale": scale, "vae_shift": tuple(vae["latents_mean"])}
+    return {"vae_scale": vae.get("scaling_factor", 0.18215), "vae_shift": vae.get("shift_factor") or 0.0}
 
 
 def check_field(component: str, name: str, got: object, allowed: Collection[object]) -> None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from safelight.core.schema import ModelSchema
 
 MAX_SEED = 2**64 - 1
+OF_NO_IMAGE = frozenset(
+    ("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "guidance_scale", "fps")
+)
+"""Common fields that no input image is prepared by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,9 @@ class SamplingParams:
 
     makes_alpha: ClassVar[bool] = False
     """Whether the pictures that are made have transparency."""
+
+    max_branches: ClassVar[int] = 1
+    """Most model calls of a step, whatever is asked for: one for each branch of guidance."""
 
     aliases: ClassVar[Mapping[str, str]] = {"num_images_per_prompt": "n", "num_videos_per_prompt": "n"}
     """Other names under which a field is understood."""
@@ -157,6 +164,15 @@ class SamplingParams:
         assert self.height is not None and self.width is not None
         return self.height, self.width
 
+    @classmethod
+    def size_fields(cls, height: int, width: int) -> dict[str, Any]:
+        """Return the fields that ask for something of this size, in pixels; none where the model chooses it."""
+        return {name: value for name, value in (("height", height), ("width", width)) if name in cls.options()}
+
+    def image_fields(self) -> dict[str, Any]:
+        """Return what is set of the fields that input images may be prepared by: a family's own among them."""
+        return {name: value for name, value in self.set_fields().items() if name not in OF_NO_IMAGE}
+
     def described(self) -> dict[str, Any]:
         """Return what is set as JSON can hold it; an image by its size."""
         fields = self.set_fields()
@@ -169,6 +185,10 @@ class SamplingParams:
     def num_branches(self) -> int:
         """Return the model calls of a step: one, or one for each branch of guidance. Only for resolved parameters."""
         return 1
+
+    def cfg_scale(self) -> float:
+        """Return the scale of classifier-free guidance; 1 is none. Only for resolved parameters."""
+        return 1.0
 
     def num_steps(self) -> int:
         """Return the denoising steps of an output; 0 where that is not known yet. Only for resolved parameters."""

@@ -66,9 +66,9 @@ def register_configs(
     *,
     model_family: str,
     pipeline_name: str,
-    sampling_param_cls: type[SamplingParams] | str,
-    pipeline_config_cls: type[PipelineConfig] | str,
     hf_model_paths: list[str],
+    sampling_param_cls: type[SamplingParams] | str | None = None,
+    pipeline_config_cls: type[PipelineConfig] | str | None = None,
     package: str | None = None,
 ) -> None:
     """Register one pipeline class of a family. Called once for each, when the family's package is imported.
@@ -76,20 +76,22 @@ def register_configs(
     Args:
         model_family: the family's name.
         pipeline_name: `_class_name` in `model_index.json`.
-        sampling_param_cls: the class, or `module:Class`, which is imported when it is asked for.
-        pipeline_config_cls: likewise.
         hf_model_paths: known repositories; shown by `safelight models`, and used for nothing else.
+        sampling_param_cls: the class, or `module:Class`, which is imported when it is asked for; of an `XPipeline` it
+            is `XSamplingParams` in the package's module `params`, unless given.
+        pipeline_config_cls: likewise; `XPipelineConfig` in the module `config`, unless given.
         package: the family's package, if it is not `safelight.families.<model_family>`.
 
     """
     registered = _entries.get(pipeline_name)
+    package = package or f"{families.__name__}.{model_family}"
     entry = PipelineEntry(
         model_family,
         pipeline_name,
-        package or f"{families.__name__}.{model_family}",
+        package,
         tuple(hf_model_paths),
-        sampling_param_cls,
-        pipeline_config_cls,
+        sampling_param_cls or f"{package}.params:{pipeline_name.removesuffix('Pipeline')}SamplingParams",
+        pipeline_config_cls or f"{package}.config:{pipeline_name}Config",
     )
     assert registered is None or registered == entry, f"{pipeline_name} is registered twice"
     _entries[pipeline_name] = entry

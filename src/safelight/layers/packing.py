@@ -9,8 +9,8 @@ PATCH_SIZE = 2
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """Return [B, H/2 * W/2, 4C] of latents [B, C, H, W]."""
-    b, c, h, w = latents.shape
+    """Return [B, H/2 * W/2, 4C] of latents [B, C, H, W], or [B, C, 1, H, W] of a VAE for videos."""
+    b, c, *_, h, w = latents.shape
     patches = latents.view(b, c, h // PATCH_SIZE, PATCH_SIZE, w // PATCH_SIZE, PATCH_SIZE)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * PATCH_SIZE**2)
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safelight.acceleration.memory import carrier
-from safelight.errors import CheckpointError, ModelIndexError
+from safelight.errors import CheckpointError, ModelError, ModelIndexError
 from safelight.loading.files import name_of, read_json
 from safelight.loading.headers import check_header
 from safelight.loading.variants import STEMS, heads
@@ -78,6 +78,7 @@ def load_weights(
 
     Raises:
         CheckpointError: if a key is missing, unexpected or of another shape; it names them.
+        ModelError: if the module has a tensor that no checkpoint fills; it names it.
 
     """
     module.requires_grad_(False)
@@ -104,6 +105,21 @@ def load_weights(
     if missing:
         raise CheckpointError(f"{folder.name}: missing {listed(missing)}")
     module.load_state_dict(state, assign=True)
+    _check_filled(module, folder.name)
+
+
+def _check_filled(module: nn.Module, where: str) -> None:
+    """Refuse a table that was made in `__init__`: on the meta device it has no values, and no checkpoint has it."""
+    for name, submodule in module.named_modules():
+        tensors = {**vars(submodule), **dict(submodule.named_buffers(recurse=False))}
+        for attribute, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                place = ".".join(filter(None, (where, name, attribute)))
+                raise ModelError(
+                    f"{place}: a tensor that {type(submodule).__name__} makes in __init__ and the checkpoint does not "
+                    "have is without values, because modules are built without weights; make it in forward, or in "
+                    "prepare_cond as an argument"
+                )
 
 
 def float32_parts(cls: type[nn.Module]) -> frozenset[str]:

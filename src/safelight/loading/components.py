@@ -171,7 +171,8 @@ def build_native(cls: Any, folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     try:
         with torch.device("meta"), bounded(folder.name):
-            module: nn.Module = cls.from_config(_known(cls, config))
+            known = {name: tuple(v) if isinstance(v, list) else v for name, v in _known(cls, config).items()}
+            module: nn.Module = cls.from_config(known)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelIndexError(f"{folder.name}/config.json: {' '.join(str(error).split())[:MAX_REASON]}") from error
     return module

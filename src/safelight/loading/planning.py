@@ -19,7 +19,7 @@ from safelight.loading.description import configure, sources
 from safelight.loading.footprint import measure
 from safelight.loading.repository import Repository, open_for
 from safelight.loading.vaes import can_divide
-from safelight.parallel.apply import choose, max_branches
+from safelight.parallel.apply import choose
 from safelight.parallel.layout import Choice
 from safelight.parallel.plans import model_facts
 
@@ -44,7 +44,7 @@ def layout_for(server_args: ServerArgs) -> Choice:
         dtype = server_args.component_dtype(name, config.precisions.get(name))
         transformer = empty_component(found[name], dtype)
     divides_vae = "vae" in found and can_divide(found["vae"].target.rpartition(":")[2])
-    facts = model_facts(repository.name, transformer, max_branches(schema), divides_vae)
+    facts = model_facts(repository.name, transformer, schema.params_cls.max_branches, divides_vae)
     device = server_args.torch_device()
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     return choose(server_args, facts, memory)

@@ -57,7 +57,7 @@ def requests(schema: ModelSchema) -> list[dict[str, Any]]:
 
 
 def _fields(schema: ModelSchema, side: int, num_groups: int, num_images: int) -> dict[str, Any]:
-    fields: dict[str, Any] = {"height": side, "width": side, "max_area": side * side}
+    fields: dict[str, Any] = schema.params_cls.size_fields(side, side)
     if schema.task.makes_video:
         fields["num_frames"] = 1 + num_groups * schema.frame_step
     if num_images:

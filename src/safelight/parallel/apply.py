@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from safelight.core.schema import ModelSchema
 from safelight.core.server_args import PARALLEL_SIZES, ServerArgs
 from safelight.parallel.calls import CallsOverRanks, Sharing
 from safelight.parallel.layout import Choice, ModelFacts, ParallelLayout, choose_layout
@@ -37,13 +36,6 @@ def choose(server_args: ServerArgs, facts: ModelFacts, device_bytes: int | None 
         layout.check(facts)
         return Choice(layout, ())
     return choose_layout(server_args.num_devices(), facts, device_bytes=device_bytes)
-
-
-def max_branches(schema: ModelSchema) -> int:
-    """Return the guidance branches that a step of this model can have at most."""
-    asked = {"prompt": "a", "negative_prompt": "b", "true_cfg_scale": 4.0, "guidance_scale": 4.0}
-    fields = {name: value for name, value in asked.items() if name in schema.params_cls.options()}
-    return schema.params_cls(**{**schema.defaults, **fields}).num_branches()
 
 
 def share(modules: Mapping[str, Any], mesh: Mesh, device: torch.device) -> dict[str, Sharing]:

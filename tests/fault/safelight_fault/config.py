@@ -54,10 +54,6 @@ class FaultConfig(PipelineConfig):
         """The latents; another branch sees them negated."""
         return {"hidden_states": latent_model_input if branch == COND else -latent_model_input}
 
-    def guidance_scale(self, batch: Any, t: Any) -> Any:
-        """As asked."""
-        return batch.params.guidance_scale
-
 
 @dataclass(frozen=True, kw_only=True)
 class FaultVideoConfig(FaultConfig):

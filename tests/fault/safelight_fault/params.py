@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from safelight.core.params import SamplingParams
+from safelight.core.shared_params import CFGParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaultSamplingParams(SamplingParams):
+class FaultSamplingParams(CFGParams):
     """Parameters of `FaultPipeline`."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -19,10 +20,6 @@ class FaultSamplingParams(SamplingParams):
         "guidance_scale": 1.0,
     }
     excluded: ClassVar[frozenset[str]] = frozenset({"num_frames", "fps"})
-
-    def num_branches(self) -> int:
-        """Two with guidance."""
-        return 2 if (self.guidance_scale or 0) > 1 else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 from safelight.core.options import option
 from safelight.core.params import SamplingParams
+from safelight.core.shared_params import CFGParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToySamplingParams(SamplingParams):
-    """Parameters of `ToyPipeline`: the common fields, without images and videos."""
+class ToySamplingParams(CFGParams):
+    """Parameters of `ToyPipeline`: the common fields, without images and videos; guidance above 1."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         **SamplingParams.defaults,

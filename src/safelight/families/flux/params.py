@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from safelight.core.options import option
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.core.shared_params import SigmasParams, TrueCFGParams
 from safelight.errors import InvalidParameterError
 
 TRAINED_AREA = 1024 * 1024
@@ -16,21 +17,14 @@ TRAINED_AREA = 1024 * 1024
 EMBEDDED_GUIDANCE = "embedded_guidance"
 """Capability: the transformer was distilled with the guidance scale as an input (dev), or was not (schnell)."""
 
-OWN_SIGMAS = "own_sigmas"
-"""Capability: the solver spaces its noise levels itself."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class FluxSamplingParams(SamplingParams):
+class FluxSamplingParams(TrueCFGParams, SigmasParams):
     """Parameters of `FluxPipeline`."""
 
     prompt_2: str | None = option("string", "another prompt for the T5 encoder; prompt if unset")
     negative_prompt_2: str | None = option("string", "another negative prompt for the T5 encoder")
-    true_cfg_scale: float | None = option(
-        "number", "classifier-free guidance against negative_prompt, above 1", minimum=0.0
-    )
     max_sequence_length: int | None = option("integer", "tokens of the T5 encoder", minimum=1, maximum=512)
-    sigmas: tuple[float, ...] | None = option("numbers", "noise levels of the steps", minimum=0.0, maximum=1.0)
 
     defaults: ClassVar[Mapping[str, Any]] = {
         **SamplingParams.defaults,
@@ -51,30 +45,11 @@ class FluxSamplingParams(SamplingParams):
         "negative_ip_adapter_image_embeds": "IP-Adapter is not supported",
     }
 
-    def num_branches(self) -> int:
-        """True classifier-free guidance needs a scale above 1 and a negative prompt, as in Diffusers."""
-        assert self.true_cfg_scale is not None
-        return 2 if self.true_cfg_scale > 1 and self.negative_prompt is not None else 1
-
-    def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
-        """Check that sigmas have an effect, and agree with the steps where both are given."""
-        super().validate(schema, given)
-        if self.sigmas is not None and OWN_SIGMAS in schema.capabilities:
-            raise InvalidParameterError("sigmas", self.sigmas, "nothing for this model, whose solver has its own")
-        steps = given.get("num_inference_steps")
-        if self.sigmas is not None and steps not in (None, len(self.sigmas)):
-            raise InvalidParameterError("num_inference_steps", steps, f"the number of sigmas ({len(self.sigmas)})")
-
     def warnings(self, schema: ModelSchema, given: Mapping[str, Any]) -> list[str]:
         """Name guidance that has no effect."""
         found = super().warnings(schema, given)
-        scaled = self.true_cfg_scale is not None and self.true_cfg_scale > 1
         if "guidance_scale" in given and EMBEDDED_GUIDANCE not in schema.capabilities:
-            found.append("guidance_scale has no effect: this model has no embedded guidance")
-        if self.negative_prompt is not None and not scaled:
-            found.append("negative_prompt has no effect unless true_cfg_scale is above 1")
-        if scaled and self.negative_prompt is None:
-            found.append("true_cfg_scale has no effect without negative_prompt")
+            found.insert(0, "guidance_scale has no effect: this model has no embedded guidance")
         return found
 
 
@@ -122,6 +97,11 @@ class FluxKontextSamplingParams(FluxSamplingParams):
     def output_size(self, schema: ModelSchema) -> tuple[int, int]:
         """Return the (height, width) that is made."""
         return self.fitted_size(schema.size_multiple)
+
+    @classmethod
+    def size_fields(cls, height: int, width: int) -> dict[str, Any]:
+        """Return height and width, and the area that they would be fitted to."""
+        return {**super().size_fields(height, width), "max_area": height * width}
 
     def num_sequence_tokens(self, schema: ModelSchema) -> int:
         """Return the tokens of the picture and of the input image, a megapixel unless it keeps its size."""

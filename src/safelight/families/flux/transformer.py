@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from safelight.attention import Attention
 from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
+from safelight.layers.joint_attention import JointAttention
 from safelight.layers.linear import FeedForward
 from safelight.layers.modulation import GatedResidual, ModulatedNorm, Modulation, ResidualNorm, clip_float16
-from safelight.layers.rotary import JointQKNormRotary, QKNormRotary
+from safelight.layers.rotary import QKNormRotary
 
 TIME_CHANNELS = 256
 
@@ -99,43 +100,6 @@ class SelfAttention(nn.Module):
         return attended.flatten(2)
 
 
-class JointAttention(nn.Module):
-    """Attention over text and image together; each has projections and norms of its own."""
-
-    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_added_q = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_added_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.add_q_proj = nn.Linear(dim, dim)
-        self.add_k_proj = nn.Linear(dim, dim)
-        self.add_v_proj = nn.Linear(dim, dim)
-        self.to_add_out = nn.Linear(dim, dim)
-        self.rotary = JointQKNormRotary(num_heads, head_dim)
-        self.attention = Attention(num_heads, head_dim)
-
-    def forward(self, image: Tensor, text: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the updates of image [B, S_image, C] and text [B, S_text, C]."""
-        text_heads, image_heads = (
-            [linear(states).unflatten(-1, (-1, self.head_dim)) for linear in linears]
-            for states, linears in (
-                (text, (self.add_q_proj, self.add_k_proj, self.add_v_proj)),
-                (image, (self.to_q, self.to_k, self.to_v)),
-            )
-        )
-        norms = (self.norm_added_q.weight, self.norm_added_k.weight, self.norm_q.weight, self.norm_k.weight)
-        query, key, value = self.rotary(text_heads, image_heads, norms, freqs_cis)
-        attended = self.attention(query, key, value).flatten(2)
-        text_update, image_update = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
-        return self.to_out[0](image_update), self.to_add_out(text_update)
-
-
 class FluxTransformerBlock(nn.Module):
     """A block with two streams."""
 
@@ -193,14 +157,7 @@ class FluxTransformer2DModel(nn.Module):
     _tp_plan: ClassVar[Mapping[str, object]] = {
         "transformer_blocks.*.norm1.linear": "column, gathered",
         "transformer_blocks.*.norm1_context.linear": "column, gathered",
-        "transformer_blocks.*.attn.to_q": "column",
-        "transformer_blocks.*.attn.to_k": "column",
-        "transformer_blocks.*.attn.to_v": "column",
-        "transformer_blocks.*.attn.to_out.0": "row",
-        "transformer_blocks.*.attn.add_q_proj": "column",
-        "transformer_blocks.*.attn.add_k_proj": "column",
-        "transformer_blocks.*.attn.add_v_proj": "column",
-        "transformer_blocks.*.attn.to_add_out": "row",
+        **{f"transformer_blocks.*.attn.{name}": style for name, style in JointAttention.tp_plan.items()},
         "transformer_blocks.*.ff.net.0.proj": "column",
         "transformer_blocks.*.ff.net.2": "row",
         "transformer_blocks.*.ff_context.net.0.proj": "column",
@@ -233,9 +190,7 @@ class FluxTransformer2DModel(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build from `transformer/config.json`."""
-        values = dict(config)
-        values["axes_dims_rope"] = tuple(values.get("axes_dims_rope", FluxArchitecture.axes_dims_rope))
-        return cls(FluxArchitecture(**values))
+        return cls(FluxArchitecture(**config))
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from PIL import Image
 from safelight.core.options import option
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.core.shared_params import SigmasParams, TrueCFGParams
 from safelight.errors import InvalidParameterError
 
 OUTPUT_SIZE = 1024 * 1024
@@ -29,8 +30,6 @@ MAX_INPUT_IMAGES = 10
 TRAINED_INPUT_IMAGES = 3
 LAYERED_RESOLUTIONS = (640, 1024)
 """Square roots of the areas that the layered model was trained on."""
-TERMINAL_SHIFT = "terminal_shift"
-"""Capability: the solver stretches its schedule to end at a given noise level, which needs more than one step."""
 PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")
 """Tokens that stand for an image or a video in the text encoder's input; a prompt may not contain them."""
 
@@ -44,14 +43,10 @@ def fitted_size(area: float, size: tuple[int, int]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenImageSamplingParams(SamplingParams):
+class QwenImageSamplingParams(TrueCFGParams, SigmasParams):
     """Parameters of `QwenImagePipeline`."""
 
-    true_cfg_scale: float | None = option(
-        "number", "classifier-free guidance against negative_prompt, above 1", minimum=0.0
-    )
     max_sequence_length: int | None = option("integer", "tokens of the prompt that are kept", minimum=1, maximum=1024)
-    sigmas: tuple[float, ...] | None = option("numbers", "noise levels of the steps", minimum=0.0, maximum=1.0)
 
     defaults: ClassVar[Mapping[str, Any]] = {
         **SamplingParams.defaults,
@@ -66,36 +61,16 @@ class QwenImageSamplingParams(SamplingParams):
         "negative_prompt_embeds_mask": "use negative_prompt",
         "attention_kwargs": "attention is chosen by attention_backend when the model is loaded",
     }
-
-    def num_branches(self) -> int:
-        """True classifier-free guidance needs a scale above 1 and a negative prompt, as in Diffusers."""
-        assert self.true_cfg_scale is not None
-        return 2 if self.true_cfg_scale > 1 and self.negative_prompt is not None else 1
-
-    def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
-        """Check that steps and sigmas, where both are given, agree, and that the solver can stretch them."""
-        super().validate(schema, given)
-        steps = given.get("num_inference_steps")
-        if self.sigmas is not None and steps not in (None, len(self.sigmas)):
-            raise InvalidParameterError("num_inference_steps", steps, f"the number of sigmas ({len(self.sigmas)})")
-        if TERMINAL_SHIFT not in schema.capabilities:
-            return
-        if self.sigmas is None and self.num_inference_steps == 1:
-            raise InvalidParameterError("num_inference_steps", 1, "at least 2, by this model's schedule")
-        if self.sigmas is not None and self.sigmas[-1] == 1:
-            raise InvalidParameterError("sigmas", self.sigmas, "a last noise level below 1, by this model's schedule")
+    cuts_prompts: ClassVar[bool] = True
+    """Whether prompts are cut to `max_sequence_length`."""
 
     def warnings(self, schema: ModelSchema, given: Mapping[str, Any]) -> list[str]:
         """Name what has no effect on this model, or not together."""
-        assert self.true_cfg_scale is not None
-        found = []
-        scaled = self.true_cfg_scale > 1
+        found = super().warnings(schema, given)
         if "guidance_scale" in given:
-            found.append("guidance_scale has no effect: this model has no embedded guidance; use true_cfg_scale")
-        if self.negative_prompt is not None and not scaled:
-            found.append("negative_prompt has no effect unless true_cfg_scale is above 1")
-        if "true_cfg_scale" in given and scaled and self.negative_prompt is None:
-            found.append("true_cfg_scale has no effect without negative_prompt")
+            found.insert(0, "guidance_scale has no effect: this model has no embedded guidance; use true_cfg_scale")
+        if "max_sequence_length" in given and not self.cuts_prompts:
+            found.append("max_sequence_length has no effect: prompts that go with images are not cut")
         return found
 
 
@@ -108,6 +83,7 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
     """
 
     excluded: ClassVar[frozenset[str]] = frozenset({"num_frames", "fps"})
+    cuts_prompts: ClassVar[bool] = False
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check that the images can be fitted, and that prompts leave the places of images alone."""
@@ -122,13 +98,6 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
             for text in value if isinstance(value, tuple) else (value or "",):
                 if any(token in text for token in PLACEHOLDERS):
                     raise InvalidParameterError(name, text, f"text without {' or '.join(PLACEHOLDERS)}")
-
-    def warnings(self, schema: ModelSchema, given: Mapping[str, Any]) -> list[str]:
-        """Name what has no effect on this model, or not together."""
-        found = super().warnings(schema, given)
-        if "max_sequence_length" in given:
-            found.append("max_sequence_length has no effect: prompts that go with images are not cut")
-        return found
 
     def input_images(self) -> tuple[Image.Image, ...]:
         """Return the input images, opened."""
@@ -194,6 +163,7 @@ class QwenImageLayeredSamplingParams(QwenImageEditSamplingParams):
         "use_en_prompt": False,
     }
     excluded: ClassVar[frozenset[str]] = frozenset({"height", "width", "num_frames", "fps"})
+    cuts_prompts: ClassVar[bool] = True
     image_mode: ClassVar[str] = "RGBA"
     makes_alpha: ClassVar[bool] = True
 
@@ -206,11 +176,10 @@ class QwenImageLayeredSamplingParams(QwenImageEditSamplingParams):
 
     def warnings(self, schema: ModelSchema, given: Mapping[str, Any]) -> list[str]:
         """Name what has no effect on this model, or not together."""
-        assert self.true_cfg_scale is not None
-        found = QwenImageSamplingParams.warnings(self, schema, given)
+        found = super().warnings(schema, given)
         if self.use_en_prompt and not any(needs_caption(prompt) for prompt in self.prompts()):
             found.append("use_en_prompt has no effect with a prompt: it is the language of the caption")
-        if self.cfg_normalize and (self.true_cfg_scale <= 1 or self.negative_prompt is None):
+        if self.cfg_normalize and self.num_branches() == 1:
             found.append("cfg_normalize has no effect without negative_prompt and a true_cfg_scale above 1")
         return found
 

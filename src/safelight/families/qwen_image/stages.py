@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from safelight.core.calls import ModelCall
+from safelight.core.config import params_of
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage, Steps
 from safelight.core.trees import Tree
-from safelight.families.qwen_image.config import QwenImageLayeredPipelineConfig, layered_params_of
-from safelight.families.qwen_image.params import needs_caption
+from safelight.families.qwen_image.config import QwenImageLayeredPipelineConfig
+from safelight.families.qwen_image.params import QwenImageLayeredSamplingParams, needs_caption
 from safelight.families.qwen_image.prompts import CAPTION_PROMPT_CN, CAPTION_PROMPT_EN
 from safelight.stages.conditioning import ConditioningStage
 from safelight.stages.image_vae_encoding import ImageVAEEncodingStage
@@ -108,7 +109,8 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
 
     def _question(self, batch: Req, server_args: ServerArgs) -> dict[str, Any]:
         """Return the arguments of the first call: the template, and the input image."""
-        template = CAPTION_PROMPT_EN if layered_params_of(batch).use_en_prompt else CAPTION_PROMPT_CN
+        in_english = params_of(batch, QwenImageLayeredSamplingParams).use_en_prompt
+        template = CAPTION_PROMPT_EN if in_english else CAPTION_PROMPT_CN
         inputs = self.config.caption_inputs(template, batch, self.tokenizer, self.processor)
         # Copies: what NumPy made of an image lies anywhere, and bytes may depend on where.
         given = {name: tensor.to(server_args.torch_device(), copy=True) for name, tensor in inputs.items()}

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from safelight.attention import Attention, AttentionMetadata
+from safelight.attention import AttentionMetadata
 from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
+from safelight.layers.joint_attention import JointAttention
 from safelight.layers.linear import FeedForward
 from safelight.layers.modulation import GatedResidual, ModulatedNorm, NormModulate, ResidualNorm, clip_float16
-from safelight.layers.rotary import JointQKNormRotary
 
 TIME_CHANNELS = 256
 TIME_SCALE = 1000.0
@@ -87,44 +87,6 @@ class TimestepConditioning(nn.Module):
         return torch.add(embedded, self.addition_t_embedding(additional_t_cond)[:, None])
 
 
-class JointAttention(nn.Module):
-    """Attention over text and image together; each has projections and norms of its own."""
-
-    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.add_q_proj = nn.Linear(dim, dim)
-        self.add_k_proj = nn.Linear(dim, dim)
-        self.add_v_proj = nn.Linear(dim, dim)
-        self.to_add_out = nn.Linear(dim, dim)
-        self.norm_added_q = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_added_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.rotary = JointQKNormRotary(num_heads, head_dim)
-        self.attention = Attention(num_heads, head_dim)
-
-    def forward(
-        self, image: Tensor, text: Tensor, freqs_cis: Tensor, metadata: AttentionMetadata
-    ) -> tuple[Tensor, Tensor]:
-        """Return the updates of image [B, S_image, C] and text [B, S_text, C]."""
-        text_heads = [self.heads(linear(text)) for linear in (self.add_q_proj, self.add_k_proj, self.add_v_proj)]
-        image_heads = [self.heads(linear(image)) for linear in (self.to_q, self.to_k, self.to_v)]
-        norms = (self.norm_added_q.weight, self.norm_added_k.weight, self.norm_q.weight, self.norm_k.weight)
-        query, key, value = self.rotary(text_heads, image_heads, norms, freqs_cis)
-        attended = self.attention(query, key, value, metadata).flatten(2)
-        text_update, image_update = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
-        return self.to_out[0](image_update), self.to_add_out(text_update)
-
-    def heads(self, projected: Tensor) -> Tensor:
-        """Return [B, S, H, D] of [B, S, C]."""
-        return projected.view(*projected.shape[:2], -1, self.head_dim)
-
-
 class QwenImageTransformerBlock(nn.Module):
     """A block with two streams, each modulated by the timestep."""
 
@@ -186,14 +148,7 @@ class QwenImageTransformer2DModel(nn.Module):
     _tp_plan: ClassVar[Mapping[str, object]] = {
         "transformer_blocks.*.img_mod.1": "column, gathered",
         "transformer_blocks.*.txt_mod.1": "column, gathered",
-        "transformer_blocks.*.attn.to_q": "column",
-        "transformer_blocks.*.attn.to_k": "column",
-        "transformer_blocks.*.attn.to_v": "column",
-        "transformer_blocks.*.attn.to_out.0": "row",
-        "transformer_blocks.*.attn.add_q_proj": "column",
-        "transformer_blocks.*.attn.add_k_proj": "column",
-        "transformer_blocks.*.attn.add_v_proj": "column",
-        "transformer_blocks.*.attn.to_add_out": "row",
+        **{f"transformer_blocks.*.attn.{name}": style for name, style in JointAttention.tp_plan.items()},
         "transformer_blocks.*.img_mlp.net.0.proj": "column",
         "transformer_blocks.*.img_mlp.net.2": "row",
         "transformer_blocks.*.txt_mlp.net.0.proj": "column",
@@ -221,9 +176,7 @@ class QwenImageTransformer2DModel(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build from `transformer/config.json`."""
-        values = dict(config)
-        values["axes_dims_rope"] = tuple(values.get("axes_dims_rope", QwenImageArchitecture.axes_dims_rope))
-        return cls(QwenImageArchitecture(**values))
+        return cls(QwenImageArchitecture(**config))
 
     def forward(
         self,

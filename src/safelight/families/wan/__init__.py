@@ -5,8 +5,6 @@ from safelight.core.registry import register_configs
 register_configs(
     model_family="wan",
     pipeline_name="WanPipeline",
-    sampling_param_cls="safelight.families.wan.params:WanSamplingParams",
-    pipeline_config_cls="safelight.families.wan.config:WanPipelineConfig",
     hf_model_paths=[
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "Wan-AI/Wan2.1-T2V-14B-Diffusers",
@@ -17,15 +15,11 @@ register_configs(
 register_configs(
     model_family="wan",
     pipeline_name="WanImageToVideoPipeline",
-    sampling_param_cls="safelight.families.wan.params:WanImageToVideoSamplingParams",
-    pipeline_config_cls="safelight.families.wan.config:WanImageToVideoPipelineConfig",
     hf_model_paths=["Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"],
 )
 register_configs(
     model_family="wan",
     pipeline_name="WanDMDPipeline",
-    sampling_param_cls="safelight.families.wan.params:WanDMDSamplingParams",
-    pipeline_config_cls="safelight.families.wan.config:WanDMDPipelineConfig",
     hf_model_paths=[
         "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
         "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers",

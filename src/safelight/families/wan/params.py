@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safelight.core.options import option
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.core.shared_params import CFGParams
 from safelight.errors import InvalidParameterError
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ NEEDS_LAST_IMAGE = "needs_last_image"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanSamplingParams(SamplingParams):
-    """Parameters of `WanPipeline`."""
+class WanSamplingParams(CFGParams):
+    """Parameters of `WanPipeline`. The first guidance scale decides for both transformers, as in Diffusers."""
 
     guidance_scale_2: float | None = option(
         "number", "guidance scale of the low-noise transformer; guidance_scale if unset", minimum=0.0
@@ -46,10 +47,6 @@ class WanSamplingParams(SamplingParams):
         **SamplingParams.refused,
         "attention_kwargs": "attention is chosen by attention_backend when the model is loaded",
     }
-
-    def num_branches(self) -> int:
-        """The first guidance scale decides for both transformers, as in Diffusers."""
-        return 2 if self.guidance_scale is not None and self.guidance_scale > 1 else 1
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check that a second guidance scale has a second transformer."""
@@ -101,6 +98,7 @@ class WanDMDSamplingParams(WanSamplingParams):
         for name, value in WanSamplingParams.defaults.items()
         if name not in ("num_inference_steps", "guidance_scale")
     }
+    max_branches: ClassVar[int] = 1
     excluded: ClassVar[frozenset[str]] = frozenset({"image", "negative_prompt", "guidance_scale", "guidance_scale_2"})
     refused: ClassVar[Mapping[str, str]] = {
         **WanSamplingParams.refused,

@@ -292,9 +292,7 @@ class WanTransformer3DModel(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build from `transformer/config.json`."""
-        values = dict(config)
-        values["patch_size"] = tuple(values.get("patch_size", WanArchitecture.patch_size))
-        return cls(WanArchitecture(**values))
+        return cls(WanArchitecture(**config))
 
     def forward(
         self,
