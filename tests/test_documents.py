@@ -18,7 +18,6 @@ from PIL import Image
 
 from safelight import errors
 from safelight.cli.main import COMMANDS, cli
-from safelight.core.registry import pipelines
 from safelight.core.server_args import ServerArgs
 from safelight.serving import errors as serving_errors
 from safelight.serving.serve_args import ServeArgs, read_config
@@ -38,7 +37,7 @@ from tests.documents import (
     masked,
     parse_alone,
 )
-from tests.recipes import flux
+from tests.recipes import flux, own_pipelines
 from training.shapes import all_scenes, prompt_for
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -298,7 +297,7 @@ def test_what_is_shown_is_compared():
 
 
 def test_the_readme_lists_every_pipeline():
-    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(pipelines())
+    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(own_pipelines())
 
 
 @pytest.mark.parametrize("document", [path.relative_to(ROOT) for path in DOCUMENTS], ids=str)

@@ -24,7 +24,7 @@ from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
 from safelight.layers.linear import FeedForward
 from safelight.layers.modulation import ModulatedNorm, Modulation, gated_residual, modulate
 from safelight.layers.rotary import apply_rotary_emb, rotary_table
-from tests.recipes.base import shake
+from safelight.testing.recipes import shake
 
 
 def with_weights_of(reference: nn.Module, ours: nn.Module) -> nn.Module:

@@ -113,7 +113,8 @@ LAYERS = {
     },
     "serving": {"errors", "version", "core", "loading", "media", "video", "parallel", "preparation", "runtime"}
     | {"encoded", "file_kinds", "serving"},
-    "checking": {"errors", "core", "backends", "layers", "loading", "generator", "preparation", "checking"},
+    "checking": {"errors", "core", "backends", "layers", "loading", "preparation", "runtime", "checking"},
+    "testing": {"errors", "core", "checking", "loading", "runtime", "testing"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
     | {"acceleration", "client", "generator", "checking", "parallel", "runtime", "serving", "cli"},
 }

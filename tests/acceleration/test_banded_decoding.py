@@ -12,7 +12,7 @@ from safelight.core.request import map_tensors
 from safelight.errors import InvalidParameterError, NonFiniteOutputError
 from safelight.loading.loader import load_pipeline
 from safelight.stages.banded_decoding import BandedDecodingStage
-from tests.families.conftest import requests
+from safelight.testing.models import requests
 from tests.recipes import all_recipes
 
 NAMES = ("FluxPipeline", "WanPipeline", "QwenImagePipeline")

@@ -24,7 +24,7 @@ from safelight.acceleration.compile import missing_for_launchers, missing_toolch
 from safelight.core.executor import Execution, SyncExecutor
 from safelight.errors import CompilationError, InvalidParameterError
 from safelight.runtime.background import BackgroundCompiler, job_of
-from tests.families.conftest import requests
+from safelight.testing.models import requests
 from tests.recipes import all_recipes
 
 NEAR = 1e-5

@@ -24,8 +24,8 @@ from safelight.core.request import ModelCall
 from safelight.loading.footprint import measure
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
+from safelight.testing.models import requests
 from tests.acceleration.memories import LateMemory
-from tests.families.conftest import requests
 from tests.features import runs
 from tests.recipes import all_recipes
 

@@ -29,8 +29,8 @@ from safelight.runtime.engine import Batching, Engine
 from safelight.runtime.policy import Plan, Task
 from safelight.runtime.ranks import Ranks
 from safelight.stages.banded_decoding import BandedDecodingStage
+from safelight.testing.models import requests
 from tests.acceleration.memories import LateMemory
-from tests.families.conftest import requests
 from tests.features.table import FEATURE, OFF, Driver, Pair
 from tests.parallel import checkpoints
 from tests.recipes import all_recipes

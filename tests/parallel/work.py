@@ -42,10 +42,10 @@ from safelight.parallel.sequence import apply_sequence_parallel, piece_of
 from safelight.parallel.tensor import connect_shards, library_plan, shard_parameters
 from safelight.parallel.vae import BandedCausalDecoder, RowBands, apply_vae_parallel, divide_decoder
 from safelight.runtime.batching import run_stacked
-from tests.families.conftest import requests
+from safelight.testing.models import requests
+from safelight.testing.recipes import shake
 from tests.features.runs import pair_on_ranks  # noqa: F401 - run by its name
 from tests.recipes import all_recipes
-from tests.recipes.base import shake
 from tests.recipes.wan import vae as wan_vae
 
 TIMEOUT = timedelta(seconds=30)

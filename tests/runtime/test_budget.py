@@ -23,7 +23,7 @@ from safelight.runtime.policy import Plan
 from safelight.runtime.ranks import Ranks
 from safelight.runtime.room import Gauge
 from safelight.runtime.scheduler import Intake
-from tests.families.conftest import requests
+from safelight.testing.models import requests
 from tests.recipes import all_recipes
 from tests.runtime.conftest import request
 from tests.runtime.test_engine import drive as run

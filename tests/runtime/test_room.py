@@ -15,7 +15,7 @@ from safelight.core.executor import Execution, make_call
 from safelight.core.request import ModelCall
 from safelight.loading.loader import load_pipeline
 from safelight.runtime.room import Gauge, HostGauge, Room
-from tests.families.conftest import requests
+from safelight.testing.models import requests
 from tests.recipes import all_recipes
 
 BYTES = 10 * 4

@@ -42,6 +42,10 @@ class ToyBeforeDenoisingStage(PipelineStage):
         self.timestep_preparation = TimestepPreparationStage(scheduler, config)
         self.conditioning = ConditioningStage(config)
 
+    def parts(self) -> Sequence[PipelineStage]:
+        """Return the stages inside: what is given to all stages, such as the conditioning cache, reaches them here."""
+        return (self.text_encoding, self.image_encoding, self.timestep_preparation, self.conditioning)
+
     def needed_modules(self, batch: Req) -> Sequence[nn.Module]:
         """Return what is next: the text encoder, then the VAE."""
         return self.text_encoding.needed_modules(batch) or self.image_encoding.needed_modules(batch)
