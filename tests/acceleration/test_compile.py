@@ -208,15 +208,15 @@ def test_without_a_compiler_it_is_refused_with_the_reason(tiny_folder, monkeypat
 
 @pytest.mark.slow
 def test_what_torch_cannot_trace_fails_by_name(tiny_flux, monkeypatch):
-    from safelight.families.flux import transformer
+    from safelight.layers import stream_blocks
 
-    forward = transformer.FluxTransformerBlock.forward
+    forward = stream_blocks.DoubleStreamBlock.forward
 
     def breaks(self, image, *args):
         torch._dynamo.graph_break()
         return forward(self, image, *args)
 
-    monkeypatch.setattr(transformer.FluxTransformerBlock, "forward", breaks)
+    monkeypatch.setattr(stream_blocks.DoubleStreamBlock, "forward", breaks)
     compilation = Compilation(tiny_flux())
     with pytest.raises(CompilationError, match="the model cannot be compiled"):
         compilation.finish()
