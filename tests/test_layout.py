@@ -322,8 +322,8 @@ COMMON_FIELDS = (
 )
 REQ_FIELDS = (
     "request_id params stage latents timesteps num_inference_steps step_index sigmas prompt_embeds "
-    "negative_prompt_embeds image_latents image_embeds generator raw_latent_shape scheduler cond pending "
-    "denoised outputs warnings timings feature_cache host_tensors"
+    "negative_prompt_embeds prompt_embeds_mask negative_prompt_embeds_mask image_latents image_embeds generator "
+    "raw_latent_shape scheduler cond pending denoised outputs warnings timings feature_cache host_tensors"
 )
 SERVE_ARGS = (
     "host port state_dir api_key_file served_model_name public_url allowed_origins allowed_hosts response_format "

@@ -28,7 +28,8 @@ class PromptSpec:
         max_length: tokens; longer texts are cut, with a warning.
         output: which output of the encoder is the embedding.
         padding: whether texts are padded to `max_length`, or not at all.
-        attention_mask: whether the encoder is told which tokens are padding; their embeddings are zero then.
+        attention_mask: whether the encoder is told which tokens are padding.
+        zero_padding: whether the embeddings of padding are set to zero.
         drop_prefix: tokens of the template whose embeddings are dropped.
         max_embeds: embeddings that are kept after that; None keeps all.
 
@@ -40,6 +41,7 @@ class PromptSpec:
     output: Literal["last_hidden_state", "pooler_output"]
     padding: Literal["max_length", "do_not_pad"] = "max_length"
     attention_mask: bool = False
+    zero_padding: bool = False
     drop_prefix: int = 0
     max_embeds: int | None = None
 
@@ -101,10 +103,12 @@ class PipelineConfig:
             tokenizer: the encoder's.
             processor: of the images that go with the text; None where the model has none.
 
+        An `attention_mask` among them, [1, S], is kept beside the embeddings, whether the encoder is given it or not.
+
         """
         tokens = tokenizer(text, padding=spec.padding, max_length=spec.max_length, truncation=True, return_tensors="pt")
         inputs: dict[str, Tensor] = {"input_ids": tokens.input_ids}
-        return {**inputs, "attention_mask": tokens.attention_mask} if spec.attention_mask else inputs
+        return {**inputs, "attention_mask": tokens.attention_mask}
 
     # Images
 

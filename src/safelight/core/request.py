@@ -62,6 +62,9 @@ class Req:
         sigmas: the solver's noise levels, the final one included.
         prompt_embeds: one entry a text encoder, each [1, S, C] or [1, C].
         negative_prompt_embeds: the same for the negative prompt; empty without one.
+        prompt_embeds_mask: one entry a text encoder, bool [1, S]: false where an embedding is of padding; None for
+            pooled embeddings, and for an encoder that is given images and no mask.
+        negative_prompt_embeds_mask: the same for the negative prompt; empty without one.
         image_latents: one entry an encoding, [1, C, H, W] or [1, C, T, H, W] in latent pixels.
         image_embeds: [N, S, C], the image encoder's; None where the model has none.
         generator: source of the noise; on the CPU, so that a seed gives Diffusers' noise.
@@ -88,6 +91,8 @@ class Req:
     sigmas: list[float] = field(default_factory=list)
     prompt_embeds: list[Tensor] = field(default_factory=list)
     negative_prompt_embeds: list[Tensor] = field(default_factory=list)
+    prompt_embeds_mask: list[Tensor | None] = field(default_factory=list)
+    negative_prompt_embeds_mask: list[Tensor | None] = field(default_factory=list)
     image_latents: list[Tensor] = field(default_factory=list)
     image_embeds: Tensor | None = None
     generator: torch.Generator | None = None
@@ -142,6 +147,8 @@ def map_tensors(req: Req, change: Callable[[Tensor], Tensor], keep: frozenset[st
     req.timesteps = _mapped(req.timesteps, once)
     req.prompt_embeds = _mapped(req.prompt_embeds, once)
     req.negative_prompt_embeds = _mapped(req.negative_prompt_embeds, once)
+    req.prompt_embeds_mask = _mapped(req.prompt_embeds_mask, once)
+    req.negative_prompt_embeds_mask = _mapped(req.negative_prompt_embeds_mask, once)
     req.image_latents = _mapped(req.image_latents, once)
     req.image_embeds = _mapped(req.image_embeds, once)
     req.cond = _mapped(req.cond, once)

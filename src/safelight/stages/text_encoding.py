@@ -45,39 +45,49 @@ class TextEncodingStage(PipelineStage):
         dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
         for index in range(len(self.text_encoders)):
             spec = self.config.encode_prompt_spec(index, batch)
-            batch.prompt_embeds.append(self._encode(index, spec, spec.prompt, batch, dtype))
+            embeds, mask = self._encode(index, spec, spec.prompt, batch, dtype)
+            batch.prompt_embeds.append(embeds)
+            batch.prompt_embeds_mask.append(mask)
+            del embeds, mask  # no local variable holds a tensor at a yield
             if self.config.should_use_guidance(batch):
                 yield []
-                batch.negative_prompt_embeds.append(self._encode(index, spec, spec.negative_prompt, batch, dtype))
+                embeds, mask = self._encode(index, spec, spec.negative_prompt, batch, dtype)
+                batch.negative_prompt_embeds.append(embeds)
+                batch.negative_prompt_embeds_mask.append(mask)
+                del embeds, mask
             if index + 1 < len(self.text_encoders):
                 yield []
 
-    def _encode(self, index: int, spec: PromptSpec, text: str, batch: Req, dtype: torch.dtype) -> Tensor:
-        """Return the embeddings of a text, kept or made, and warn if it was cut."""
+    def _encode(
+        self, index: int, spec: PromptSpec, text: str, batch: Req, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings of a text and their mask, kept or made, and warn if it was cut."""
         seen = self.cache.images_of(batch.params) if self.processor is not None else ()
         key = (encoder_name(index), replace(spec, prompt=text, negative_prompt=""), seen)
         found = self.cache.get(*key)
         if found is None:
-            embeds = self._make(index, spec, text, batch).to(dtype)
-            found = self.cache.put(embeds, self._cut(self.tokenizers[index], spec, text), *key)
-        embeds, warning = found
+            embeds, mask = self._make(index, spec, text, batch)
+            found = self.cache.put(embeds.to(dtype), (mask, self._cut(self.tokenizers[index], spec, text)), *key)
+        embeds, (mask, warning) = found
         if warning is not None:
             batch.warnings.append(warning)
-        return embeds
+        return embeds, None if mask is None else mask.to(embeds.device, copy=True)
 
-    def _make(self, index: int, spec: PromptSpec, text: str, batch: Req) -> Tensor:
+    def _make(self, index: int, spec: PromptSpec, text: str, batch: Req) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings of a text, and on the CPU which of them are of its tokens."""
         encoder, tokenizer = self.text_encoders[index], self.tokenizers[index]
         inputs = self.config.text_encoder_inputs(spec, text, batch, tokenizer, self.processor)
         # Copies: what NumPy made of an image lies anywhere, and bytes may depend on where.
-        outputs = encoder(**{name: tensor.to(encoder.device, copy=True) for name, tensor in inputs.items()})
+        given = {name: tensor for name, tensor in inputs.items() if name != "attention_mask" or spec.attention_mask}
+        outputs = encoder(**{name: tensor.to(encoder.device, copy=True) for name, tensor in given.items()})
         if spec.output == "pooler_output":
-            pooled: Tensor = outputs.pooler_output
-            return pooled
+            return outputs.pooler_output, None
         embeds: Tensor = outputs.last_hidden_state
-        if spec.attention_mask:
+        if spec.zero_padding:
             embeds = torch.where(inputs["attention_mask"].to(embeds.device, torch.bool)[..., None], embeds, 0)
         kept = slice(spec.drop_prefix, None if spec.max_embeds is None else spec.drop_prefix + spec.max_embeds)
-        return embeds[:, kept]
+        mask = inputs.get("attention_mask")
+        return embeds[:, kept], None if mask is None else mask[:, kept].bool()
 
     def _cut(self, tokenizer: Any, spec: PromptSpec, text: str) -> str | None:
         """Return a warning if the text is cut."""

@@ -187,7 +187,8 @@ class WanPipelineConfig(PipelineConfig):
         negative = params.negative_prompt or ""
         assert params.max_sequence_length is not None and isinstance(negative, str)
         texts = cleaned(params.prompts()[0]), cleaned(negative)
-        return PromptSpec(*texts, params.max_sequence_length, "last_hidden_state", attention_mask=True)
+        length = params.max_sequence_length
+        return PromptSpec(*texts, length, "last_hidden_state", attention_mask=True, zero_padding=True)
 
     def prepare_latent_shape(self, batch: Req) -> tuple[int, ...]:
         """Return [1, C, T, H, W] in latent frames and pixels."""
