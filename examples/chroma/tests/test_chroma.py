@@ -15,8 +15,8 @@ from safelight.testing.tokenizers import t5_tokenizer
 CAT = "a photo of a cat sitting on a red chair"
 MAP = "an old map of the world, drawn in ink; ships, whales and a compass rose beside the naïve café of 漢字 dogs"
 SMALL = {"height": 36, "width": 52, "num_inference_steps": 3}
-GAINS = {"*.attn.to_out.0.weight": 6.0, "*.attn.norm_*": 2.5, "distilled_guidance_layer.out_proj.*": 2.0}
-"""Attention that picks out, and time that matters."""
+GAINS = {"*.attn.to_out.0.weight": 3.0, "*.attn.norm_*": 1.5}
+"""Attention that picks out, and what it picks."""
 
 
 def build(folder: Path, variant: str) -> None:
