@@ -140,6 +140,13 @@ def installed(here: Console, command: Command) -> str:
     return here.python("-m", "pip", *words, *flags, "--target", str(here.packages))
 
 
+def own_tests(here: Console, command: Command) -> str:
+    """A package's tests are found; `tests/examples/test_own_suites.py` runs them."""
+    flags = ("-p", "safelight.testing.plugin", "--collect-only", "-q", "-p", "no:cacheprovider")
+    folder = str(ROOT / command.words[-1])
+    return here.python(*command.words[1:-1], "-c", "/dev/null", "--rootdir", folder, *flags, folder)
+
+
 def module(here: Console, command: Command) -> str:
     """Run it."""
     return here.python(*command.words[1:])
@@ -162,6 +169,7 @@ WAYS: Mapping[str, tuple[Callable[[Console, Command], str], bool]] = {
     r"(\.venv/bin/)?safelight (generate|info|models|schema|plan|env) ?.*": (as_it_stands, False),
     r"\.venv/bin/python -m pytest .*": (collected, True),
     r"pip install examples/\w+": (installed, True),
+    r"python -m pytest examples/\w+/tests": (own_tests, True),
     r"python -m toy_models\.\w+ .*": (module, True),
     r"python -m benchmarks\.\w+": (explained, False),
     r"torchrun .* --no-python safelight serve MODEL .*": (on_one_machine, False),

@@ -139,8 +139,8 @@ def recording_encoders(recorder: Recorder, encoders: Mapping[str, nn.Module]) ->
                     recorder.add(f"{name}: token ids", ids[row][kept], kind=Kind.EXACT)
                     recorder.add(f"{name}: hidden states", states[row][kept])
             if isinstance(pooled, Tensor):
-                for row in torch.split(pooled, 1):
-                    recorder.add(f"{name}: pooled", row)
+                for each in torch.split(pooled, 1):
+                    recorder.add(f"{name}: pooled", each)
 
         return record
 
