@@ -167,7 +167,7 @@ def later_bias(pipeline, _monkeypatch):
     times = []
     transformer.register_forward_pre_hook(lambda _m, _a, kwargs: times.append(kwargs["timestep"]), with_kwargs=True)
     layer = transformer.transformer_blocks[1].attn.to_v
-    layer.register_forward_hook(lambda _m, _a, output: output + 0.1 if float(times[-1]) < 1 else output)
+    layer.register_forward_hook(lambda _m, _a, output: output + 0.1 if float(times[-1].min()) < 1 else output)
 
 
 def no_branches(pipeline, monkeypatch):

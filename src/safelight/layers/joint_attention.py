@@ -76,4 +76,4 @@ class JointAttention(nn.Module):
 
     def heads(self, projected: Tensor) -> Tensor:
         """Return [B, S, H, D] of [B, S, C]."""
-        return projected.unflatten(-1, (-1, self.head_dim))
+        return projected.view(*projected.shape[:-1], -1, self.head_dim)

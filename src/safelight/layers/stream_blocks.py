@@ -1,6 +1,6 @@
 """Blocks of transformers over text and picture: with two streams that attend together, and with one.
 
-Reference: `FluxTransformer2DModel` in Diffusers, whose parameter names they have (Black Forest Labs' names are these).
+The blocks are named as their authors, Black Forest Labs, name them; their parameters as Diffusers does.
 """
 
 from __future__ import annotations

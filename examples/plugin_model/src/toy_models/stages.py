@@ -75,7 +75,7 @@ class ToyBeforeDenoisingStage(PipelineStage):
     def prepare_latents(self, batch: Req) -> None:
         """Mix the image's latents with the seed's noise, as flow matching does at the first noise level."""
         assert batch.params.seed is not None
-        (image,) = batch.image_latents
+        (image,) = (latents.to(batch.prompt_embeds[0].dtype) for latents in batch.image_latents)  # the VAE has its own
         batch.generator = torch.Generator("cpu").manual_seed(batch.params.seed)
         batch.raw_latent_shape = tuple(image.shape)
         noise = torch.randn(image.shape, generator=batch.generator, dtype=image.dtype).to(image.device)
