@@ -73,8 +73,8 @@ def check_model(
     must be memory for two; a small size is enough. A model that needs a picture is given a random one.
 
     Compared are token ids, encoders' outputs, image latents, schedule, noise, every model call, those of the first step
-    block by block, latents after each step, and pixels; and calls of two requests stacked with each alone. The exit code
-    is 0 if all agree, and 1 if something diverges.
+    block by block, latents after each step, and pixels; and calls of two requests, stacked, with each alone. The exit
+    code is 0 if all agree, and 1 if something diverges.
     """
     from safelight.checking import check_model as check
 
