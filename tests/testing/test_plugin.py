@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_nothing_heavy_is_here():
 
 def run_pytest(*args, cwd, path=()):
     """Run pytest in a process of its own; return its exit code, and what it said."""
-    found = os.pathsep.join(map(str, (*path, os.environ.get("PYTHONPATH", ""))))
+    found = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, args)],
         cwd=cwd,
@@ -35,23 +36,24 @@ def run_pytest(*args, cwd, path=()):
     return ran.returncode, ran.stdout + ran.stderr
 
 
-def install(folder, name):
-    """Lay an example's entry point beside its sources, as an editable installation does."""
+def install(folder, name, group=None):
+    """Lay a package's entry points into a folder of the path, as an installation does; a family's unless given."""
+    heading, points = group or ("safelight.families", {name: name})
     metadata = folder / f"{name}-0.1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[safelight.families]\n{name} = {name}\n")
+    lines = (f"{point} = {target}\n" for point, target in points.items())
+    (metadata / "entry_points.txt").write_text(f"[{heading}]\n{''.join(lines)}")
 
 
-def test_pytest_starts_without_torch(tmp_path):
+def test_pytest_starts_without_torch_where_the_plugin_is_installed(tmp_path):
+    """As its entry point says, and where a conftest asks for it as well, as ours does."""
+    (group,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"].items()
+    install(tmp_path, "safelight_as_installed", group)
     (tmp_path / "test_own.py").write_text(NO_TORCH)
-    code, said = run_pytest(*PLUGIN, "test_own.py", cwd=tmp_path)
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ("safelight.testing.plugin",)\n')
+    code, said = run_pytest("test_own.py", cwd=tmp_path, path=(tmp_path,))
     assert code == 0, said
-
-
-def test_the_rest_of_the_package_does_not_import_it():
-    for path in (ROOT / "src" / "safelight").rglob("*.py"):
-        assert "testing" in path.parts or "safelight.testing" not in path.read_text(), path
 
 
 @pytest.mark.slow
