@@ -110,13 +110,18 @@ def changed(schema: ModelSchema, name: str, option: Option, fields: Mapping[str,
             other = [0.97 * number for number in value or (1.0, 0.7, 0.3)]
         case "number":
             other = other_number(option, value or 0.0)
-        case "integer" if name in INTEGERS:
-            other = INTEGERS[name]
         case "integer":
-            step = {"height": schema.size_multiple, "width": schema.size_multiple, "num_frames": schema.frame_step}
-            other = 2 * value if name == "max_area" else (value or 0) + 2 * step.get(name, 1)
+            other = other_integer(schema, name, value or 0)
     steps = {"num_inference_steps": None} if name in ("sigmas", "timesteps") else {}
     return {**fields, name: other, **steps}
+
+
+def other_integer(schema: ModelSchema, name: str, value: int) -> int:
+    """Return another whole number that the model takes."""
+    if name == "max_area":
+        return 2 * value
+    steps = {"height": schema.size_multiple, "width": schema.size_multiple, "num_frames": schema.frame_step}
+    return INTEGERS.get(name, value + 2 * steps.get(name, 1))
 
 
 def other_number(option: Option, value: float) -> float:
