@@ -96,24 +96,28 @@ def movement(first: Tensor, second: Tensor) -> float:
 def changed(schema: ModelSchema, name: str, option: Option, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a case's fields with one of them changed; None where there is nothing to change."""
     value = fields.get(name, schema.defaults.get(name))
-    other: Any
+    if value is None and option.kind in ("image", "images"):
+        return None
+    steps = {"num_inference_steps": None} if name in ("sigmas", "timesteps") else {}
+    return {**fields, name: other_value(schema, name, option, value), **steps}
+
+
+def other_value(schema: ModelSchema, name: str, option: Option, value: Any) -> Any:
+    """Return another value of a field."""
     match option.kind:
         case "string" | "strings":
-            other = OTHER_NEGATIVE if name.startswith("negative") else OTHER_PROMPT
+            return OTHER_NEGATIVE if name.startswith("negative") else OTHER_PROMPT
         case "boolean":
-            other = not value
+            return not value
         case "image" | "images":
-            if value is None:
-                return None
-            other = [inverted(image) for image in value] if isinstance(value, list) else inverted(value)
+            return [inverted(image) for image in value] if isinstance(value, list) else inverted(value)
         case "numbers":
-            other = [0.97 * number for number in value or (1.0, 0.7, 0.3)]
+            return [0.97 * number for number in value or (1.0, 0.7, 0.3)]
         case "number":
-            other = other_number(option, value or 0.0)
+            return other_number(option, value or 0.0)
         case "integer":
-            other = other_integer(schema, name, value or 0)
-    steps = {"num_inference_steps": None} if name in ("sigmas", "timesteps") else {}
-    return {**fields, name: other, **steps}
+            return other_integer(schema, name, value or 0)
+    raise AssertionError(f"no other value is known of a field of kind {option.kind}")
 
 
 def other_integer(schema: ModelSchema, name: str, value: int) -> int:
