@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import begin, print_table
-from tests.recipes.base import shake
+from safelight.testing.recipes import shake
 from tests.recipes.flux import components
 
 FEW_STEPS, MANY_STEPS = 4, 24

@@ -66,18 +66,15 @@ PARTS = (
     Budget(("layers",), 800, "what two families share, and nothing that one alone needs"),
     Budget(("attention",), 400, "one layer and a table of backends"),
     Budget(("backends",), 800, "a hundred pipelines of a package, driven by one mechanism"),
-    Budget(
-        ("loading",),
-        1_800,
-        "repositories of others are checked here, every key and setting; classes are loaded",
-    ),
+    Budget(("loading",), 1800, "repositories of others are checked here, every key and setting"),
     Budget(("adapters",), 600, "conventions of LoRA files, stores, unmerged and merged: not begun"),
     Budget(("parallel",), 1200, "tokens, weights, branches and rows, each a strategy from outside"),
     Budget(("acceleration",), 3000, "compile, offload, quantisation, step cache, fused operations and CPU routes"),
     Budget(("runtime",), 2500, "the worker's side, and what watches it"),
     Budget(("serving",), 4200, "HTTP, admission, jobs, files and a page: the largest part, for it faces strangers"),
     Budget(("cluster",), 900, "many machines, by Ray Serve and shared stores: not begun"),
-    Budget(("checking", "testing"), 1500, "a model against its reference, and suites that plugins use too"),
+    Budget(("checking",), 800, "a model against its reference, call by call"),
+    Budget(("testing",), 1500, "suites that plugins use too; counted apart"),
     Budget(("cli",), 800, "commands: what they say, and nothing that they do"),
 )
 """Every folder but families; the numbers are the design's."""

@@ -16,15 +16,14 @@ import torch
 
 from safelight.core import registry
 from tests import attribution
-from tests.families.report import OTHERWISE_HEADINGS, OtherwiseRow, ParityRow, markdown, table
 
+pytest_plugins = ("safelight.testing.plugin",)  # by the name of its entry point, which is not there until installed
 attribution.attribute()
 gc.disable()  # until all tests are imported, which stay
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
 
 def pytest_addoption(parser):
-    parser.addoption("--parity-report", type=Path, help="write the table of the parity suite to this file")
     parser.addoption("--slow", action="store_true", help="run the slow tests as well")
     parser.addoption(
         "--on-device", help="where tests marked `cuda` run: cuda where there is one; cpu shows that they run at all"
@@ -50,11 +49,6 @@ def pytest_runtestloop(session):
     gc.enable()
 
 
-def pytest_configure(config):
-    config.stash[PARITY_ROWS] = []
-    config.stash[OTHERWISE_ROWS] = []
-
-
 @pytest.fixture(autouse=True)
 def _exact_convolutions(request, monkeypatch):
     """Let convolutions in float32 be that: cuDNN's default rounds to ten bits, and shows every order of sums."""
@@ -68,23 +62,7 @@ def device(request):
     return torch.device(request.config.getoption("--on-device") or "cuda")
 
 
-PARITY_ROWS = pytest.StashKey[list[ParityRow]]()
-OTHERWISE_ROWS = pytest.StashKey[list[OtherwiseRow]]()
-
-
-@pytest.fixture
-def parity_rows(request):
-    """Rows of the table that the parity suite prints: (pipeline, case, what, largest difference)."""
-    return request.config.stash[PARITY_ROWS]
-
-
-@pytest.fixture
-def otherwise_rows(request):
-    """Rows of the table of what the installed reference does otherwise than the models' authors."""
-    return request.config.stash[OTHERWISE_ROWS]
-
-
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, ())]
     if any("test_layout.py::test_budgets" in report.nodeid for report in reports):
         from tests.budgets import all_budgets
@@ -92,16 +70,6 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("budgets in code lines")
         for budget in all_budgets():
             terminalreporter.write_line(budget.line())
-    rows, otherwise = config.stash[PARITY_ROWS], config.stash[OTHERWISE_ROWS]
-    if otherwise:
-        terminalreporter.section("where the installed Diffusers errs: difference from the models' authors, and ours")
-        terminalreporter.write_line(table(otherwise, OTHERWISE_HEADINGS))
-    if not rows:
-        return
-    terminalreporter.section("parity with Diffusers: largest difference")
-    terminalreporter.write_line(table(rows))
-    if config.getoption("--parity-report"):
-        config.getoption("--parity-report").write_text(markdown(rows, otherwise))
 
 
 FAULT = Path(__file__).parent / "fault"

@@ -19,7 +19,6 @@ from PIL import Image
 from safelight import errors
 from safelight.cli.config_file import read_config
 from safelight.cli.main import COMMANDS, cli
-from safelight.core.registry import pipelines
 from safelight.core.server_args import ServerArgs
 from safelight.serving import errors as serving_errors
 from safelight.serving.http_args import HTTPArgs
@@ -39,7 +38,7 @@ from tests.documents import (
     masked,
     parse_alone,
 )
-from tests.recipes import flux
+from tests.recipes import flux, own_pipelines
 from training.shapes import all_scenes, prompt_for
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -143,6 +142,13 @@ def installed(here: Console, command: Command) -> str:
     return here.python("-m", "pip", *words, *flags, "--target", str(here.packages))
 
 
+def own_tests(here: Console, command: Command) -> str:
+    """A package's tests are found; `tests/examples/test_own_suites.py` runs them."""
+    flags = ("-p", "safelight.testing.plugin", "--collect-only", "-q", "-p", "no:cacheprovider")
+    folder = str(ROOT / command.words[-1])
+    return here.python(*command.words[1:-1], "-c", "/dev/null", "--rootdir", folder, *flags, folder)
+
+
 def module(here: Console, command: Command) -> str:
     """Run it."""
     return here.python(*command.words[1:])
@@ -165,6 +171,7 @@ WAYS: Mapping[str, tuple[Callable[[Console, Command], str], bool]] = {
     r"(\.venv/bin/)?safelight (generate|info|models|schema|plan|env) ?.*": (as_it_stands, False),
     r"\.venv/bin/python -m pytest .*": (collected, True),
     r"pip install examples/\w+": (installed, True),
+    r"python -m pytest examples/\w+/tests": (own_tests, True),
     r"python -m toy_models\.\w+ .*": (module, True),
     r"python -m benchmarks\.\w+": (explained, False),
     r"torchrun .* --no-python safelight serve MODEL .*": (on_one_machine, False),
@@ -300,7 +307,7 @@ def test_what_is_shown_is_compared():
 
 
 def test_the_readme_lists_every_pipeline():
-    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(pipelines())
+    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(own_pipelines())
 
 
 @pytest.mark.parametrize("document", [path.relative_to(ROOT) for path in DOCUMENTS], ids=str)

@@ -14,8 +14,8 @@ from safelight.errors import InvalidParameterError, NonFiniteOutputError
 from safelight.loading.loader import load_pipeline
 from safelight.loading.vaes import run_vae
 from safelight.stages.decoding import DecodingState
+from safelight.testing.models import requests
 from tests.calls import loaded_as
-from tests.families.conftest import requests
 from tests.recipes import all_recipes
 
 NAMES = ("FluxPipeline", "WanPipeline", "QwenImagePipeline")

@@ -26,8 +26,8 @@ from safelight.core.model_runner import ModelRunner
 from safelight.errors import CompilationError, InvalidParameterError
 from safelight.runtime.background import BackgroundCompiler, job_of
 from safelight.runtime.model_runner import PipelineRunner
+from safelight.testing.models import requests
 from tests.calls import through
-from tests.families.conftest import requests
 from tests.recipes import all_recipes
 
 NEAR = 1e-5
@@ -217,15 +217,15 @@ def test_without_a_compiler_it_is_refused_with_the_reason(tiny_folder, monkeypat
 
 @pytest.mark.slow
 def test_what_torch_cannot_trace_fails_by_name(tiny_flux, monkeypatch):
-    from safelight.families.flux import transformer
+    from safelight.layers import stream_blocks
 
-    forward = transformer.FluxTransformerBlock.forward
+    forward = stream_blocks.DoubleStreamBlock.forward
 
     def breaks(self, image, *args):
         torch._dynamo.graph_break()
         return forward(self, image, *args)
 
-    monkeypatch.setattr(transformer.FluxTransformerBlock, "forward", breaks)
+    monkeypatch.setattr(stream_blocks.DoubleStreamBlock, "forward", breaks)
     compilation = Compilation(tiny_flux())
     with pytest.raises(CompilationError, match="the model cannot be compiled"):
         compilation.finish()

@@ -15,10 +15,11 @@ from safelight.acceleration.cpu import CpuPlan, accelerate_on_cpu, accelerate_va
 from safelight.core.executor import Execution
 from safelight.layers.linear import FeedForward
 from safelight.loading.loader import load_pipeline
+from safelight.testing.models import TinyModels, requests
+from safelight.testing.reference import run_ours, run_reference
+from safelight.testing.suites.parity import TOLERANCE
 from tests.acceleration.processors import PLANS, PROCESSORS
 from tests.acceleration.test_cpu import error, small_vae
-from tests.families.conftest import Models, requests
-from tests.families.test_parity import TOLERANCE, run_ours, run_reference
 from tests.recipes import all_recipes
 
 NEED_ONEDNN = ("onednn_products", "fused_gelu")
@@ -82,7 +83,7 @@ def test_a_vae_is_no_less_exact(plan, dtype):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     torch.manual_seed(0)
-    return Models(tmp_path_factory.mktemp("checkpoints"))
+    return TinyModels(tmp_path_factory.mktemp("checkpoints"))
 
 
 OF_EACH_FAMILY = ("FluxPipeline", "QwenImagePipeline", "WanPipeline")
@@ -96,7 +97,7 @@ def test_pipelines_follow_diffusers(plan, models, monkeypatch, name):
     monkeypatch.setattr(apply, "cpu_plan", lambda: plan)
     ours = load_pipeline(ServerArgs(str(models.folder(recipe, case.variant)), device="cpu", conditioning_cache="0"))
     reqs = requests(ours, {**case.fields, "n": 1})
-    expected = run_reference(models.reference(recipe, case.variant), recipe, reqs, case)
+    expected = run_reference(models.reference(recipe, case.variant), recipe, reqs)
     _, steps = run_ours(ours, reqs[0])
     for step, wanted in zip(steps, expected.steps, strict=True):
         assert float((step[0] - wanted[0]).abs().max()) <= TOLERANCE

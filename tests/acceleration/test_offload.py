@@ -30,10 +30,10 @@ from safelight.loading.footprint import measure
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
 from safelight.runtime.engine import Engine
+from safelight.testing.models import TinyModels, requests
+from safelight.testing.recipes import shake
 from tests.acceleration.memories import UNLIMITED, CountingMemory, FailingMemory, LateMemory
-from tests.families.conftest import Models, requests
 from tests.recipes import all_recipes
-from tests.recipes.base import shake
 
 NUM_LAYERS = 5
 CHOSEN = [
@@ -47,7 +47,7 @@ CHOSEN = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return Models(tmp_path_factory.mktemp("checkpoints"))
+    return TinyModels(tmp_path_factory.mktemp("checkpoints"))
 
 
 def deepen(folder):

@@ -25,9 +25,9 @@ from safelight.loading.footprint import measure
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
 from safelight.runtime.model_runner import PipelineRunner
+from safelight.testing.models import requests
 from tests.acceleration.memories import LateMemory
 from tests.calls import through
-from tests.families.conftest import requests
 from tests.features import runs
 from tests.recipes import all_recipes
 

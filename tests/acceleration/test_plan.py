@@ -27,7 +27,7 @@ from safelight.loading.footprint import Peaks, empty_pipeline, measure, rehearse
 from safelight.loading.loader import load_pipeline
 from safelight.loading.planning import plan_memory
 from safelight.loading.repository import open_repository
-from tests.families.conftest import Models
+from safelight.testing.models import TinyModels
 from tests.recipes import all_recipes
 
 GIB = 2**30
@@ -193,7 +193,7 @@ def test_published_models_have_their_published_sizes(published, name):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return Models(tmp_path_factory.mktemp("checkpoints"))
+    return TinyModels(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

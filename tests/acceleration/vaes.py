@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 
-from tests.recipes.base import shake
+from safelight.testing.recipes import shake
 
 RESIDUAL = {
     "decoder_base_dim": 256,

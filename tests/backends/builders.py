@@ -26,9 +26,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from safelight.testing.recipes import shake
+from safelight.testing.tokenizers import clip_tokenizer
 from tests.recipes import wan
-from tests.recipes.base import shake
-from tests.recipes.tokenizers import clip_tokenizer
 
 VISION = {
     "hidden_size": 32,

@@ -19,9 +19,9 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from safelight.testing.recipes import shake
+from safelight.testing.tokenizers import clip_tokenizer, t5_tokenizer
 from tests.backends import builders
-from tests.recipes.base import shake
-from tests.recipes.tokenizers import clip_tokenizer, t5_tokenizer
 
 
 def clip_text(cls, clip, width, seed):

@@ -35,9 +35,9 @@ from safelight.loading.loader import describe, load_pipeline
 from safelight.loading.repository import open_repository
 from safelight.preparation import prepare
 from safelight.runtime.cost import request_cost
+from safelight.testing.models import requests
 from tests.backends import builders
 from tests.backends.conftest import BUILDERS, FIELDS, VIDEO, WITHOUT_TEXT
-from tests.families.conftest import requests
 
 NAMES = list(BUILDERS)
 

@@ -9,8 +9,7 @@ import torch
 from safelight import ServerArgs
 from safelight.backends.image_positions import tell_where_images_are
 from safelight.loading.loader import load_pipeline
-from tests.families.conftest import requests
-from tests.families.test_parity import run_alone
+from safelight.testing.models import requests, run_alone
 from tests.recipes.qwen_image import EDIT, EDIT_PLUS, QWEN_IMAGE, image_positions
 
 

@@ -14,8 +14,8 @@ from safelight import ServerArgs
 from safelight.backends.solvers import give_own_solvers
 from safelight.core.solver import takes_generator
 from safelight.loading.loader import load_pipeline
+from safelight.testing.suites.seeds import FLOW, configurations, run_disturbed
 from tests.backends.conftest import FIELDS
-from tests.families.test_seeds import FLOW, configurations, run_disturbed
 
 SOLVERS = {
     name: solver

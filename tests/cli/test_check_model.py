@@ -45,7 +45,7 @@ def test_a_correct_model_agrees_in_all_that_is_compared(ours, reference):
     assert report.first is None
     assert [what for what, row in rows.items() if row.verdict != "ok"] == [
         "transformer: freqs_cis",
-        "transformer: freqs_cis, call 2",
+        *(f"transformer: freqs_cis, call {number}" for number in (2, 3, 4)),
     ]
     expected = [
         "text_encoder: token ids",
@@ -53,15 +53,19 @@ def test_a_correct_model_agrees_in_all_that_is_compared(ours, reference):
         "timesteps",
         "sigmas",
         "initial noise",
+        "guidance branches",
         "transformer: guidance",
         "transformer.transformer_blocks.0",
         "transformer.transformer_blocks.1",
         "transformer.single_transformer_blocks.1",
         "transformer: output",
+        "transformer.transformer_blocks.1, call 2",
         "transformer: output, call 2",
         "latents after step 1",
+        "transformer: output, call 4",
         "latents after step 2",
         "pixels",
+        "transformer: uncond, stacked with another request",
     ]
     assert [what for what in rows if what in expected] == expected
     assert rows["transformer.transformer_blocks.0"].shape == "1x96x48 1x24x48"
@@ -146,9 +150,41 @@ def nan(pipeline, _monkeypatch):
     pipeline.get_module("transformer").single_transformer_blocks[0].proj_out.bias.data[0] = torch.nan
 
 
+def negative_text(pipeline, monkeypatch):
+    """The second call alone is given something else."""
+    config = type(pipeline.config)
+    kwargs = config.prepare_neg_cond_kwargs
+    monkeypatch.setattr(
+        config,
+        "prepare_neg_cond_kwargs",
+        lambda self, *args: {**kwargs(self, *args), "encoder_hidden_states": torch.zeros(1, 24, 40)},
+    )
+
+
+def later_bias(pipeline, _monkeypatch):
+    """A layer that is another only when the timestep has gone down."""
+    transformer = pipeline.get_module("transformer")
+    times = []
+    transformer.register_forward_pre_hook(lambda _m, _a, kwargs: times.append(kwargs["timestep"]), with_kwargs=True)
+    layer = transformer.transformer_blocks[1].attn.to_v
+    layer.register_forward_hook(lambda _m, _a, output: output + 0.1 if float(times[-1].min()) < 1 else output)
+
+
+def no_branches(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.schema.params_cls, "num_branches", lambda self: 1)
+
+
+def forgotten(pipeline, monkeypatch):
+    monkeypatch.setattr(type(pipeline.config), "shared_kwargs", frozenset())
+
+
 @pytest.mark.parametrize(
     ("damage", "first"),
     [
+        (negative_text, "transformer: encoder_hidden_states, call 2"),
+        (later_bias, "transformer.transformer_blocks.1.attn.to_v, call 3"),
+        (no_branches, "guidance branches"),
+        (forgotten, "transformer: cond, stacked with another request"),
         (text_length, "text_encoder_2: token ids"),
         (scheduler_shift, "timesteps"),
         (another_seed, "initial noise"),

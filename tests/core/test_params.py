@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from safelight.core.params import MAX_SEED, SamplingParams
-from safelight.core.registry import pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.errors import InvalidParameterError, UnknownParameterError
 from safelight.preparation import prepare
+from tests.recipes import own_pipelines
 
-ALL_PARAMS = [entry.sampling_param_cls() for entry in pipelines().values()]
+ALL_PARAMS = [entry.sampling_param_cls() for entry in own_pipelines().values()]
 
 
 def schema_of(params_cls, **changes):

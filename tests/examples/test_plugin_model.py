@@ -32,7 +32,7 @@ def checkpoints(installed, tmp_path_factory):
 
 def run(args, path):
     """Run Python, with a folder of packages, and return what it wrote to standard output."""
-    env = {**os.environ, **({} if path is None else {"PYTHONPATH": str(path)})}
+    env = {**os.environ, "PYTHONPATH": "" if path is None else str(path)}
     ran = subprocess.run(
         [sys.executable, *map(str, args)], env=env, cwd="/", capture_output=True, text=True, timeout=300
     )

@@ -2,91 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from safelight import ServerArgs
-from safelight.core.executor import Execution
-from safelight.loading.alignment import ALIGNMENT, DEPENDENT, is_aligned
-from safelight.loading.loader import load_pipeline
-from tests.families.conftest import requests
-from tests.safetensors_files import lay
-
-PRODUCTS = ("addmm", "addmv", "bmm", "conv", "dot", "einsum", "linear", "matmul", "mm", "mv", "attention")
-"""Parts of the names of operators that multiply and add up."""
+from safelight.testing.suites import AlignmentSuite
+from tests.recipes import all_recipes
 
 
-def test_operands_lie_where_they_always_do(recipe, models):
-    """Every operand of a product in float32 is a weight on the boundary, or in memory of torch's allocator.
-
-    In the encoders and VAEs of the libraries as well. A view's offset in its memory is the same each time.
-    """
-    first = {case.variant: case for case in reversed(recipe.cases) if not case.slow}
-    for variant, case in first.items():
-        pipeline = models.ours(recipe, variant)
-        check_operands(pipeline, requests(pipeline, {**case.fields, "n": 1})[0])
-
-
-def check_operands(pipeline, req):
-    weights = {
-        tensor.data_ptr()
-        for module in pipeline.modules().values()
-        for tensor in (*module.parameters(), *module.buffers())
-        if is_aligned(tensor)
-    }
-    watched = Operands(weights)
-    with watched, Execution(pipeline, req) as execution:
-        while execution.advance():
-            pass
-    assert watched.num_seen > 100
-    assert not watched.astray
-
-
-class Operands(TorchDispatchMode):
-    """Notes operands of products that lie elsewhere.
-
-    Args:
-        weights: addresses of weights that lie well, in a mapped file for example.
-
-    """
-
-    def __init__(self, weights):
-        super().__init__()
-        self.weights = weights
-        self.num_seen = 0
-        self.astray = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(part in str(func) for part in PRODUCTS):
-            for tensor in tree_leaves((args, kwargs)):
-                if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DEPENDENT or not tensor.numel():
-                    continue
-                self.num_seen += 1
-                its_memory = tensor.untyped_storage().data_ptr()
-                if its_memory % ALIGNMENT and tensor.data_ptr() not in self.weights:
-                    self.astray.add((str(func), tuple(tensor.shape), its_memory % ALIGNMENT))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("kernels", ["auto", "plain"])
-def test_bytes_do_not_depend_on_the_files_header(recipe, models, tmp_path, kernels):
-    case = next(case for case in recipe.cases if case.variant == "default")
-    outputs = []
-    for shift in (0, 8, 40):
-        folder = tmp_path / str(shift)
-        shutil.copytree(models.folder(recipe), folder)
-        for path in folder.rglob("*.safetensors"):
-            lay(path, shift)
-        pipeline = load_pipeline(ServerArgs(str(folder), device="cpu", dtype="float32", kernels=kernels))
-        assert all(is_aligned(tensor) for module in pipeline.modules().values() for tensor in module.parameters())
-        (req, *_) = requests(pipeline, {**case.fields, "n": 1})
-        with Execution(pipeline, req) as execution:
-            while execution.advance():
-                pass
-        outputs.append(req.outputs)
-    first, *others = outputs
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+class TestAlignment(AlignmentSuite):
+    recipes = tuple(all_recipes().values())

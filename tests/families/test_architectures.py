@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,22 +25,13 @@ from safelight.families.flux.transformer import FluxArchitecture
 from safelight.families.qwen_image.transformer import QwenImageArchitecture
 from safelight.families.wan.transformer import WanArchitecture
 from safelight.loading.loader import load_pipeline
-from tests.families.conftest import requests
-from tests.families.test_parity import distance, run_alone
+from safelight.testing.models import requests, run_alone
+from safelight.testing.recipes import shake
+from safelight.testing.reference import distance
+from safelight.testing.suites import Suite
 from tests.recipes import all_recipes, flux, qwen_image, wan
-from tests.recipes.base import shake
 
 TOLERANCE = 1e-4
-SLOW_RECIPES = {
-    "test_an_architecture_runs_as_in_the_reference_or_is_refused": (
-        "FluxKontextPipeline",
-        "QwenImageEditPipeline",
-        "QwenImageEditPlusPipeline",
-        "WanPipeline",
-        "WanDMDPipeline",
-    )
-}
-"""Pipelines of a family that is in `make test` with another."""
 
 
 @dataclass(frozen=True)
@@ -249,16 +240,29 @@ def fault(axes, recipe, config, folder, reference, made):
     return None if difference <= TOLERANCE else f"differs by {difference:.1e}"
 
 
-@pytest.mark.parametrize("part", ["branches", "odd"])
-def test_an_architecture_runs_as_in_the_reference_or_is_refused(recipe, part, models, tmp_path):
-    axes = AXES[recipe.pipeline_name]
-    folder, reference = models.folder(recipe, axes.variant), models.reference(recipe, axes.variant)
-    own = (reference.pipe if isinstance(reference, wan.DMDReference) else reference).transformer
-    faults = {}
-    for number, changes in enumerate(combinations(axes) if part == "branches" else axes.odd):
-        config, made = rebuilt(own, folder, tmp_path / str(number), changes)
-        faults[str(changes)] = fault(axes, recipe, config, tmp_path / str(number), reference, made)
-    assert {changes: what for changes, what in faults.items() if what is not None} == {}
+class TestArchitectures(Suite):
+    recipes = tuple(all_recipes().values())
+    # Pipelines of a family that is in `make test` with another.
+    slow_recipes: ClassVar = {
+        "test_an_architecture_runs_as_in_the_reference_or_is_refused": (
+            "FluxKontextPipeline",
+            "QwenImageEditPipeline",
+            "QwenImageEditPlusPipeline",
+            "WanPipeline",
+            "WanDMDPipeline",
+        )
+    }
+
+    @pytest.mark.parametrize("part", ["branches", "odd"])
+    def test_an_architecture_runs_as_in_the_reference_or_is_refused(self, recipe, part, tiny_models, tmp_path):
+        axes = AXES[recipe.pipeline_name]
+        folder, reference = tiny_models.folder(recipe, axes.variant), tiny_models.reference(recipe, axes.variant)
+        own = (reference.pipe if isinstance(reference, wan.DMDReference) else reference).transformer
+        faults = {}
+        for number, changes in enumerate(combinations(axes) if part == "branches" else axes.odd):
+            config, made = rebuilt(own, folder, tmp_path / str(number), changes)
+            faults[str(changes)] = fault(axes, recipe, config, tmp_path / str(number), reference, made)
+        assert {changes: what for changes, what in faults.items() if what is not None} == {}
 
 
 @pytest.mark.parametrize(
@@ -271,9 +275,9 @@ def test_an_architecture_runs_as_in_the_reference_or_is_refused(recipe, part, mo
         ("transformer", {"image_dim": wan.CLIP_DIM}, "image_encoder is null, and the transformer's image_dim needs it"),
     ],
 )
-def test_transformers_of_two_stages_fit_each_other_and_the_rest(models, tmp_path, component, changes, message):
+def test_transformers_of_two_stages_fit_each_other_and_the_rest(tiny_models, tmp_path, component, changes, message):
     """Where one would be given what was made for the other."""
-    folder = shutil.copytree(models.folder(wan.IMAGE_TO_VIDEO, "2.2"), tmp_path / "model")
+    folder = shutil.copytree(tiny_models.folder(wan.IMAGE_TO_VIDEO, "2.2"), tmp_path / "model")
     names = {component} if component == "transformer_2" or "in_channels" in changes else {component, "transformer_2"}
     for name in names:
         path = folder / name / "config.json"
@@ -282,8 +286,8 @@ def test_transformers_of_two_stages_fit_each_other_and_the_rest(models, tmp_path
         load_pipeline(ServerArgs(str(folder), device="cpu"))
 
 
-def test_text_to_video_leaves_an_embedding_of_images_alone(models, tmp_path):
+def test_text_to_video_leaves_an_embedding_of_images_alone(tiny_models, tmp_path):
     """`image_dim` in a transformer that is given no images: its weights are loaded, and nothing uses them."""
-    reference = models.reference(wan.WAN)
-    config, made = rebuilt(reference.transformer, models.folder(wan.WAN), tmp_path / "model", {"image_dim": 20})
+    reference = tiny_models.reference(wan.WAN)
+    config, made = rebuilt(reference.transformer, tiny_models.folder(wan.WAN), tmp_path / "model", {"image_dim": 20})
     assert fault(AXES["WanPipeline"], wan.WAN, config, tmp_path / "model", reference, made) is None

@@ -19,18 +19,18 @@ from safelight.families.qwen_image.transformer import QwenImageTransformer2DMode
 from safelight.generator import DiffusionGenerator
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
+from safelight.testing.models import requests
+from safelight.testing.recipes import shake
 from tests.calls import driven
-from tests.families.conftest import requests
 from tests.recipes import all_recipes
-from tests.recipes.base import shake
 from tests.recipes.qwen_image import CAT, patch_areas, picture
 
 T2I, EDIT, EDIT_PLUS, LAYERED = (f"QwenImage{name}Pipeline" for name in ("", "Edit", "EditPlus", "Layered"))
 
 
 @pytest.fixture
-def schema(models):
-    return lambda pipeline_name: models.ours(all_recipes()[pipeline_name]).schema
+def schema(tiny_models):
+    return lambda pipeline_name: tiny_models.ours(all_recipes()[pipeline_name]).schema
 
 
 @pytest.mark.parametrize(
@@ -102,22 +102,22 @@ def test_the_size_of_an_edit_is_that_of_the_last_image(schema):
     assert taller.output_size(schema(EDIT_PLUS)) == (1024, 1376)
 
 
-def test_templates_are_the_references(models):
-    reference = models.reference(all_recipes()[LAYERED])
+def test_templates_are_the_references(tiny_models):
+    reference = tiny_models.reference(all_recipes()[LAYERED])
     assert reference.prompt_template_encode == prompts.GENERATION_TEMPLATE.text
     assert reference.prompt_template_encode_start_idx == prompts.GENERATION_TEMPLATE.num_prefix_tokens
     assert reference.image_caption_prompt_en == prompts.CAPTION_PROMPT_EN
     assert reference.image_caption_prompt_cn == prompts.CAPTION_PROMPT_CN
-    reference = models.reference(all_recipes()[EDIT_PLUS])
+    reference = tiny_models.reference(all_recipes()[EDIT_PLUS])
     assert reference.prompt_template_encode == prompts.EDIT_TEMPLATE.text
     assert reference.prompt_template_encode_start_idx == prompts.EDIT_TEMPLATE.num_prefix_tokens
 
 
-def test_layers_through_the_public_interface(models, monkeypatch, tmp_path):
+def test_layers_through_the_public_interface(tiny_models, monkeypatch, tmp_path):
     """A picture without transparency, from a file, and no prompt: layers have it, and the caption is returned."""
     patch_areas(monkeypatch)
     picture(90, 60).save(tmp_path / "picture.png")
-    generator = DiffusionGenerator(models.ours(all_recipes()[LAYERED]))
+    generator = DiffusionGenerator(tiny_models.ours(all_recipes()[LAYERED]))
     result = generator.generate(image=tmp_path / "picture.png", layers=3, num_inference_steps=2, seed=1, n=2)
     assert [image.mode for image in result.images] == ["RGBA"] * 6
     assert [len(output.images) for output in result.outputs] == [3, 3]
@@ -143,10 +143,10 @@ def sharp(encoder):
 
 @pytest.mark.parametrize(("size", "in_english"), [((90, 100), False), ((150, 40), True)])
 @pytest.mark.parametrize("num_tokens", [1, 31, 32, 33, 64, None])
-def test_a_caption_in_units_is_the_undivided_one(models, monkeypatch, size, in_english, num_tokens):
+def test_a_caption_in_units_is_the_undivided_one(tiny_models, monkeypatch, size, in_english, num_tokens):
     """Also where it ends last in a unit, or is cut; with a penalty of what is written, and another image in between."""
     patch_areas(monkeypatch)
-    pipeline = models.ours(all_recipes()[LAYERED])
+    pipeline = tiny_models.ours(all_recipes()[LAYERED])
     stage, text_encoder = pipeline.stages["before_denoising"], sharp(pipeline.get_module("text_encoder"))
     monkeypatch.setitem(pipeline.components.modules, "text_encoder", text_encoder)
     config, longest = text_encoder.generation_config, 80
@@ -215,7 +215,7 @@ def test_padding_is_not_seen():
     assert torch.allclose(together[1:], alone, atol=1e-5)
 
 
-def test_embedded_guidance_is_refused(models, tmp_path):
+def test_embedded_guidance_is_refused(tiny_models, tmp_path):
     """The reference has the option, and neither weights for it nor a forward that takes it."""
     reference = ReferenceTransformer(num_layers=1, attention_head_dim=16, num_attention_heads=1, guidance_embeds=True)
     assert not any("guidance" in name for name in reference.state_dict())
@@ -238,10 +238,10 @@ def test_an_unknown_resolution_is_refused_before_images_are_looked_at(schema):
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_keys_and_values_have_the_name_that_the_installed_version_takes(models, monkeypatch, name):
+def test_keys_and_values_have_the_name_that_the_installed_version_takes(tiny_models, monkeypatch, name):
     """Another version's: as it is installed here or not, `generate` is given that name, and read by it."""
     patch_areas(monkeypatch)
-    pipeline = models.ours(all_recipes()[LAYERED])
+    pipeline = tiny_models.ours(all_recipes()[LAYERED])
     stage, text_encoder = pipeline.stages["before_denoising"], pipeline.get_module("text_encoder")
     output_cls = dataclasses.make_dataclass("Output", ["sequences", (name, object, None)])
     assert caption.cache_name(output_cls) == name

@@ -24,41 +24,40 @@ from safelight.layers.causal_vae import CausalDecoder
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
 from safelight.stages.schedule import shifted_sigmas
-from tests.families.conftest import requests
-from tests.families.test_parity import run_alone
-from tests.recipes.base import shake
+from safelight.testing.models import requests, run_alone
+from safelight.testing.recipes import shake
 from tests.recipes.flux import photo
 from tests.recipes.wan import BROKEN, DMD, IMAGE_TO_VIDEO, SMALL, WAN, vae
 
 
-def test_the_transformer_not_in_use_waits_on_the_host(models, tmp_path):
+def test_the_transformer_not_in_use_waits_on_the_host(tiny_models, tmp_path):
     """The bytes are those of both being on the device, and each is brought there once."""
-    folder = models.folder(WAN, "2.2")
+    folder = tiny_models.folder(WAN, "2.2")
     args = ServerArgs(str(folder), device="cpu", dtype="float32", offload="alternates", memory_limit="8GiB")
     waiting = load_pipeline(args, HostMemory())
     fields = {"prompt": "a cat", **SMALL, "num_inference_steps": 4}
     first, second = (
-        run_alone(pipeline, requests(pipeline, fields)[0]) for pipeline in (models.ours(WAN, "2.2"), waiting)
+        run_alone(pipeline, requests(pipeline, fields)[0]) for pipeline in (tiny_models.ours(WAN, "2.2"), waiting)
     )
     assert torch.equal(first, second)
     assert waiting.residency.num_swaps == 2
     with pytest.raises(InvalidParameterError, match="offload"):
-        load_pipeline(dataclasses.replace(args, model=str(models.folder(WAN))), HostMemory())
+        load_pipeline(dataclasses.replace(args, model=str(tiny_models.folder(WAN))), HostMemory())
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_text_to_video_may_be_given_its_first_frame(models, tmp_path, seed):
+def test_text_to_video_may_be_given_its_first_frame(tiny_models, tmp_path, seed):
     """Where frames have timesteps of their own: the same as the pipeline that is held to Diffusers for it."""
-    folder = shutil.copytree(models.folder(IMAGE_TO_VIDEO, "ti2v"), tmp_path / "ti2v")
+    folder = shutil.copytree(tiny_models.folder(IMAGE_TO_VIDEO, "ti2v"), tmp_path / "ti2v")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanPipeline"}))
     fields = {"prompt": "a cat", **SMALL, "height": 64, "width": 96, "image": (photo(40, 30),), "seed": seed}
-    ours, held = load_pipeline(ServerArgs(str(folder), device="cpu")), models.ours(IMAGE_TO_VIDEO, "ti2v")
+    ours, held = load_pipeline(ServerArgs(str(folder), device="cpu")), tiny_models.ours(IMAGE_TO_VIDEO, "ti2v")
     given, same = (run_alone(pipeline, requests(pipeline, fields)[0]) for pipeline in (ours, held))
     assert torch.equal(given, same)
     without = run_alone(ours, requests(ours, {**fields, "image": None})[0])
     assert not torch.equal(given, without)
-    assert refused(models.ours(WAN).schema, image=[photo(8, 8)])[0] == "image"
+    assert refused(tiny_models.ours(WAN).schema, image=[photo(8, 8)])[0] == "image"
 
 
 def refused(schema, **fields):
@@ -68,9 +67,9 @@ def refused(schema, **fields):
     return caught.value.param, str(caught.value)
 
 
-def test_a_second_guidance_scale_needs_a_second_transformer(models):
-    assert refused(models.ours(WAN).schema, guidance_scale_2=3.0)[0] == "guidance_scale_2"
-    prepare(models.ours(WAN, "2.2").schema, {"prompt": "a cat", **SMALL, "guidance_scale_2": 3.0})
+def test_a_second_guidance_scale_needs_a_second_transformer(tiny_models):
+    assert refused(tiny_models.ours(WAN).schema, guidance_scale_2=3.0)[0] == "guidance_scale_2"
+    prepare(tiny_models.ours(WAN, "2.2").schema, {"prompt": "a cat", **SMALL, "guidance_scale_2": 3.0})
 
 
 @pytest.mark.parametrize(
@@ -86,8 +85,8 @@ def test_a_second_guidance_scale_needs_a_second_transformer(models):
         ("ti2v", 1, 1, "last_image"),
     ],
 )
-def test_each_model_takes_its_images(models, variant, images, last, field):
-    schema = models.ours(IMAGE_TO_VIDEO, variant).schema
+def test_each_model_takes_its_images(tiny_models, variant, images, last, field):
+    schema = tiny_models.ours(IMAGE_TO_VIDEO, variant).schema
     asked = {
         "image": [photo(40, 30)] * images,
         **({"last_image": photo(30, 40)} if last else {}),
@@ -100,23 +99,23 @@ def test_each_model_takes_its_images(models, variant, images, last, field):
         prepare(schema, {"prompt": "a cat", **SMALL, **asked})
 
 
-def test_one_frame_has_no_last_image(models):
-    schema = models.ours(IMAGE_TO_VIDEO, "2.2").schema
+def test_one_frame_has_no_last_image(tiny_models):
+    schema = tiny_models.ours(IMAGE_TO_VIDEO, "2.2").schema
     assert refused(schema, image=photo(8, 8), last_image=photo(8, 8), num_frames=1)[0] == "last_image"
 
 
-def test_a_last_image_is_opened_like_the_first(models, tmp_path):
-    schema = models.ours(IMAGE_TO_VIDEO, "2.2").schema
+def test_a_last_image_is_opened_like_the_first(tiny_models, tmp_path):
+    schema = tiny_models.ours(IMAGE_TO_VIDEO, "2.2").schema
     photo(30, 40).save(tmp_path / "last.png")
     params, _ = prepare(schema, {"prompt": "a cat", **SMALL, "image": photo(8, 8), "last_image": tmp_path / "last.png"})
     assert vars(params)["last_image"].size == (30, 40)
     assert refused(schema, image=photo(8, 8), last_image=tmp_path / "none.png")[0] == "last_image"
 
 
-def test_the_model_of_sixteenfold_compression_has_24_frames_a_second(models):
-    assert models.ours(WAN, "ti2v").schema.defaults["fps"] == 24
-    assert models.ours(WAN).schema.defaults["fps"] == 16
-    assert refused(models.ours(WAN, "ti2v").schema)[1].startswith("height: got 48; it takes a multiple of 32")
+def test_the_model_of_sixteenfold_compression_has_24_frames_a_second(tiny_models):
+    assert tiny_models.ours(WAN, "ti2v").schema.defaults["fps"] == 24
+    assert tiny_models.ours(WAN).schema.defaults["fps"] == 16
+    assert refused(tiny_models.ours(WAN, "ti2v").schema)[1].startswith("height: got 48; it takes a multiple of 32")
 
 
 @pytest.mark.parametrize(
@@ -127,17 +126,17 @@ def test_the_model_of_sixteenfold_compression_has_24_frames_a_second(models):
         ({"boundary_ratio": 1.0, "transformer": [None, None]}, "transformer_2"),
     ],
 )
-def test_a_null_transformer_that_a_step_needs_is_refused(models, tmp_path, changes, missing):
+def test_a_null_transformer_that_a_step_needs_is_refused(tiny_models, tmp_path, changes, missing):
     folder = tmp_path / "model"
-    shutil.copytree(models.folder(WAN), folder)
+    shutil.copytree(tiny_models.folder(WAN), folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, **changes}))
     with pytest.raises(ModelIndexError, match=f"{missing} is null"):
         load_pipeline(ServerArgs(str(folder), device="cpu"))
 
 
-def test_a_distilled_model_takes_falling_timesteps_and_no_guidance(models):
-    schema = models.ours(DMD).schema
+def test_a_distilled_model_takes_falling_timesteps_and_no_guidance(tiny_models):
+    schema = tiny_models.ours(DMD).schema
     fields = {"num_inference_steps": None}
     assert schema.defaults["timesteps"] == (1000.0, 757.0, 522.0)
     assert refused(schema, **fields, timesteps=[500, 757])[0] == "timesteps"
@@ -169,7 +168,7 @@ def test_cleaning_is_more_than_markup():
     assert cleaned(BROKEN) == 'a cat with "flowers", a café and a dog\'s field'
 
 
-def test_latents_come_with_the_image_in_its_place(models):
+def test_latents_come_with_the_image_in_its_place(tiny_models):
     fields = {
         **SMALL,
         "height": 64,
@@ -178,17 +177,17 @@ def test_latents_come_with_the_image_in_its_place(models):
         "output_type": "latent",
         "guidance_scale": 1.0,
     }
-    (req,) = requests(models.ours(IMAGE_TO_VIDEO, "ti2v"), {"prompt": "a cat", **fields})
-    latents = run_alone(models.ours(IMAGE_TO_VIDEO, "ti2v"), req)
-    reference = models.reference(IMAGE_TO_VIDEO, "ti2v")
+    (req,) = requests(tiny_models.ours(IMAGE_TO_VIDEO, "ti2v"), {"prompt": "a cat", **fields})
+    latents = run_alone(tiny_models.ours(IMAGE_TO_VIDEO, "ti2v"), req)
+    reference = tiny_models.reference(IMAGE_TO_VIDEO, "ti2v")
     generator = torch.Generator().manual_seed(0)
     expected = reference(prompt="a cat", **fields, generator=generator, return_dict=False)[0]
     assert float((latents - expected[0]).abs().max()) < 1e-4
 
 
-def test_weights_that_nothing_uses_stay_in_the_file_and_exact_ones_stay_exact(models, tmp_path):
+def test_weights_that_nothing_uses_stay_in_the_file_and_exact_ones_stay_exact(tiny_models, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(models.folder(WAN), folder)
+    shutil.copytree(tiny_models.folder(WAN), folder)
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     more = {"blocks.0.attn2.norm_added_q.weight": torch.ones(32), "blocks.1.to_gate_compress.bias": torch.ones(32)}
@@ -228,8 +227,8 @@ def test_the_walk_decodes_as_the_library_does(residual, num_frames):
         assert torch.allclose(library.decode(latents, return_dict=False)[0], expected, atol=1e-5)
 
 
-def test_the_decoder_remembers_in_the_request(models):
-    pipeline = models.ours(WAN)
+def test_the_decoder_remembers_in_the_request(tiny_models):
+    pipeline = tiny_models.ours(WAN)
     (req,) = requests(pipeline, {"prompt": "a cat", **SMALL, "num_frames": 9, "num_inference_steps": 1})
     steps, sizes = pipeline.run(req), []
     with torch.inference_mode():

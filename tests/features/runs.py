@@ -30,8 +30,8 @@ from safelight.runtime.model_runner import PipelineRunner
 from safelight.runtime.plan import Plan
 from safelight.runtime.policy import Task
 from safelight.runtime.ranks import Ranks
+from safelight.testing.models import requests
 from tests.acceleration.memories import LateMemory
-from tests.families.conftest import requests
 from tests.features.table import FEATURE, OFF, Driver, Pair
 from tests.parallel import checkpoints
 from tests.recipes import all_recipes

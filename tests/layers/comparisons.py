@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests.recipes.base import shake
+from safelight.testing.recipes import shake
 
 
 def with_weights_of(reference: nn.Module, ours: nn.Module) -> nn.Module:

@@ -19,8 +19,8 @@ from safelight.errors import CheckpointError, ModelError, ModelIndexError
 from safelight.loading.alignment import ALIGNMENT
 from safelight.loading.checkpoint import load_weights
 from safelight.loading.loader import load_pipeline
+from safelight.testing.safetensors_files import begins, lay
 from tests.loading.conftest import edit_json
-from tests.safetensors_files import begins, lay
 
 STEMS = {
     "transformer": "diffusion_pytorch_model",

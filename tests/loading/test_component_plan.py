@@ -15,8 +15,8 @@ from safelight.loading.description import configure
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
 from safelight.parallel.mesh import lone_mesh
+from safelight.testing.models import requests
 from tests.calls import loaded_as
-from tests.families.conftest import requests
 from tests.recipes import all_recipes
 
 FIELDS = {"prompt": "a photo of a cat", "height": 36, "width": 44, "num_inference_steps": 2, "max_sequence_length": 32}

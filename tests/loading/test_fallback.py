@@ -14,9 +14,9 @@ from safelight import DiffusionGenerator, ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError, SafelightError, UsageError
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
+from safelight.testing.recipes import shake
 from tests.loading.conftest import edit_json
 from tests.recipes import all_recipes
-from tests.recipes.base import shake
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SHIFTED = {**FLOW, "use_dynamic_shifting": True, "time_shift_type": "exponential"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 
-from tests.recipes.base import Recipe, shake
+from safelight.testing.recipes import Recipe, shake
 
 NUM_HEADS = 4
 

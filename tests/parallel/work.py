@@ -44,11 +44,11 @@ from safelight.parallel.sequence import apply_sequence_parallel, piece_of
 from safelight.parallel.tensor import connect_shards, library_plan, shard_parameters
 from safelight.parallel.vae import BandedCausalDecoder, RowBands, divide_decoder
 from safelight.runtime.stacking import Stacking
+from safelight.testing.models import requests
+from safelight.testing.recipes import shake
 from tests.calls import loaded_as
-from tests.families.conftest import requests
 from tests.features.runs import pair_on_ranks  # noqa: F401 - run by its name
 from tests.recipes import all_recipes
-from tests.recipes.base import shake
 from tests.recipes.wan import vae as wan_vae
 
 TIMEOUT = timedelta(seconds=30)

@@ -16,8 +16,8 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from tests.recipes.base import Case, Recipe, shake
-from tests.recipes.tokenizers import clip_tokenizer, t5_tokenizer
+from safelight.testing.recipes import Case, Recipe, shake
+from safelight.testing.tokenizers import clip_tokenizer, t5_tokenizer
 
 CAT = "a photo of a cat sitting on a red chair"
 MAP = "an old map of the world, drawn in ink; ships, whales and a compass rose beside the naïve café of 漢字 dogs"

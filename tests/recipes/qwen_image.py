@@ -20,8 +20,8 @@ from transformers import (
     Qwen2VLProcessor,
 )
 
-from tests.recipes.base import Case, Difference, Recipe, shake, square_default
-from tests.recipes.tokenizers import qwen2_tokenizer
+from safelight.testing.recipes import Case, Difference, Recipe, shake, square_default
+from safelight.testing.tokenizers import qwen2_tokenizer
 
 CAT = "a photo of a cat sitting on a red chair"
 MAP = "an old map of the world, drawn in ink; ships, whales and a compass rose beside the naïve café of 漢字 dogs"

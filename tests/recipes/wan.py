@@ -27,9 +27,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tests.recipes.base import Case, Recipe, shake
+from safelight.testing.recipes import Case, Recipe, shake
+from safelight.testing.tokenizers import t5_tokenizer
 from tests.recipes.flux import CAT, MAP, photo
-from tests.recipes.tokenizers import t5_tokenizer
 
 NEGATIVE = "blurry,   low quality &amp;amp; watermark "
 BROKEN = "\uff41 \uff43\uff41\uff54\x07 with \u201c\ufb02owers\u201d, a caf\xc3\xa9 and a dog\u2019s \ufb01eld\x1b[1m"
@@ -338,6 +338,7 @@ DMD = DMDRecipe(
     load_reference=DMDReference,
     default_size=signature_size,
     silent={"num_inference_steps": "it is the number of timesteps, and nothing else"},
+    has_solver=False,
 )
 
 RECIPES = (WAN, IMAGE_TO_VIDEO, DMD)

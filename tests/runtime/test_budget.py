@@ -23,8 +23,8 @@ from safelight.runtime.plan import Plan
 from safelight.runtime.ranks import Ranks
 from safelight.runtime.room import Gauge
 from safelight.runtime.scheduler import Intake
+from safelight.testing.models import requests
 from tests.calls import loaded_as
-from tests.families.conftest import requests
 from tests.recipes import all_recipes
 from tests.runtime.conftest import request
 from tests.runtime.test_engine import drive as run

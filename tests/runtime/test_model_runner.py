@@ -19,7 +19,7 @@ from safelight.loading.loader import load_pipeline
 from safelight.runtime.engine import Engine
 from safelight.runtime.model_runner import PipelineRunner
 from safelight.runtime.stacking import Stacking
-from tests.families.conftest import requests
+from safelight.testing.models import requests
 from tests.recipes import all_recipes
 
 GUIDED = {"negative_prompt": "blurry", "true_cfg_scale": 3.0, "num_inference_steps": 4, "n": 2, "seed": 5}

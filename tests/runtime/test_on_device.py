@@ -12,7 +12,7 @@ from safelight import ServerArgs
 from safelight.core.device import is_out_of_memory
 from safelight.loading.loader import load_pipeline
 from safelight.runtime.engine import Engine
-from tests.families.conftest import requests
+from safelight.testing.models import requests
 from tests.recipes import all_recipes
 
 FIELDS = {"prompt": "a cat", "num_inference_steps": 2, "max_sequence_length": 24}

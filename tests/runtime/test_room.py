@@ -15,8 +15,8 @@ from safelight.core.calls import CallKey, ModelCall
 from safelight.core.executor import Execution
 from safelight.loading.loader import load_pipeline
 from safelight.runtime.room import Gauge, HostGauge, Room
+from safelight.testing.models import requests
 from tests.calls import through
-from tests.families.conftest import requests
 from tests.recipes import all_recipes
 
 BYTES = 10 * 4

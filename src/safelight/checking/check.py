@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from safelight.checking.ours import OurRun, run_ours
-from safelight.checking.record import Kind, Recorder, block_names, leaf_names, recording_modules
-from safelight.checking.reference import ReferenceRun, run_reference
+from safelight.checking.calls import compare_branches, pairs_of, rows_inside
+from safelight.checking.ours import run_ours
+from safelight.checking.record import OUTPUT, Recorded, RecordedCall, Recorder, block_names
+from safelight.checking.reference import run_reference
 from safelight.checking.report import DIVERGES, NOT_COMPARED, OK, Report, Row, compare_recorded
+from safelight.checking.stacking import stacking_rows
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError
-from safelight.layers.fusable import FusableLayer
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
 from safelight.preparation import prepare
@@ -55,7 +56,8 @@ def compare(
     """Run one request through both models, and compare what they make, in the order in which ours is made.
 
     Token ids, schedule and noise must be equal. The rest may differ by the tolerance, in units of the reference's
-    largest value where that is above 1. Inside a model call forms may differ as long as its output agrees.
+    largest value where that is above 1. Inside a model call forms may differ as long as its output agrees. Last, calls
+    of two requests are made as one, and compared with each alone.
 
     Args:
         ours: the model here.
@@ -73,17 +75,14 @@ def compare(
     params, _ = prepare(ours.schema, {**inputs(ours.schema, fields), "n": 1, "output_type": "np"})
     if isinstance(params.prompt, tuple):
         raise InvalidParameterError("prompt", params.prompt, "one text, here")
-    names = [
-        name
-        for name in ours.component_names()
-        if name.startswith(ENCODERS) and isinstance(reference.components.get(name), nn.Module)
-    ]
-    our_run = run_ours(ours, params, {name: ours.get_module(name) for name in names})
-    component = our_run.call.component
-    kept = block_names(ours.get_module(component))
-    their_run = run_reference(reference, params, {name: reference.components[name] for name in names}, component, kept)
-    rows = compare_all(our_run.recorder, their_run.recorder, limit, f"{component}: output")
-    rows = with_inside(rows, ours, reference, our_run, their_run, limit)
+    shared = [name for name in ours.modules() if isinstance(reference.components.get(name), nn.Module)]
+    encoders = [name for name in shared if name.startswith(ENCODERS)]
+    models = {name: ours.get_module(name) for name in shared if name not in (*encoders, "vae")}
+    made = run_ours(ours, params, {name: ours.get_module(name) for name in encoders}, models)
+    blocks = {name: block_names(model) for name, model in models.items()}
+    expected = run_reference(reference, params, {name: reference.components[name] for name in encoders}, blocks)
+    comparison = Comparison(made, expected, limit)
+    rows = [*comparison.rows(models, reference), *stacking_rows(ours, params, limit)]
     return Report(ours.schema.model, ours.schema.pipeline_name, tuple(rows))
 
 
@@ -103,49 +102,69 @@ def random_picture(seed: int) -> Image.Image:
     return Image.fromarray((pixels[0].permute(1, 2, 0) * 127.5).to(torch.uint8).numpy())
 
 
-def compare_all(ours: Recorder, theirs: Recorder, tolerance: float, output: str) -> list[Row]:
-    """Return a row for everything that we made, and one for what only the reference did.
+def excused(row: Row) -> Row:
+    """Return the row of a later step's call, whose arguments are rounded otherwise already, where its latents agree."""
+    if row.verdict != DIVERGES:
+        return row
+    return dataclasses.replace(row, verdict=NOT_COMPARED, note="of a later step: its latents agree")
 
-    Where the model's output agrees, what is inside has another form, or none that matters.
+
+class Comparison:
+    """What one request made, here and in the reference.
+
+    Args:
+        ours: as we made it.
+        theirs: as the reference did.
+        tolerance: as in `compare`.
+
     """
-    rows = {
-        name: compare_recorded(name, made, theirs.entries.get(name), tolerance) for name, made in ours.entries.items()
-    }
-    if rows[output].verdict == OK:
-        for name, row in rows.items():
-            if ours.entries[name].kind is Kind.INNER and row.verdict == DIVERGES:
-                note = "another form: the output agrees"
-                rows[name] = dataclasses.replace(row, verdict=NOT_COMPARED, note=note)
-    extra = [name for name, made in theirs.entries.items() if name not in rows and made.kind is not Kind.INNER]
-    missing = [Row(name, "", None, None, NOT_COMPARED, "only in the reference") for name in extra]
-    return [*missing, *rows.values()]
 
+    def __init__(self, ours: Recorder, theirs: Recorder, tolerance: float) -> None:
+        self.ours = ours
+        self.theirs = theirs
+        self.tolerance = tolerance
+        self.pairs = pairs_of(ours.calls, theirs.calls)
 
-def with_inside(
-    rows: list[Row], ours: ComposedPipeline, reference: Any, our_run: OurRun, their_run: ReferenceRun, tolerance: float
-) -> list[Row]:
-    """Put before the first row that diverges, if it is a module, the rows of the layers inside it.
+    def rows(self, models: Mapping[str, nn.Module], reference: Any) -> list[Row]:
+        """Return a row for everything that we made, and one for what only the reference did.
 
-    They are not kept from the start, because there are too many: the first model call is made once more for them.
-    """
-    component = our_run.call.component
-    first = next((index for index, row in enumerate(rows) if row.verdict == DIVERGES), None)
-    if first is None or not rows[first].what.startswith(f"{component}."):
-        return rows
-    root, their_root = ours.get_module(component), getattr(reference, component)
-    below = leaf_names(root, rows[first].what.removeprefix(f"{component}."))
-    # A layer of ours that does more than the reference's of its name is no match for it.
-    names = [name for name in below if not isinstance(root.get_submodule(name), FusableLayer)]
-    mine, theirs = Recorder(), Recorder()
-    with torch.inference_mode():
-        with recording_modules(mine, root, component, names):
-            root(**our_run.call.kwargs, **our_run.call.shared_kwargs)
-        with recording_modules(theirs, their_root, component, names):
-            their_root(**their_run.calls[0])
-    known = {row.what for row in rows}
-    inside = [
-        compare_recorded(name, made, theirs.entries.get(name), tolerance)
-        for name, made in mine.entries.items()
-        if name in theirs.entries and name not in known
-    ]
-    return [*rows[:first], *inside, *rows[first:]]
+        Where a call diverges first, what lies inside it is there too.
+        """
+        rows: list[Row] = []
+        diverged = False
+        for name, made in self.ours.entries.items():
+            if isinstance(made, RecordedCall) and made is self.ours.calls[0]:
+                rows.append(compare_branches(self.ours.calls, self.theirs.calls))
+            found = self._rows_of(name, made)
+            first = next((index for index, row in enumerate(found) if row.verdict == DIVERGES), None)
+            if isinstance(made, RecordedCall) and first is not None and not diverged:
+                found[first:first] = self._inside(made, found[first], models, reference)
+            diverged = diverged or first is not None
+            rows += found
+        names = {row.what for row in rows}
+        extra = [name for name, made in self.theirs.entries.items() if isinstance(made, Recorded) and name not in names]
+        return [*(Row(name, "", None, None, NOT_COMPARED, "only in the reference") for name in extra), *rows]
+
+    def _rows_of(self, name: str, made: Recorded | RecordedCall) -> list[Row]:
+        if isinstance(made, RecordedCall):
+            rows = self.pairs[id(made)].rows(self.tolerance)
+            return [excused(row) for row in rows] if made.step and self._agree_after(made.step) else rows
+        expected = self.theirs.entries.get(name)
+        assert not isinstance(expected, RecordedCall)
+        return [compare_recorded(name, made, expected, self.tolerance)]
+
+    def _agree_after(self, step: int) -> bool:
+        """Say whether the latents after a step, from 0, are the reference's."""
+        name = f"latents after step {step + 1}"
+        made = self.ours.entries.get(name)
+        return isinstance(made, Recorded) and self._rows_of(name, made)[0].verdict == OK
+
+    def _inside(self, call: RecordedCall, row: Row, models: Mapping[str, nn.Module], reference: Any) -> list[Row]:
+        entry = next(entry for entry in call.entries if call.title(entry) == row.what)
+        pair = self.pairs[id(call)]
+        if pair.theirs is None or (entry != OUTPUT and not entry.startswith(".")):
+            return []
+        root, their_root = models[call.component], reference.components[call.component]
+        known = {call.title(entry) for entry in call.entries}
+        inside = rows_inside(pair, entry, root, their_root, self.tolerance)
+        return [row for row in inside if row.what not in known]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,8 @@ from safelight.checking.record import (
     block_names,
     recording_calls,
     recording_encoders,
-    recording_modules,
     tensors_of,
 )
-from safelight.core.calls import ModelCall
 from safelight.core.executor import Execution
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
@@ -25,49 +24,42 @@ from safelight.core.request import Req
 from safelight.errors import NonFiniteOutputError
 
 
-@dataclass(frozen=True)
-class OurRun:
-    """What was recorded, and the first model call, so that it can be made again."""
-
-    recorder: Recorder
-    call: ModelCall
-
-
-def run_ours(pipeline: ComposedPipeline, params: SamplingParams, encoders: Mapping[str, nn.Module]) -> OurRun:
-    """Run one request to its end, and keep what it makes.
+def run_ours(
+    pipeline: ComposedPipeline,
+    params: SamplingParams,
+    encoders: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module],
+) -> Recorder:
+    """Run one request to its end, and return what it makes.
 
     Args:
         pipeline: ours.
         params: resolved, for one output.
         encoders: components that take text or images, by name.
+        models: components that the loop calls, by name.
 
     """
-    recorder, req, num_steps = Recorder(), Req("check", params), 0
-    with Execution(pipeline, req) as execution:
-        with recording_encoders(recorder, encoders):
-            while not req.in_loop and execution.advance():
-                pass
-        with torch.inference_mode():
+    recorder, req = Recorder(), Req("check", params)
+
+    def before_the_first_call(*_args: Any) -> None:
+        if not recorder.calls:
             record_preparation(recorder, pipeline, req)
-        call = req.pending[0]
-        root = pipeline.get_module(call.component)
-        with (
-            recording_calls(recorder, root, call.component),
-            recording_modules(recorder, root, call.component, block_names(root)),
-        ):
-            more = execution.advance()
-        while True:
-            if req.step_index > num_steps:
-                num_steps = req.step_index
-                recorder.add(f"latents after step {num_steps}", *tensors_of(req.latents))
-            if not more:
-                break
-            try:
-                more = execution.advance()
-            except NonFiniteOutputError:  # the rows say where that began
-                return OurRun(recorder, call)
+
+    with ExitStack() as watched:
+        watched.enter_context(recording_encoders(recorder, encoders))
+        for name, model in models.items():
+            watched.enter_context(model.register_forward_pre_hook(before_the_first_call))
+            watched.enter_context(recording_calls(recorder, name, model, block_names(model)))
+        execution = watched.enter_context(Execution(pipeline, req))
+        try:
+            while execution.advance():
+                if req.step_index > recorder.step:
+                    recorder.step = req.step_index
+                    recorder.add(f"latents after step {recorder.step}", *tensors_of(req.latents))
+        except NonFiniteOutputError:  # the rows say where that began
+            return recorder
     recorder.add("pixels", torch.stack(req.outputs))
-    return OurRun(recorder, call)
+    return recorder
 
 
 def record_preparation(recorder: Recorder, pipeline: ComposedPipeline, req: Req) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 class Kind(enum.Enum):
@@ -31,18 +30,80 @@ class Recorded:
     kind: Kind
 
 
+@dataclass(frozen=True)
+class RecordedCall:
+    """One call of a model.
+
+    Attributes:
+        component: the model's name.
+        number: which of its calls it is, from 1.
+        step: the denoising step that it belongs to, from 0.
+        arguments: as they were given, by name, so that the call can be made again.
+        entries: what was kept of it: by `: name` an argument and `: output`, by `.name` what a module returned.
+
+    """
+
+    component: str
+    number: int
+    step: int
+    arguments: Mapping[str, Any]
+    entries: dict[str, Recorded]
+
+    @property
+    def num_rows(self) -> int:
+        """The size of the batch dimension; 0 before it has returned."""
+        made = self.entries.get(OUTPUT)
+        return made.tensors[0].shape[0] if made is not None else 0
+
+    def title(self, entry: str) -> str:
+        """Return the name of an entry in a report."""
+        return numbered(f"{self.component}{entry}", self.number)
+
+
+OUTPUT = ": output"
+
+
+def numbered(what: str, number: int) -> str:
+    """Return the name of the thing of a number, from 1, among those of one name."""
+    return what if number == 1 else f"{what}, call {number}"
+
+
 class Recorder:
-    """Keeps what is made, in order; the second thing of a name is called `name, call 2`."""
+    """Keeps what is made, in order; the second thing of a name is called `name, call 2`.
+
+    Attributes:
+        entries: what was made, and the calls of models, in one order.
+        calls: those calls alone.
+        step: of the calls that are made now; whoever drives sets it.
+
+    """
 
     def __init__(self) -> None:
-        self.entries: dict[str, Recorded] = {}
+        self.entries: dict[str, Recorded | RecordedCall] = {}
+        self.calls: list[RecordedCall] = []
+        self.step = 0
         self._counts: dict[str, int] = {}
 
     def add(self, what: str, *tensors: Tensor, kind: Kind = Kind.CLOSE) -> None:
         """Keep a copy of one thing."""
+        self.entries[numbered(what, self._count(what))] = copied(tensors, kind)
+
+    def begin_call(self, component: str, given: Mapping[str, Any]) -> None:
+        """Keep a call's arguments; its output is added to it when it has returned."""
+        inputs = {f": {name}": value for name, value in given.items() if isinstance(value, Tensor)}
+        kept = {entry: copied((value,), Kind.INNER) for entry, value in inputs.items()}
+        call = RecordedCall(component, self._count(component), self.step, given, kept)
+        self.calls.append(call)
+        self.entries[numbered(component, call.number)] = call
+
+    def _count(self, what: str) -> int:
         count = self._counts[what] = self._counts.get(what, 0) + 1
-        name = what if count == 1 else f"{what}, call {count}"
-        self.entries[name] = Recorded(tuple(tensor.detach().to("cpu", copy=True) for tensor in tensors), kind)
+        return count
+
+
+def copied(tensors: Iterable[Tensor], kind: Kind) -> Recorded:
+    """Return copies on the CPU."""
+    return Recorded(tuple(tensor.detach().to("cpu", copy=True) for tensor in tensors), kind)
 
 
 def tensors_of(value: Any) -> tuple[Tensor, ...]:
@@ -67,17 +128,19 @@ def recording_encoders(recorder: Recorder, encoders: Mapping[str, nn.Module]) ->
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = arguments(module, args, kwargs)
             ids, mask = given.get("input_ids"), given.get("attention_mask")
-            if ids is not None:
-                seen = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
-                recorder.add(f"{name}: token ids", ids[seen.bool()], kind=Kind.EXACT)
+            states, pooled = output["last_hidden_state"], output.get("pooler_output")
             if given.get("pixel_values") is not None:
                 recorder.add(f"{name}: pixels", given["pixel_values"])
-            states, pooled = output["last_hidden_state"], output.get("pooler_output")
-            if ids is not None:
-                states = states[seen.bool()]
-            recorder.add(f"{name}: hidden states", states)
+            if ids is None:
+                recorder.add(f"{name}: hidden states", states)
+            else:
+                seen = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+                for row, kept in enumerate(seen.bool()):  # one side may encode several texts in one call
+                    recorder.add(f"{name}: token ids", ids[row][kept], kind=Kind.EXACT)
+                    recorder.add(f"{name}: hidden states", states[row][kept])
             if isinstance(pooled, Tensor):
-                recorder.add(f"{name}: pooled", pooled)
+                for each in torch.split(pooled, 1):
+                    recorder.add(f"{name}: pooled", each)
 
         return record
 
@@ -90,47 +153,38 @@ def recording_encoders(recorder: Recorder, encoders: Mapping[str, nn.Module]) ->
 
 
 @contextmanager
-def recording_modules(recorder: Recorder, root: nn.Module, label: str, names: Iterable[str]) -> Iterator[None]:
-    """Keep what the modules below `root` return in its first forward, and no more of it."""
-    handles: list[RemovableHandle] = []
+def recording_calls(recorder: Recorder, component: str, root: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Keep what a model is given and what it returns, in each of its calls while the block runs.
 
-    def hook(name: str) -> Callable[..., None]:
+    Args:
+        recorder: keeps it.
+        component: the model's name.
+        root: the model.
+        names: of modules below it, whose outputs are kept too in calls of the first step.
+
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorder.begin_call(component, arguments(module, args, kwargs))
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        recorder.calls[-1].entries[OUTPUT] = copied(tensors_of(output), Kind.OUTPUT)
+
+    def inside(name: str) -> Callable[..., None]:
         def record(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            recorder.add(f"{label}.{name}", *tensors_of(output), kind=Kind.INNER)
+            if recorder.step == 0:
+                recorder.calls[-1].entries[f".{name}"] = copied(tensors_of(output), Kind.INNER)
 
         return record
 
-    def stop(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        for handle in handles:
-            handle.remove()
-
     modules = dict(root.named_modules())
-    for name in names:
-        if name in modules:
-            handles.append(modules[name].register_forward_hook(hook(name)))
-    handles.append(root.register_forward_hook(stop))
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(root.register_forward_pre_hook(before, with_kwargs=True))
+        for name in names:
+            if name in modules:
+                hooks.enter_context(modules[name].register_forward_hook(inside(name)))
+        hooks.enter_context(root.register_forward_hook(after))
         yield
-    finally:
-        stop(root, (), None)
-
-
-@contextmanager
-def recording_calls(recorder: Recorder, root: nn.Module, label: str) -> Iterator[list[dict[str, Any]]]:
-    """Keep what a model is given and what it returns while the block runs; yields the arguments of its calls."""
-    calls: list[dict[str, Any]] = []
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(arguments(module, args, kwargs))
-        for name, value in calls[-1].items():
-            if isinstance(value, Tensor):
-                recorder.add(f"{label}: {name}", value, kind=Kind.INNER)
-
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        recorder.add(f"{label}: output", *tensors_of(output), kind=Kind.OUTPUT)
-
-    with root.register_forward_pre_hook(before, with_kwargs=True), root.register_forward_hook(after):
-        yield calls
 
 
 def block_names(root: nn.Module) -> list[str]:

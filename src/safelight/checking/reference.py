@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from safelight.checking.record import (
     Recorder,
     recording_calls,
     recording_encoders,
-    recording_modules,
     replaced,
     tensors_of,
 )
@@ -29,54 +27,45 @@ NOT_PASSED = frozenset({"seed", "n", "fps", "output_type"})
 """Fields that the reference has in other words, or not at all."""
 
 
-@dataclass(frozen=True)
-class ReferenceRun:
-    """What was recorded, and the arguments of the model's calls in the first step."""
-
-    recorder: Recorder
-    calls: Sequence[Mapping[str, Any]]
-
-
 def run_reference(
-    pipe: Any, params: SamplingParams, encoders: Mapping[str, nn.Module], component: str, names: Sequence[str]
-) -> ReferenceRun:
-    """Call the reference, and keep what it makes.
+    pipe: Any, params: SamplingParams, encoders: Mapping[str, nn.Module], modules: Mapping[str, Sequence[str]]
+) -> Recorder:
+    """Call the reference, and return what it makes.
 
     Args:
         pipe: the pipeline of the diffusers package.
         params: as ours was given them.
         encoders: components that take text or images, by name.
-        component: name of the model that runs the first step.
-        names: of its modules whose outputs are kept.
+        modules: of each model that the loop calls, the names of modules whose outputs are kept.
 
     Raises:
         UsageError: if the reference refuses the parameters.
 
     """
-    recorder, root = Recorder(), getattr(pipe, component)
+    recorder = Recorder()
     given = reference_arguments(pipe, params)
-    with ExitStack() as always, ExitStack() as first_step:
-        always.enter_context(recording_encoders(recorder, encoders))
-        always.enter_context(replaced(pipe.vae, "encode", lambda encode: recording_encode(recorder, encode)))
-        always.enter_context(replaced(pipe, "prepare_latents", lambda prepare: recording_noise(recorder, prepare)))
-        calls = first_step.enter_context(recording_calls(recorder, root, component))
-        first_step.enter_context(recording_modules(recorder, root, component, names))
 
-        def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if step == 0:
-                first_step.close()
-                recorder.add("timesteps", running.scheduler.timesteps, kind=Kind.EXACT)
-                recorder.add("sigmas", torch.as_tensor(running.scheduler.sigmas), kind=Kind.EXACT)
-            recorder.add(f"latents after step {step + 1}", *tensors_of(tensors["latents"]))
-            return tensors
+    def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            recorder.add("timesteps", running.scheduler.timesteps, kind=Kind.EXACT)
+            recorder.add("sigmas", torch.as_tensor(running.scheduler.sigmas), kind=Kind.EXACT)
+        recorder.step = step + 1
+        recorder.add(f"latents after step {recorder.step}", *tensors_of(tensors["latents"]))
+        return tensors
 
-        always.enter_context(torch.inference_mode())
+    with ExitStack() as watched:
+        watched.enter_context(recording_encoders(recorder, encoders))
+        watched.enter_context(replaced(pipe.vae, "encode", lambda encode: recording_encode(recorder, encode)))
+        watched.enter_context(replaced(pipe, "prepare_latents", lambda prepare: recording_noise(recorder, prepare)))
+        for name, names in modules.items():
+            watched.enter_context(recording_calls(recorder, name, pipe.components[name], names))
+        watched.enter_context(torch.inference_mode())
         try:
             media = pipe(**given, callback_on_step_end=on_step_end, output_type="np", return_dict=False)[0]
         except ValueError as error:  # how these pipelines refuse a value
             raise UsageError(f"{type(pipe).__name__}: {error}") from error
     recorder.add("pixels", torch.from_numpy(np.asarray(media[0])))
-    return ReferenceRun(recorder, calls)
+    return recorder
 
 
 def reference_arguments(pipe: Any, params: SamplingParams) -> dict[str, Any]:

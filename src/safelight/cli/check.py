@@ -72,8 +72,9 @@ def check_model(
     PATH is a folder or a Hub id, and comes first: the options are the model's own. Both models are loaded, so there
     must be memory for two; a small size is enough. A model that needs a picture is given a random one.
 
-    Compared are token ids, encoders' outputs, image latents, schedule, noise, the first model call block by block,
-    latents after each step, and pixels. The exit code is 0 if all agree, and 1 if something diverges.
+    Compared are token ids, encoders' outputs, image latents, schedule, noise, every model call, those of the first step
+    block by block, latents after each step, and pixels; and calls of two requests, stacked, with each alone. The exit
+    code is 0 if all agree, and 1 if something diverges.
     """
     from safelight.checking import check_model as check
 

@@ -171,6 +171,8 @@ class PipelineConfig:
             tokenizer: the encoder's.
             processor: of the images that go with the text; None where the model has none.
 
+        An `attention_mask` among them, [1, S], is kept beside the embeddings, whether the encoder is given it or not.
+
         """
         tokens = tokenizer(text, padding=spec.padding, max_length=spec.max_length, truncation=True, return_tensors="pt")
         return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}

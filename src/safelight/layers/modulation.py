@@ -192,6 +192,26 @@ class Modulation(nn.Module):
         return (self.norm(hidden_states, scale, shift), *others)
 
 
+class GivenModulation(nn.Module):
+    """As `Modulation`, of vectors that are made elsewhere: it has no weights.
+
+    Args:
+        dim: channels.
+        num_chunks: vectors that it is given.
+
+    """
+
+    def __init__(self, dim: int, num_chunks: int) -> None:
+        super().__init__()
+        self.num_chunks = num_chunks
+        self.norm = NormModulate(dim)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
+        """Return the modulated norm of [B, S, C], then the other vectors, each [B, 1, C], of temb [B, K, C]."""
+        shift, scale, *others = temb.chunk(self.num_chunks, dim=1)
+        return (self.norm(hidden_states, scale, shift), *others)
+
+
 class ModulatedNorm(nn.Module):
     """The norm before the last layer: scale first, then shift, as in the checkpoints.
 

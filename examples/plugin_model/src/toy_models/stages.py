@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ class ToyBeforeDenoisingStage(PipelineStage):
         self.timestep_preparation = TimestepPreparationStage(scheduler, config)
         self.conditioning = ConditioningStage(config)
 
+    def parts(self) -> Sequence[PipelineStage]:
+        """Return the stages inside: what is given to all stages, such as the conditioning cache, reaches them here."""
+        return (self.text_encoding, self.image_encoding, self.timestep_preparation, self.conditioning)
+
     def run(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Fill all that the loop needs, with a boundary before each piece of work."""
         yield from self.text_encoding.run(batch, server_args)
@@ -64,7 +69,7 @@ class ToyBeforeDenoisingStage(PipelineStage):
     def prepare_latents(self, batch: Req) -> None:
         """Mix the image's latents with the seed's noise, as flow matching does at the first noise level."""
         assert batch.params.seed is not None
-        (image,) = batch.image_latents
+        (image,) = (latents.to(batch.prompt_embeds[0].dtype) for latents in batch.image_latents)  # the VAE has its own
         batch.generator = torch.Generator("cpu").manual_seed(batch.params.seed)
         batch.raw_latent_shape = tuple(image.shape)
         noise = torch.randn(image.shape, generator=batch.generator, dtype=image.dtype).to(image.device)

@@ -12,12 +12,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from safelight.attention import Attention
 from safelight.layers.embeddings import EmbeddingMLP, timestep_embedding
-from safelight.layers.joint_attention import JointAttention
-from safelight.layers.linear import FeedForward
-from safelight.layers.modulation import GatedResidual, ModulatedNorm, Modulation, ResidualNorm, clip_float16
-from safelight.layers.rotary import QKNormRotary
+from safelight.layers.modulation import ModulatedNorm
+from safelight.layers.stream_blocks import DoubleStreamBlock, SingleStreamBlock, blocks_tp_plan
 
 TIME_CHANNELS = 256
 
@@ -76,78 +73,10 @@ class ConditioningEmbedding(nn.Module):
         return torch.add(embedded, self.text_embedder(pooled_projections))
 
 
-class SelfAttention(nn.Module):
-    """Attention of the blocks with one stream; its output goes into the block's joint projection."""
-
-    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.rotary = QKNormRotary(num_heads, head_dim)
-        self.attention = Attention(num_heads, head_dim)
-
-    def forward(self, hidden_states: Tensor, freqs_cis: Tensor) -> Tensor:
-        """Return [B, S, C]."""
-        query, key, value = (
-            linear(hidden_states).unflatten(-1, (-1, self.head_dim)) for linear in (self.to_q, self.to_k, self.to_v)
-        )
-        query, key = self.rotary(query, key, self.norm_q.weight, self.norm_k.weight, freqs_cis)
-        attended: Tensor = self.attention(query, key, value)
-        return attended.flatten(2)
-
-
-class FluxTransformerBlock(nn.Module):
-    """A block with two streams."""
-
-    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.norm1 = Modulation(dim, 6)
-        self.norm1_context = Modulation(dim, 6)
-        self.attn = JointAttention(dim, num_heads, head_dim)
-        self.norm2 = ResidualNorm(dim)
-        self.ff = FeedForward(dim)
-        self.norm2_context = ResidualNorm(dim)
-        self.ff_context = FeedForward(dim)
-        self.residual = GatedResidual(dim)
-
-    def forward(self, image: Tensor, text: Tensor, temb: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-        """Return image [B, S_image, C] and text [B, S_text, C]."""
-        normed, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(image, temb)
-        text_normed, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = self.norm1_context(text, temb)
-        update, text_update = self.attn(normed, text_normed, freqs_cis)
-        image, normed = self.norm2(image, gate, update, mlp_scale, mlp_shift)
-        text, text_normed = self.norm2_context(text, text_gate, text_update, text_mlp_scale, text_mlp_shift)
-        image = self.residual(image, mlp_gate, self.ff(normed))
-        return image, clip_float16(self.residual(text, text_mlp_gate, self.ff_context(text_normed)))
-
-
-class FluxSingleTransformerBlock(nn.Module):
-    """A block with one stream; attention and MLP run side by side."""
-
-    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.norm = Modulation(dim, 3)
-        self.proj_mlp = nn.Linear(dim, 4 * dim)
-        self.act_mlp = nn.GELU(approximate="tanh")
-        self.proj_out = nn.Linear(5 * dim, dim)
-        self.attn = SelfAttention(dim, num_heads, head_dim)
-        self.residual = GatedResidual(dim)
-
-    def forward(self, hidden_states: Tensor, temb: Tensor, freqs_cis: Tensor) -> Tensor:
-        """Return [B, S_text + S_image, C]."""
-        normed, gate = self.norm(hidden_states, temb)
-        joined = torch.cat((self.attn(normed, freqs_cis), self.act_mlp(self.proj_mlp(normed))), dim=-1)
-        return clip_float16(self.residual(hidden_states, gate, self.proj_out(joined)))
-
-
 class FluxTransformer2DModel(nn.Module):
     """Predicts the velocity, noise minus picture, of packed latents."""
 
-    _repeated_blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    _repeated_blocks: ClassVar[tuple[str, ...]] = ("DoubleStreamBlock", "SingleStreamBlock")
     _sp_plan: ClassVar[Mapping[str, object]] = {
         "attention": ("transformer_blocks.*.attn.attention", "single_transformer_blocks.*.attn.attention"),
         "rotary": "freqs_cis",
@@ -155,19 +84,7 @@ class FluxTransformer2DModel(nn.Module):
         "replicated": "encoder_hidden_states",
     }
     _tp_plan: ClassVar[Mapping[str, object]] = {
-        "transformer_blocks.*.norm1.linear": "column, gathered",
-        "transformer_blocks.*.norm1_context.linear": "column, gathered",
-        **{f"transformer_blocks.*.attn.{name}": style for name, style in JointAttention.tp_plan.items()},
-        "transformer_blocks.*.ff.net.0.proj": "column",
-        "transformer_blocks.*.ff.net.2": "row",
-        "transformer_blocks.*.ff_context.net.0.proj": "column",
-        "transformer_blocks.*.ff_context.net.2": "row",
-        "single_transformer_blocks.*.norm.linear": "column, gathered",
-        "single_transformer_blocks.*.attn.to_q": "column",
-        "single_transformer_blocks.*.attn.to_k": "column",
-        "single_transformer_blocks.*.attn.to_v": "column",
-        "single_transformer_blocks.*.proj_mlp": "column",
-        "single_transformer_blocks.*.proj_out": "row of 1:4",  # attention beside the MLP
+        **blocks_tp_plan(),
         "norm_out.linear": "column, gathered",
     }
 
@@ -178,11 +95,9 @@ class FluxTransformer2DModel(nn.Module):
         self.time_text_embed = ConditioningEmbedding(architecture)
         self.context_embedder = nn.Linear(architecture.joint_attention_dim, dim)
         self.x_embedder = nn.Linear(architecture.in_channels, dim)
-        self.transformer_blocks = nn.ModuleList(
-            FluxTransformerBlock(dim, *heads) for _ in range(architecture.num_layers)
-        )
+        self.transformer_blocks = nn.ModuleList(DoubleStreamBlock(dim, *heads) for _ in range(architecture.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
-            FluxSingleTransformerBlock(dim, *heads) for _ in range(architecture.num_single_layers)
+            SingleStreamBlock(dim, *heads) for _ in range(architecture.num_single_layers)
         )
         self.norm_out = ModulatedNorm(dim)
         self.proj_out = nn.Linear(dim, architecture.patch_size**2 * out_channels)
@@ -217,7 +132,7 @@ class FluxTransformer2DModel(nn.Module):
         scaled_guidance = None if guidance is None else guidance.to(image.dtype) * 1000
         temb = self.time_text_embed(timestep.to(image.dtype) * 1000, scaled_guidance, pooled_projections)
         for block in self.transformer_blocks:
-            image, text = block(image, text, temb, freqs_cis)
+            image, text = block(image, text, temb, temb, freqs_cis)
         joined = torch.cat((text, image), dim=1)
         for block in self.single_transformer_blocks:
             joined = block(joined, temb, freqs_cis)

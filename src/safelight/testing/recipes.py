@@ -1,9 +1,11 @@
-"""What a recipe says, and what recipes share."""
+"""What a recipe says: how a tiny random checkpoint of a pipeline is built, and what is asked of it."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ class Case:
         name: short, for the table.
         fields: sampling parameters.
         variant: which of the recipe's checkpoints it runs on.
-        slow: whether it runs in `make test-all` only.
+        slow: whether its tests are marked `slow`.
         patched: whether the recipe's patch holds.
         unanswered: inputs that change no picture of it, here as in the reference, and why.
+
     """
 
     name: str
@@ -42,11 +45,20 @@ class Difference:
         sentence: what it is, for the table.
         correct: makes a loaded reference do as the authors do, or leaves it where it does already.
         unlearn: called with pytest's monkeypatch, makes ours do as the installed reference does.
+
     """
 
     sentence: str
     correct: Callable[[Any], None]
     unlearn: Callable[[Any], None]
+
+
+@contextmanager
+def references_own_warnings() -> Iterator[None]:
+    """Leave what the reference warns of while it is built, loaded or run to its authors: it fails no test of ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def square_default(pipe: Any) -> tuple[int, int]:
@@ -72,6 +84,8 @@ class Recipe:
         one_at_a_time: whether the reference is called once an output, because it takes no list of prompts.
         difference: what the installed reference does otherwise than the model's authors.
         silent: fields that change no picture in any case, here as in the reference, and why.
+        has_solver: whether the pipeline steps by the solver of its repository.
+
     """
 
     pipeline_name: str
@@ -86,6 +100,12 @@ class Recipe:
     one_at_a_time: bool = False
     difference: Difference | None = None
     silent: Mapping[str, str] = field(default_factory=dict)
+    has_solver: bool = True
+
+    def write(self, folder: Path, variant: str = "default") -> None:
+        """Write the checkpoint of a variant."""
+        with references_own_warnings():
+            self.build(folder, variant)
 
     def reference_class(self) -> Any:
         """Return the class whose signature states the defaults."""
@@ -94,7 +114,8 @@ class Recipe:
     def reference(self, folder: Path, as_installed: bool = False, **kwargs: Any) -> Any:
         """Load the reference: the installed one, with what it does otherwise than the authors put right."""
         load = self.load_reference or self.reference_class().from_pretrained
-        pipe = load(folder, **kwargs)
+        with references_own_warnings():
+            pipe = load(folder, **kwargs)
         if self.difference is not None and not as_installed:
             self.difference.correct(pipe)
         pipe.set_progress_bar_config(disable=True)

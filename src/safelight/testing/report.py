@@ -1,9 +1,10 @@
-"""The table of the parity suite."""
+"""The tables of the parity suite."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from importlib.metadata import version
 
 HEADINGS = ("pipeline", "case", "token ids", "sigmas", "noise", "hidden states", "latents", "pixels")
 OTHERWISE_HEADINGS = ("pipeline", "case", "what the installed Diffusers does", "hidden states", "pixels")
@@ -35,6 +36,7 @@ class OtherwiseRow:
 
 
 def cells(row: ParityRow | OtherwiseRow) -> list[str]:
+    """Return a row's texts."""
     return [f"{cell:.1e}" if isinstance(cell, float) else str(cell) for cell in astuple(row)]
 
 
@@ -47,10 +49,7 @@ def table(rows: Sequence[ParityRow | OtherwiseRow], headings: Sequence[str] = HE
 
 def markdown(rows: Iterable[ParityRow], otherwise: Sequence[OtherwiseRow]) -> str:
     """Return the rows as the page `docs/parity.md`."""
-    import diffusers
-    import torch
-    import transformers
-
+    versions = [f"{name} {version(name).split('+')[0]}" for name in ("diffusers", "transformers", "torch")]
     head = [
         "# Parity with Diffusers",
         "",
@@ -60,8 +59,7 @@ def markdown(rows: Iterable[ParityRow], otherwise: Sequence[OtherwiseRow]) -> st
         "value if that is above 1; latents after every step; pixels in [0, 1]. Each may differ by 1e-4, while another",
         "prompt, negative prompt, image or seed moves the pixels of every case by at least 1e-2.",
         "",
-        f"diffusers {diffusers.__version__}, transformers {transformers.__version__}, "
-        f"torch {torch.__version__.split('+')[0]}.",
+        f"{', '.join(versions)}.",
         "",
         *markdown_table(rows, HEADINGS),
     ]
