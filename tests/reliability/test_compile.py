@@ -19,10 +19,10 @@ from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
 from safelight.runtime.group import EngineSettings
 from safelight.runtime.supervisor import Supervisor
-from safelight.serving.job_manager import JobManager
-from safelight.serving.outputs import Outputs
-from safelight.serving.sqlite_jobs import SqliteJobStore
-from safelight.serving.submission import Submission
+from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.manager import JobManager
+from safelight.serving.jobs.sqlite import SqliteJobStore
+from safelight.serving.jobs.submission import Submission
 from tests.recipes import all_recipes
 
 SECONDS = 400.0
@@ -84,14 +84,14 @@ def test_a_job_that_runs_again_has_its_mode_and_its_bytes(folder, expected, tmp_
         told: list[str] = []
         supervisor.on_compiled = told.append
         await asyncio.wait_for(supervisor.start(), SECONDS)
-        manager = JobManager(SqliteJobStore(tmp_path), Outputs(tmp_path / "outputs"), supervisor)
+        manager = JobManager(SqliteJobStore(tmp_path), FolderFiles(tmp_path / "outputs"), supervisor)
         await manager.start()
         try:
             if mode == "compiled":
                 await until(lambda: supervisor.stats.compiled)
             job = await killed_once(manager, supervisor, mode)
             assert (job.state, job.attempts, job.mode) == ("completed", 2, mode), job.error
-            with Image.open(manager.outputs.path(job.outputs[0].name)) as image:
+            with Image.open(manager.outputs.open(job.outputs[0].name)) as image:
                 assert np.array_equal(np.asarray(image), expected[mode])
             await until(lambda: supervisor.stats.compiled)
             assert set(told) == {""} and supervisor.stats.num_restarts == 1

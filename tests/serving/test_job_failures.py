@@ -20,7 +20,7 @@ import pytest
 from safelight.errors import StorageFullError
 from safelight.preparation import prepare
 from safelight.serving.directories import job_of
-from safelight.serving.jobs import Job, JobError
+from safelight.serving.jobs.job import Job, JobError
 from tests.serving.disks import as_left_by_a_death, fill, small_disk
 from tests.serving.job_server import Server, collect, file_names, picture, serving, submission, unfinished
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, StubEngine, make_media
@@ -171,7 +171,7 @@ def test_the_first_finished_make_room_for_later_ones(tmp_path):
     async def use(server):
         first = await server.end(await server.submit("[noise]", seed=1))
         size = first.num_bytes
-        server.jobs._room._limits = dataclasses.replace(server.jobs._room._limits, max_bytes=int(2.5 * size))
+        server.jobs.retention._limits = dataclasses.replace(server.jobs.retention._limits, max_bytes=int(2.5 * size))
         second, third = [await server.end(await server.submit("[noise]", seed=n)) for n in (2, 3)]
         assert await server.store.get(first.id) is None
         assert server.files() == {second.outputs[0].name, third.outputs[0].name}
@@ -182,7 +182,7 @@ def test_the_first_finished_make_room_for_later_ones(tmp_path):
             await server.jobs.submit(
                 dataclasses.replace(submission(server.engine), images={"image": [bytes(3 * size)]})
             )
-        server.jobs._room._limits = dataclasses.replace(server.jobs._room._limits, max_bytes=int(1.5 * size))
+        server.jobs.retention._limits = dataclasses.replace(server.jobs.retention._limits, max_bytes=int(1.5 * size))
         await server.jobs.sweep()
         assert server.files() == {third.outputs[0].name}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from safelight.serving.jobs import Job
+from safelight.serving.jobs.job import Job
 from tests.serving.job_server import serving
 from tests.serving.stub_engine import StubEngine
 

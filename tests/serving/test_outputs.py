@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import io
 import os
 import threading
@@ -17,9 +18,11 @@ from PIL import Image
 from safelight import media, video
 from safelight.errors import InvalidParameterError, SafelightError, StateDirectoryError, StorageFullError
 from safelight.preparation import prepare
-from safelight.serving import outputs as module
 from safelight.serving.directories import MARKER
-from safelight.serving.outputs import Outputs, encode_image, file_metadata, spritesheet, thumbnail
+from safelight.serving.encoding import encode_image, file_metadata, spritesheet, thumbnail
+from safelight.serving.jobs import outputs as module
+from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.job import Job
 from tests.serving.disks import fill, make_read_only, small_disk
 from tests.serving.stub_engine import IMAGE_SCHEMA, VIDEO_SCHEMA, make_output
 
@@ -30,7 +33,7 @@ def an_output(schema=IMAGE_SCHEMA, prompt="a", **fields):
 
 def with_outputs(folder: Path, use):
     async def main():
-        outputs = Outputs(folder)
+        outputs = FolderFiles(folder)
         try:
             return await use(outputs)
         finally:
@@ -39,8 +42,13 @@ def with_outputs(folder: Path, use):
     return asyncio.run(main())
 
 
-async def publish(outputs: Outputs, stem: str, made, schema=IMAGE_SCHEMA, output_format="png"):
-    staged = await outputs.stage(stem, made, output_format, None, schema)
+async def stage(outputs: FolderFiles, stem: str, made, output_format="png", schema=IMAGE_SCHEMA):
+    job = Job(id=stem, kind="image", model="m", params={}, created_at=1.0, output_format=output_format)
+    return await outputs.stage(functools.partial(module.write_outputs, job, made, schema))
+
+
+async def publish(outputs: FolderFiles, stem: str, made, schema=IMAGE_SCHEMA, output_format="png"):
+    staged = await stage(outputs, stem, made, output_format, schema)
     await outputs.publish(staged)
     return staged.outputs
 
@@ -102,7 +110,7 @@ def test_outputs_are_named_files_with_what_is_known_of_them(tmp_path):
     made = [an_output(), an_output(seed=8, width=48)]
 
     async def use(outputs):
-        staged = await outputs.stage("image_1", made, "png", None, IMAGE_SCHEMA)
+        staged = await stage(outputs, "image_1", made, "png", IMAGE_SCHEMA)
         assert all(name.startswith(".tmp-") for name in names(tmp_path)) and len(names(tmp_path)) == 2
         await outputs.publish(staged)
         return staged
@@ -113,7 +121,9 @@ def test_outputs_are_named_files_with_what_is_known_of_them(tmp_path):
     assert (first.width, first.height, first.seed, first.media_type) == (96, 64, 7, "image/png")
     assert (second.name, second.width, second.seed, second.num_frames) == ("image_1.1.png", 48, 8, None)
     sizes = [(tmp_path / output.name).stat().st_size for output in staged.outputs]
-    assert [output.num_bytes for output in staged.outputs] == sizes and staged.num_bytes == sum(sizes)
+    assert [output.num_bytes for output in staged.outputs] == sizes and sum(
+        file.num_bytes for file in staged.files
+    ) == sum(sizes)
     with Image.open(tmp_path / second.name) as image:
         assert np.array_equal(np.asarray(image), made[1].media[0])
 
@@ -207,7 +217,7 @@ def test_a_full_disk_ends_one_writing_and_leaves_nothing(tmp_path, schema, outpu
         for leave in (0, 4096, 300_000):  # at the first byte, in the first file, and (for pictures) in the second
             filling = fill(tmp_path / "disk", leave)
             with pytest.raises(StorageFullError) as error:
-                await outputs.stage("no", made, output_format, None, schema)
+                await stage(outputs, "no", made, output_format, schema)
             assert str(tmp_path) not in str(error.value) and error.value.code == "storage_full"
             with pytest.raises(StorageFullError):
                 await outputs.save({"first": b"1", "no": os.urandom(1 << 20)})
@@ -239,13 +249,13 @@ def test_no_room_at_any_call_leaves_nothing(tmp_path, monkeypatch, call, number)
 def test_what_fails_otherwise_leaves_nothing_and_names_no_path(tmp_path):
     async def use(outputs):
         with pytest.raises((TypeError, ValueError)):
-            await outputs.stage("no", [an_output(), an_output(prompt="[garbage]")], "png", None, IMAGE_SCHEMA)
+            await stage(outputs, "no", [an_output(), an_output(prompt="[garbage]")], "png", IMAGE_SCHEMA)
         odd = an_output(VIDEO_SCHEMA)
         odd.media[0] = odd.media[0][:, :31]
         with pytest.raises(SafelightError) as error:
-            await outputs.stage("no", [an_output(VIDEO_SCHEMA), odd], "mp4", None, VIDEO_SCHEMA)
+            await stage(outputs, "no", [an_output(VIDEO_SCHEMA), odd], "mp4", VIDEO_SCHEMA)
         assert str(tmp_path) not in str(error.value)
-        staged = await outputs.stage("no", [an_output()], "png", None, IMAGE_SCHEMA)
+        staged = await stage(outputs, "no", [an_output()], "png", IMAGE_SCHEMA)
         await outputs.discard(staged)
 
     with_outputs(tmp_path, use)
@@ -268,12 +278,12 @@ def test_saving_and_removing(tmp_path):
 def test_directories_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StateDirectoryError, match="cannot be used"):
-        Outputs(tmp_path / "file")
+        FolderFiles(tmp_path / "file")
     with small_disk(tmp_path / "disk") as disk:
         fill(disk)
         with pytest.raises(StateDirectoryError, match="cannot be used") as error:
-            Outputs(disk / "outputs")
+            FolderFiles(disk / "outputs")
         assert error.value.exit_code == 5
         make_read_only(disk)
         with pytest.raises(StateDirectoryError, match="cannot be used"):
-            Outputs(disk / "outputs")
+            FolderFiles(disk / "outputs")

@@ -13,10 +13,11 @@ import pytest
 
 from safelight.errors import StateDirectoryError, StorageBusyError
 from safelight.serving.clocks import Clocks, Moment
-from safelight.serving.job_runs import JobLimits
-from safelight.serving.jobs import Horizon, Job, JobError
-from safelight.serving.patience import GRACE_SECONDS, Expiry
-from safelight.serving.sqlite_jobs import SqliteJobStore
+from safelight.serving.jobs.expiry import GRACE_SECONDS, Expiry
+from safelight.serving.jobs.job import Job, JobError
+from safelight.serving.jobs.limits import JobLimits
+from safelight.serving.jobs.sqlite import SqliteJobStore
+from safelight.serving.jobs.store import Horizon
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.job_server import Server, serving, unfinished
 from tests.serving.stub_engine import StubEngine
@@ -50,7 +51,7 @@ def test_work_that_ends_while_the_database_is_held_is_kept(tmp_path, until):
             with held(tmp_path):
                 server.engine.release()
                 await asyncio.sleep(1.5)
-                task = server.jobs._runs[job.id].task
+                task = server.jobs.runner.runs[job.id].task
                 assert task is not None and not task.done()
             ended = await server.end(job)
             assert (ended.state, ended.attempts, len(ended.outputs)) == ("completed", 1, 1)
@@ -141,8 +142,8 @@ def test_a_start_reads_one_record_after_the_other(tmp_path):
     """Three hundred jobs of 100 KB: they were 30 MB at once."""
     script = """
 import asyncio, sys, pathlib
-from safelight.serving.jobs import Job, JobError, StoredFile
-from safelight.serving.sqlite_jobs import SqliteJobStore
+from safelight.serving.jobs.job import Job, JobError, StoredFile
+from safelight.serving.jobs.sqlite import SqliteJobStore
 def kib(): return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 async def main():
     store = SqliteJobStore(pathlib.Path(sys.argv[1]))

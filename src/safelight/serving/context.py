@@ -24,8 +24,8 @@ from safelight.serving.disconnects import unless_gone
 from safelight.serving.errors import ModelNameError, NotFoundError, is_internal
 from safelight.serving.fields import Asked, Resolved, resolve
 from safelight.serving.gate import Budget
-from safelight.serving.job_manager import JobManager
-from safelight.serving.jobs import Job, Kind, owner_of
+from safelight.serving.jobs.job import Job, Kind, owner_of
+from safelight.serving.jobs.manager import JobManager
 from safelight.serving.limits import Limits
 from safelight.serving.metrics import Metrics
 from safelight.serving.shares import check_share, client_of

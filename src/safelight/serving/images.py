@@ -24,6 +24,7 @@ from safelight.serving.context import (
     total_timings,
 )
 from safelight.serving.disconnects import unless_gone
+from safelight.serving.encoding import encode_image, file_metadata
 from safelight.serving.errors import GONE, MalformedRequestError, error_body
 from safelight.serving.events import EventStream, event, event_pieces
 from safelight.serving.fields import (
@@ -38,13 +39,12 @@ from safelight.serving.fields import (
 )
 from safelight.serving.forms import Upload
 from safelight.serving.gate import Body, aside, read_fields
-from safelight.serving.jobs import Job, file_digest, request_digest
+from safelight.serving.jobs.job import Job, file_digest, request_digest
+from safelight.serving.jobs.submission import Submission
 from safelight.serving.jobs_api import content_url, job_object
 from safelight.serving.limits import Limits
-from safelight.serving.outputs import encode_image, file_metadata
 from safelight.serving.shares import client_of
 from safelight.serving.spool import LongText, Spool
-from safelight.serving.submission import Submission
 
 FORMATS = ("png", "jpeg", "webp")
 _BYTES_PER_TOKEN = 4
