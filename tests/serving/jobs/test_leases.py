@@ -330,8 +330,7 @@ def test_a_job_that_is_accepted_by_a_lease_that_ended_is_run_once(tmp_path):
         clock.now += LEASE + 1
         await b.renew()
         job = await a.submit("x")
-        assert (await a.store.get(job.id)).lease is None
-        await until(lambda: not a.jobs.runner.runs)
+        assert job.lease is None and await a.store.get(job.id) == job and not a.jobs.runner.runs
         await b.renew()
         assert (await ended(b, job)).attempts == 1 and len(b.engine.begun) == 1
 

@@ -367,8 +367,8 @@ def test_a_job_is_claimed_by_one_lease(tmp_path):
         assert await store.delete(own.id) == own
         assert await store.renew_lease(a, 30.0) == set()
         stale = make_job(lease=99)
-        await store.add(stale)
-        assert (await store.get(stale.id)).lease is None, "added by a lease that has ended"
+        added = await store.add(stale)
+        assert added.lease is None and await store.get(stale.id) == added, "added by a lease that has ended"
 
     with_clock(tmp_path, use)
 
@@ -596,8 +596,10 @@ class StoreAgainstDict(RuleBasedStateMachine):
         old, lease = data.draw(st.sampled_from(self.forms)), data.draw(st.sampled_from(sorted(self.leases.values())))
         current = self.model.get(old.id)
         claimed, undone = self.write(self.store.claim(old.id, lease), crash, data)
-        may = current is not None and not current.finished and current.lease is None
-        assert claimed == (msgspec.structs.replace(current, lease=lease) if may else None)
+        if current is None or current.finished or current.lease is not None:
+            assert claimed is None
+        else:
+            assert claimed == msgspec.structs.replace(current, lease=lease)
         if claimed is not None and not undone:
             self.model[old.id] = claimed
             self.forms.append(claimed)

@@ -81,8 +81,8 @@ class Acceptance:
         except SafelightError:  # after anything else it may be stored all the same, and needs its files
             await self._retention.remove_files(job.id, files)
             raise
-        if accepted is not job:
+        if accepted.id != job.id:
             await self._retention.remove_files(job.id, files)
-        elif not self._runner.retry.stops:
+        elif accepted is job and not self._runner.retry.stops:  # else whoever finds it takes it up
             self._runner.launch(Run(job, client, is_new=True))
         return accepted

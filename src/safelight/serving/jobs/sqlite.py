@@ -240,9 +240,9 @@ class SqliteJobStore(JobStore):
             if existing is not None:
                 return check_same(existing, job.digest)
             self._connection.execute(_INSERT, _row(job))
-            self._connection.execute(_CLAIM, {"id": job.id, "lease": job.lease})
+            claimed = self._connection.execute(_CLAIM, {"id": job.id, "lease": job.lease}).rowcount == 1
             self._connection.execute("DELETE FROM removed WHERE id = :id", {"id": job.id})
-        return job
+        return job if claimed or job.lease is None else msgspec.structs.replace(job, lease=None)
 
     def _find(self, owner: str, idempotency_key: str) -> Job | None:
         where = "owner = :owner AND idempotency_key = :key"

@@ -88,7 +88,7 @@ class JobStore(ABC):
     async def add(self, job: Job) -> Job:
         """Keep a new job, and return it; or the one that its owner sent before with the same idempotency key.
 
-        It is claimed by its lease, unless that has been given up.
+        It is claimed by its lease, unless that has been given up: the job that is returned has none then.
 
         Raises:
             ConflictError: if the key came with another request.
