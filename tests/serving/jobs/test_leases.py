@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from safelight.runtime.client import State
 from safelight.serving import directories
 from safelight.serving.clocks import Clocks
 from safelight.serving.directories import MARKER
+from safelight.serving.jobs import sqlite
 from safelight.serving.jobs.folder import FolderFiles
 from safelight.serving.jobs.job import Job
+from safelight.serving.jobs.leases import Lease
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.runner import WORKER_LOST
@@ -65,8 +68,8 @@ class Board:
 class BoardEngine(StubEngine):
     """An engine that stands still while its server is paused, and writes on the board what it works on."""
 
-    def __init__(self, board: Board, step_seconds: float = 0.001, **more: Any) -> None:
-        super().__init__(step_seconds=step_seconds, **more)
+    def __init__(self, board: Board, step_seconds: float = 0.001, state: State = "ready") -> None:
+        super().__init__(step_seconds=step_seconds, state=state)
         self.board = board
         self.goes_on = asyncio.Event()
         self.goes_on.set()
@@ -98,8 +101,8 @@ class Node:
         clocks = Clocks(clock, clock.moment)
         self.jobs = JobManager(self.store, self.files, self.engine, limits, clocks, server=name)
 
-    async def submit(self, prompt: str) -> Job:
-        return await self.jobs.submit(submission(self.engine, prompt))
+    async def submit(self, prompt: str, **fields: Any) -> Job:
+        return await self.jobs.submit(submission(self.engine, prompt, **fields))
 
     async def renew(self) -> None:
         await self.jobs.lease.renew()
@@ -217,8 +220,8 @@ def test_a_lapsed_lease_is_taken_by_the_other_and_the_first_cannot_write_any_mor
     with_nodes(tmp_path, use)
 
 
-def test_a_lapsed_lease_is_not_only_the_old_one_once_the_job_is_claimed_anew(tmp_path):
-    """Before the second server has begun too: the form that the first one knows is gone with its lease."""
+def claimed_anew(state: Path) -> None:
+    """A job is claimed by a second server, which has not begun: the form that the first one knows is gone."""
 
     async def use(a, b, clock, board):
         b.engine.state = "restarting"
@@ -234,7 +237,11 @@ def test_a_lapsed_lease_is_not_only_the_old_one_once_the_job_is_claimed_anew(tmp
         assert not await a.store.replace(old, a.jobs.expiry.completed(old, [], [], {}))
         assert not await a.store.replace(old, old.begun(1.0))
 
-    with_nodes(tmp_path, use)
+    with_nodes(state, use)
+
+
+def test_the_form_that_a_server_knows_is_gone_with_its_lease(tmp_path):
+    claimed_anew(tmp_path)
 
 
 def test_a_job_dies_with_its_servers_as_often_as_it_may(tmp_path):
@@ -403,6 +410,65 @@ def test_no_job_runs_twice_at_once(tmp_path):
 @pytest.mark.slow
 def test_no_job_runs_twice_at_once_often(tmp_path):
     check(tmp_path, range(100, 220))
+
+
+def left_over(state: Path, num_jobs: int = 20) -> None:
+    """Two servers start at once and find the same jobs, which an earlier one has left."""
+
+    async def leave(a, b, clock, board):
+        a.engine.state = "restarting"
+        return [await a.submit(f"{number}") for number in range(num_jobs)]
+
+    async def use(a, b, clock, board):
+        a.engine.state = b.engine.state = "ready"
+        done = [await ended(a, job) for job in left]
+        assert [(job.state, job.attempts) for job in done] == [("completed", 1)] * num_jobs
+        assert board.twice == [] and set(board.steps.values()) == {4}, "run twice"
+        assert a.engine.begun and b.engine.begun, "one of them did it all"
+
+    left = with_nodes(state, leave)
+    with_nodes(state, use, step_seconds=0.002, state="restarting")
+
+
+def test_two_servers_that_start_at_once_divide_what_is_left_over(tmp_path):
+    left_over(tmp_path)
+
+
+def resumed(state: Path) -> None:
+    """A server goes on in the midst of a job that another has begun meanwhile, before it has heard of that."""
+
+    async def use(a, b, clock, board):
+        job = await a.submit("x", num_inference_steps=400)
+        await until_running(a, job)
+        a.pause()
+        clock.now += LEASE + 1
+        await b.renew()
+        await until(lambda: job.id in b.jobs.runner.runs)
+        await until_running(b, job)
+        await a.go_on()
+        assert (await ended(b, job)).attempts == 2
+        assert board.twice == []
+
+    with_nodes(state, use)
+
+
+def test_a_server_that_goes_on_stops_what_it_may_have_lost_before_it_asks(tmp_path):
+    resumed(tmp_path)
+
+
+BROKEN = {
+    "claims": (sqlite, "_CLAIM", sqlite._CLAIM.replace("DO NOTHING", "DO UPDATE SET lease = :lease"), left_over),
+    "fence": (sqlite, "_UPDATE", sqlite._UPDATE.partition(" AND (SELECT lease")[0], claimed_anew),
+    "trust": (Lease, "has_lapsed", False, resumed),
+}
+
+
+@pytest.mark.parametrize(("where", "what", "broken", "use"), BROKEN.values(), ids=BROKEN)
+def test_these_tests_see_what_is_broken(tmp_path, monkeypatch, where, what, broken, use):
+    """Claims that take what is held, writes without a fence, and a server that trusts its lease."""
+    monkeypatch.setattr(where, what, broken)
+    with pytest.raises(AssertionError):
+        use(tmp_path)
 
 
 def files(state: Path) -> set[str]:

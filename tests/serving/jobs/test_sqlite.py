@@ -329,6 +329,32 @@ def test_a_full_disk_changes_nothing_and_passes(tmp_path):
         with_store(disk / "state", use)
 
 
+def test_a_start_reads_one_record_after_the_other(tmp_path):
+    """Three hundred jobs of 100 KB: they were 30 MB at once."""
+    script = """
+import asyncio, sys, pathlib
+from safelight.serving.jobs.job import Job, JobError, StoredFile
+from safelight.serving.jobs.sqlite import SqliteJobStore
+def kib(): return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+async def main():
+    store = SqliteJobStore(pathlib.Path(sys.argv[1]))
+    await store._call(store._connection.execute, "PRAGMA synchronous = OFF")
+    for n in range(300):
+        job = Job(id=f"image_{n}", kind="image", model="m", params={"prompt": "x" * 100_000}, created_at=1.0)
+        await store.add(job)
+        await store.replace(job, job.failed(JobError("cancelled", "c"), 2.0, 3.0))
+    before = kib()
+    assert len(await store.kept([f"image_{n}" for n in range(300)])) == 300
+    print(kib() - before)
+    await store.close()
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert int(done.stdout) < 10 * 1024
+
+
 async def taken(store: SqliteJobStore, lease: int, job: Job) -> Job:
     """Claim a job, which must be there to be claimed."""
     claimed = await store.claim(job.id, lease)
