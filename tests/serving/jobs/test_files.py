@@ -139,8 +139,8 @@ def test_a_job_is_carried_through(make, schema, tmp_path):
 
     async def main():
         engine = StubEngine(schema)
-        files = make(tmp_path / "outputs")
-        manager = JobManager(SqliteJobStore(tmp_path), files, engine)
+        store, files = SqliteJobStore(tmp_path), make(tmp_path / "outputs")
+        manager = JobManager(store, files, engine)
         await manager.start()
         try:
             async with asyncio.timeout(SECONDS):

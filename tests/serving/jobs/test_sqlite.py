@@ -473,7 +473,8 @@ PRAGMA user_version = 1;
 
 
 def test_a_database_of_before_there_were_leases_is_opened_and_its_jobs_are_run(tmp_path):
-    fields = {"model": "stub/pictures", "params": {"prompt": "a", "seed": 1, "num_inference_steps": 2}}
+    size = {"height": 64, "width": 96, "num_inference_steps": 2, "guidance_scale": 1.0}
+    fields = {"model": "stub/pictures", "params": {"prompt": "a", "seed": 1, "n": 1, **size}}
     queued, twice, once = [make_job(**fields) for _ in range(3)]
     once, twice = once.begun(1.0), twice.begun(1.0).begun(1.5)
     done = failed(make_job(**fields))

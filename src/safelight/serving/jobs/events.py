@@ -32,11 +32,8 @@ class Events:
         runs, backlog = self._runner.runs, self._runner.backlog
         job = None if job_id in runs else await self._runner.store.get(job_id)
         run = runs.get(job_id)  # it may have been taken up meanwhile
-        if run is None and job is not None and job_id in backlog:
-            run = backlog.follow(job)
-        elif run is None and job is not None:
-            run = Run(job)
-            run.over = True
+        if run is None and job is not None:
+            run = backlog.follow(job) if job_id in backlog else Run(job, over=True)
         if run is None:
             return
         told: JobEvent | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from safelight.errors import StorageError, StorageFullError
 from safelight.serving.jobs.expiry import Expiry
@@ -108,16 +108,15 @@ class Retention:
         usage = await self._store.usage()
         if num_bytes and usage.num_bytes - usage.num_bytes_finished + num_bytes > limit:
             raise StorageFullError("the files of this job need more room than all jobs may take")
-        excess = usage.num_bytes + num_bytes - limit
-        while excess > 0 and (removable := await self._store.removable()):
-            for job in removable:
-                if excess > 0 and await self.remove(job):
-                    excess -= job.num_bytes
+        await self._remove_first(usage.num_bytes + num_bytes - limit, lambda job: job.num_bytes)
 
     async def trim_records(self) -> None:
         """Remove finished jobs until all records are within their bound. Only under the lock."""
         excess = (await self._store.usage()).num_bytes_records - self._limits.max_record_bytes
-        while excess > 0 and (removable := await self._store.removable(failed_first=True)):
+        await self._remove_first(excess, lambda job: len(job.record), failed_first=True)
+
+    async def _remove_first(self, excess: int, size: Callable[[Job], int], failed_first: bool = False) -> None:
+        while excess > 0 and (removable := await self._store.removable(failed_first=failed_first)):
             for job in removable:
                 if excess > 0 and await self.remove(job):
-                    excess -= len(job.record)
+                    excess -= size(job)

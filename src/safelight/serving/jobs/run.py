@@ -29,11 +29,11 @@ class Run:
 
     """
 
-    def __init__(self, job: Job, client: str = "", is_new: bool = False) -> None:
+    def __init__(self, job: Job, client: str = "", is_new: bool = False, over: bool = False) -> None:
         self.job, self.client, self.is_new = job, client, is_new
         self.ticket: Ticket | None = None
         self.task: asyncio.Task[None] | None = None
-        self.over = self.is_lost = False
+        self.over, self.is_lost = over, False
         self.changed = asyncio.Event()
 
     @property

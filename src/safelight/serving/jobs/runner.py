@@ -33,7 +33,7 @@ from safelight.errors import (
     StorageFullError,
     WorkerLostError,
 )
-from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
+from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket, total_timings
 from safelight.serving.clocks import Clocks
 from safelight.serving.jobs.backlog import Backlog
 from safelight.serving.jobs.expiry import Expiry
@@ -223,7 +223,7 @@ class Runner:
                 await self.files.discard(staged)
                 raise
             await self.files.publish(staged)
-            timings = {**_total(outputs), "encoding": time.perf_counter() - began}
+            timings = {**total_timings(outputs), "encoding": time.perf_counter() - began}
             await self._complete(run, staged, [text for output in outputs for text in output.warnings], timings)
 
     async def _complete(self, run: Run, staged: Staged, warnings: Sequence[str], timings: Mapping[str, float]) -> None:
@@ -284,12 +284,3 @@ class Runner:
 def _named(job: Job) -> str:
     """Return how the log names a job: with the id that the client was told of its request."""
     return f"{job.id} of request {job.request_id}"
-
-
-def _total(outputs: Sequence[Output]) -> dict[str, float]:
-    """Return the seconds of each stage, over all outputs."""
-    total: dict[str, float] = {}
-    for output in outputs:
-        for stage, seconds in output.timings.items():
-            total[stage] = total.get(stage, 0.0) + seconds
-    return total

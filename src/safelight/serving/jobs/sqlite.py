@@ -17,7 +17,7 @@ from safelight.errors import InvalidParameterError, StateDirectoryError, Storage
 from safelight.serving import directories
 from safelight.serving.addresses import KEY_NAME
 from safelight.serving.clocks import Clocks
-from safelight.serving.jobs.job import Job, Kind, StoredFile, StoredOutput, check_same, files_of
+from safelight.serving.jobs.job import Job, Kind, check_same
 from safelight.serving.jobs.sqlite_errors import named_failures
 from safelight.serving.jobs.store import MAX_PAGE, Horizon, JobStore, Kept, Order, Page, Usage, Waiting
 
@@ -74,6 +74,7 @@ _CLAIM = (
     f"INSERT INTO claims SELECT id, :lease FROM jobs WHERE id = :id AND {_UNFINISHED} "
     "AND EXISTS (SELECT 1 FROM leases WHERE id = :lease) ON CONFLICT DO NOTHING"
 )
+_OVER = "clock != :clock OR until <= :now"
 _UNCLAIM = "DELETE FROM claims WHERE job = :id"
 
 
@@ -259,9 +260,9 @@ class SqliteJobStore(JobStore):
 
     def _begin_lease(self, server: str, seconds: float) -> int:
         now = self._moment()
-        values = {"server": server, "clock": now.clock, "until": now.seconds + seconds}
+        values = {"server": server, "clock": now.clock, "now": now.seconds, "until": now.seconds + seconds}
         with self._transaction():
-            self._give_up("server = :server", values)
+            self._give_up(f"server = :server OR {_OVER}", values)
             inserted = "INSERT INTO leases (server, clock, until) VALUES (:server, :clock, :until) RETURNING id"
             (lease,) = self._connection.execute(inserted, values).fetchone()
         return int(lease)
@@ -272,7 +273,7 @@ class SqliteJobStore(JobStore):
         with self._transaction():
             renewal = "UPDATE leases SET clock = :clock, until = :until WHERE id = :id"
             renewed = self._connection.execute(renewal, values).rowcount == 1
-            self._give_up("clock != :clock OR until <= :now", values)
+            self._give_up(_OVER, values)
             held = self._connection.execute("SELECT job FROM claims WHERE lease = :id", values).fetchall()
         return frozenset(job_id for (job_id,) in held) if renewed else None
 
@@ -321,15 +322,14 @@ class SqliteJobStore(JobStore):
             return [Waiting(job_id, attempts, bool(held)) for job_id, attempts, held in self._connection.execute(found)]
 
     def _kept(self, job_ids: tuple[str, ...]) -> dict[str, Kept]:
-        """Read one record after the other, and of each its files alone: there may be many, and large ones."""
+        """Read one record after the other, and keep of each its files alone: there may be many, and large ones."""
         among = f"({', '.join('?' * len(job_ids))})"
         with self._named_failures():
             removed = self._connection.execute(f"SELECT id FROM removed WHERE id IN {among}", job_ids)
             found = {job_id: Kept(is_over=True) for (job_id,) in removed}
             rows = self._connection.execute(f"SELECT id, {_FINISHED}, record FROM jobs WHERE id IN {among}", job_ids)
             for job_id, is_over, record in rows:
-                its = msgspec.json.decode(record, type=_Files)
-                names = frozenset(file.name for file in (*its.inputs, *files_of(its.outputs)))
+                names = frozenset(file.name for file in msgspec.json.decode(record, type=Job).files)
                 found[job_id] = Kept(bool(is_over), names)
         return found
 
@@ -361,13 +361,6 @@ def _transaction(connection: sqlite3.Connection, folder: Path) -> Iterator[None]
             if connection.in_transaction:
                 with suppress(sqlite3.DatabaseError):  # the disk fails: what matters has been raised
                     connection.execute("ROLLBACK")
-
-
-class _Files(msgspec.Struct):
-    """Of a job's record, the files alone."""
-
-    inputs: tuple[StoredFile, ...] = ()
-    outputs: tuple[StoredOutput, ...] = ()
 
 
 def _is_older(names: frozenset[str]) -> bool:
