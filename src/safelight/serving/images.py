@@ -13,7 +13,7 @@ from starlette.responses import Response
 from safelight.core.params import Option, SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
-from safelight.runtime.client import Ticket
+from safelight.runtime.client import Ticket, total_timings
 from safelight.serving.answers import JsonResponse, LargeJson, in_thread
 from safelight.serving.context import (
     Context,
@@ -21,7 +21,6 @@ from safelight.serving.context import (
     job_error,
     json_response,
     request_id,
-    total_timings,
 )
 from safelight.serving.disconnects import unless_gone
 from safelight.serving.encoding import encode_image, file_metadata

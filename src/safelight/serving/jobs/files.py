@@ -37,7 +37,7 @@ class Batch(ABC):
 
     @abstractmethod
     def publish(self) -> None:
-        """Give all files their names, durably; if that fails, none of them is there."""
+        """Give all files their names, durably; if that fails, the batch is discarded."""
 
     @abstractmethod
     def discard(self) -> None:
@@ -102,7 +102,8 @@ class Files(ABC):
             SafelightError: if they cannot be encoded; likewise.
 
         """
-        return await self.run(self._stage, write)
+        batch = self._batch()
+        return Staged(batch, await self.run(self._whole, batch, write, batch))
 
     async def publish(self, staged: Staged) -> None:
         """Give staged files their names, durably.
@@ -111,7 +112,7 @@ class Files(ABC):
             StorageError: if there is no room, or the disk fails; nothing is left then.
 
         """
-        await self.run(self._named, staged.batch.publish)
+        await self.run(self._whole, staged.batch, staged.batch.publish)
 
     async def discard(self, staged: Staged) -> None:
         """Remove staged files that will not be published."""
@@ -179,15 +180,14 @@ class Files(ABC):
         with self.open(name) as file:
             return file.read()
 
-    def _stage(self, write: Callable[[Batch], Sequence[StoredOutput]]) -> Staged:
-        batch = self._batch()
-        with _named_failures():
-            try:
-                return Staged(batch, write(batch))
-            except BaseException:
-                with contextlib.suppress(OSError):  # the disk fails: the next start removes them
-                    batch.discard()
-                raise
+    def _whole(self, batch: Batch, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do something with a batch, of which nothing is left if that fails."""
+        try:
+            return self._named(function, *args, **kwargs)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the disk fails: the next start removes them
+                batch.discard()
+            raise
 
     def _named(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         with _named_failures():

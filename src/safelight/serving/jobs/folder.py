@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import os
@@ -42,14 +41,9 @@ class FolderBatch(Batch):
         return path.stat().st_size
 
     def publish(self) -> None:
-        try:
-            for name, path in self._temporaries.items():
-                path.replace(self._directory / name)
-            directories.sync(self._directory)
-        except BaseException:
-            with contextlib.suppress(OSError):  # the disk fails: the next start removes them
-                self.discard()
-            raise
+        for name, path in self._temporaries.items():
+            path.replace(self._directory / name)
+        directories.sync(self._directory)
 
     def discard(self) -> None:
         _unlink([*self._temporaries.values(), *(self._directory / name for name in self._temporaries)])

@@ -19,7 +19,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from safelight.core.params import SamplingParams
 from safelight.errors import (
@@ -37,7 +37,7 @@ from safelight.runtime.client import EngineClient, GenerationRequest, Output, Pr
 from safelight.serving.clocks import Clocks
 from safelight.serving.jobs.backlog import Backlog
 from safelight.serving.jobs.expiry import Expiry
-from safelight.serving.jobs.files import Files, Staged
+from safelight.serving.jobs.files import Files
 from safelight.serving.jobs.job import MAX_ATTEMPTS, Job, JobError
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.outputs import write_outputs
@@ -224,16 +224,14 @@ class Runner:
                 raise
             await self.files.publish(staged)
             timings = {**total_timings(outputs), "encoding": time.perf_counter() - began}
-            await self._complete(run, staged, [text for output in outputs for text in output.warnings], timings)
-
-    async def _complete(self, run: Run, staged: Staged, warnings: Sequence[str], timings: Mapping[str, float]) -> None:
-        try:
-            await self._advance(run, self.expiry.completed(run.job, staged.outputs, warnings, timings))
-        except (_SupersededError, StorageBusyError, StorageFullError):
-            # It was cancelled, deleted or claimed meanwhile. After a failure of the disk it may have completed.
-            await self.retention.remove_files(run.job.id, [file.name for file in staged.files])
-            raise
-        await self._remove_others(run.job)
+            warnings = [text for output in outputs for text in output.warnings]
+            try:
+                await self._advance(run, self.expiry.completed(run.job, staged.outputs, warnings, timings))
+            except (_SupersededError, StorageBusyError, StorageFullError):
+                # It was cancelled, deleted or claimed meanwhile. After a failure of the disk it may have completed.
+                await self.retention.remove_files(run.job.id, [file.name for file in staged.files])
+                raise
+            await self._remove_others(run.job)
 
     async def _fail(self, run: Run, error: JobError) -> None:
         failed = self.expiry.failed(run.job, error)

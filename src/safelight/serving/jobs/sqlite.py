@@ -179,7 +179,9 @@ class SqliteJobStore(JobStore):
         return await self._call(self._delete, job_id)
 
     async def unfinished(self) -> list[Waiting]:
-        return await self._call(self._unfinished)
+        columns = "id, attempts, lease IS NOT NULL"
+        rows = await self._call(self._rows, f"SELECT {columns} FROM {_JOBS} WHERE {_UNFINISHED} ORDER BY number")
+        return [Waiting(job_id, attempts, bool(is_claimed)) for job_id, attempts, is_claimed in rows]
 
     async def begin_lease(self, server: str, seconds: float) -> int:
         return await self._call(self._begin_lease, server, seconds)
@@ -194,7 +196,8 @@ class SqliteJobStore(JobStore):
         await self._call(self._write, f"PRAGMA user_version = {_VERSION}", {})  # which is written every time
 
     async def last_end(self) -> float | None:
-        return await self._call(self._last_end)
+        ((found,),) = await self._call(self._rows, "SELECT max(completed_at) FROM jobs")
+        return None if found is None else float(found)
 
     async def expired(self, horizon: Horizon, limit: int = MAX_PAGE) -> list[Job]:
         by_stamp = "coalesce(expires_at <= :at OR (:knows_all AND completed_at > :at), FALSE)"
@@ -209,7 +212,9 @@ class SqliteJobStore(JobStore):
         return await self._call(self._select, where, {"limit": limit})
 
     async def usage(self) -> Usage:
-        return await self._call(self._usage)
+        totals = f"total(num_bytes), total(num_bytes) FILTER (WHERE {_FINISHED}), total(length(record))"
+        (row,) = await self._call(self._rows, f"SELECT {totals} FROM jobs")
+        return Usage(*map(int, row))
 
     async def kept(self, job_ids: Collection[str]) -> dict[str, Kept]:
         return await self._call(self._kept, tuple(job_ids))
@@ -297,8 +302,7 @@ class SqliteJobStore(JobStore):
         return found
 
     def _forget(self, but: frozenset[str]) -> None:
-        with self._named_failures():
-            known = [job_id for (job_id,) in self._connection.execute("SELECT id FROM removed")]
+        known = [job_id for (job_id,) in self._rows("SELECT id FROM removed")]
         if forgotten := [(job_id,) for job_id in known if job_id not in but]:
             with self._transaction():
                 self._connection.executemany("DELETE FROM removed WHERE id = ?", forgotten)
@@ -310,16 +314,15 @@ class SqliteJobStore(JobStore):
         with self._transaction():
             self._connection.execute(statement, values)
 
+    def _rows(self, query: str) -> list[Any]:
+        with self._named_failures():
+            return self._connection.execute(query).fetchall()
+
     def _select(self, where: str, values: Mapping[str, Any]) -> list[Job]:
         with self._named_failures():
             rows = self._connection.execute(f"SELECT record, lease FROM {_JOBS} WHERE {where}", values)
             found = [(msgspec.json.decode(record, type=Job), lease) for record, lease in rows]
             return [msgspec.structs.replace(job, lease=lease) for job, lease in found]
-
-    def _unfinished(self) -> list[Waiting]:
-        with self._named_failures():
-            found = f"SELECT id, attempts, lease IS NOT NULL FROM {_JOBS} WHERE {_UNFINISHED} ORDER BY number"
-            return [Waiting(job_id, attempts, bool(held)) for job_id, attempts, held in self._connection.execute(found)]
 
     def _kept(self, job_ids: tuple[str, ...]) -> dict[str, Kept]:
         """Read one record after the other, and keep of each its files alone: there may be many, and large ones."""
@@ -332,17 +335,6 @@ class SqliteJobStore(JobStore):
                 names = frozenset(file.name for file in msgspec.json.decode(record, type=Job).files)
                 found[job_id] = Kept(bool(is_over), names)
         return found
-
-    def _last_end(self) -> float | None:
-        with self._named_failures():
-            (found,) = self._connection.execute("SELECT max(completed_at) FROM jobs").fetchone()
-            return None if found is None else float(found)
-
-    def _usage(self) -> Usage:
-        totals = f"total(num_bytes), total(num_bytes) FILTER (WHERE {_FINISHED}), total(length(record))"
-        with self._named_failures():
-            row = self._connection.execute(f"SELECT {totals} FROM jobs").fetchone()
-            return Usage(*map(int, row))
 
 
 def _first(jobs: list[Job]) -> Job | None:

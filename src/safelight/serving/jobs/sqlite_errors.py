@@ -10,16 +10,14 @@ from pathlib import Path
 from safelight.errors import StorageBusyError, StorageError, StorageFailedError, StorageFullError
 from safelight.serving import directories
 
-_FAILURES: tuple[tuple[str, type[StorageError], str], ...] = (
-    ("SQLITE_FULL", StorageFullError, "the state directory is full"),
-    ("SQLITE_BUSY", StorageBusyError, "another program holds the jobs' database; try again later"),
-    ("SQLITE_LOCKED", StorageBusyError, "another program holds the jobs' database; try again later"),
-    ("SQLITE_PROTOCOL", StorageBusyError, "another program holds the jobs' database; try again later"),
-    ("SQLITE_CORRUPT", StorageFailedError, "the jobs' database is damaged"),
-    ("SQLITE_NOTADB", StorageFailedError, "the jobs' database is damaged"),
-    ("SQLITE_READONLY", StorageFailedError, "the jobs' database cannot be written any more"),
-    ("SQLITE_IOERR", StorageFailedError, "the jobs' database: the disk fails"),
-    ("SQLITE_CANTOPEN", StorageFailedError, "the jobs' database cannot be opened any more"),
+_HELD = "another program holds the jobs' database; try again later"
+_FAILURES: tuple[tuple[tuple[str, ...], type[StorageError], str], ...] = (
+    (("SQLITE_FULL",), StorageFullError, "the state directory is full"),
+    (("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL"), StorageBusyError, _HELD),
+    (("SQLITE_CORRUPT", "SQLITE_NOTADB"), StorageFailedError, "the jobs' database is damaged"),
+    (("SQLITE_READONLY",), StorageFailedError, "the jobs' database cannot be written any more"),
+    (("SQLITE_IOERR",), StorageFailedError, "the jobs' database: the disk fails"),
+    (("SQLITE_CANTOPEN",), StorageFailedError, "the jobs' database cannot be opened any more"),
 )
 """What SQLite's names begin with, and what it is to a client."""
 _UNNAMED = ("SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")
@@ -33,8 +31,8 @@ def named_failures(folder: Path) -> Iterator[None]:
         yield
     except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
         name = getattr(error, "sqlite_errorname", "")  # Python's own, of a closed connection for example, have none
-        for beginning, cls, message in _FAILURES:
-            if name.startswith(beginning):
+        for beginnings, cls, message in _FAILURES:
+            if name.startswith(beginnings):
                 raise (_unnamed(folder) if name in _UNNAMED else cls(message)) from error
         raise
 

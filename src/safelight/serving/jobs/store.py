@@ -141,7 +141,7 @@ class JobStore(ABC):
 
     @abstractmethod
     async def begin_lease(self, server: str, seconds: float) -> int:
-        """Give a server a lease for so long, and return its number; its last one is given up, as are all that are over."""
+        """Give a server a lease for so long, and return its number; its last one is given up, and what is over."""
 
     @abstractmethod
     async def renew_lease(self, lease: int, seconds: float) -> frozenset[str] | None:
