@@ -326,6 +326,15 @@ def test_removed_jobs_are_forgotten_once_their_files_are_gone(tmp_path):
 
 
 def test_the_forms_of_names():
-    assert [job_of(f"{IMAGE}.{name}") for name in ("0.png", "input0", "0.mp4.thumbnail.webp")] == [IMAGE] * 3
-    for name in (MARKER, "image_0.png", f"../{IMAGE}.0.png", f"x{IMAGE}.0.png", f"{IMAGE}.0.png\n", f"{IMAGE}.0"):
+    ours = ("0.png", "input0", "0.mp4.thumbnail.webp", "attempt2.0.png", "attempt2.0.mp4.spritesheet.jpeg")
+    assert {job_of(f"{IMAGE}.{name}") for name in ours} == {IMAGE}
+    for name in (
+        MARKER,
+        "image_0.png",
+        f"../{IMAGE}.0.png",
+        f"x{IMAGE}.0.png",
+        f"{IMAGE}.0.png\n",
+        f"{IMAGE}.0",
+        f"{IMAGE}.attempt.0.png",
+    ):
         assert job_of(name) is None and not directories.is_temporary(name)
