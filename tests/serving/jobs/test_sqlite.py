@@ -477,7 +477,7 @@ def test_a_database_of_before_there_were_leases_is_opened_and_its_jobs_are_run(t
     fields = {"model": "stub/pictures", "params": {"prompt": "a", "seed": 1, "n": 1, **size}}
     queued, twice, once = [make_job(**fields) for _ in range(3)]
     once, twice = once.begun(1.0), twice.begun(1.0).begun(1.5)
-    done = failed(make_job(**fields))
+    done = failed(make_job(**fields), at=999.0)  # it has not expired
     with sqlite3.connect(tmp_path / "jobs.sqlite3") as connection:
         connection.executescript(EARLIER)
         for job in (queued, twice, once, done):
