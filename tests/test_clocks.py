@@ -25,10 +25,10 @@ OTHERS |= {"getmtime", "getctime", "getatime"}
 JOB_STAMPS = {"created_at", "started_at", "completed_at", "expires_at"}
 DIFFERENCES = {
     (
-        "serving/jobs.py",
+        "serving/jobs/job.py",
         "self.expires_at - self.completed_at",
     ): "both made at once: `keep_seconds`",
-    ("serving/patience.py", "job.expires_at - steady"): "whether the clock was set since",
+    ("serving/jobs/expiry.py", "job.expires_at - steady"): "whether the clock was set since",
 }
 """Where a job's stamps are computed with, and why."""
 ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)

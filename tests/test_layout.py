@@ -394,7 +394,6 @@ backends/refusals.py backends/signature.py backends/step_thread.py
 checking/check.py checking/ours.py checking/record.py checking/reference.py checking/report.py
 cli/check.py
 client.py errors.py group_engine.py preparation.py results.py version.py
-
 layers/bands.py layers/causal_vae.py
 loading/alignment.py loading/classes.py loading/components.py loading/description.py loading/digest.py
 loading/files.py loading/footprint.py loading/gate.py loading/headers.py loading/loader.py loading/planning.py
@@ -404,12 +403,12 @@ parallel/sequence.py parallel/shards.py parallel/torchrun.py parallel/vae.py
 runtime/background.py runtime/client.py runtime/cost.py runtime/durations.py runtime/live.py runtime/messages.py
 runtime/policy.py runtime/scheduler.py runtime/sockets.py runtime/transport.py runtime/worker.py
 runtime/worker_process.py
-serving/addresses.py serving/answers.py serving/app.py serving/auth.py serving/clocks.py serving/context.py
-serving/envelope.py serving/errors.py serving/events.py serving/fields.py serving/forms.py serving/gate.py
-serving/health.py serving/images.py serving/job_runs.py serving/jobs.py serving/jobs_api.py serving/limits.py
-serving/listening.py serving/long_texts.py serving/metrics.py serving/models_api.py serving/openapi.py
-serving/origins.py serving/pictures.py serving/room.py serving/spool.py serving/sqlite_jobs.py serving/submission.py
-serving/trial.py serving/videos.py
+serving/jobs/acceptance.py serving/jobs/events.py serving/jobs/job.py serving/jobs/limits.py serving/jobs/run.py
+serving/jobs/store.py serving/jobs/submission.py serving/addresses.py serving/answers.py serving/app.py
+serving/auth.py serving/clocks.py serving/context.py serving/envelope.py serving/errors.py serving/events.py
+serving/fields.py serving/forms.py serving/gate.py serving/health.py serving/images.py serving/jobs_api.py
+serving/limits.py serving/listening.py serving/long_texts.py serving/metrics.py serving/models_api.py
+serving/openapi.py serving/origins.py serving/pictures.py serving/spool.py serving/trial.py serving/videos.py
 """
 """Source files without a test at their path, as they were when the rule was made."""
 HELPERS_IN_TESTS = {

@@ -15,7 +15,7 @@ import pytest
 
 from safelight.runtime.client import Progress
 from safelight.serving import jobs_api, listening
-from safelight.serving.job_runs import JobEvent
+from safelight.serving.jobs.run import JobEvent
 from tests import live_server
 from tests.live_server import fault_model, serving
 from tests.reliability import attacks

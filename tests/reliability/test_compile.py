@@ -20,10 +20,10 @@ from safelight.preparation import prepare
 from safelight.runtime.group import EngineSettings
 from safelight.runtime.model_runner import PipelineRunner
 from safelight.runtime.supervisor import Supervisor
-from safelight.serving.job_manager import JobManager
-from safelight.serving.outputs import Outputs
-from safelight.serving.sqlite_jobs import SqliteJobStore
-from safelight.serving.submission import Submission
+from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.manager import JobManager
+from safelight.serving.jobs.sqlite import SqliteJobStore
+from safelight.serving.jobs.submission import Submission
 from tests.recipes import all_recipes
 
 SECONDS = 400.0
@@ -68,7 +68,7 @@ async def killed_once(manager, supervisor, in_mode):
     params, warnings = prepare(supervisor.schema, FIELDS)
     job = await manager.submit(Submission(params, warnings=warnings))
     await until(lambda: (manager.progress(job.id).step or 0) > 20)
-    assert (await manager.store.get(job.id)).mode == in_mode
+    assert (await manager.store.get(job.id)).form == Form(in_mode)
     assert manager.progress(job.id).step < 280
     os.kill(supervisor._worker.process.pid, signal.SIGKILL)
     async with asyncio.timeout(SECONDS):
@@ -86,15 +86,15 @@ def test_a_job_that_runs_again_has_its_mode_and_its_bytes(folder, expected, tmp_
         told: list[str] = []
         supervisor.on_compiled = told.append
         await asyncio.wait_for(supervisor.start(), SECONDS)
-        manager = JobManager(SqliteJobStore(tmp_path), Outputs(tmp_path / "outputs"), supervisor)
+        manager = JobManager(SqliteJobStore(tmp_path), FolderFiles(tmp_path / "outputs"), supervisor)
         await manager.start()
         try:
             if mode == "compiled":
                 await until(lambda: supervisor.stats.compiled)
             job = await killed_once(manager, supervisor, mode)
-            assert (job.state, job.mode) == ("completed", mode), job.error
+            assert (job.state, job.form) == ("completed", Form(mode)), job.error
             assert job.attempts in (1, 2), "a death between two units is nobody's, and costs no attempt"
-            with Image.open(manager.outputs.path(job.outputs[0].name)) as image:
+            with Image.open(manager.outputs.open(job.outputs[0].name)) as image:
                 assert np.array_equal(np.asarray(image), expected[mode])
             await until(lambda: supervisor.stats.compiled)
             assert set(told) == {""} and supervisor.stats.num_restarts == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from safelight.serving.job_runs import JobLimits
+from safelight.serving.jobs.limits import JobLimits
 from tests.serving.http_server import running
 from tests.serving.stub_engine import EDIT_SCHEMA, VIDEO_SCHEMA
 

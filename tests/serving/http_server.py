@@ -23,11 +23,11 @@ from safelight.core.schema import ModelSchema
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
-from safelight.serving.job_manager import JobManager
-from safelight.serving.job_runs import JobLimits
+from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.limits import JobLimits
+from safelight.serving.jobs.manager import JobManager
+from safelight.serving.jobs.sqlite import SqliteJobStore
 from safelight.serving.limits import Limits
-from safelight.serving.outputs import Outputs
-from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def running(
     settings = Settings(NAMES, key, poll_after_ms=20, drain_seconds=1.0, limits=limits or Limits(), **(more or {}))
     schema = dataclasses.replace(schema, model=NAMES[0])
     engine = StubEngine(schema, **stub)
-    jobs = JobManager(SqliteJobStore(folder / "state"), Outputs(folder / "outputs"), engine, limits=job_limits)
+    jobs = JobManager(SqliteJobStore(folder / "state"), FolderFiles(folder / "outputs"), engine, limits=job_limits)
     server = uvicorn.Server(uvicorn_config(create_app(engine, jobs, settings), settings.limits))
     loops: list[asyncio.AbstractEventLoop] = []
 

@@ -13,12 +13,12 @@ from PIL import Image
 from safelight.preparation import prepare
 from safelight.serving.clocks import Clocks, Moment
 from safelight.serving.directories import MARKER
-from safelight.serving.job_manager import JobManager
-from safelight.serving.job_runs import JobLimits
-from safelight.serving.jobs import Job
-from safelight.serving.outputs import Outputs
-from safelight.serving.sqlite_jobs import SqliteJobStore
-from safelight.serving.submission import Submission
+from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.job import Job
+from safelight.serving.jobs.limits import JobLimits
+from safelight.serving.jobs.manager import JobManager
+from safelight.serving.jobs.sqlite import SqliteJobStore
+from safelight.serving.jobs.submission import Submission
 from tests.serving.stub_engine import StubEngine
 
 SECONDS = 20.0
@@ -49,7 +49,7 @@ class Server:
     def __init__(self, state: Path, engine: StubEngine, **limits: Any) -> None:
         self.state, self.engine, self.clock = state, engine, Clock()
         self.store = SqliteJobStore(state)
-        self.outputs = Outputs(state / "outputs")
+        self.outputs = FolderFiles(state / "outputs")
         limits.setdefault("retry_seconds", 0.01)
         clocks = Clocks(self.clock, self.clock.moment)
         self.jobs = JobManager(self.store, self.outputs, engine, JobLimits(**limits), clocks)

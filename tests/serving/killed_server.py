@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 from safelight.preparation import prepare
-from safelight.serving.job_manager import JobManager
-from safelight.serving.job_runs import JobLimits
-from safelight.serving.jobs import Job, request_digest
-from safelight.serving.outputs import Outputs
-from safelight.serving.sqlite_jobs import SqliteJobStore
-from safelight.serving.submission import Submission
+from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.job import Job, request_digest
+from safelight.serving.jobs.limits import JobLimits
+from safelight.serving.jobs.manager import JobManager
+from safelight.serving.jobs.sqlite import SqliteJobStore
+from safelight.serving.jobs.submission import Submission
 from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine
 
 ENDINGS = ("", "", "", "", " [die:1]", " [die]", " [fail:out_of_memory@1]")
@@ -42,7 +42,7 @@ def make_manager(state: Path, log: int) -> JobManager:
     store = TellingStore(state)
     store.log = log
     engine = StubEngine(step_seconds=0.001, max_waiting=4, max_running=2)
-    return JobManager(store, Outputs(state / "outputs"), engine, limits=JobLimits(retry_seconds=0.01))
+    return JobManager(store, FolderFiles(state / "outputs"), engine, limits=JobLimits(retry_seconds=0.01))
 
 
 async def serve(state: Path, log: int) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 import subprocess
 
 import pytest
 
-from safelight.errors import StateDirectoryError, StorageBusyError, StorageFailedError, StorageFullError
-from safelight.serving.sqlite_jobs import _named_failures
+from safelight.errors import StateDirectoryError, StorageFailedError
 from tests.live_server import LiveServer, command, environment, fault_model, free_port
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.job_server import serving
@@ -84,42 +82,8 @@ def test_a_database_that_is_gone_takes_no_job(tmp_path, how):
             (tmp_path / "elsewhere").rename(state)
             assert http.get("/readyz").status_code == 200
             server.call(server.engine.release)
-            server.until(lambda: held not in server.jobs._runs)
+            server.until(lambda: held not in server.jobs.runner.runs)
             assert http.get(f"/v1/jobs/{held}").json()["state"] == "completed"
-
-
-CODES = {
-    "SQLITE_IOERR_FSYNC": StorageFailedError,
-    "SQLITE_IOERR_READ": StorageFailedError,
-    "SQLITE_IOERR_WRITE": StorageFailedError,
-    "SQLITE_CORRUPT": StorageFailedError,
-    "SQLITE_CORRUPT_INDEX": StorageFailedError,
-    "SQLITE_NOTADB": StorageFailedError,
-    "SQLITE_READONLY": StorageFailedError,
-    "SQLITE_READONLY_DBMOVED": StorageFailedError,
-    "SQLITE_CANTOPEN": StorageFailedError,
-    "SQLITE_FULL": StorageFullError,
-    "SQLITE_BUSY_SNAPSHOT": StorageBusyError,
-    "SQLITE_LOCKED": StorageBusyError,
-}
-
-
-@pytest.mark.parametrize("name", CODES)
-def test_what_sqlite_says_has_a_name(tmp_path, name):
-    error = sqlite3.OperationalError("it says so")
-    error.sqlite_errorname = name
-    with pytest.raises(CODES[name]) as found, _named_failures(tmp_path):
-        raise error
-    assert found.value.status in (503, 507) and str(tmp_path) not in str(found.value)
-
-
-def test_a_mistake_of_ours_keeps_its_name(tmp_path):
-    with pytest.raises(sqlite3.OperationalError), _named_failures(tmp_path):
-        sqlite3.connect(":memory:").execute("SELECT nothing FROM nowhere")
-    with pytest.raises(sqlite3.ProgrammingError), _named_failures(tmp_path):
-        connection = sqlite3.connect(":memory:")
-        connection.close()
-        connection.execute("SELECT 1")
 
 
 @pytest.mark.parametrize("stream", ["/dev/full", pytest.param("closed", marks=pytest.mark.slow)])

@@ -13,9 +13,10 @@ import pytest
 from safelight.errors import StateDirectoryError
 from safelight.serving import directories
 from safelight.serving.directories import MARKER, job_of, listed
-from safelight.serving.jobs import Kept, new_id
-from safelight.serving.outputs import Outputs
-from safelight.serving.sqlite_jobs import SqliteJobStore
+from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.job import new_id
+from safelight.serving.jobs.sqlite import SqliteJobStore
+from safelight.serving.jobs.store import Kept
 from tests.serving.job_server import picture, serving
 from tests.serving.stub_engine import EDIT_SCHEMA, VIDEO_SCHEMA, StubEngine
 
@@ -31,7 +32,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def open_both(state: Path) -> None:
     store = SqliteJobStore(state)
     try:
-        asyncio.run(Outputs(state / "outputs").close())
+        asyncio.run(FolderFiles(state / "outputs").close())
     finally:
         asyncio.run(store.close())
 
@@ -105,10 +106,10 @@ def test_a_mark_is_made_at_once_and_of_every_version(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             directories.mark(tmp_path)
     assert not directories.is_marked(tmp_path) and not (tmp_path / MARKER).exists()
-    asyncio.run(Outputs(tmp_path).close())
+    asyncio.run(FolderFiles(tmp_path).close())
     (tmp_path / MARKER).write_bytes(directories.MARKED.replace(b"Version 1", b"Version 2"))
     (tmp_path / "mine").write_text("mine")
-    asyncio.run(Outputs(tmp_path).close())
+    asyncio.run(FolderFiles(tmp_path).close())
     assert b"Version 2" in (tmp_path / MARKER).read_bytes()
 
 
@@ -116,11 +117,11 @@ def test_outputs_of_another_server_are_held(tmp_path):
     """By a link the same folder is two servers'; the second would remove what the first one writes."""
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "outputs").symlink_to(tmp_path / "outputs")
-    first = Outputs(tmp_path / "outputs")
+    first = FolderFiles(tmp_path / "outputs")
     with pytest.raises(StateDirectoryError, match=r"outputs directory .* is held by another server"):
-        Outputs(tmp_path / "second" / "outputs")
+        FolderFiles(tmp_path / "second" / "outputs")
     asyncio.run(first.close())
-    asyncio.run(Outputs(tmp_path / "second" / "outputs").close())
+    asyncio.run(FolderFiles(tmp_path / "second" / "outputs").close())
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "image_1.0.png", ".tmp-1", ".safelight-ab", "x/.tmp-0123456789abcdef"])
@@ -243,7 +244,7 @@ def test_only_what_is_known_to_be_over_is_removed(tmp_path, caplog):
         return {IMAGE: Kept(is_over=True, names=frozenset({f"{IMAGE}.0.png"}))} if IMAGE in job_ids else {}
 
     async def main():
-        outputs = Outputs(tmp_path / "outputs")
+        outputs = FolderFiles(tmp_path / "outputs")
         gone = left_by_a_death(outputs.directory)
         gone += [outputs.directory / f"{IMAGE}.{name}" for name in ("input0", "1.png", "0.mp4.thumbnail.webp")]
         stay = [outputs.directory / name for name in [*KEPT, f"{IMAGE}.0.png"]]
@@ -325,6 +326,15 @@ def test_removed_jobs_are_forgotten_once_their_files_are_gone(tmp_path):
 
 
 def test_the_forms_of_names():
-    assert [job_of(f"{IMAGE}.{name}") for name in ("0.png", "input0", "0.mp4.thumbnail.webp")] == [IMAGE] * 3
-    for name in (MARKER, "image_0.png", f"../{IMAGE}.0.png", f"x{IMAGE}.0.png", f"{IMAGE}.0.png\n", f"{IMAGE}.0"):
+    ours = ("0.png", "input0", "0.mp4.thumbnail.webp", "attempt2.0.png", "attempt2.0.mp4.spritesheet.jpeg")
+    assert {job_of(f"{IMAGE}.{name}") for name in ours} == {IMAGE}
+    for name in (
+        MARKER,
+        "image_0.png",
+        f"../{IMAGE}.0.png",
+        f"x{IMAGE}.0.png",
+        f"{IMAGE}.0.png\n",
+        f"{IMAGE}.0",
+        f"{IMAGE}.attempt.0.png",
+    ):
         assert job_of(name) is None and not directories.is_temporary(name)

@@ -9,7 +9,7 @@ import pytest
 from starlette.requests import Request
 
 from safelight.errors import QueueFullError
-from safelight.serving.job_runs import JobLimits
+from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.shares import check_share, client_of
 from tests.serving.http_server import PROMPT, running
 

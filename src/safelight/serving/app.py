@@ -22,7 +22,7 @@ from safelight.serving.context import Context, Settings
 from safelight.serving.envelope import Envelope
 from safelight.serving.errors import GONE, error_response, from_status
 from safelight.serving.hosts import Hosts
-from safelight.serving.job_manager import JobManager
+from safelight.serving.jobs.manager import JobManager
 from safelight.serving.origins import Origins, Preflight
 
 

@@ -18,14 +18,14 @@ from starlette.responses import Response
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import NotReadyError, SafelightError, UsageError, by_code, nearest, shown
-from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
+from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket, total_timings
 from safelight.serving.addresses import KEY_BYTES, Addresses
 from safelight.serving.disconnects import unless_gone
 from safelight.serving.errors import ModelNameError, NotFoundError, is_internal
 from safelight.serving.fields import Asked, Resolved, resolve
 from safelight.serving.gate import Budget
-from safelight.serving.job_manager import JobManager
-from safelight.serving.jobs import Job, Kind, owner_of
+from safelight.serving.jobs.job import Job, Kind, owner_of
+from safelight.serving.jobs.manager import JobManager
 from safelight.serving.limits import Limits
 from safelight.serving.metrics import Metrics
 from safelight.serving.shares import check_share, client_of
@@ -282,15 +282,6 @@ def job_error(job: Job) -> SafelightError:
     assert job.error is not None
     error = by_code(job.error.code).rebuilt(job.error.message, job.error.param)
     return SafelightError(f"job {job.id}: {error}") if is_internal(error) else error
-
-
-def total_timings(outputs: list[Output]) -> dict[str, float]:
-    """Return the seconds of each stage, over all outputs."""
-    total: dict[str, float] = {}
-    for output in outputs:
-        for stage, seconds in output.timings.items():
-            total[stage] = total.get(stage, 0.0) + seconds
-    return total
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -11,7 +11,6 @@ from starlette.responses import Response
 from safelight.errors import NotReadyError, StorageError
 from safelight.serving.auth import LIVE_PATH
 from safelight.serving.context import Context, json_response
-from safelight.serving.directories import probe
 from safelight.serving.metrics import CONTENT_TYPE
 from safelight.version import __version__
 
@@ -38,7 +37,7 @@ def routes(context: Context) -> APIRouter:
         if context.engine.state != "ready":
             raise NotReadyError(f"the engine is not ready: {context.engine.state}")
         try:
-            written = asyncio.to_thread(probe, context.jobs.outputs.directory)
+            written = asyncio.to_thread(context.jobs.outputs.check_writable)
             await asyncio.wait_for(written, _DISK_SECONDS)
         except (OSError, TimeoutError) as error:
             raise NotReadyError("the outputs directory cannot be written") from error

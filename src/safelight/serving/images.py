@@ -14,7 +14,7 @@ from safelight.core.options import Option
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
-from safelight.runtime.client import Ticket
+from safelight.runtime.client import Ticket, total_timings
 from safelight.serving.answers import JsonResponse, LargeJson, in_thread
 from safelight.serving.context import (
     Context,
@@ -22,9 +22,9 @@ from safelight.serving.context import (
     job_error,
     json_response,
     request_id,
-    total_timings,
 )
 from safelight.serving.disconnects import unless_gone
+from safelight.serving.encoding import encode_image, file_metadata
 from safelight.serving.errors import GONE, MalformedRequestError, error_body
 from safelight.serving.events import EventStream, event, event_pieces
 from safelight.serving.fields import (
@@ -39,13 +39,12 @@ from safelight.serving.fields import (
 )
 from safelight.serving.forms import Upload
 from safelight.serving.gate import Body, aside, read_fields
-from safelight.serving.jobs import Job, file_digest, request_digest
+from safelight.serving.jobs.job import Job, file_digest, request_digest
+from safelight.serving.jobs.submission import Submission
 from safelight.serving.jobs_api import content_url, job_object
 from safelight.serving.limits import Limits
-from safelight.serving.outputs import encode_image, file_metadata
 from safelight.serving.shares import client_of
 from safelight.serving.spool import LongText, Spool
-from safelight.serving.submission import Submission
 
 FORMATS = ("png", "jpeg", "webp")
 _BYTES_PER_TOKEN = 4

@@ -15,11 +15,11 @@ from safelight.core.options import Option
 from safelight.errors import InvalidParameterError, StorageError
 from safelight.serving.context import Context, json_response, timestamp
 from safelight.serving.disconnects import unless_gone
+from safelight.serving.encoding import MEDIA_TYPES
 from safelight.serving.errors import ConflictStateError, NotFoundError, RangeError
 from safelight.serving.events import EventStream, event
 from safelight.serving.fields import typed
-from safelight.serving.jobs import Job
-from safelight.serving.outputs import MEDIA_TYPES
+from safelight.serving.jobs.job import Job
 
 VARIANTS = ("video", "thumbnail", "spritesheet")
 _CHUNK = 1 << 18
@@ -148,7 +148,7 @@ async def content_response(request: Request, context: Context, job: Job, index: 
     if part is not None:
         headers["content-range"] = f"bytes {first}-{last}/{size}"
     try:
-        file = await asyncio.to_thread(context.jobs.outputs.path(name).open, "rb")
+        file = await asyncio.to_thread(context.jobs.outputs.open, name)
     except FileNotFoundError as error:
         raise NotFoundError("the job has been removed") from error
     except OSError as error:

@@ -24,12 +24,12 @@ from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
 from safelight.serving.http_args import HTTPArgs
-from safelight.serving.job_manager import JobManager
-from safelight.serving.job_runs import JobLimits
+from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.limits import JobLimits
+from safelight.serving.jobs.manager import JobManager
+from safelight.serving.jobs.sqlite import SqliteJobStore
 from safelight.serving.limits import Limits
 from safelight.serving.listening import Listener, bound, raise_limit
-from safelight.serving.outputs import Outputs
-from safelight.serving.sqlite_jobs import SqliteJobStore
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Server:
             engine = ReplicaSet(engine_settings(self.server_args, self.http_args), self.http_args.replicas)
             engine.on_compiled = self._compiled
             jobs = JobManager(
-                SqliteJobStore(state), Outputs(state / "outputs"), engine, limits=job_limits(self.http_args)
+                SqliteJobStore(state), FolderFiles(state / "outputs"), engine, limits=job_limits(self.http_args)
             )
             settings = Settings(
                 served_names(self.server_args, self.http_args),

@@ -18,7 +18,7 @@ from safelight.serving.errors import ConflictStateError, ModelNameError
 from safelight.serving.fields import EFFECTLESS, INPUT_REFERENCE, Asked, Resolved, sort_fields, typed
 from safelight.serving.gate import Body, aside, read_fields
 from safelight.serving.images import submission
-from safelight.serving.jobs import Job
+from safelight.serving.jobs.job import Job
 from safelight.serving.jobs_api import content_response, error_object, percent
 from safelight.serving.spool import Stored
 

@@ -1,24 +1,26 @@
-"""How finished jobs make room for later ones: by age, by quota, or because somebody removes them. Imports no torch."""
+"""How long finished jobs stay: until they expire, are over the quota, or somebody removes them. Imports no torch."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterable, Iterator
-
-import msgspec
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from safelight.errors import StorageError, StorageFullError
-from safelight.serving.job_runs import JobLimits
-from safelight.serving.jobs import Job, JobStore, Kept
-from safelight.serving.outputs import CLEANED, Outputs
-from safelight.serving.patience import Expiry
+from safelight.serving.jobs.expiry import Expiry
+from safelight.serving.jobs.files import Files
+from safelight.serving.jobs.job import Job
+from safelight.serving.jobs.limits import JobLimits
+from safelight.serving.jobs.store import JobStore, Kept
 
 logger = logging.getLogger(__name__)
 
+REMOVED_AT_ONCE = 500
+"""Jobs whose files, left over by the disk, are looked for at a time."""
 
-class Room:
+
+class Retention:
     """Removes jobs, and then their files. Its methods are for the event loop's thread.
 
     Attributes:
@@ -26,8 +28,8 @@ class Room:
 
     """
 
-    def __init__(self, store: JobStore, outputs: Outputs, expiry: Expiry, limits: JobLimits) -> None:
-        self._store, self._outputs, self._expiry, self._limits = store, outputs, expiry, limits
+    def __init__(self, store: JobStore, files: Files, expiry: Expiry, limits: JobLimits) -> None:
+        self._store, self._files, self._expiry, self._limits = store, files, expiry, limits
         self.lock = asyncio.Lock()
         self._leaving: set[str] = set()
         """Jobs that are not there yet or any more, and whose files are being written or removed."""
@@ -63,34 +65,34 @@ class Room:
             try:
                 removed = await self._store.delete(job.id)
             except StorageFullError:
-                await self._outputs.remove([file.name for file in job.files])
+                await self._files.remove([file.name for file in job.files])
                 removed = await self._store.delete(job.id)
             await self.remove_files(job.id, [file.name for file in job.files], others=job.attempts > 1)
         return removed is not None
 
     async def remove_others(self, job: Job, names: Iterable[str]) -> None:
-        """Remove what an earlier attempt has left of a job that is over: the server died before that was completed."""
+        """Remove what an earlier attempt has left of a job that is over: its server died before that was completed."""
         if job.attempts > 1:
-            await self._outputs.remove_others(job.id, names)
+            await self._files.remove_others(job.id, names)
 
     async def remove_files(self, job_id: str, names: Iterable[str], others: bool = False) -> None:
         """Remove files of a job, and with `others` those that an earlier attempt left, at once or when the disk can."""
         try:
-            await self._outputs.remove(names)
+            await self._files.remove(names)
             if others:
-                await self._outputs.remove_others(job_id, ())
+                await self._files.remove_others(job_id, ())
         except StorageError as error:
             logger.error("files of job %s stay for now: %s", job_id, error)
             self._left.add(job_id)
 
     async def _remove_left(self) -> None:
         """Remove what the disk did not let go, of jobs that are over."""
-        some = list(self._left)[:CLEANED]
+        some = list(self._left)[:REMOVED_AT_ONCE]
         kept = await self._store.kept(some)
         for job_id in some:
             known = kept.get(job_id, Kept(is_over=True))
             if known.is_over:
-                await self._outputs.remove_others(job_id, known.names)
+                await self._files.remove_others(job_id, known.names)
                 self._left.discard(job_id)
 
     async def make(self, num_bytes: int) -> None:
@@ -106,16 +108,15 @@ class Room:
         usage = await self._store.usage()
         if num_bytes and usage.num_bytes - usage.num_bytes_finished + num_bytes > limit:
             raise StorageFullError("the files of this job need more room than all jobs may take")
-        excess = usage.num_bytes + num_bytes - limit
-        while excess > 0 and (removable := await self._store.removable()):
-            for job in removable:
-                if excess > 0 and await self.remove(job):
-                    excess -= job.num_bytes
+        await self._remove_first(usage.num_bytes + num_bytes - limit, lambda job: job.num_bytes)
 
     async def trim_records(self) -> None:
         """Remove finished jobs until all records are within their bound. Only under the lock."""
         excess = (await self._store.usage()).num_bytes_records - self._limits.max_record_bytes
-        while excess > 0 and (removable := await self._store.removable(failed_first=True)):
+        await self._remove_first(excess, lambda job: len(job.record), failed_first=True)
+
+    async def _remove_first(self, excess: int, size: Callable[[Job], int], failed_first: bool = False) -> None:
+        while excess > 0 and (removable := await self._store.removable(failed_first=failed_first)):
             for job in removable:
                 if excess > 0 and await self.remove(job):
-                    excess -= len(msgspec.json.encode(job))
+                    excess -= size(job)

@@ -14,10 +14,11 @@ from PIL import Image
 
 from safelight import media, video
 from safelight.errors import ConflictError, NotReadyError, QueueFullError
-from safelight.serving import outputs as outputs_module
 from safelight.serving.directories import MARKER
-from safelight.serving.jobs import owner_of
-from safelight.serving.sqlite_jobs import SqliteJobStore
+from safelight.serving.encoding import encode_image
+from safelight.serving.jobs import outputs as outputs_module
+from safelight.serving.jobs.job import owner_of
+from safelight.serving.jobs.sqlite import SqliteJobStore
 from tests.serving.disks import as_left_by_a_death
 from tests.serving.job_server import SECONDS, Server, collect, file_names, picture, serving, submission, unfinished
 from tests.serving.stub_engine import (
@@ -247,7 +248,7 @@ def test_too_many_jobs_are_refused_and_leave_nothing(tmp_path):
 @pytest.mark.parametrize("where", ["held back", "in the engine's queue", "running", "being written", "completed"])
 @pytest.mark.parametrize("how", ["cancel", "delete"])
 def test_cancelling_and_deleting_anywhere_on_the_way(tmp_path, monkeypatch, where, how):
-    encode, encoding = outputs_module.encode_image, threading.Event()
+    encode, encoding = encode_image, threading.Event()
 
     def slow(*args):
         encoding.set()
@@ -287,7 +288,7 @@ def test_cancelling_and_deleting_anywhere_on_the_way(tmp_path, monkeypatch, wher
         assert not any(name.startswith(job.id) for name in server.engine._running), "it works on"
         server.engine.release()
         assert {(await server.end(other)).state for other in before} <= {"completed"}
-        while server.jobs._runs:
+        while server.jobs.runner.runs:
             await asyncio.sleep(0.01)
         assert server.engine.stats.num_running == 0
         assert server.files() == await file_names(server.store)
@@ -352,7 +353,7 @@ def test_a_caller_that_goes_away_leaves_a_whole_job_or_none(tmp_path):
             caller.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await caller
-        while server.jobs._background or server.jobs._runs:
+        while server.jobs.acceptance.under_way or server.jobs.runner.runs:
             await asyncio.sleep(0.01)
         jobs = (await server.store.page(limit=100)).jobs
         assert jobs and {job.state for job in jobs} == {"completed"}

@@ -13,50 +13,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from safelight.errors import (
-    InvalidParameterError,
-    StateDirectoryError,
-    StorageBusyError,
-    StorageError,
-    StorageFailedError,
-    StorageFullError,
-)
+from safelight.errors import InvalidParameterError, StateDirectoryError, StorageError, StorageFailedError
 from safelight.serving import directories
 from safelight.serving.addresses import KEY_NAME
-from safelight.serving.jobs import (
-    MAX_PAGE,
-    Horizon,
-    Job,
-    JobStore,
-    Kept,
-    Kind,
-    Order,
-    Page,
-    StoredFile,
-    StoredOutput,
-    Usage,
-    Waiting,
-    check_same,
-)
+from safelight.serving.clocks import Clocks
+from safelight.serving.jobs.job import Job, Kind, check_same, read_job
+from safelight.serving.jobs.sqlite_errors import named_failures
+from safelight.serving.jobs.store import MAX_PAGE, Horizon, JobStore, Kept, Order, Page, Usage, Waiting
 
 T = TypeVar("T")
 
 _VERSION = 1
 _DATABASE, _LOCK = "jobs.sqlite3", "lock"
-_FAILURES: tuple[tuple[str, type[StorageError], str], ...] = (
-    ("SQLITE_FULL", StorageFullError, "the state directory is full"),
-    ("SQLITE_BUSY", StorageBusyError, "another program holds the jobs' database; try again later"),
-    ("SQLITE_LOCKED", StorageBusyError, "another program holds the jobs' database; try again later"),
-    ("SQLITE_PROTOCOL", StorageBusyError, "another program holds the jobs' database; try again later"),
-    ("SQLITE_CORRUPT", StorageFailedError, "the jobs' database is damaged"),
-    ("SQLITE_NOTADB", StorageFailedError, "the jobs' database is damaged"),
-    ("SQLITE_READONLY", StorageFailedError, "the jobs' database cannot be written any more"),
-    ("SQLITE_IOERR", StorageFailedError, "the jobs' database: the disk fails"),
-    ("SQLITE_CANTOPEN", StorageFailedError, "the jobs' database cannot be opened any more"),
-)
-"""What SQLite's names begin with, and what it is to a client."""
-_UNNAMED = ("SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")
-"""Of these it does not say whether the disk fails or a quota is at its end."""
 _BUSY_SECONDS = 0.5
 """For which SQLite waits by itself; whoever can wait longer tries again, and lets others to the store between."""
 _SCHEMA = """
@@ -76,8 +44,14 @@ CREATE TABLE jobs (
 CREATE UNIQUE INDEX jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX jobs_by_end ON jobs (state, completed_at);
 """
-_REMOVED = "CREATE TABLE IF NOT EXISTS removed (id TEXT PRIMARY KEY) WITHOUT ROWID"
-"""Jobs that are no more and whose files may still be there. A version that does not know it is not disturbed."""
+_LATER = (
+    "CREATE TABLE IF NOT EXISTS removed (id TEXT PRIMARY KEY) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS leases "
+    "(id INTEGER PRIMARY KEY AUTOINCREMENT, server TEXT NOT NULL UNIQUE, clock TEXT NOT NULL, until REAL NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS claims (job TEXT PRIMARY KEY, lease INTEGER NOT NULL) WITHOUT ROWID",
+)
+"""Tables of later versions: jobs that are no more and whose files may still be there; leases, whose numbers only go up;
+and which lease holds an unfinished job. A version that does not know them is not disturbed."""
 _ADDED = {"expires_clock": "TEXT", "expires_moment": "REAL", "turn": "INTEGER"}
 """Columns of a later version, which an earlier one leaves empty: when a job expires, by the clock that nobody sets, and
 a number that goes up with every end: the order of ends, whatever the clock for people said."""
@@ -91,9 +65,17 @@ _COLUMNS = (
 _INSERT = f"INSERT INTO jobs ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)})"
 _UPDATE = (
     f"UPDATE jobs SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)} "
-    "WHERE id = :id AND state = :old_state AND attempts = :old_attempts"
+    "WHERE id = :id AND state = :old_state AND attempts = :old_attempts "
+    "AND (SELECT lease FROM claims WHERE job = :id) IS :old_lease"
 )
+_JOBS = "jobs LEFT JOIN claims ON claims.job = jobs.id"
 _FINISHED, _UNFINISHED = "state IN ('completed', 'failed')", "state IN ('queued', 'in_progress')"
+_CLAIM = (
+    f"INSERT INTO claims SELECT id, :lease FROM jobs WHERE id = :id AND {_UNFINISHED} "
+    "AND EXISTS (SELECT 1 FROM leases WHERE id = :lease) ON CONFLICT DO NOTHING"
+)
+_OVER = "clock != :clock OR until <= :now"
+_UNCLAIM = "DELETE FROM claims WHERE job = :id"
 
 
 def _row(job: Job) -> dict[str, Any]:
@@ -111,17 +93,20 @@ def _row(job: Job) -> dict[str, Any]:
         "completed_at": job.completed_at,
         "expires_at": job.expires_at,
         "num_bytes": job.num_bytes,
-        "record": msgspec.json.encode(job),
+        "record": job.record,
     }
 
 
 class SqliteJobStore(JobStore):
     """Jobs in a SQLite file of the state directory, held by one server at a time.
 
-    The one connection belongs to one thread. `synchronous=FULL` makes SQLite sync its log at every commit.
+    The one connection belongs to one thread. `synchronous=FULL` makes SQLite sync its log at every commit. Leases end
+    by the machine's clock that nobody sets; when the machine starts, all have ended.
     """
 
-    def __init__(self, directory: Path) -> None:
+    is_exclusive = True
+
+    def __init__(self, directory: Path, clocks: Clocks | None = None) -> None:
         """Open the store, or make it; this waits for the disk, and is for before the event loop serves anybody.
 
         Raises:
@@ -130,6 +115,7 @@ class SqliteJobStore(JobStore):
 
         """
         self._directory, self.where = directory, str(directory / _DATABASE)
+        self._moment = (clocks or Clocks()).moment
         directories.check_ours("state directory", directory, _is_older)
         self._lock = directories.hold("state directory", directory, _LOCK)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="safelight-jobs")
@@ -193,13 +179,25 @@ class SqliteJobStore(JobStore):
         return await self._call(self._delete, job_id)
 
     async def unfinished(self) -> list[Waiting]:
-        return await self._call(self._unfinished)
+        columns = "id, attempts, lease IS NOT NULL"
+        rows = await self._call(self._rows, f"SELECT {columns} FROM {_JOBS} WHERE {_UNFINISHED} ORDER BY number")
+        return [Waiting(job_id, attempts, bool(is_claimed)) for job_id, attempts, is_claimed in rows]
+
+    async def begin_lease(self, server: str, seconds: float) -> int:
+        return await self._call(self._begin_lease, server, seconds)
+
+    async def renew_lease(self, lease: int, seconds: float) -> frozenset[str] | None:
+        return await self._call(self._renew_lease, lease, seconds)
+
+    async def claim(self, job_id: str, lease: int) -> Job | None:
+        return await self._call(self._claim, job_id, lease)
 
     async def check_writable(self) -> None:
         await self._call(self._write, f"PRAGMA user_version = {_VERSION}", {})  # which is written every time
 
     async def last_end(self) -> float | None:
-        return await self._call(self._last_end)
+        ((found,),) = await self._call(self._rows, "SELECT max(completed_at) FROM jobs")
+        return None if found is None else float(found)
 
     async def expired(self, horizon: Horizon, limit: int = MAX_PAGE) -> list[Job]:
         by_stamp = "coalesce(expires_at <= :at OR (:knows_all AND completed_at > :at), FALSE)"
@@ -214,7 +212,9 @@ class SqliteJobStore(JobStore):
         return await self._call(self._select, where, {"limit": limit})
 
     async def usage(self) -> Usage:
-        return await self._call(self._usage)
+        totals = f"total(num_bytes), total(num_bytes) FILTER (WHERE {_FINISHED}), total(length(record))"
+        (row,) = await self._call(self._rows, f"SELECT {totals} FROM jobs")
+        return Usage(*map(int, row))
 
     async def kept(self, job_ids: Collection[str]) -> dict[str, Kept]:
         return await self._call(self._kept, tuple(job_ids))
@@ -246,8 +246,9 @@ class SqliteJobStore(JobStore):
             if existing is not None:
                 return check_same(existing, job.digest)
             self._connection.execute(_INSERT, _row(job))
+            claimed = self._connection.execute(_CLAIM, {"id": job.id, "lease": job.lease}).rowcount == 1
             self._connection.execute("DELETE FROM removed WHERE id = :id", {"id": job.id})
-        return job
+        return job if claimed or job.lease is None else msgspec.structs.replace(job, lease=None)
 
     def _find(self, owner: str, idempotency_key: str) -> Job | None:
         where = "owner = :owner AND idempotency_key = :key"
@@ -255,66 +256,85 @@ class SqliteJobStore(JobStore):
 
     def _replace(self, old: Job, new: Job) -> bool:
         with self._transaction():
-            values = {**_row(new), "old_state": old.state, "old_attempts": old.attempts}
-            done = self._connection.execute(_UPDATE, values).rowcount == 1
+            before = {"old_state": old.state, "old_attempts": old.attempts, "old_lease": old.lease}
+            done = self._connection.execute(_UPDATE, {**_row(new), **before}).rowcount == 1
             if done and new.finished:
                 self._connection.execute(_NEXT_TURN, {"id": new.id})
+                self._connection.execute(_UNCLAIM, {"id": new.id})
         return done
+
+    def _begin_lease(self, server: str, seconds: float) -> int:
+        now = self._moment()
+        values = {"server": server, "clock": now.clock, "now": now.seconds, "until": now.seconds + seconds}
+        with self._transaction():
+            self._give_up(f"server = :server OR {_OVER}", values)
+            inserted = "INSERT INTO leases (server, clock, until) VALUES (:server, :clock, :until) RETURNING id"
+            (lease,) = self._connection.execute(inserted, values).fetchone()
+        return int(lease)
+
+    def _renew_lease(self, lease: int, seconds: float) -> frozenset[str] | None:
+        now = self._moment()
+        values = {"id": lease, "clock": now.clock, "now": now.seconds, "until": now.seconds + seconds}
+        with self._transaction():
+            renewal = "UPDATE leases SET clock = :clock, until = :until WHERE id = :id"
+            renewed = self._connection.execute(renewal, values).rowcount == 1
+            self._give_up(_OVER, values)
+            held = self._connection.execute("SELECT job FROM claims WHERE lease = :id", values).fetchall()
+        return frozenset(job_id for (job_id,) in held) if renewed else None
+
+    def _give_up(self, which: str, values: Mapping[str, Any]) -> None:
+        """End leases, and let their jobs be claimed anew; within a transaction."""
+        self._connection.execute(f"DELETE FROM claims WHERE lease IN (SELECT id FROM leases WHERE {which})", values)
+        self._connection.execute(f"DELETE FROM leases WHERE {which}", values)
+
+    def _claim(self, job_id: str, lease: int) -> Job | None:
+        with self._transaction():
+            done = self._connection.execute(_CLAIM, {"id": job_id, "lease": lease}).rowcount == 1
+        return _first(self._select("id = :id", {"id": job_id})) if done else None
 
     def _delete(self, job_id: str) -> Job | None:
         with self._transaction():
             found = _first(self._select("id = :id", {"id": job_id}))
             if found is not None:
                 self._connection.execute("DELETE FROM jobs WHERE id = :id", {"id": job_id})
+                self._connection.execute(_UNCLAIM, {"id": job_id})
                 self._connection.execute("INSERT OR IGNORE INTO removed VALUES (:id)", {"id": job_id})
         return found
 
     def _forget(self, but: frozenset[str]) -> None:
-        with self._named_failures():
-            known = [job_id for (job_id,) in self._connection.execute("SELECT id FROM removed")]
+        known = [job_id for (job_id,) in self._rows("SELECT id FROM removed")]
         if forgotten := [(job_id,) for job_id in known if job_id not in but]:
             with self._transaction():
                 self._connection.executemany("DELETE FROM removed WHERE id = ?", forgotten)
 
     def _named_failures(self) -> AbstractContextManager[None]:
-        return _named_failures(self._directory)
+        return named_failures(self._directory)
 
     def _write(self, statement: str, values: Mapping[str, Any]) -> None:
         with self._transaction():
             self._connection.execute(statement, values)
 
+    def _rows(self, query: str) -> list[Any]:
+        with self._named_failures():
+            return self._connection.execute(query).fetchall()
+
     def _select(self, where: str, values: Mapping[str, Any]) -> list[Job]:
         with self._named_failures():
-            rows = self._connection.execute(f"SELECT record FROM jobs WHERE {where}", values)
-            return [msgspec.json.decode(record, type=Job) for (record,) in rows]
-
-    def _unfinished(self) -> list[Waiting]:
-        with self._named_failures():
-            rows = self._connection.execute(f"SELECT id, attempts FROM jobs WHERE {_UNFINISHED} ORDER BY number")
-            return [Waiting(*row) for row in rows]
+            rows = self._connection.execute(f"SELECT record, lease FROM {_JOBS} WHERE {where}", values)
+            found = [(read_job(record), lease) for record, lease in rows]
+            return [msgspec.structs.replace(job, lease=lease) for job, lease in found]
 
     def _kept(self, job_ids: tuple[str, ...]) -> dict[str, Kept]:
-        """Read one record after the other, and of each its files alone: there may be many, and large ones."""
+        """Read one record after the other, and keep of each its files alone: there may be many, and large ones."""
         among = f"({', '.join('?' * len(job_ids))})"
         with self._named_failures():
             removed = self._connection.execute(f"SELECT id FROM removed WHERE id IN {among}", job_ids)
             found = {job_id: Kept(is_over=True) for (job_id,) in removed}
             rows = self._connection.execute(f"SELECT id, {_FINISHED}, record FROM jobs WHERE id IN {among}", job_ids)
             for job_id, is_over, record in rows:
-                names = msgspec.json.decode(record, type=_Files).names()
-                found[job_id] = Kept(bool(is_over), frozenset(names))
+                names = frozenset(file.name for file in read_job(record).files)
+                found[job_id] = Kept(bool(is_over), names)
         return found
-
-    def _last_end(self) -> float | None:
-        with self._named_failures():
-            (found,) = self._connection.execute("SELECT max(completed_at) FROM jobs").fetchone()
-            return None if found is None else float(found)
-
-    def _usage(self) -> Usage:
-        totals = f"total(num_bytes), total(num_bytes) FILTER (WHERE {_FINISHED}), total(length(record))"
-        with self._named_failures():
-            row = self._connection.execute(f"SELECT {totals} FROM jobs").fetchone()
-            return Usage(*map(int, row))
 
 
 def _first(jobs: list[Job]) -> Job | None:
@@ -324,7 +344,7 @@ def _first(jobs: list[Job]) -> Job | None:
 @contextmanager
 def _transaction(connection: sqlite3.Connection, folder: Path) -> Iterator[None]:
     """Commit what is done inside, or nothing of it."""
-    with _named_failures(folder):
+    with named_failures(folder):
         try:
             connection.execute("BEGIN IMMEDIATE")
             yield
@@ -333,43 +353,6 @@ def _transaction(connection: sqlite3.Connection, folder: Path) -> Iterator[None]
             if connection.in_transaction:
                 with suppress(sqlite3.DatabaseError):  # the disk fails: what matters has been raised
                     connection.execute("ROLLBACK")
-
-
-@contextmanager
-def _named_failures(folder: Path) -> Iterator[None]:
-    """Turn what SQLite says of the disk, or of another program that holds the file, into our errors."""
-    try:
-        yield
-    except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
-        name = getattr(error, "sqlite_errorname", "")  # Python's own, of a closed connection for example, have none
-        for beginning, cls, message in _FAILURES:
-            if name.startswith(beginning):
-                raise (_unnamed(folder) if name in _UNNAMED else cls(message)) from error
-        raise
-
-
-def _unnamed(folder: Path) -> StorageError:
-    """Find out why nothing can be written, by writing."""
-    try:
-        directories.probe(folder)
-    except OSError as error:
-        return StorageError.of(error, "the jobs' database")
-    return StorageFailedError("the jobs' database: the disk fails")
-
-
-class _Files(msgspec.Struct):
-    """Of a job's record, the files alone."""
-
-    inputs: tuple[StoredFile, ...] = ()
-    outputs: tuple[StoredOutput, ...] = ()
-
-    def names(self) -> Iterator[str]:
-        """Yield the name of each."""
-        for file in self.inputs:
-            yield file.name
-        for output in self.outputs:
-            yield output.name
-            yield from (extra.name for extra in output.extras.values())
 
 
 def _is_older(names: frozenset[str]) -> bool:
@@ -384,7 +367,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             directories.make_private(path.with_name(name))
         connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
         try:
-            with _named_failures(path.parent):
+            with named_failures(path.parent):
                 _prepare(connection, path)
         except BaseException:
             connection.close()
@@ -412,7 +395,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         if version == 0:
             for statement in _SCHEMA.split(";"):
                 connection.execute(statement)
-        connection.execute(_REMOVED)
+        for statement in _LATER:
+            connection.execute(statement)
         columns = {name for _, name, *_ in connection.execute("PRAGMA table_info(jobs)")}
         for name, kind in _ADDED.items():
             if name not in columns:

@@ -1,20 +1,12 @@
-"""What waits for something outside of this process: a database that another holds, a clock that may be wrong."""
+"""When finished jobs expire, by clocks that may be wrong. Imports no torch."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import logging
-import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
-from safelight.errors import StorageBusyError, StorageFailedError
 from safelight.serving.clocks import Clocks
-from safelight.serving.jobs import Horizon, Job
-
-T = TypeVar("T")
-logger = logging.getLogger(__name__)
+from safelight.serving.jobs.job import Job, JobError, StoredOutput
+from safelight.serving.jobs.store import Horizon
 
 GRACE_SECONDS = 24 * 3600.0
 """For which nothing from before the start is removed, where the clock does not go on from where it was."""
@@ -22,36 +14,8 @@ SAME_SECONDS = 60.0
 """By which two clocks may differ that have not been set."""
 
 
-async def when_free(
-    call: Callable[[], Awaitable[T]], seconds: float, retry_seconds: float, stops: Callable[[], bool]
-) -> T:
-    """Do something with the jobs' store, again and again while another program holds it, or its disk fails.
-
-    Args:
-        call: does it.
-        seconds: after which it is given up.
-        retry_seconds: between two attempts.
-        stops: whether this server stops, so that it is given up at once.
-
-    Raises:
-        StorageBusyError, StorageFailedError: if it is given up.
-
-    """
-    begun = time.monotonic()
-    for tried in itertools.count():
-        try:
-            return await call()
-        except (StorageBusyError, StorageFailedError) as error:
-            if stops() or time.monotonic() - begun >= seconds:
-                raise
-            if tried == 0:
-                logger.error("%s", error)
-        await asyncio.sleep(retry_seconds)
-    raise AssertionError("it counts for ever")
-
-
 class Expiry:
-    """Says what a server may believe to have expired.
+    """Says when a job that ends now will expire, and what a server may believe to have expired.
 
     What ended by the machine's present clock for durations, before this server's start too, expires by that clock. Of
     the rest, which ended before the machine was started, the stamps for people are all that is known: they are believed
@@ -72,6 +36,18 @@ class Expiry:
         """Begin to count; `last_end` is when the last job of the store ended, by its stamp."""
         self._start, self._moment = self._clocks.stamp(), self._clocks.moment()
         self._goes_on = last_end is not None and 0 <= self._start - last_end <= GRACE_SECONDS
+
+    def completed(
+        self, job: Job, outputs: Sequence[StoredOutput], warnings: Sequence[str], timings: Mapping[str, float]
+    ) -> Job:
+        """Return a job as it is if it completes now."""
+        now = self._clocks.stamp()
+        return job.completed(outputs, warnings, timings, now, now + self._keep_seconds, self._clocks.moment())
+
+    def failed(self, job: Job, error: JobError) -> Job:
+        """Return a job as it is if it fails now."""
+        now = self._clocks.stamp()
+        return job.failed(error, now, now + self._keep_seconds, self._clocks.moment())
 
     def now(self) -> float:
         """Return the seconds since 1970 that have passed in any case: the clock may have been set forward."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import random
@@ -14,15 +13,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from safelight.core.form import Form
 from safelight.errors import StorageFullError
 from safelight.preparation import prepare
 from safelight.serving.directories import job_of
-from safelight.serving.jobs import Job, JobError
+from safelight.serving.jobs.job import Job, JobError, read_job
 from tests.serving.disks import as_left_by_a_death, fill, small_disk
-from tests.serving.job_server import Server, collect, file_names, picture, serving, submission, unfinished
+from tests.serving.job_server import Server, collect, file_names, picture, serving, unfinished
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, StubEngine, make_media
 
 # Failures.
@@ -144,49 +145,7 @@ def test_jobs_of_another_model_and_lost_inputs_fail_by_name(tmp_path):
     serving(tmp_path / "state", fail, StubEngine(EDIT_SCHEMA, state="failed"))
 
 
-# Room.
-
-
-def test_finished_jobs_expire(tmp_path):
-    async def use(server):
-        first = await server.end(await server.submit())
-        failed = await server.end(await server.submit("[fail:out_of_memory]"))
-        server.clock.now += 50
-        second = await server.end(await server.submit())
-        waiting = await server.submit("[hold]")
-        server.clock.now += 50
-        await server.jobs.sweep()
-        assert await server.store.get(first.id) is None and await server.store.get(failed.id) is None
-        assert server.files() == {second.outputs[0].name}
-        server.clock.now += 1000
-        while server.files():  # by the periodic task
-            await asyncio.sleep(0.01)
-        assert await server.store.get(second.id) is None
-        assert (await server.get(waiting.id)).state in ("queued", "in_progress")
-
-    serving(tmp_path, use, keep_seconds=100.0, sweep_seconds=0.05)
-
-
-def test_the_first_finished_make_room_for_later_ones(tmp_path):
-    async def use(server):
-        first = await server.end(await server.submit("[noise]", seed=1))
-        size = first.num_bytes
-        server.jobs._room._limits = dataclasses.replace(server.jobs._room._limits, max_bytes=int(2.5 * size))
-        second, third = [await server.end(await server.submit("[noise]", seed=n)) for n in (2, 3)]
-        assert await server.store.get(first.id) is None
-        assert server.files() == {second.outputs[0].name, third.outputs[0].name}
-        large = await server.end(await server.submit("[noise]", n=3))
-        assert large.error is not None and large.error.code == "storage_full"
-        assert server.files() == {second.outputs[0].name, third.outputs[0].name}, "nothing is removed in vain"
-        with pytest.raises(StorageFullError):
-            await server.jobs.submit(
-                dataclasses.replace(submission(server.engine), images={"image": [bytes(3 * size)]})
-            )
-        server.jobs._room._limits = dataclasses.replace(server.jobs._room._limits, max_bytes=int(1.5 * size))
-        await server.jobs.sweep()
-        assert server.files() == {third.outputs[0].name}
-
-    serving(tmp_path, use)
+# Full disks.
 
 
 def test_a_full_disk_fails_the_job_and_the_server_lives(tmp_path):
@@ -247,6 +206,62 @@ def test_a_disk_so_full_that_nothing_can_be_written_down(tmp_path):
         serving(disk, use)
 
 
+# The form of a job: eager or compiled, when a worker dies and when the server does.
+
+
+MODES = [("eager", "compiled"), ("compiled", "eager")]
+
+
+@pytest.mark.parametrize(("first", "now"), MODES)
+def test_after_a_workers_death(tmp_path, first, now):
+    async def use(server):
+        server.engine.mode = first
+        job = await server.submit("[die:1] [hold]")
+        await server.until_step(job, 1)
+        assert (await server.get(job.id)).form == Form(first)
+        server.engine.mode = now
+        server.engine.release()
+        done = await server.end(job)
+        assert (done.state, done.attempts, done.form) == ("completed", 2, Form(first))
+        assert [request.form for request in server.engine.submitted] == [None, Form(first)]
+        later = await server.end(await server.submit("b"))
+        assert later.form == Form(now)
+
+    serving(tmp_path, use)
+
+
+@pytest.mark.parametrize(("first", "now"), MODES)
+def test_after_a_restart_of_the_server(tmp_path, first, now):
+    """What had begun keeps its form; what had only waited begins in the form of its day."""
+
+    async def die(server):
+        server.engine.mode = first
+        jobs = [await server.submit("[hold]"), await server.submit("b")]
+        await server.until_step(jobs[0], 1)
+        return [job.id for job in jobs]
+
+    begun, waited = serving(tmp_path, die)
+
+    async def again(server):
+        server.engine.mode = now
+        server.engine.release()
+        done = [await server.end(await server.get(job_id)) for job_id in (begun, waited)]
+        assert [request.form for request in server.engine.submitted] == [Form(first), None]
+        assert [(job.state, job.form) for job in done] == [("completed", Form(first)), ("completed", Form(now))]
+
+    serving(tmp_path, again, StubEngine())
+
+
+@pytest.mark.parametrize(("mode", "form"), [(None, None), ("compiled", Form("compiled"))])
+def test_a_record_of_an_earlier_version_is_read(mode, form):
+    """It had no form, or a mode in its place; and what is written now is read as it was."""
+    job = Job(id="image_1", kind="image", model="m", params={}, created_at=1.0, form=Form("eager"))
+    assert read_job(job.record).form == Form("eager")
+    earlier = msgspec.json.decode(job.record)
+    del earlier["form"]
+    assert read_job(msgspec.json.encode({**earlier, **({} if mode is None else {"mode": mode})})).form == form
+
+
 # kill -9.
 
 
@@ -262,7 +277,7 @@ def test_no_job_is_lost_or_made_twice_whenever_the_server_dies_often(tmp_path):
 def killed_at_random(folder: Path, rounds: int) -> None:
     log, state = folder / "log", folder / "state"
     command = [sys.executable, "-m", "tests.serving.killed_server", str(state), str(log)]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, cwd=Path(__file__).parents[2]) as servers:
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, cwd=Path(__file__).parents[3]) as servers:
         assert servers.stdin is not None and servers.stdout is not None
         for _ in range(rounds):
             servers.stdin.write("start\n")

@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from safelight.errors import ConflictError, InvalidParameterError, StateDirectoryError, StorageFullError
-from safelight.serving.clocks import Moment
-from safelight.serving.jobs import (
+from safelight.serving.clocks import Clocks, Moment
+from safelight.serving.jobs.job import (
     MAX_ATTEMPTS,
-    Horizon,
     Job,
     JobError,
     StoredFile,
@@ -33,9 +32,10 @@ from safelight.serving.jobs import (
     owner_of,
     request_digest,
 )
-from safelight.serving.sqlite_jobs import SqliteJobStore
+from safelight.serving.jobs.sqlite import SqliteJobStore
+from safelight.serving.jobs.store import Horizon
 from tests.serving.disks import as_left_by_a_death, fill, make_read_only, small_disk
-from tests.serving.job_server import file_names, unfinished
+from tests.serving.job_server import Clock, file_names, serving, unfinished
 
 
 def make_job(kind="image", **fields) -> Job:
@@ -255,7 +255,7 @@ def test_every_commit_is_synced(tmp_path):
     with_store(tmp_path, use)
 
 
-OPEN = "import sys; from pathlib import Path; import safelight.serving.sqlite_jobs as s; s.SqliteJobStore(Path({!r}));"
+OPEN = "import sys; from pathlib import Path; import safelight.serving.jobs.sqlite as s; s.SqliteJobStore(Path({!r}));"
 
 
 def test_a_second_server_is_refused_until_the_first_is_gone(tmp_path):
@@ -329,6 +329,180 @@ def test_a_full_disk_changes_nothing_and_passes(tmp_path):
         with_store(disk / "state", use)
 
 
+def test_a_start_reads_one_record_after_the_other(tmp_path):
+    """Three hundred jobs of 100 KB: they were 30 MB at once."""
+    script = """
+import asyncio, sys, pathlib
+from safelight.serving.jobs.job import Job, JobError, StoredFile
+from safelight.serving.jobs.sqlite import SqliteJobStore
+def kib(): return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+async def main():
+    store = SqliteJobStore(pathlib.Path(sys.argv[1]))
+    await store._call(store._connection.execute, "PRAGMA synchronous = OFF")
+    for n in range(300):
+        job = Job(id=f"image_{n}", kind="image", model="m", params={"prompt": "x" * 100_000}, created_at=1.0)
+        await store.add(job)
+        await store.replace(job, job.failed(JobError("cancelled", "c"), 2.0, 3.0))
+    before = kib()
+    assert len(await store.kept([f"image_{n}" for n in range(300)])) == 300
+    print(kib() - before)
+    await store.close()
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert int(done.stdout) < 10 * 1024
+
+
+async def taken(store: SqliteJobStore, lease: int, job: Job) -> Job:
+    """Claim a job, which must be there to be claimed."""
+    claimed = await store.claim(job.id, lease)
+    assert claimed is not None and claimed.lease == lease
+    return claimed
+
+
+def with_clock(folder: Path, use):
+    async def main():
+        clock = Clock()
+        store = SqliteJobStore(folder, Clocks(clock, clock.moment))
+        try:
+            return await use(store, clock)
+        finally:
+            await store.close()
+
+    return asyncio.run(main())
+
+
+def test_a_job_is_claimed_by_one_lease(tmp_path):
+    async def use(store, clock):
+        a, b = await store.begin_lease("a", 30.0), await store.begin_lease("b", 30.0)
+        own = make_job(lease=a)
+        assert await store.add(own) is own and await store.get(own.id) == own
+        free = await store.add(make_job())
+        assert [waiting.is_claimed for waiting in await store.unfinished()] == [True, False]
+        assert await store.claim(own.id, b) is None and await store.claim(own.id, a) is None
+        held = await asyncio.gather(*(store.claim(free.id, lease) for lease in (a, b, a)))
+        assert [job and job.lease for job in held] == [a, None, None]
+        assert await store.renew_lease(a, 30.0) == {own.id, free.id} and await store.renew_lease(b, 30.0) == set()
+        assert await store.claim("image_none", a) is None and await store.claim(free.id, 99) is None
+        done = failed(held[0])
+        assert await store.replace(held[0], done) and done.lease is None and await store.get(free.id) == done
+        assert await store.renew_lease(a, 30.0) == {own.id}
+        assert await store.claim(free.id, b) is None, "it has finished"
+        assert await store.delete(own.id) == own
+        assert await store.renew_lease(a, 30.0) == set()
+        stale = make_job(lease=99)
+        added = await store.add(stale)
+        assert added.lease is None and await store.get(stale.id) == added, "added by a lease that has ended"
+
+    with_clock(tmp_path, use)
+
+
+def test_a_lease_that_is_not_renewed_is_given_up_and_fences_its_server_off(tmp_path):
+    async def use(store, clock):
+        a, b = await store.begin_lease("a", 30.0), await store.begin_lease("b", 30.0)
+        job = await taken(store, a, await store.add(make_job()))
+        begun = job.begun(1.0)
+        assert await store.replace(job, begun)
+        clock.set(1e12)  # for people; nothing passes
+        assert await store.renew_lease(b, 30.0) == set() and await store.claim(job.id, b) is None
+        clock.now += 29.0
+        assert await store.renew_lease(b, 30.0) == set() and await store.claim(job.id, b) is None
+        clock.now += 1.0
+        assert await store.claim(job.id, b) is None, "nobody has given it up"
+        assert await store.renew_lease(b, 30.0) == set()
+        assert not await store.replace(begun, completed(begun)), "its lease has been given up"
+        again = await taken(store, b, job)
+        assert (again.attempts, again.state) == (1, "in_progress")
+        for late in (completed(begun), failed(begun), begun.begun(2.0)):
+            assert not await store.replace(begun, late)
+        assert await store.renew_lease(a, 30.0) is None
+        assert await store.renew_lease(b, 30.0) == {job.id}
+        assert await store.replace(again, again.begun(3.0))
+
+    with_clock(tmp_path, use)
+
+
+def test_a_lease_that_nobody_gave_up_goes_on(tmp_path):
+    async def use(store, clock):
+        a = await store.begin_lease("a", 30.0)
+        job = await taken(store, a, await store.add(make_job()))
+        clock.now += 1000.0
+        assert await store.renew_lease(a, 30.0) == {job.id}
+
+    with_clock(tmp_path, use)
+
+
+def test_a_server_that_starts_again_has_its_jobs_at_once_and_its_former_self_has_none(tmp_path):
+    async def use(store, clock):
+        a, b = await store.begin_lease("a", 30.0), await store.begin_lease("b", 30.0)
+        jobs = [await taken(store, lease, await store.add(make_job())) for lease in (a, b)]
+        again = await store.begin_lease("a", 30.0)
+        assert again not in (a, b) and await store.claim(jobs[1].id, again) is None
+        assert not await store.replace(jobs[0], failed(jobs[0]))
+        await taken(store, again, jobs[0])
+        assert await store.renew_lease(b, 0.0) == set()
+        await taken(store, again, jobs[1])
+        return again
+
+    async def later(store, clock):
+        clock.boot = "another"  # the machine was started: nothing that was held then is
+        new = await store.begin_lease("c", 30.0)
+        assert new > last and await store.renew_lease(new, 30.0) == set()
+        assert {waiting.is_claimed for waiting in await store.unfinished()} == {False}
+
+    last = with_clock(tmp_path, use)
+    with_clock(tmp_path, later)
+
+
+EARLIER = """
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, owner TEXT NOT NULL,
+    idempotency_key TEXT, state TEXT NOT NULL, attempts INTEGER NOT NULL, completed_at REAL, expires_at REAL,
+    num_bytes INTEGER NOT NULL, record BLOB NOT NULL, expires_clock TEXT, expires_moment REAL, turn INTEGER
+);
+CREATE UNIQUE INDEX jobs_by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
+CREATE INDEX jobs_by_end ON jobs (state, completed_at);
+CREATE TABLE removed (id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE INDEX jobs_by_turn ON jobs (turn);
+PRAGMA journal_mode = WAL;
+PRAGMA user_version = 1;
+"""
+"""Of the version before leases."""
+
+
+def test_a_database_of_before_there_were_leases_is_opened_and_its_jobs_are_run(tmp_path):
+    size = {"height": 64, "width": 96, "num_inference_steps": 2, "guidance_scale": 1.0}
+    fields = {"model": "stub/pictures", "params": {"prompt": "a", "seed": 1, "n": 1, **size}}
+    queued, twice, once = [make_job(**fields) for _ in range(3)]
+    once, twice = once.begun(1.0), twice.begun(1.0).begun(1.5)
+    done = failed(make_job(**fields), at=999.0)  # it has not expired
+    with sqlite3.connect(tmp_path / "jobs.sqlite3") as connection:
+        connection.executescript(EARLIER)
+        for job in (queued, twice, once, done):
+            record = msgspec.to_builtins(job)
+            del record["lease"]
+            row = (job.id, job.kind, "", job.state, job.attempts, job.completed_at, job.expires_at, job.num_bytes)
+            insert = "INSERT INTO jobs (id, kind, owner, state, attempts, completed_at, expires_at, num_bytes, record)"
+            connection.execute(f"{insert} VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*row, msgspec.json.encode(record)))
+    connection.close()
+
+    async def use(server):
+        assert await server.get(done.id) == done
+        ended = [await server.end(job) for job in (queued, twice, once)]
+        assert [(job.state, job.attempts) for job in ended] == [("completed", 1), ("failed", 2), ("completed", 2)]
+        assert ended[1].error is not None and ended[1].error.code == "worker_lost"
+
+    async def look(server):
+        assert [job.state for job in (await server.store.page(order="asc")).jobs] == [
+            *("completed", "failed", "completed", "failed"),
+        ]
+
+    serving(tmp_path, use)
+    serving(tmp_path, look)
+
+
 KEYS = st.sampled_from(["k1", "k2"]) | st.none()
 CRASHES = st.sampled_from(["none", "none", "before", "torn", "after"])
 
@@ -345,6 +519,7 @@ class StoreAgainstDict(RuleBasedStateMachine):
         self.store = SqliteJobStore(self.state)
         self.model: dict[str, Job] = {}
         self.forms: list[Job] = []  # every form that any job ever had
+        self.leases: dict[str, int] = {}
 
     def write(self, coroutine, crash, data):
         """Do a write and, by the way of the crash, go on with what a dead server would have left."""
@@ -421,6 +596,41 @@ class StoreAgainstDict(RuleBasedStateMachine):
         if not undone:
             self.model.pop(job_id, None)
 
+    @rule(server=st.sampled_from("ab"), crash=CRASHES, data=st.data())
+    def begin_lease(self, server, crash, data):
+        lease, undone = self.write(self.store.begin_lease(server, 1e9), crash, data)
+        if not undone:
+            self.give_up(self.leases.get(server))
+            self.leases[server] = lease
+
+    @precondition(lambda self: self.leases)
+    @rule(crash=CRASHES, data=st.data())
+    def end_lease(self, crash, data):
+        server = data.draw(st.sampled_from(sorted(self.leases)))
+        _, undone = self.write(self.store.renew_lease(self.leases[server], 0.0), crash, data)
+        if not undone:
+            self.give_up(self.leases.pop(server))
+
+    def give_up(self, lease):
+        for job in self.model.values():
+            if lease is not None and job.lease == lease:
+                self.model[job.id] = msgspec.structs.replace(job, lease=None)
+                self.forms.append(self.model[job.id])
+
+    @precondition(lambda self: self.forms and self.leases)
+    @rule(data=st.data(), crash=CRASHES)
+    def claim(self, data, crash):
+        old, lease = data.draw(st.sampled_from(self.forms)), data.draw(st.sampled_from(sorted(self.leases.values())))
+        current = self.model.get(old.id)
+        claimed, undone = self.write(self.store.claim(old.id, lease), crash, data)
+        if current is None or current.finished or current.lease is not None:
+            assert claimed is None
+        else:
+            assert claimed == msgspec.structs.replace(current, lease=lease)
+        if claimed is not None and not undone:
+            self.model[old.id] = claimed
+            self.forms.append(claimed)
+
     @rule(kind=st.sampled_from(["image", "video"]) | st.none(), owner=st.sampled_from(["", "me"]) | st.none())
     def page(self, kind, owner):
         page = self.run(self.store.page(kind, owner, limit=3, order="asc"))
@@ -433,6 +643,9 @@ class StoreAgainstDict(RuleBasedStateMachine):
         assert jobs == list(self.model.values())
         assert self.run(unfinished(self.store)) == [job for job in jobs if not job.finished]
         assert self.run(self.store.usage()).num_bytes == sum(job.num_bytes for job in jobs)
+        for lease in self.leases.values():
+            held = {job.id for job in jobs if job.lease == lease}
+            assert self.run(self.store.renew_lease(lease, 1e9)) == held
 
     def teardown(self):
         self.run(self.store.close())

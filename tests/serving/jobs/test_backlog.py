@@ -14,10 +14,10 @@ from tests.serving.job_server import serving
 
 MEASURE = """
 import asyncio, pathlib, sys
-from safelight.serving.job_manager import JobManager
-from safelight.serving.jobs import Job, JobError, new_id
-from safelight.serving.outputs import Outputs
-from safelight.serving.sqlite_jobs import SqliteJobStore
+from safelight.serving.jobs.manager import JobManager
+from safelight.serving.jobs.job import Job, JobError, new_id
+from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.sqlite import SqliteJobStore
 from tests.serving.stub_engine import StubEngine
 
 folder, what, count, size = pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
@@ -30,7 +30,7 @@ async def fill():
     def add():
         execute = store._connection.execute
         execute("PRAGMA synchronous = OFF")
-        from safelight.serving import sqlite_jobs as sql
+        from safelight.serving.jobs import sqlite as sql
         execute("BEGIN")
         for n in range(count):
             job = Job(id=new_id("image"), kind="image", model="stub/pictures", created_at=1.0,
@@ -45,7 +45,7 @@ async def fill():
 
 async def start():
     engine = StubEngine(max_waiting=1000)
-    manager = JobManager(SqliteJobStore(folder), Outputs(folder / "outputs"), engine)
+    manager = JobManager(SqliteJobStore(folder), FolderFiles(folder / "outputs"), engine)
     before = kib("VmRSS")
     await manager.start()
     for _ in range(200):
@@ -88,11 +88,11 @@ def test_a_start_holds_few_jobs(tmp_path):
         return [await server.submit(f"{n} [hold]") for n in range(40)]
 
     async def look(server):
-        assert len(server.jobs._runs) <= 4 and len(server.jobs._backlog) >= 36
+        assert len(server.jobs.runner.runs) <= 4 and len(server.jobs.runner.backlog) >= 36
         watched = asyncio.create_task(server.end(left[30]))
         new = await server.submit("new")
         await asyncio.sleep(0.1)
-        assert len(server.jobs._runs) <= 5
+        assert len(server.jobs.runner.runs) <= 5
         assert server.jobs.progress(left[39].id).queue_position == 39 - len(server.engine._running)
         assert server.jobs.progress(new.id).queue_position == 40 - len(server.engine._running)
         assert (await server.jobs.cancel(left[38].id)).state == "failed"
@@ -140,13 +140,13 @@ def test_whoever_follows_a_job_that_waits_is_told_all_and_holds_it_alone(tmp_pat
         tasks = [asyncio.create_task(follow(job)) for job in left[4:]]
         gone = asyncio.create_task(follow(left[3]))
         await asyncio.sleep(0.05)
-        assert len(list(server.jobs._backlog.followed())) == 5
+        assert len(list(server.jobs.runner.backlog.followed())) == 5
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         del gone
         gc.collect()
         await asyncio.sleep(0.01)
-        assert len(list(server.jobs._backlog.followed())) == 4
+        assert len(list(server.jobs.runner.backlog.followed())) == 4
         await server.jobs.cancel(left[7].id)
         assert (await tasks[3])[-1] == "failed"
         server.engine.release()

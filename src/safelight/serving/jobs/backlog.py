@@ -1,27 +1,30 @@
-"""Jobs of an earlier server whose turn has not come: their ids are in memory, all else stays in the store."""
+"""Unfinished jobs that no server holds, as after a restart: their ids are in memory, all else stays in the store."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterable, Iterator
 from weakref import WeakValueDictionary
 
-from safelight.serving.job_runs import Run
-from safelight.serving.jobs import Job
+from safelight.serving.jobs.job import Job
+from safelight.serving.jobs.run import Run
 
 
 class Backlog:
-    """Unfinished jobs in the order of acceptance, taken one after the other. Only for the event loop's thread.
+    """Jobs that may be claimed, in the order of acceptance, one after the other. Only for the event loop's thread.
 
     Attributes:
-        over: set once all have been taken; jobs that were accepted later begin then.
+        filled: set while there are any.
+        over: set while there are none; jobs that are accepted meanwhile begin then.
 
     """
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}
         self._followed: WeakValueDictionary[str, Run] = WeakValueDictionary()
-        self.over = asyncio.Event()
+        self._places_given = itertools.count()
+        self.filled, self.over = asyncio.Event(), asyncio.Event()
         self.over.set()
 
     def __len__(self) -> int:
@@ -30,9 +33,11 @@ class Backlog:
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._places
 
-    def begin(self, job_ids: Iterable[str]) -> None:
-        """Take these up, in their order."""
-        self._places = {job_id: place for place, job_id in enumerate(job_ids)}
+    def extend(self, job_ids: Iterable[str]) -> None:
+        """Add these in their order, after those that there are; what is there keeps its place."""
+        for job_id in job_ids:
+            if job_id not in self._places:
+                self._places[job_id] = next(self._places_given)
         self._update()
 
     @property
@@ -47,7 +52,7 @@ class Backlog:
         return run
 
     def drop(self, job_id: str) -> None:
-        """Forget a job that runs, or is over."""
+        """Forget a job that runs, here or elsewhere, or is over."""
         self._places.pop(job_id, None)
         self._update()
 
@@ -75,7 +80,6 @@ class Backlog:
             run.wake()
 
     def _update(self) -> None:
-        if self._places:
-            self.over.clear()
-        else:
-            self.over.set()
+        now, not_now = (self.filled, self.over) if self._places else (self.over, self.filled)
+        now.set()
+        not_now.clear()

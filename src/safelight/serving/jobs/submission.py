@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -15,7 +14,7 @@ from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError, StorageError
 from safelight.serving.clocks import Moment
-from safelight.serving.jobs import Job, Kind, StoredFile, new_id
+from safelight.serving.jobs.job import Job, Kind, StoredFile, new_id
 from safelight.serving.spool import Stored
 
 
@@ -52,9 +51,9 @@ class Submission:
 
 
 def new_job(
-    submission: Submission, schema: ModelSchema, now: float, moment: Moment
+    submission: Submission, schema: ModelSchema, now: float, moment: Moment, lease: int | None
 ) -> tuple[Job, dict[str, bytes | Stored]]:
-    """Return a queued job, accepted now, and its input files by name."""
+    """Return a queued job, accepted now and claimed by a lease, and its input files by name."""
     kind: Kind = "video" if schema.task.makes_video else "image"
     job_id = new_id(kind)
     options, values = submission.params.options(), submission.params.set_fields()
@@ -78,12 +77,13 @@ def new_job(
         digest=submission.digest,
         inputs=tuple(inputs),
         warnings=tuple(submission.warnings),
+        lease=lease,
     )
     return job, files
 
 
-def read_params(job: Job, schema: ModelSchema, inputs: Sequence[Path]) -> SamplingParams:
-    """Return a job's resolved parameters, its pictures read from `inputs`, and not decoded. This is for a thread.
+def read_params(job: Job, schema: ModelSchema, read: Callable[[str], BinaryIO]) -> SamplingParams:
+    """Return a job's resolved parameters, its pictures read by `read`, and not decoded. This is for a thread.
 
     Raises:
         ModelNotFoundError: if the job was for another model than the one of the schema.
@@ -96,9 +96,10 @@ def read_params(job: Job, schema: ModelSchema, inputs: Sequence[Path]) -> Sampli
     cls = schema.params_cls
     options = cls.options()
     images: dict[str, Any] = {}
-    for file, path in zip(job.inputs, inputs, strict=True):
+    for file in job.inputs:
         try:
-            image = media.open_image(EncodedImage.read(path.read_bytes(), media.READ_FORMATS), mode=cls.image_mode)
+            with read(file.name) as stored:
+                image = media.open_image(EncodedImage.read(stored.read(), media.READ_FORMATS), mode=cls.image_mode)
         except FileNotFoundError as error:  # a message could hold the path
             raise SafelightError("an input image of this job is not there any more") from error
         except (InvalidParameterError, *media.UNREADABLE) as error:

@@ -1,4 +1,4 @@
-"""Durable jobs, of images and of videos: what a job is, what may become of it, and where it is kept. Imports no torch.
+"""A durable job, of images or of videos: what it is, and what it may become. Imports no torch.
 
     queued -> in_progress -> completed
       |           |  `- in_progress (its second attempt)
@@ -14,24 +14,20 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 
-from safelight.core.form import Mode
+from safelight.core.form import Form, Mode
 from safelight.errors import ConflictError
 from safelight.serving.clocks import Moment
 from safelight.serving.spool import Stored, parts
 
 Kind = Literal["image", "video"]
 JobState = Literal["queued", "in_progress", "completed", "failed"]
-Order = Literal["asc", "desc"]
-T = TypeVar("T")
 
 MAX_ATTEMPTS = 2
-MAX_PAGE = 100
 
 
 class JobError(msgspec.Struct, frozen=True):
@@ -101,7 +97,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         state: one of four.
         attempts: how often its run has been recorded as begun; at most `MAX_ATTEMPTS`.
         started_at: when its first attempt began.
-        mode: how its model calls are made: chosen when its first attempt began, and kept by the second.
+        form: in which its model calls are made: chosen when its first attempt began, and kept by the second.
         completed_at: when it completed or failed.
         expires_at: when it may be removed; None before it has finished.
         inputs: stored input files, in their order.
@@ -110,6 +106,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         timings: seconds of each stage, over all outputs.
         error: why it failed.
         accepted, began, ended: when it was accepted, begun first, and finished, on the clock that nobody sets.
+        lease: of the server that is to run it, as the store numbers leases; None where nobody has claimed it, and once
+            it has finished.
 
     """
 
@@ -128,7 +126,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     state: JobState = "queued"
     attempts: int = 0
     started_at: float | None = None
-    mode: Mode | None = None
+    form: Form | None = None
     completed_at: float | None = None
     expires_at: float | None = None
     inputs: tuple[StoredFile, ...] = ()
@@ -139,6 +137,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     accepted: Moment | None = None
     began: Moment | None = None
     ended: Moment | None = None
+    lease: int | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -166,23 +165,27 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def files(self) -> list[StoredFile]:
         """Every file that is its own."""
-        made = [StoredFile(output.name, output.num_bytes) for output in self.outputs]
-        return [*self.inputs, *made, *(extra for output in self.outputs for extra in output.extras.values())]
+        return [*self.inputs, *files_of(self.outputs)]
 
     @property
     def num_bytes(self) -> int:
         """The size of its files, and of its record."""
-        return sum(file.num_bytes for file in self.files) + len(msgspec.json.encode(self))
+        return sum(file.num_bytes for file in self.files) + len(self.record)
 
-    def begun(self, at: float, mode: Mode | None = None, moment: Moment | None = None) -> Job:
-        """Return it as it is once its next attempt has begun; the engine may have died before it told the mode."""
+    @property
+    def record(self) -> bytes:
+        """All of it as JSON, but for the lease: that is the store's, which ends it."""
+        return msgspec.json.encode(msgspec.structs.replace(self, lease=None))
+
+    def begun(self, at: float, form: Form | None = None, moment: Moment | None = None) -> Job:
+        """Return it as it is once its next attempt has begun; the engine may have died before it told the form."""
         return msgspec.structs.replace(
             self,
             state="in_progress",
             attempts=self.attempts + 1,
             started_at=at if self.started_at is None else self.started_at,
             began=moment if self.started_at is None else self.began,
-            mode=self.mode or mode,
+            form=self.form or form,
         )
 
     def completed(
@@ -201,6 +204,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             completed_at=at,
             expires_at=expires_at,
             ended=moment,
+            lease=None,
             outputs=tuple(outputs),
             warnings=tuple(dict.fromkeys([*self.warnings, *warnings])),
             timings=dict(timings),
@@ -209,7 +213,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     def failed(self, error: JobError, at: float, expires_at: float, moment: Moment | None = None) -> Job:
         """Return it as it is once it has failed."""
         return msgspec.structs.replace(
-            self, state="failed", completed_at=at, expires_at=expires_at, ended=moment, error=error
+            self, state="failed", completed_at=at, expires_at=expires_at, ended=moment, lease=None, error=error
         )
 
     def may_become(self, other: Job) -> bool:
@@ -225,48 +229,26 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-class Waiting(msgspec.Struct, frozen=True):
-    """Of an unfinished job what is kept in memory until its turn comes."""
+class _Earlier(msgspec.Struct):
+    """What a record of an earlier version says in another way."""
 
-    id: str
-    attempts: int
-
-
-class Horizon(msgspec.Struct, frozen=True):
-    """By what jobs are judged to have expired.
-
-    Attributes:
-        moment: now, for what ended by this clock.
-        at: by which others must have expired, in seconds since 1970; None expires none of them.
-        knows_all: whether others that say to have ended later than `at` have expired too: their clock was wrong.
-
-    """
-
-    moment: Moment
-    at: float | None = None
-    knows_all: bool = False
+    mode: Mode | None = None
 
 
-class Kept(msgspec.Struct, frozen=True):
-    """What the store says of a job's files: whether the job is over, and which it has."""
-
-    is_over: bool
-    names: frozenset[str] = frozenset()
-
-
-class Page(msgspec.Struct, frozen=True):
-    """Some jobs of a list, and whether more follow."""
-
-    jobs: list[Job]
-    has_more: bool
+def read_job(record: bytes) -> Job:
+    """Return the job of a record, which an earlier version may have written."""
+    job = msgspec.json.decode(record, type=Job)
+    if job.form is None and (mode := msgspec.json.decode(record, type=_Earlier).mode) is not None:
+        return msgspec.structs.replace(job, form=Form(mode))
+    return job
 
 
-class Usage(msgspec.Struct, frozen=True):
-    """Bytes of all jobs' files and records, of the finished ones among them, which may be removed, and of records."""
-
-    num_bytes: int
-    num_bytes_finished: int
-    num_bytes_records: int = 0
+def files_of(outputs: Iterable[StoredOutput]) -> list[StoredFile]:
+    """Return every file of some outputs: their own, and those that were made of them."""
+    files = []
+    for output in outputs:
+        files += [StoredFile(output.name, output.num_bytes), *output.extras.values()]
+    return files
 
 
 def new_id(kind: str) -> str:
@@ -305,102 +287,3 @@ def check_same(existing: Job, digest: str) -> Job:
     if existing.digest != digest:
         raise ConflictError("this Idempotency-Key was used for another request; choose a new one")
     return existing
-
-
-class JobStore(ABC):
-    """Where jobs are kept. Every change is durable when its method returns.
-
-    Methods that write raise `StorageFullError` where there is no room, and all raise `StorageBusyError` where another
-    program holds the store; nothing has changed then. All raise `StorageFailedError` where the disk fails: a change may
-    be there after a restart all the same, and is to be made again.
-
-    Attributes:
-        where: the file or place that it is kept in, for whoever starts the server; clients are not told.
-
-    """
-
-    where: str
-
-    @abstractmethod
-    async def add(self, job: Job) -> Job:
-        """Keep a new job, and return it; or the one that its owner sent before with the same idempotency key.
-
-        Raises:
-            ConflictError: if the key came with another request.
-
-        """
-
-    @abstractmethod
-    async def get(self, job_id: str, owner: str | None = None) -> Job | None:
-        """Return a job; None if there is none, or if an owner is given and it is another's."""
-
-    @abstractmethod
-    async def find(self, owner: str, idempotency_key: str) -> Job | None:
-        """Return the job of an idempotency key."""
-
-    @abstractmethod
-    async def page(
-        self,
-        kind: Kind | None = None,
-        owner: str | None = None,
-        after: str | None = None,
-        limit: int = 20,
-        order: Order = "desc",
-    ) -> Page:
-        """Return at most `limit` jobs (1 to 100) in the order of their acceptance, from the one next to `after`.
-
-        Raises:
-            InvalidParameterError: for a limit, an order or an id that it does not take.
-
-        """
-
-    @abstractmethod
-    async def replace(self, old: Job, new: Job) -> bool:
-        """Put a job's next form in the place of the one that was read, and say whether that was done.
-
-        It is refused if the job has changed meanwhile, has been deleted, or may not become `new`.
-        """
-
-    @abstractmethod
-    async def delete(self, job_id: str) -> Job | None:
-        """Remove a job, and return its last form; None if there is none. Its files are the caller's to remove."""
-
-    @abstractmethod
-    async def check_writable(self) -> None:
-        """Do nothing where a job could be changed; raise why it cannot be where it could not."""
-
-    @abstractmethod
-    async def unfinished(self) -> list[Waiting]:
-        """Return what is queued or in progress, in the order of acceptance; the jobs themselves stay in the store."""
-
-    @abstractmethod
-    async def last_end(self) -> float | None:
-        """Return when the last job that there is completed or failed; None where none has."""
-
-    @abstractmethod
-    async def expired(self, horizon: Horizon, limit: int = MAX_PAGE) -> list[Job]:
-        """Return what completed or failed and has expired, first finished first."""
-
-    @abstractmethod
-    async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
-        """Return what completed or failed, first finished first; those first, if asked, that have nothing to show."""
-
-    @abstractmethod
-    async def usage(self) -> Usage:
-        """Return the bytes of all jobs' files and records."""
-
-    @abstractmethod
-    async def kept(self, job_ids: Collection[str]) -> dict[str, Kept]:
-        """Return what is known of the files of these jobs, or of what was removed and is not forgotten."""
-
-    @abstractmethod
-    async def announce(self, job_id: str) -> None:
-        """Note that files are written for a job that is not there yet: until it is added, it counts as removed."""
-
-    @abstractmethod
-    async def forget(self, but: Collection[str]) -> None:
-        """Forget jobs that were removed, as their files are, but for these."""
-
-    @abstractmethod
-    async def close(self) -> None:
-        """Let the store go; nothing else may be called afterwards."""

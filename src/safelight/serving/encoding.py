@@ -1,0 +1,134 @@
+"""How pixels become files: pictures with how they were made inside, thumbnails, sheets. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from safelight import media
+from safelight.core.schema import ModelSchema
+from safelight.errors import InvalidParameterError
+from safelight.runtime.client import Media
+from safelight.version import __version__
+
+Pixels = NDArray[np.uint8]
+
+MEDIA_TYPES: Mapping[str, str] = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "mp4": "video/mp4",
+}
+"""By output format; a file's name ends in the format."""
+THUMBNAIL_SIDE, TILE_SIDE, MAX_TILES = 512, 256, 16
+_MAX_EXIF_TEXT = 60_000
+"""JPEG holds 65,533 bytes of EXIF."""
+_LONG_TEXT = 1_000
+_LARGE_PICTURE = 8 << 20
+"""Values of a picture from which on it is encoded alone: it takes as much again, and its file's length."""
+_ONE_LARGE = threading.Lock()
+
+
+def file_metadata(schema: ModelSchema, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written into a file of how it was made. `params` are one output's, as JSON can hold them."""
+    return {
+        "software": f"safelight {__version__}",
+        "model": schema.model,
+        "pipeline": schema.pipeline_name,
+        **{name: value for name, value in params.items() if name not in ("n", "output_type")},
+    }
+
+
+def encode_image(
+    array: Pixels, output_format: str, compression: int | None = None, metadata: Mapping[str, Any] | None = None
+) -> bytes:
+    """Return a picture's file.
+
+    Args:
+        array: uint8 [H, W, C] of 3 or 4 channels.
+        output_format: png, jpeg or webp.
+        compression: quality from 0 to 100 of jpeg and webp; None is 95 for jpeg, and lossless for webp.
+        metadata: what JSON can hold; in a PNG's text, or the EXIF user comment of the others.
+
+    Raises:
+        InvalidParameterError: for an unknown format, or for an alpha channel in jpeg, which has none.
+
+    """
+    if output_format not in _IMAGE_ENCODERS:
+        raise InvalidParameterError("output_format", output_format, f"one of {', '.join(_IMAGE_ENCODERS)}")
+    if output_format == "jpeg" and array.shape[-1] == 4:
+        raise InvalidParameterError("output_format", "jpeg", "png or webp: this picture has an alpha channel")
+    file = io.BytesIO()
+    with _ONE_LARGE if array.size > _LARGE_PICTURE else contextlib.nullcontext():
+        _IMAGE_ENCODERS[output_format](Image.fromarray(array), file, compression, metadata)
+    return file.getvalue()
+
+
+def _png(image: Image.Image, file: io.BytesIO, compression: int | None, metadata: Mapping[str, Any] | None) -> None:
+    text = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        text.add_text(media.METADATA_KEY, json.dumps(metadata))
+    # zlib's level 1: level 6 takes several times as long for files that are little smaller.
+    image.save(file, format="PNG", compress_level=1, pnginfo=text)
+
+
+def _jpeg(image: Image.Image, file: io.BytesIO, compression: int | None, metadata: Mapping[str, Any] | None) -> None:
+    quality = 95 if compression is None else compression
+    image.save(file, format="JPEG", quality=quality, subsampling=0, **_exif(metadata, _MAX_EXIF_TEXT))
+
+
+def _webp(image: Image.Image, file: io.BytesIO, compression: int | None, metadata: Mapping[str, Any] | None) -> None:
+    if compression is None:
+        image.save(file, format="WEBP", lossless=True, method=0, **_exif(metadata))
+    else:
+        image.save(file, format="WEBP", quality=compression, **_exif(metadata))
+
+
+def _exif(metadata: Mapping[str, Any] | None, limit: float = math.inf) -> dict[str, Image.Exif]:
+    """Return the keyword for EXIF; long texts are left out where the whole is more than the format holds."""
+    if metadata is None:
+        return {}
+    text = json.dumps(metadata)
+    if len(text) > limit:
+        kept = {k: v for k, v in metadata.items() if not (isinstance(v, str) and len(v) > _LONG_TEXT)}
+        text = json.dumps(kept)
+    return {"exif": media.exif(text)}
+
+
+_IMAGE_ENCODERS: Mapping[str, Callable[[Image.Image, io.BytesIO, int | None, Mapping[str, Any] | None], None]] = {
+    "png": _png,
+    "jpeg": _jpeg,
+    "webp": _webp,
+}
+
+
+def thumbnail(frames: Media) -> bytes:
+    """Return WebP of the first frame of a video [T, H, W, 3], within a square of 512 pixels."""
+    return encode_image(np.asarray(_fitted(frames[0], THUMBNAIL_SIDE)), "webp", 80)
+
+
+def spritesheet(frames: Media, output_format: str = "jpeg") -> bytes:
+    """Return jpeg or webp: at most 16 frames of a video [T, H, W, 3], evenly apart, in rows as in a text."""
+    count = min(MAX_TILES, len(frames))
+    chosen = [_fitted(frames[index * len(frames) // count], TILE_SIDE) for index in range(count)]
+    columns = math.ceil(math.sqrt(count))
+    width, height = chosen[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height))
+    for index, tile in enumerate(chosen):
+        sheet.paste(tile, (index % columns * width, index // columns * height))
+    return encode_image(np.asarray(sheet), output_format, 85)
+
+
+def _fitted(frame: Pixels, side: int) -> Image.Image:
+    image = Image.fromarray(frame)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image

@@ -1,0 +1,125 @@
+"""By what a server holds jobs, and how it takes those that nobody holds. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+
+from safelight.errors import StorageError
+from safelight.serving.jobs.job import MAX_ATTEMPTS, Job
+from safelight.serving.jobs.runner import WORKER_LOST, Runner
+
+logger = logging.getLogger(__name__)
+
+RENEWALS = 3
+"""Of a lease, in the time for which it lasts."""
+
+
+class Lease:
+    """One server's lease: keeps it, stops what it has lost, and claims what nobody holds, in the order of acceptance.
+
+    Args:
+        server: the name of this server, among all that share the store.
+        runner: of the jobs that it holds.
+
+    Attributes:
+        number: as the store counts; None before it has begun.
+
+    """
+
+    def __init__(self, server: str, runner: Runner) -> None:
+        self._server, self._runner = server, runner
+        self._store, self._backlog, self._seconds = runner.store, runner.backlog, runner.limits.lease_seconds
+        self._renewed = runner.clocks.moment()
+        self.number: int | None = None
+
+    @property
+    def has_lapsed(self) -> bool:
+        """Whether another server may have been given this one's jobs, by this one's own clock."""
+        passed = self._runner.clocks.moment().since(self._renewed)
+        return not self._store.is_exclusive and (passed is None or passed >= self._seconds)
+
+    async def begin(self) -> None:
+        """Get another lease; what the last one held may be claimed again, as what nobody holds."""
+        asked = self._runner.clocks.moment()
+        self.number = await self._store.begin_lease(self._server, self._seconds)
+        self._renewed = asked
+        await self._look()
+
+    async def end(self) -> None:
+        """Let other servers have what it holds."""
+        if self.number is not None:
+            await self._store.renew_lease(self.number, 0.0)
+
+    async def renew(self) -> None:
+        """Renew the lease; stop what it does not hold any more, and find what may be claimed."""
+        runs, asked = list(self._runner.runs.values()), self._runner.clocks.moment()
+        held = None
+        if self.number is not None and not self.has_lapsed:  # if it has, the store is not asked, which may take long
+            held = await self._store.renew_lease(self.number, self._seconds)
+        if held is None:
+            for run in runs:
+                run.is_lost = True
+                self._runner.stop(run)
+            await self.begin()
+            return
+        self._renewed = asked
+        for run in runs:
+            if run.job.id not in held and not run.job.finished:
+                await self._runner.look(run)
+                self._runner.stop(run)
+        await self._look()
+
+    async def renew_forever(self) -> None:
+        """Renew the lease in time, until this is cancelled."""
+        while True:
+            await asyncio.sleep(self._seconds / RENEWALS)
+            try:
+                await self.renew()
+            except StorageError as error:
+                logger.error("the lease on jobs is not renewed: %s", error)
+            except Exception:  # the boundary of this task, on which all jobs depend
+                logger.exception("the lease on jobs is not renewed")
+
+    async def take_forever(self) -> None:
+        """Claim and run jobs one after the other, of which a few are in memory at a time, until this is cancelled."""
+        places = asyncio.Semaphore(self._runner.limits.max_taken)
+        while True:
+            await places.acquire()
+            await self._backlog.filled.wait()
+            if (job_id := self._backlog.first) is None:
+                places.release()
+                continue
+            try:
+                job = await self._runner.retry(functools.partial(self._claimed, job_id))
+            except StorageError:  # the server stops
+                return
+            except Exception:  # a job's boundary: its record is damaged, and the others' are not
+                logger.exception("job %s cannot be read", job_id)
+                job = None
+            if job is not None and not job.finished and job_id in self._backlog:
+                self._runner.launch(self._backlog.run(job), lambda _: places.release())
+            else:
+                places.release()
+                await self._tell(job_id)
+            self._backlog.drop(job_id)  # after the launch: with the last one, what came later is let go
+
+    async def _look(self) -> None:
+        """Find the unfinished jobs that nobody holds; those that have begun too often fail."""
+        unfinished, runs = await self._store.unfinished(), self._runner.runs
+        found = [waiting for waiting in unfinished if not waiting.is_claimed and waiting.id not in runs]
+        for waiting in found:
+            if waiting.attempts >= MAX_ATTEMPTS and (job := await self._claimed(waiting.id)) is not None:
+                await self._store.replace(job, self._runner.expiry.failed(job, WORKER_LOST))
+        self._backlog.extend(waiting.id for waiting in found if waiting.attempts < MAX_ATTEMPTS)
+
+    async def _claimed(self, job_id: str) -> Job | None:
+        return None if self.number is None else await self._store.claim(job_id, self.number)
+
+    async def _tell(self, job_id: str) -> None:
+        """Tell whoever follows a job that it is not run here."""
+        if (run := self._backlog.followed_as(job_id)) is not None and not run.job.finished:
+            await self._runner.look(run)
+            run.over = True
+            run.wake()
