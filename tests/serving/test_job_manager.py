@@ -16,7 +16,7 @@ from safelight import media, video
 from safelight.errors import ConflictError, NotReadyError, QueueFullError
 from safelight.serving import outputs as outputs_module
 from safelight.serving.directories import MARKER
-from safelight.serving.jobs import owner_of
+from safelight.serving.principals import owner_of
 from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.disks import as_left_by_a_death
 from tests.serving.job_server import SECONDS, Server, collect, file_names, picture, serving, submission, unfinished

@@ -30,9 +30,9 @@ from safelight.serving.jobs import (
     StoredFile,
     StoredOutput,
     new_id,
-    owner_of,
     request_digest,
 )
+from safelight.serving.principals import owner_of
 from safelight.serving.sqlite_jobs import SqliteJobStore
 from tests.serving.disks import as_left_by_a_death, fill, make_read_only, small_disk
 from tests.serving.job_server import file_names, unfinished

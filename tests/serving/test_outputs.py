@@ -19,7 +19,7 @@ from safelight.errors import InvalidParameterError, SafelightError, StateDirecto
 from safelight.preparation import prepare
 from safelight.serving import outputs as module
 from safelight.serving.directories import MARKER
-from safelight.serving.outputs import Outputs, encode_image, file_metadata, spritesheet, thumbnail
+from safelight.serving.outputs import Outputs, encode_image, spritesheet, thumbnail
 from tests.serving.disks import fill, make_read_only, small_disk
 from tests.serving.stub_engine import IMAGE_SCHEMA, VIDEO_SCHEMA, make_output
 
@@ -88,7 +88,7 @@ def test_jpeg_has_no_alpha_and_unknown_formats_are_named():
 @pytest.mark.parametrize("prompt", ["a caf\u00e9", "\U0001f600" * 8000], ids=["short", "long"])
 def test_a_picture_says_how_it_was_made(tmp_path, output_format, prompt):
     output = an_output(prompt=prompt)
-    metadata = file_metadata(IMAGE_SCHEMA, output.params)
+    metadata = media.file_metadata(IMAGE_SCHEMA.model, IMAGE_SCHEMA.pipeline_name, output.params)
     path = tmp_path / "picture"
     path.write_bytes(encode_image(output.media[0], output_format, None, metadata))
     found = media.read_metadata(path)
@@ -128,7 +128,7 @@ def test_a_video_has_a_thumbnail_and_a_spritesheet(tmp_path):
         stream = container.streams.video[0]
         assert len(list(container.decode(stream))) == 9
         assert stream.average_rate is not None and float(stream.average_rate) == 8.0
-    assert video.read_metadata(path) == file_metadata(VIDEO_SCHEMA, made.params)
+    assert video.read_metadata(path) == media.file_metadata(VIDEO_SCHEMA.model, VIDEO_SCHEMA.pipeline_name, made.params)
     extras = stored.extras
     assert names(tmp_path) == {stored.name, *(file.name for file in extras.values())}
     assert [(tmp_path / file.name).stat().st_size for file in extras.values()] == [e.num_bytes for e in extras.values()]

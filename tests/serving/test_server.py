@@ -60,6 +60,6 @@ def test_every_bound_that_is_set_is_a_bound_of_the_server(parts):
 def test_every_door_that_is_set_is_a_door_of_the_server(parts, tmp_path):
     (tmp_path / "key").write_text("k" * 32)
     made = parts(allowed_hosts="a.example", allowed_origins="https://b.example", public_url="https://c.example")
-    assert made.settings.api_key is None and set(made.settings.allowed_hosts) == {"a.example", "c.example"}
+    assert not made.settings.keys and set(made.settings.allowed_hosts) == {"a.example", "c.example"}
     assert made.settings.allowed_origins == ("https://b.example",)
-    assert parts(api_key_file=str(tmp_path / "key")).settings.api_key == "k" * 32
+    assert parts(api_key_file=str(tmp_path / "key")).settings.keys.principal("k" * 32) is not None

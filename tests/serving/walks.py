@@ -31,7 +31,7 @@ from safelight.runtime.scheduler import Scheduler
 from safelight.runtime.transport import ServerChannel, WorkerChannel
 from safelight.runtime.watch import UnitBoard
 from safelight.runtime.worker import GPUWorker
-from safelight.serving import gate
+from safelight.serving import bodies
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.job_manager import JobManager
@@ -138,7 +138,7 @@ class Walk:
 
         monkeypatch.setattr(Scheduler, "run", traced_run)
         for name in ("_LARGE_BODIES", "_BODIES"):  # whose threads an earlier test may have started
-            monkeypatch.setattr(gate, name, ThreadPoolExecutor(1))
+            monkeypatch.setattr(bodies, name, ThreadPoolExecutor(1))
         threading.setprofile(self._event)
         sys.setprofile(self._event)
         try:

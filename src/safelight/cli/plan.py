@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from safelight.cli.options import key_value
+from safelight.core.byte_sizes import shown_size
 from safelight.core.server_args import ServerArgs
-from safelight.core.sizes import shown_size
 from safelight.errors import InvalidParameterError
 
 if TYPE_CHECKING:

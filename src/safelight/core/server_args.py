@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from safelight.core.sizes import parse_size
+from safelight.core.byte_sizes import parse_size
 from safelight.errors import InvalidParameterError
 
 if TYPE_CHECKING:

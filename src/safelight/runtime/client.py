@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import Mode
 from safelight.errors import SafelightError
-from safelight.runtime.spool import SpooledFrames
+from safelight.runtime.video_files import SpooledFrames
 
 State = Literal["loading", "ready", "restarting", "failed", "draining"]
 
@@ -101,6 +101,15 @@ class Output:
         pictures = [array for array in self.media if isinstance(array, np.ndarray)]
         assert len(pictures) == len(self.media), "only videos lie in files"
         return pictures
+
+
+def total_timings(outputs: Sequence[Output]) -> dict[str, float]:
+    """Return the seconds of each stage, over all outputs."""
+    total: dict[str, float] = {}
+    for output in outputs:
+        for stage, seconds in output.timings.items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    return total
 
 
 @dataclass(frozen=True)

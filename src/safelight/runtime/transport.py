@@ -25,7 +25,7 @@ from safelight.errors import PortError, StorageError
 from safelight.runtime.client import Media
 from safelight.runtime.messages import Array, Failed, FromWorker, Heartbeat, OutputMade, ToWorker
 from safelight.runtime.sockets import LIBRARY, SocketName
-from safelight.runtime.spool import SPOOLED_BYTES, spool, spooled
+from safelight.runtime.video_files import SPOOLED_BYTES, spool, spooled
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,8 @@ from safelight.errors import (
     StorageFullError,
     WorkerLostError,
 )
-from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket
+from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket, total_timings
+from safelight.serving.admission import Queue
 from safelight.serving.backlog import Backlog
 from safelight.serving.clocks import Clocks
 from safelight.serving.job_runs import JobEvent, JobLimits, Run
@@ -44,7 +45,6 @@ from safelight.serving.jobs import MAX_ATTEMPTS, Job, JobError, JobStore, check_
 from safelight.serving.outputs import Outputs, Staged
 from safelight.serving.patience import Expiry, when_free
 from safelight.serving.room import Room
-from safelight.serving.shares import check_share
 from safelight.serving.spool import Stored
 from safelight.serving.submission import Submission, new_job, read_params
 
@@ -148,7 +148,7 @@ class JobManager:
 
         """
         if submission.idempotency_key is not None:
-            existing = await self.store.find(submission.owner, submission.idempotency_key)
+            existing = await self.store.find(submission.admission.owner, submission.idempotency_key)
             if existing is not None:
                 return check_same(existing, submission.digest)
         schema = self._engine.schema
@@ -158,10 +158,10 @@ class JobManager:
         if num_unfinished >= self._limits.max_unfinished:
             raise QueueFullError(f"{self._limits.max_unfinished} jobs wait already")
         clients = [run.client for run in self._runs.values()]
-        check_share(submission.client, clients, self._limits.max_unfinished, num_unfinished)
+        submission.admission.check_place(Queue(self._limits.max_unfinished, num_unfinished, clients))
         job, files = new_job(submission, schema, self._clocks.stamp(), self._clocks.moment())
         # A caller that goes away leaves no job behind that is stored and never run.
-        task = asyncio.create_task(self._accept(job, files, submission.client))
+        task = asyncio.create_task(self._accept(job, files, submission.admission.client))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return await asyncio.shield(task)
@@ -353,7 +353,7 @@ class JobManager:
                     if schema is not None and self._may_submit(run.job):
                         params = params or await self._read(run.job, schema)
                         name = f"{run.job.id}.{run.job.attempts + 1}.{run.job.request_id}"
-                        return self._engine.submit(GenerationRequest(name, params, mode=run.job.mode))
+                        return self._engine.submit(GenerationRequest(name, params, run.job.priority, mode=run.job.mode))
                 # The engine tells nobody when it becomes ready, or when it has room after somebody else's request.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), self._limits.retry_seconds)
@@ -399,7 +399,7 @@ class JobManager:
                 await self.outputs.discard(staged)
                 raise
             await self.outputs.publish(staged)
-            timings = {**_total(outputs), "encoding": time.perf_counter() - began}
+            timings = {**total_timings(outputs), "encoding": time.perf_counter() - began}
             await self._complete(run, staged, [text for output in outputs for text in output.warnings], timings)
 
     async def _complete(self, run: Run, staged: Staged, warnings: Sequence[str], timings: Mapping[str, float]) -> None:
@@ -502,12 +502,3 @@ class JobManager:
 def _named(job: Job) -> str:
     """Return how the log names a job: with the id that the client was told of its request."""
     return f"{job.id} of request {job.request_id}"
-
-
-def _total(outputs: Sequence[Output]) -> dict[str, float]:
-    """Return the seconds of each stage, over all outputs."""
-    total: dict[str, float] = {}
-    for output in outputs:
-        for stage, seconds in output.timings.items():
-            total[stage] = total.get(stage, 0.0) + seconds
-    return total

@@ -30,7 +30,6 @@ from safelight.runtime.client import Media, Output
 from safelight.serving import directories
 from safelight.serving.jobs import Kept, StoredFile, StoredOutput
 from safelight.serving.spool import Stored
-from safelight.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +55,6 @@ _LONG_TEXT = 1_000
 _LARGE_PICTURE = 8 << 20
 """Values of a picture from which on it is encoded alone: it takes as much again, and its file's length."""
 _ONE_LARGE = threading.Lock()
-
-
-def file_metadata(schema: ModelSchema, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is written into a file of how it was made. `params` are one output's, as JSON can hold them."""
-    return {
-        "software": f"safelight {__version__}",
-        "model": schema.model,
-        "pipeline": schema.pipeline_name,
-        **{name: value for name, value in params.items() if name not in ("n", "output_type")},
-    }
 
 
 def encode_image(
@@ -325,7 +314,7 @@ class Outputs:
         stored: list[StoredOutput] = []
         with self._temporaries() as temporaries:
             for output in outputs:
-                metadata = file_metadata(schema, output.params)
+                metadata = media.file_metadata(schema.model, schema.pipeline_name, output.params)
                 if output_format == "mp4":
                     for frames in output.media:
                         name = f"{stem}.{len(stored)}.{output_format}"

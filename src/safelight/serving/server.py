@@ -74,7 +74,7 @@ class Server:
             SafelightError: if it cannot start.
 
         """
-        key = self.serve_args.api_key()
+        keys = self.serve_args.keys()
         with listen(self.serve_args.host, self.serve_args.port) as listener:
             listener.bound = bound(raise_limit())
             state = self.serve_args.state_path()
@@ -85,13 +85,13 @@ class Server:
             )
             settings = Settings(
                 served_names(self.server_args, self.serve_args),
-                api_key=key,
+                keys=keys,
                 public_url=self.serve_args.public_url,
                 allowed_origins=self.serve_args.origins(),
                 allowed_hosts=self.serve_args.hosts(),
                 response_format=self.serve_args.response_format,
                 address_key=read_address_key(state),
-                drain_seconds=CLOSING_SECONDS,
+                closing_seconds=CLOSING_SECONDS,
                 limits=Limits(
                     waiting=self.serve_args.max_waiting,
                     max_cost=self.serve_args.max_cost,
