@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -109,16 +112,14 @@ A, B, C = "a" * 32, "b" * 32, "c" * 32
 
 def several(**fields):
     """Return three keys, of which the first has further fields."""
-    of = {"is_one_of_several": True, "priority": 0}
-    first = Principal("a", owner_of(A), **{**of, **fields})
-    return Keys({A: first, B: Principal("b", owner_of(B), **of), C: Principal("c", owner_of(C), **of)})
+    keys = {key: Principal(key[0], owner_of(key), priority=0, is_one_of_several=True) for key in (A, B, C)}
+    return Keys({**keys, A: dataclasses.replace(keys[A], **fields)})
 
 
-class Engine:
-    """What admission asks of an engine."""
-
-    def __init__(self, cost_seconds=0.0):
-        self.stats = EngineStats(cost_seconds=cost_seconds)
+def control(keys=None, limits=None, cost_seconds=0.0, **more):
+    """Return admission beside an engine whose steps took so long."""
+    engine: Any = SimpleNamespace(stats=EngineStats(cost_seconds=cost_seconds))
+    return AdmissionControl(engine, keys or Keys(), limits or Limits(), **more)
 
 
 def asked(principal=ANYONE):
@@ -131,46 +132,45 @@ def resolved(priority=0, **fields):
 
 
 def test_as_what_a_request_is_admitted():
-    control = AdmissionControl(Engine(), several(share=0.25), Limits(deadline_seconds=7.0))
+    by_key = control(several(share=0.25), Limits(deadline_seconds=7.0))
     (key, *_) = several(priority=3, share=0.25).principals
     owner = owner_of(A)
-    assert control.admit(asked(key), resolved(3), False) == Admission(owner, owner, 3, 7.0, {owner: 0.25})
-    assert control.admit(asked(key), resolved(-10), True) == Admission(owner, owner, -10, None, {owner: 0.25})
-    open_to_all = AdmissionControl(Engine(), Keys(), Limits(deadline_seconds=7.0))
+    assert by_key.admit(asked(key), resolved(3), False) == Admission(owner, owner, 3, 7.0, {owner: 0.25})
+    assert by_key.admit(asked(key), resolved(-10), True) == Admission(owner, owner, -10, None, {owner: 0.25})
+    open_to_all = control(limits=Limits(deadline_seconds=7.0))
     assert open_to_all.admit(asked(), resolved(10), False) == Admission("", " 10.0.0.1", 10, 7.0)
 
 
 def test_a_key_has_its_highest_priority():
-    control = AdmissionControl(Engine(), several(priority=3), Limits())
     with pytest.raises(PriorityError, match="priority: got 4; this key takes at most 3") as caught:
-        control.admit(asked(several(priority=3).principals[0]), resolved(4), False)
+        control().admit(asked(several(priority=3).principals[0]), resolved(4), False)
     assert (caught.value.status, caught.value.param) == (403, "priority")
 
 
 def test_a_key_has_its_own_ceilings_of_work():
     """Cost and predicted seconds are 24 tokens x 4 steps x 1 branch, and grow with the outputs."""
     (key, *_) = several(max_cost=96.0).principals
-    AdmissionControl(Engine(), Keys(), Limits()).admit(asked(), resolved(n=2), False)
-    AdmissionControl(Engine(), Keys(), Limits()).admit(asked(key), resolved(n=1), False)
+    control().admit(asked(), resolved(n=2), False)
+    control().admit(asked(key), resolved(n=1), False)
     with pytest.raises(InvalidParameterError, match="outputs are 192, and at most 96 are done"):
-        AdmissionControl(Engine(), Keys(), Limits()).admit(asked(key), resolved(n=2), False)
+        control().admit(asked(key), resolved(n=2), False)
     with pytest.raises(InvalidParameterError, match="and at most 95 are done"):  # the server's own goes before
-        AdmissionControl(Engine(), Keys(), Limits(max_cost=95.0)).admit(asked(key), resolved(n=1), False)
+        control(limits=Limits(max_cost=95.0)).admit(asked(key), resolved(n=1), False)
     (key, *_) = several(max_seconds=1.0).principals
-    AdmissionControl(Engine(), Keys(), Limits()).admit(asked(key), resolved(n=10), False)  # nothing is known yet
-    AdmissionControl(Engine(0.01), Keys(), Limits()).admit(asked(key), resolved(), False)
+    control().admit(asked(key), resolved(n=10), False)  # nothing is known yet
+    control(cost_seconds=0.01).admit(asked(key), resolved(), False)
     with pytest.raises(InvalidParameterError, match=r"n: got 2; it takes less: it would take about 1.9 s here, and"):
-        AdmissionControl(Engine(0.01), Keys(), Limits()).admit(asked(key), resolved(n=2), False)
+        control(cost_seconds=0.01).admit(asked(key), resolved(n=2), False)
 
 
 def test_requests_a_minute_by_a_clock_that_nobody_sets():
     now = [100.0]
     keys = several(requests_per_minute=2)
-    control = AdmissionControl(Engine(), keys, Limits(), clock=lambda: now[0])
+    counting = control(keys, clock=lambda: now[0])
     first, second, _ = keys.principals
 
     def ask(key=first):
-        control.admit(asked(key), resolved(), False)
+        counting.admit(asked(key), resolved(), False)
 
     ask()
     now[0] += 20
@@ -181,7 +181,7 @@ def test_requests_a_minute_by_a_clock_that_nobody_sets():
         assert caught.value.retry_after == 40.0 and caught.value.status == 429
     ask(second)
     with pytest.raises(PriorityError):  # which is not counted
-        control.admit(asked(first), resolved(1), False)
+        counting.admit(asked(first), resolved(1), False)
     now[0] += 40
     ask()
     with pytest.raises(RateLimitError) as caught:
@@ -191,7 +191,7 @@ def test_requests_a_minute_by_a_clock_that_nobody_sets():
 
 @pytest.mark.parametrize("num_places", [2, 10, 64, 1000])
 def test_each_key_finds_its_share(num_places):
-    """Others that send all they can leave it, whoever comes first; and it can have more than that while there is room."""
+    """Others that send all they can leave it, whoever comes first; and more than that while there is room."""
     shares = {"a": 0.5, "b": 0.25}
     waiting: list[str] = []
 
@@ -258,8 +258,8 @@ def test_videos_are_their_owners_too(tmp_path):
         assert [video["id"] for video in http.get("/v1/videos", headers=heads[A]).json()["data"]] == [made["id"]]
         assert http.get("/v1/videos", headers=heads[B]).json()["data"] == []
         for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/content"), ("POST", "/remix")):
-            body = {"json": {"prompt": "x"}} if path == "/remix" else {}
-            answer = http.request(method, f"/v1/videos/{made['id']}{path}", headers=heads[B], **body)
+            body = {"prompt": "x"} if path == "/remix" else None
+            answer = http.request(method, f"/v1/videos/{made['id']}{path}", headers=heads[B], json=body)
             assert_error(answer, 404)
         assert_error(http.post("/v1/videos", json={"prompt": "x", "priority": 1}, headers=heads[A]), 403, "priority")
 

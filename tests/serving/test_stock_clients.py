@@ -19,7 +19,7 @@ from PIL import Image
 from safelight.core.params import Option
 from safelight.errors import InvalidParameterError
 from safelight.serving import fields as fields_module
-from safelight.serving import images as images_module
+from safelight.serving import images_api as images_module
 from safelight.serving.bodies import read_number
 from safelight.serving.forms import Upload
 from safelight.serving.images_api import image_fields

@@ -34,7 +34,7 @@ SMALL = {"height": 64, "width": 64, "max_area": 64 * 64, "num_inference_steps": 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "model"
+    folder: Path = tmp_path_factory.mktemp("models") / "model"
     KONTEXT.build(folder, "default")
     return folder
 
@@ -66,7 +66,7 @@ def check(walk: Walk, name: str) -> None:
 
 
 TO_WORKER = ("Supervisor._send", "ServerChannel.send", "WorkerChannel._receive", "Engine.add")
-TO_API = ("Engine._end", "WorkerChannel._put", "WorkerChannel._send", "Ticket.fail")
+TO_API = ("Engine._end", "WorkerChannel.send", "WorkerChannel._send", "Ticket.fail")
 
 
 def test_a_prompt_to_its_tokens(model, tmp_path, monkeypatch):

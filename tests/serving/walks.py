@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import CodeType, FrameType
@@ -80,7 +80,9 @@ async def start_thread(folder: Path, number: int, settings: EngineSettings) -> W
     return group
 
 
-async def answers(model: Path, folder: Path, send: Callable[[httpx.AsyncClient], Any]) -> httpx.Response:
+async def answers(
+    model: Path, folder: Path, send: Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
+) -> httpx.Response:
     """Serve a model, with everything but processes, and return the answer to one request."""
     engine = ReplicaSet(EngineSettings(ServerArgs(str(model), device="cpu"), warm_up=False), 1)
     jobs = JobManager(SqliteJobStore(folder / "state"), Outputs(folder / "outputs"), engine)
