@@ -86,7 +86,9 @@ class Server:
 
 def submission(engine: StubEngine, prompt="a", key=None, digest="", **fields) -> Submission:
     schema = engine._schema
-    ours = {name: fields.pop(name) for name in ("output_format", "compression", "images") if name in fields}
+    ours: dict[str, Any] = {
+        name: fields.pop(name) for name in ("output_format", "compression", "images") if name in fields
+    }
     ours["admission"] = Admission(owner=fields.pop("owner", ""), priority=fields.pop("priority", 0))
     if schema.task.makes_video:
         ours.setdefault("output_format", "mp4")

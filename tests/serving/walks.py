@@ -150,9 +150,11 @@ class Walk:
             threading.setprofile(None)
 
     def _event(self, frame: FrameType, kind: str, arg: Any) -> None:
-        if self.is_over or kind not in ("call", "return"):
-            return
         code = frame.f_code
+        if self.is_over or kind not in ("call", "return", "c_call"):
+            return
+        if kind == "c_call" and code.co_qualname not in self._stations:
+            return
         if kind == "call" and self._end(frame):
             self.stacks["end"] = self._stack(frame)
             self.is_over = True

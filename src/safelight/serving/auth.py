@@ -39,10 +39,11 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 or 403, or pass the request on."""
-        found = ANYONE if scope["type"] == "lifespan" else self._principal(scope)
-        if isinstance(found, Principal):
-            scope.setdefault("state", {})["principal"] = found
+        found = None if scope["type"] == "lifespan" else self._principal(scope)
+        if found is None:
             await self._app(scope, receive, send)
+        elif isinstance(found, Principal):
+            await self._app({**scope, "state": {**scope.get("state", {}), "principal": found}}, receive, send)
         elif scope["type"] == "http":
             await error_response(found)(scope, receive, send)
         else:
