@@ -43,7 +43,7 @@ def test_work_that_waits_its_turn_is_dropped_when_its_client_leaves(tmp_path, he
     """Pictures are tried, and bodies looked at, one after another: those of clients who are gone held up all others."""
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "PNG")
-    begun, release = held(*{"pictures": (context, "resolve"), "bodies": (bodies, "_parse_json")}[work])
+    begun, release = held(*{"pictures": (context, "check_all"), "bodies": (bodies, "_parse_json")}[work])
     body = b'{"prompt": "%s", "image": "data:image/png;base64,%s"%s}' % (
         PROMPT.encode(),
         base64.b64encode(file.getvalue()),

@@ -19,7 +19,7 @@ from PIL import Image
 from safelight.core.params import Option
 from safelight.errors import InvalidParameterError
 from safelight.serving import fields as fields_module
-from safelight.serving import images_api as images_module
+from safelight.serving import jobs_api
 from safelight.serving.bodies import read_number
 from safelight.serving.forms import Upload
 from safelight.serving.images_api import image_fields
@@ -296,7 +296,7 @@ def test_other_text_is_not_called_base64(value):
 
 
 @pytest.mark.parametrize(
-    ("module", "function"), [(fields_module, "picture_bytes"), (images_module, "request_digest")], ids=["read", "hash"]
+    ("module", "function"), [(fields_module, "picture_bytes"), (jobs_api, "request_digest")], ids=["read", "hash"]
 )
 def test_large_bodies_are_looked_at_in_a_thread(editor, monkeypatch, module, function):
     threads, real = [], vars(module)[function]

@@ -53,9 +53,9 @@ def walked(walk: Walk, monkeypatch, model: Path, folder: Path, send):
 
 
 MOST = {
-    "prompt": Counts(27, 11, 41, 17, 1),
-    "picture": Counts(25, 10, 39, 16, 2),
-    "error": Counts(14, 7, 23, 10, 3),
+    "prompt": Counts(23, 11, 35, 17, 1),
+    "picture": Counts(21, 10, 32, 15, 2),
+    "error": Counts(12, 7, 21, 10, 2),
 }
 """What each walk has at most."""
 
