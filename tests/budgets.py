@@ -71,7 +71,7 @@ PARTS = (
     Budget(("parallel",), 1200, "tokens, weights, branches and rows, each a strategy from outside"),
     Budget(("acceleration",), 3000, "compile, offload, quantisation, step cache, fused operations and CPU routes"),
     Budget(("runtime",), 2500, "the worker's side, and what watches it"),
-    Budget(("serving",), 4200, "HTTP, admission, jobs, files and a page: the largest part, for it faces strangers"),
+    Budget(("serving",), 4800, "HTTP, keys, leases, jobs, files: the largest part, for it faces strangers"),
     Budget(("cluster",), 900, "many machines, by Ray Serve and shared stores: not begun"),
     Budget(("checking",), 800, "a model against its reference, call by call"),
     Budget(("testing",), 1500, "suites that plugins use too; counted apart"),

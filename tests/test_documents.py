@@ -22,6 +22,7 @@ from safelight.cli.main import COMMANDS, cli
 from safelight.core.server_args import ServerArgs
 from safelight.serving import errors as serving_errors
 from safelight.serving.http_args import HTTPArgs
+from safelight.serving.principals import read_keys
 from tests.attribution import STRICT
 from tests.documents import (
     DOCUMENTS,
@@ -221,6 +222,9 @@ def holds(whole: Any, part: Any) -> bool:
 def read_settings(block: Block, folder: Path, hub: Path) -> None:
     """`--config` takes it."""
     (folder / "config.yaml").write_text(block.text)
+    if block.text.lstrip().startswith("keys:"):
+        assert read_keys(str(folder / "config.yaml"), HTTPArgs().max_cost)
+        return
     given = read_config(folder / "config.yaml")
     names = [each.name for each in dataclasses.fields(HTTPArgs)]
     HTTPArgs(**{name: value for name, value in given.items() if name in names})

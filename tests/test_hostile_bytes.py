@@ -22,8 +22,8 @@ from safelight.loading.checkpoint import load_weights
 from safelight.loading.loader import describe, load_pipeline
 from safelight.loading.repository import open_repository
 from safelight.runtime.room import HostGauge
+from safelight.serving.input_pictures import decode_picture
 from safelight.serving.limits import Limits
-from safelight.serving.pictures import decode_picture
 from tests.backends import builders
 from tests.recipes import all_recipes
 

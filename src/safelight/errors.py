@@ -166,6 +166,16 @@ class QueueFullError(ServingError):
     retry_after: float = 1.0
 
 
+class RateLimitError(QueueFullError):
+    """A key has had as many requests as it may for now."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
 class WorkerLostError(ServingError):
     """The worker died, or was killed because it hung, while it worked on this request."""
 

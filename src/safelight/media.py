@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from safelight.encoded import EncodedImage, upright
 from safelight.errors import InvalidParameterError, OutputError, shown
 from safelight.file_kinds import HEAD_BYTES, kind_of
+from safelight.version import __version__
 
 READ_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_INPUT_PIXELS = 100_000_000
@@ -26,6 +27,16 @@ METADATA_KEY = "parameters"
 _USER_COMMENT = b"ASCII\0\0\0"
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for a file that is no whole picture."""
+
+
+def file_metadata(model: str, pipeline_name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written into a file of how it was made. `params` are one output's, as JSON can hold them."""
+    return {
+        "software": f"safelight {__version__}",
+        "model": model,
+        "pipeline": pipeline_name,
+        **{name: value for name, value in params.items() if name not in ("n", "output_type")},
+    }
 
 
 def open_image(source: Any, param: str = "image", mode: str = "RGB") -> Image.Image:

@@ -19,7 +19,6 @@ from safelight.core.params import SamplingParams
 from safelight.core.request import Req
 from safelight.core.schema import ModelSchema
 from safelight.errors import OutputError
-from safelight.version import __version__
 
 
 def to_form(media: Tensor, output_type: str | None) -> Any:
@@ -146,13 +145,7 @@ class GenerationResult:
 
     def metadata(self, output: GenerationOutput) -> dict[str, Any]:
         """Return how an output was made, as JSON can hold it."""
-        params = output.params.described()
-        return {
-            "software": f"safelight {__version__}",
-            "model": self.schema.model,
-            "pipeline": self.schema.pipeline_name,
-            **{name: value for name, value in params.items() if name not in ("n", "output_type")},
-        }
+        return media.file_metadata(self.schema.model, self.schema.pipeline_name, output.params.described())
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import httpx
+import pytest
 import uvicorn
 from openai import OpenAI
 
 from safelight.core.schema import ModelSchema
+from safelight.serving import videos_api
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
 from safelight.serving.http import uvicorn_config
@@ -28,6 +30,7 @@ from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.sqlite import SqliteJobStore
 from safelight.serving.limits import Limits
+from safelight.serving.principals import Keys, one_key
 from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine
 
 T = TypeVar("T")
@@ -47,6 +50,7 @@ class Running:
     settings: Settings
     server: uvicorn.Server
     jobs: JobManager
+    key: str | None = None
 
     @property
     def url(self) -> str:
@@ -54,14 +58,14 @@ class Running:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self.settings.api_key}"} if self.settings.api_key else {}
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
     def http(self, **more: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers=self.headers, timeout=30, **more)
 
     def openai(self, **more: Any) -> OpenAI:
         more = {"max_retries": 0, **more}
-        return OpenAI(base_url=f"{self.url}/v1", api_key=self.settings.api_key or "none", timeout=30, **more)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", timeout=30, **more)
 
     def call(self, function: Callable[[], T]) -> T:
         """Run a function in the event loop's thread, where the engine may be touched."""
@@ -115,13 +119,14 @@ def running(
     folder: Path,
     schema: ModelSchema = IMAGE_SCHEMA,
     key: str | None = None,
+    keys: Keys | None = None,
     limits: Limits | None = None,
     more: Mapping[str, Any] | None = None,
     job_limits: JobLimits | None = None,
     **stub: Any,
 ) -> Iterator[Running]:
     """Run a server until the block ends; `more` are further settings, `stub` is for the engine."""
-    settings = Settings(NAMES, key, poll_after_ms=20, drain_seconds=1.0, limits=limits or Limits(), **(more or {}))
+    settings = Settings(NAMES, keys or one_key(key), closing_seconds=1.0, limits=limits or Limits(), **(more or {}))
     schema = dataclasses.replace(schema, model=NAMES[0])
     engine = StubEngine(schema, **stub)
     jobs = JobManager(SqliteJobStore(folder / "state"), FolderFiles(folder / "outputs"), engine, limits=job_limits)
@@ -141,7 +146,9 @@ def running(
             assert thread.is_alive() and time.monotonic() < end, "the server did not start"
             time.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(engine, port, loops[0], settings, server, jobs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(videos_api, "POLL_AFTER_MS", 20)
+            yield Running(engine, port, loops[0], settings, server, jobs, key)
     finally:
         if loops:
             loops[0].call_soon_threadsafe(engine.release)

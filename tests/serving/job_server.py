@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from safelight.preparation import prepare
+from safelight.serving.admission import Admission
 from safelight.serving.clocks import Clocks, Moment
 from safelight.serving.directories import MARKER
 from safelight.serving.jobs.folder import FolderFiles
@@ -85,7 +86,10 @@ class Server:
 
 def submission(engine: StubEngine, prompt="a", key=None, digest="", **fields) -> Submission:
     schema = engine._schema
-    ours = {name: fields.pop(name) for name in ("output_format", "compression", "owner", "images") if name in fields}
+    ours: dict[str, Any] = {
+        name: fields.pop(name) for name in ("output_format", "compression", "images") if name in fields
+    }
+    ours["admission"] = Admission(owner=fields.pop("owner", ""), priority=fields.pop("priority", 0))
     if schema.task.makes_video:
         ours.setdefault("output_format", "mp4")
     opened = {name: [Image.open(io.BytesIO(data)) for data in datas] for name, datas in ours.get("images", {}).items()}

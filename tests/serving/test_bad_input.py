@@ -17,9 +17,9 @@ from PIL import Image
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.families.flux.params import FluxKontextSamplingParams
-from safelight.serving.images import image_fields
+from safelight.serving.images_api import image_fields
+from safelight.serving.input_pictures import decode_picture
 from safelight.serving.limits import Limits
-from safelight.serving.pictures import decode_picture
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from safelight import media
 from safelight.errors import InvalidParameterError
-from safelight.serving.encoding import encode_image, file_metadata, spritesheet, thumbnail
+from safelight.serving.encoding import encode_image, spritesheet, thumbnail
 from tests.serving.jobs.folder_outputs import an_output
 from tests.serving.stub_engine import IMAGE_SCHEMA
 
@@ -54,7 +54,7 @@ def test_jpeg_has_no_alpha_and_unknown_formats_are_named():
 @pytest.mark.parametrize("prompt", ["a caf\u00e9", "\U0001f600" * 8000], ids=["short", "long"])
 def test_a_picture_says_how_it_was_made(tmp_path, output_format, prompt):
     output = an_output(prompt=prompt)
-    metadata = file_metadata(IMAGE_SCHEMA, output.params)
+    metadata = media.file_metadata(IMAGE_SCHEMA.model, IMAGE_SCHEMA.pipeline_name, output.params)
     path = tmp_path / "picture"
     path.write_bytes(encode_image(output.media[0], output_format, None, metadata))
     found = media.read_metadata(path)

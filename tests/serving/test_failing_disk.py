@@ -200,7 +200,7 @@ SPOOL = """
 import os, pathlib
 from safelight.errors import StorageFailedError, StorageFullError
 from safelight.runtime.messages import OutputMade
-from safelight.runtime.spool import SPOOLED_BYTES
+from safelight.runtime.video_files import SPOOLED_BYTES
 from safelight.runtime.transport import spooled_frames
 from tests.serving.failing_disk import ERRORS, FOREVER, FailingDisk
 import numpy as np

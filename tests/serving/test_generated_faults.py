@@ -18,9 +18,9 @@ from PIL import Image
 
 from safelight.core.schema import ModelSchema
 from safelight.errors import SafelightError, by_code
-from safelight.serving.images import image_fields
+from safelight.serving.images_api import image_fields
 from safelight.serving.limits import Limits
-from safelight.serving.videos import VIDEO_FIELDS
+from safelight.serving.videos_api import VIDEO_FIELDS
 from tests.serving.http_server import INSIDE, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
 from tests.serving.test_api import ASYNC, GENERATIONS, finished_job, flat
@@ -60,7 +60,7 @@ class Fed:
     def send(self, method: str, target: str, headers: list[tuple[str, str]], body: bytes) -> tuple[int, str, bytes]:
         """Send a request as it stands; return status, content type and body of the answer."""
         names = {name for name, _ in headers}
-        if self.server.settings.api_key is not None and "authorization" not in names:
+        if self.server.key is not None and "authorization" not in names:
             headers = [("authorization", f"Bearer {KEY}"), *headers]
         headers = [("connection", "close"), ("content-length", str(len(body))), *headers]
         headers = headers if "host" in names else [("host", "localhost"), *headers]

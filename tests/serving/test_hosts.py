@@ -55,7 +55,7 @@ def locked(tmp_path_factory):
 
 
 def asked(server, host, path="/livez", more=""):
-    key = f"authorization: Bearer {KEY}\r\n" if server.settings.api_key else ""
+    key = f"authorization: Bearer {KEY}\r\n" if server.key else ""
     return server.raw(f"GET {path} HTTP/1.1\r\nhost: {host}\r\n{key}{more}\r\n".encode())
 
 

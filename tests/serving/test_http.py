@@ -13,7 +13,7 @@ import pytest
 from starlette.requests import Request
 
 from safelight.errors import QueueFullError
-from safelight.serving.gate import Budget
+from safelight.serving.bodies import HeldBytes
 from safelight.serving.limits import Limits
 from tests.serving.http_server import PROMPT, next_answer, read_answer, running
 
@@ -416,8 +416,8 @@ def test_the_last_eighth_is_for_small_bodies(tmp_path):
     """However large ones come, in pieces too; all of it is given back when they are answered."""
     with contextlib.ExitStack() as at_end:
         request = Request({"type": "http", "state": {"at_end": at_end}})
-        budget = Budget(Limits(held_bytes=800), tmp_path)
-        share = budget.share(request)
+        held = HeldBytes(Limits(held_bytes=800), tmp_path)
+        share = held.share(request)
         for num_bytes in (600, 99, 1):
             share.take(num_bytes, is_small=False)
         with pytest.raises(QueueFullError):
@@ -427,7 +427,7 @@ def test_the_last_eighth_is_for_small_bodies(tmp_path):
         with pytest.raises(QueueFullError):
             share.take(1, is_small=True)
     with contextlib.ExitStack() as at_end:
-        budget.share(Request({"type": "http", "state": {"at_end": at_end}})).take(700, is_small=False)
+        held.share(Request({"type": "http", "state": {"at_end": at_end}})).take(700, is_small=False)
 
 
 def test_stalled_bodies_leave_room_and_go(tmp_path):

@@ -301,7 +301,7 @@ def test_pages_that_may(site, origin):
             http.put("/v1/models"),
             httpx.get(f"{site.url}/v1/models", headers={"origin": origin, "authorization": "Bearer wrong"}),
         ]
-        wrong = 200 if site.settings.api_key is None else 401
+        wrong = 200 if site.key is None else 401
         assert [answer.status_code for answer in answers] == [200, 200, 500, 400, 200, 200, 404, 405, wrong]
         for answer in answers:
             assert answer.headers["access-control-allow-origin"] == origin and answer.headers["vary"] == "origin"
@@ -330,7 +330,7 @@ def test_pages_that_may_not(site, origin):
         for answer in (asked, http.post(GENERATIONS, json={"prompt": PROMPT}), http.get("/livez")):
             assert not [name for name in answer.headers if name.startswith("access-control-")]
             assert answer.headers["vary"] == "origin"
-            if site.settings.api_key is None:
+            if site.key is None:
                 assert_error(answer, 403)
 
 

@@ -24,15 +24,15 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from safelight.errors import InvalidParameterError, QueueFullError, SafelightError, StorageFullError
-from safelight.serving import gate, long_texts, pieces, spool, trial
-from safelight.serving.answers import JsonResponse, LargeJson
+from safelight.serving import bodies, long_texts, pieces, spool, trial
+from safelight.serving.bodies import HeldBytes, read_body
 from safelight.serving.context import Settings
 from safelight.serving.events import EventStream
 from safelight.serving.fields import sort_fields
-from safelight.serving.gate import Budget, read_body
-from safelight.serving.images import image_fields
+from safelight.serving.images_api import image_fields
+from safelight.serving.input_pictures import open_picture
+from safelight.serving.large_json import JsonResponse, LargeJson
 from safelight.serving.limits import Limits
-from safelight.serving.pictures import open_picture
 from safelight.serving.spool import IN_MEMORY, Spool
 from tests.serving.greedy_clients import chunk, picture_of
 from tests.serving.http_server import PROMPT, assert_error, running
@@ -75,7 +75,7 @@ def test_a_large_body_is_looked_at_in_small_pieces(kind, monkeypatch, tmp_path):
 
     def look(found):
         with contextlib.suppress(SafelightError):
-            parsed = gate._parse_json(found, LIMITS) if boundary is None else gate._form(found, LIMITS, boundary)
+            parsed = bodies._parse_json(found, LIMITS) if boundary is None else bodies._form(found, LIMITS, boundary)
             tracemalloc.reset_peak()
             sort_fields(parsed, image_fields(LIMITS), EDIT_SCHEMA, LIMITS)
 
@@ -101,7 +101,7 @@ def test_pictures_stay_on_disk(kind, monkeypatch, tmp_path):
     found.flush()
     limits = Limits(image_bytes=32 << 20)
     boundary = parse_options_header(media_type)[1].get(b"boundary")
-    parsed = gate._parse_json(found, limits) if boundary is None else gate._form(found, limits, boundary)
+    parsed = bodies._parse_json(found, limits) if boundary is None else bodies._form(found, limits, boundary)
     del body
     gc.collect()
     tracemalloc.start()
@@ -132,16 +132,16 @@ class Ends(list[Callable[[], None]]):
 def test_what_is_received_is_counted_and_given_back(sizes, memory, tmp_path):
     chunks = [os.urandom(size) for size in sizes]
     limits = Limits(memory_bytes=memory)
-    budget = Budget(limits, tmp_path)
+    held = HeldBytes(limits, tmp_path)
     request = request_of(chunks)
-    got = asyncio.run(read_body(request, limits, budget))
+    got = asyncio.run(read_body(request, limits, held))
     assert got.all().read() == b"".join(chunks) == b"".join(got.all().pieces(size=1000))
     assert got.in_file == (sum(sizes) > IN_MEMORY or sum(sizes) > memory)
-    assert budget._held == sum(sizes)
-    assert budget._in_memory == (0 if got.in_file else sum(sizes))
+    assert held._held == sum(sizes)
+    assert held._in_memory == (0 if got.in_file else sum(sizes))
     for end in request.scope["state"]["at_end"]:
         end()
-    assert (budget._held, budget._in_memory) == (0, 0)
+    assert (held._held, held._in_memory) == (0, 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,13 +152,13 @@ def test_what_takes_more_than_a_moment_is_not_looked_at_in_the_event_loops_threa
 ):
     """Sixteen bodies of 64 KB that are all fields, at once, were a tenth of a second for everybody else."""
     name = "_form" if is_form else "_parse_json"
-    parse, threads = getattr(gate, name), list[threading.Thread]()
+    parse, threads = getattr(bodies, name), list[threading.Thread]()
 
     def noted(*args):
         threads.append(threading.current_thread())
         return parse(*args)
 
-    monkeypatch.setattr(gate, name, noted)
+    monkeypatch.setattr(bodies, name, noted)
     with running(tmp_path) as server, server.http() as http:
         fields = {"prompt": PROMPT, "user": "x" * (num_bytes - 300)}
         files = {"seed": (None, "1")} if is_form else None
@@ -171,9 +171,9 @@ def test_what_takes_more_than_a_moment_is_not_looked_at_in_the_event_loops_threa
 def test_bodies_that_wait_are_in_memory_as_far_as_there_is_room(tmp_path):
     async def use():
         limits = Limits(memory_bytes=1 << 20)
-        budget = Budget(limits, tmp_path)
-        got = [await read_body(request_of([b"x" * 60_000]), limits, budget) for _ in range(50)]
-        assert sum(body.num_kept for body in got) <= 1 << 20 and budget._held == 3_000_000
+        held = HeldBytes(limits, tmp_path)
+        got = [await read_body(request_of([b"x" * 60_000]), limits, held) for _ in range(50)]
+        assert sum(body.num_kept for body in got) <= 1 << 20 and held._held == 3_000_000
 
     asyncio.run(use())
 
@@ -211,7 +211,7 @@ def test_a_full_disk_ends_the_large_request_alone(monkeypatch, tmp_path):
 CHECK = """
 import resource, sys
 from safelight.serving.limits import Limits
-from safelight.serving.pictures import open_picture
+from safelight.serving.input_pictures import open_picture
 from safelight.serving import trial
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 file = open(sys.argv[1], "rb").read()

@@ -11,9 +11,9 @@ from urllib.parse import unquote_to_bytes
 import pytest
 
 from safelight.serving import forms, long_texts, pieces, spool
+from safelight.serving.bodies import _parse_json
 from safelight.serving.errors import MalformedRequestError
 from safelight.serving.forms import Upload, parse_form
-from safelight.serving.gate import _parse_json
 from safelight.serving.limits import Limits
 from safelight.serving.long_texts import LongTexts
 from safelight.serving.pieces import from_percent, has_more, is_blank, to_base64

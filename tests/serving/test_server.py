@@ -52,7 +52,7 @@ def parts(monkeypatch, tmp_path):
 def test_every_bound_that_is_set_is_a_bound_of_the_server(parts):
     made = parts(max_waiting=7, max_cost=8.0, max_tokens=9, first_unit_limit=10.0, keep_hours=1.0, max_storage=11)
     assert made.settings.limits == Limits(waiting=7, max_cost=8.0, max_tokens=9, unit_seconds=10.0)
-    assert made.jobs._limits.keep_seconds == 3600.0 and made.jobs._limits.max_bytes == 11
+    assert made.jobs.runner.limits.keep_seconds == 3600.0 and made.jobs.runner.limits.max_bytes == 11
     assert made.listener.bound == bound(1000)
     assert parts().settings.limits == Limits()
 
@@ -60,6 +60,6 @@ def test_every_bound_that_is_set_is_a_bound_of_the_server(parts):
 def test_every_door_that_is_set_is_a_door_of_the_server(parts, tmp_path):
     (tmp_path / "key").write_text("k" * 32)
     made = parts(allowed_hosts="a.example", allowed_origins="https://b.example", public_url="https://c.example")
-    assert made.settings.api_key is None and set(made.settings.allowed_hosts) == {"a.example", "c.example"}
+    assert not made.settings.keys and set(made.settings.allowed_hosts) == {"a.example", "c.example"}
     assert made.settings.allowed_origins == ("https://b.example",)
-    assert parts(api_key_file=str(tmp_path / "key")).settings.api_key == "k" * 32
+    assert parts(api_key_file=str(tmp_path / "key")).settings.keys.principal("k" * 32) is not None

@@ -19,13 +19,13 @@ from PIL import Image
 from safelight.core.options import Option
 from safelight.errors import InvalidParameterError
 from safelight.serving import fields as fields_module
-from safelight.serving import images as images_module
+from safelight.serving import jobs_api
+from safelight.serving.bodies import read_number
 from safelight.serving.forms import Upload
-from safelight.serving.gate import read_number
-from safelight.serving.images import image_fields
+from safelight.serving.images_api import image_fields
+from safelight.serving.input_pictures import picture_bytes
 from safelight.serving.limits import Limits
-from safelight.serving.pictures import picture_bytes
-from safelight.serving.videos import VIDEO_FIELDS
+from safelight.serving.videos_api import VIDEO_FIELDS
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
 
@@ -296,7 +296,7 @@ def test_other_text_is_not_called_base64(value):
 
 
 @pytest.mark.parametrize(
-    ("module", "function"), [(fields_module, "picture_bytes"), (images_module, "request_digest")], ids=["read", "hash"]
+    ("module", "function"), [(fields_module, "picture_bytes"), (jobs_api, "request_digest")], ids=["read", "hash"]
 )
 def test_large_bodies_are_looked_at_in_a_thread(editor, monkeypatch, module, function):
     threads, real = [], vars(module)[function]

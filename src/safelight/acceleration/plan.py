@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from safelight.acceleration.memory import BUFFER_BYTES, NUM_BUFFERS
 from safelight.acceleration.offload import NUM_SLOTS, spread
+from safelight.core.byte_sizes import shown_size
 from safelight.core.residency import Residency
-from safelight.core.sizes import shown_size
 from safelight.errors import InvalidParameterError
 
 MODES = ("none", "alternates", "components", "blocks")

@@ -170,7 +170,7 @@ def _source(ctx: click.Context, values: dict[str, str | None]) -> Source:
         name, backend = values["model"], values["backend"] or "auto"
         return LocalModel(open_repository(name, values["revision"], backend=backend, weights=False))
     from safelight.client import RemoteEngine
-    from safelight.serving.http_args import read_key
+    from safelight.serving.principals import read_key
 
     key_file = values["api-key-file"] or os.environ.get(API_KEY_FILE_VARIABLE)
     engine = RemoteEngine(values["server"], read_key(key_file) if key_file else None)

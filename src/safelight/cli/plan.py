@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from safelight.cli.options import key_value
+from safelight.core.byte_sizes import shown_size
 from safelight.core.options import listed
 from safelight.core.server_args import DTYPES, OFFLOADS, ServerArgs
-from safelight.core.sizes import shown_size
 from safelight.errors import InvalidParameterError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -76,9 +76,13 @@ class Execution:
         stage, span = self.req.stage, self._begin()
         more = False
         try:
-            with torch.inference_mode(), panics_as_errors():
-                more = self._resume(results)
+            with torch.inference_mode(), panics_as_errors(), suppress(StopIteration):
+                if results is None:
+                    results = self.runner.run(self.forwards())
+                self._steps.send(list(results) if self.started else None)  # type: ignore[arg-type]  # None begins
+                more = True
         finally:
+            self.started = True
             if not more:
                 self.close()
             span.end()
@@ -100,20 +104,6 @@ class Execution:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Close."""
         self.close()
-
-    def _resume(self, results: Sequence[Tree] | None) -> bool:
-        """Make the pending calls and run the pipeline to its next yield; False at its end."""
-        if results is None:
-            results = self.runner.run(self.forwards())
-        try:
-            if self.started:
-                self._steps.send(list(results))
-            else:
-                self.started = True
-                next(self._steps)
-        except StopIteration:
-            return False
-        return True
 
     def _catch_up(self, ahead: int) -> None:
         """Wait for the device until it is behind by so many units, and charge each that it has done to its stage."""

@@ -161,7 +161,7 @@ KINDS: Mapping[str, Kind] = {
     "choice": Kind("text", {"type": "string"}, _as_it_is(str)),
     "count": Kind("a whole number", {"type": "integer"}, _as_it_is(int)),
     "amount": Kind("a number", {"type": "number"}, _as_it_is(int, float)),  # perhaps infinite
-    "size": Kind("a size of memory", {"type": ["string", "integer"]}, lambda value: value),  # see `core/sizes.py`
+    "size": Kind("a size of memory", {"type": ["string", "integer"]}, lambda value: value),  # see `core/byte_sizes.py`
     "by component": Kind("names with values", {"type": "object"}, _as_it_is(Mapping)),
 }
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from safelight.core.byte_sizes import parse_size
 from safelight.core.options import check_settings, listed, option
-from safelight.core.sizes import parse_size
 from safelight.errors import InvalidParameterError
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from safelight.core.byte_sizes import shown_size
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req, map_tensors
 from safelight.core.schema import ModelSchema
-from safelight.core.sizes import shown_size
 from safelight.errors import InvalidParameterError, OutOfMemoryError
 from safelight.runtime.cost import OF_A_STEP, largest, memory_excess
 from safelight.runtime.policy import Task

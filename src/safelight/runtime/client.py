@@ -15,7 +15,7 @@ from safelight.core.form import Form
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import SafelightError
-from safelight.runtime.spool import SpooledFrames
+from safelight.runtime.video_files import SpooledFrames
 
 State = Literal["loading", "ready", "restarting", "failed", "draining"]
 

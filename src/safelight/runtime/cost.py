@@ -6,9 +6,9 @@ looks at all others, so that at `Architecture.balance` tokens each costs twice w
 
 from __future__ import annotations
 
+from safelight.core.byte_sizes import shown_size
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
-from safelight.core.sizes import shown_size
 from safelight.core.stage_memory import largest_need
 
 OF_A_STEP = ("size", "num_frames")

@@ -245,7 +245,8 @@ class Engine:
         steps_left = [task.steps_left for task in tasks]
         if no_room is None:
             with self.ranks.measured_unit(tasks):
-                self._advance_all(tasks)
+                given = zip(tasks, self._results(tasks), strict=True)
+                self._conclude(tasks, [self._advance(task, results) for task, results in given])
         else:
             self._end(tasks[0], no_room)
         span.end()
@@ -254,9 +255,14 @@ class Engine:
         self._learn(0 if any(task.done or not task.calls for task in tasks) else 1)
         return tasks
 
-    def _advance_all(self, tasks: Sequence[Task]) -> None:
-        """Do a unit of each, vote on what became of it, and end those that are over."""
-        ended = [self._advance(task, results) for task, results in zip(tasks, self._results(tasks), strict=True)]
+    def _conclude(self, tasks: Sequence[Task], ended: Sequence[tuple[bool, Exception | None]]) -> None:
+        """Vote on what became of each task in a unit, and end those that are over.
+
+        Args:
+            tasks: that did it.
+            ended: for each, whether it is over, and what it raised.
+
+        """
         errors = self.ranks.agree([error for _, error in ended])
         for task, (is_over, _), error in zip(tasks, ended, errors, strict=True):
             if is_over or error is not None:

@@ -51,16 +51,15 @@ class Intake:
         self.outputs: dict[str, list[Task]] = {}
 
     def take(self, message: ToWorker, arrays: Sequence[bytes]) -> list[tuple[str, SafelightError]]:
-        """Take a message; return the requests that it ends, each with its error."""
-        if isinstance(message, Submit):
-            return self._submit(message, arrays)
-        assert isinstance(message, Cancel)
-        self._forget(message.request_id)
-        cancelled = self.engine.cancel(message.request_id)
-        return [(message.request_id, CancelledError("the request was cancelled"))] if cancelled else []
+        """Take a message; return the requests that it ends, each with its error.
 
-    def _submit(self, message: Submit, arrays: Sequence[bytes]) -> list[tuple[str, SafelightError]]:
-        """Give the engine a task for each output."""
+        The engine is given a task for each output of a request.
+        """
+        if isinstance(message, Cancel):
+            self._forget(message.request_id)
+            cancelled = self.engine.cancel(message.request_id)
+            return [(message.request_id, CancelledError("the request was cancelled"))] if cancelled else []
+        assert isinstance(message, Submit)
         schema = self.engine.pipeline.schema
         images = [
             (field, array_to_image(data, mode, width, height, kind))

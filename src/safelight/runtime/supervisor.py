@@ -172,7 +172,8 @@ class Supervisor(EngineClient):
         assert self._schema is not None, "it has been loaded once"
         cost = request_cost(request.params, self._schema)
         live = LiveRequest(Ticket(request), time.monotonic(), cost, request.form)
-        self.adopt(live)
+        self._live[request.request_id] = live
+        self._send(*live.parcel())
         return live.ticket
 
     def adopt(self, live: LiveRequest) -> None:

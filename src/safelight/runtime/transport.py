@@ -25,7 +25,7 @@ from safelight.errors import PortError, StorageError
 from safelight.runtime.client import Media
 from safelight.runtime.messages import Array, Failed, FromWorker, Heartbeat, OutputMade, ToWorker
 from safelight.runtime.sockets import LIBRARY, SocketName
-from safelight.runtime.spool import SPOOLED_BYTES, spool, spooled
+from safelight.runtime.video_files import SPOOLED_BYTES, spool, spooled
 
 logger = logging.getLogger(__name__)
 
@@ -166,16 +166,17 @@ class WorkerChannel:
 
     def send(self, message: FromWorker, arrays: Sequence[Array] = ()) -> None:
         """Queue a message, from any thread."""
-        self._put((message, arrays))
+        self._outgoing.put((message, arrays))
+        self._wake()
 
     def close(self) -> None:
         """Send what is queued, and end the thread."""
-        self._put(None)
+        self._outgoing.put(None)
+        self._wake()
         self._thread.join(timeout=5)
         self._name.close()
 
-    def _put(self, parcel: tuple[FromWorker, Sequence[Array]] | None) -> None:
-        self._outgoing.put(parcel)
+    def _wake(self) -> None:
         os.write(self._wake_write, b"x")
 
     def _run(self) -> None:

@@ -16,7 +16,7 @@ from starlette.routing import Match
 from safelight.encoded import give_back_large_blocks
 from safelight.errors import SafelightError
 from safelight.runtime.client import EngineClient
-from safelight.serving import health, images, jobs_api, models_api, openapi, videos
+from safelight.serving import health, images_api, jobs_api, models_api, openapi, videos_api
 from safelight.serving.auth import KeyCheck
 from safelight.serving.context import Context, Settings
 from safelight.serving.envelope import Envelope
@@ -30,13 +30,13 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
     """Return the HTTP API of one engine.
 
     Its lifespan tells the allocator to keep no large blocks, starts the job manager, and closes that with
-    `drain_seconds` to go. The engine's life is the caller's.
+    `closing_seconds` to go. The engine's life is the caller's.
     It must run under `safelight.serving.http.uvicorn_config`, which has the deadlines.
 
     Args:
         engine: where requests run.
         jobs: not started yet.
-        settings: names, key and bounds.
+        settings: names, keys and bounds.
 
     """
 
@@ -47,7 +47,7 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
         try:
             yield
         finally:
-            await jobs.close(settings.drain_seconds)
+            await jobs.close(settings.closing_seconds)
             context.close()
 
     context, origins, hosts = (
@@ -64,17 +64,17 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
         redirect_slashes=False,
         middleware=[
             Middleware(Envelope, origins=origins),
-            Middleware(Preflight, origins=origins, hosts=hosts if settings.api_key is None else None),
+            Middleware(Preflight, origins=origins, hosts=None if settings.keys else hosts),
             Middleware(
                 KeyCheck,
-                key=settings.api_key,
+                keys=settings.keys,
                 origins=origins,
                 hosts=hosts,
                 addresses=context.addresses,
             ),
         ],
     )
-    for part in (health, images, videos, jobs_api, models_api, openapi):
+    for part in (health, images_api, videos_api, jobs_api, models_api, openapi):
         app.include_router(part.routes(context))
     _answer_errors(app, context)
     return app
@@ -88,20 +88,17 @@ def _answer_errors(app: FastAPI, context: Context) -> None:
         if task is not None:
             context.metrics.ended(task, status)
 
-    def answer(request: Request, error: SafelightError, headers: dict[str, str] | None = None) -> Response:
+    @app.exception_handler(SafelightError)
+    async def answer(request: Request, error: SafelightError, headers: dict[str, str] | None = None) -> Response:
         ended(request, error.status)
         context.answered(request, error)
         return error_response(error, headers)
-
-    @app.exception_handler(SafelightError)
-    async def known(request: Request, error: SafelightError) -> Response:
-        return answer(request, error)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
         allowed = _allowed(app, request)
         headers = {"allow": allowed} if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else {}
-        return answer(request, from_status(error.status_code, allowed), headers)
+        return await answer(request, from_status(error.status_code, allowed), headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:

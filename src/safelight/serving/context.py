@@ -9,29 +9,29 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import NotReadyError, SafelightError, UsageError, by_code, nearest, shown
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket, total_timings
 from safelight.serving.addresses import KEY_BYTES, Addresses
+from safelight.serving.admission import Admission, AdmissionControl, Queue
+from safelight.serving.bodies import HeldBytes
 from safelight.serving.disconnects import unless_gone
 from safelight.serving.errors import ModelNameError, NotFoundError, is_internal
-from safelight.serving.fields import Asked, Resolved, resolve
-from safelight.serving.gate import Budget
-from safelight.serving.jobs.job import Job, Kind, owner_of
+from safelight.serving.fields import Resolved
+from safelight.serving.jobs.job import Job, Kind
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.limits import Limits
 from safelight.serving.metrics import Metrics
-from safelight.serving.shares import check_share, client_of
+from safelight.serving.principals import Keys, principal_of
 from safelight.serving.spool import LongText
+from safelight.serving.trial import check_all
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -41,27 +41,25 @@ class Settings:
 
     Attributes:
         served_names: under which the model is asked for; the first is the one that answers name.
-        api_key: which every route but `/livez`, and those by signed addresses, asks for; None asks for none.
+        keys: of which every route but `/livez`, and those by signed addresses, asks for one, if there are any.
         public_url: where clients reach the server, without a path; None is what their `Host` header says.
         allowed_origins: of web pages that may use the server, as browsers write them; `*` is all.
         allowed_hosts: names that a server without a key answers to, beside this machine's own.
         response_format: how pictures are returned where a request does not say it: `b64_json` or `url`.
         address_key: the secret that signs addresses of files; it has to outlive the process for them to do so.
-        poll_after_ms: what clients that poll a video are told to wait.
-        drain_seconds: which running jobs have to finish when the server stops.
+        closing_seconds: that running jobs have when the application closes, and files that are being written.
         limits: bounds of what clients send and ask for.
 
     """
 
     served_names: tuple[str, ...]
-    api_key: str | None = None
+    keys: Keys = field(default_factory=Keys)
     public_url: str | None = None
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     response_format: str = "b64_json"
     address_key: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
-    poll_after_ms: int = 1000
-    drain_seconds: float = 30.0
+    closing_seconds: float = 30.0
     limits: Limits = field(default_factory=Limits)
 
 
@@ -79,9 +77,9 @@ class Context:
 
     Attributes:
         engine, jobs, settings, metrics: the parts.
-        budget: of memory for what clients send.
+        held: bytes of what clients send.
         addresses: of files, signed.
-        owner: of every job that is sent here.
+        admission: decides which requests are taken, and as what.
         event_turn: of whichever stream writes an event: all that follow one job wake at once, and would have the event
             loop until the last of them has written.
         started_at: when the application was made, in seconds since 1970.
@@ -91,9 +89,9 @@ class Context:
     def __init__(self, engine: EngineClient, jobs: JobManager, settings: Settings) -> None:
         self.engine, self.jobs, self.settings = engine, jobs, settings
         self.metrics = Metrics(engine)
-        self.budget = Budget(settings.limits, jobs.outputs.directory)
+        self.held = HeldBytes(settings.limits, jobs.outputs.directory)
         self.addresses = Addresses(settings.address_key, jobs.expiry.now)
-        self.owner = owner_of(settings.api_key)
+        self.admission = AdmissionControl(engine, settings.keys, settings.limits)
         self.started_at = int(time.time())
         self.event_turn = asyncio.Lock()
         # One thread: a picture of 25 megapixels takes 200 MB while it is tried, and no more than one does.
@@ -144,39 +142,32 @@ class Context:
         if isinstance(name, str) and name not in names:
             raise ModelNameError(f"model: {shown(name)} is not served here: {nearest(name, names)}")
 
-    async def resolve(self, request: Request, asked: Asked) -> Resolved:
-        """Resolve a request; pictures are tried in a thread, one at a time, and kept as the files that they are.
+    async def try_pictures(self, request: Request, resolved: Resolved) -> None:
+        """See that a request's pictures can be decoded: in a thread, one at a time. They are kept as files.
 
         Raises:
-            UsageError: naming the field.
+            InvalidParameterError: naming the field of one that is damaged.
             ClientDisconnect: if the client goes away; pictures whose turn has not come are not tried then.
 
         """
-        if not asked.pictures:
-            return resolve(asked, self.limits, self.engine.stats.cost_seconds)
-        arguments = (asked, self.limits, self.engine.stats.cost_seconds)
-        loop = asyncio.get_running_loop()
-        return await unless_gone(request.receive, loop.run_in_executor(self._decoder, resolve, *arguments))
+        if resolved.pictures:
+            loop = asyncio.get_running_loop()
+            await unless_gone(request.receive, loop.run_in_executor(self._decoder, check_all, resolved.pictures))
 
-    def submit(self, request: Request, params: SamplingParams) -> Ticket:
+    def submit(self, request: Request, resolved: Resolved, admission: Admission) -> Ticket:
         """Put a request into the engine's queue that somebody waits for; there too it has the id that they are told.
 
         Raises:
             ServingError: if it cannot be taken now.
 
         """
-        client = client_of(request, self.owner)
-        self._forget_begun()
-        names = [name for name, _ in self._waiting]
-        check_share(client, names, self.limits.waiting, self.engine.stats.num_waiting)
-        deadline = self.limits.deadline_seconds
-        ticket = self.engine.submit(GenerationRequest(request_id(request), params, deadline=deadline))
-        self._waiting.append((client, ticket))
+        self._waiting = [(client, ticket) for client, ticket in self._waiting if ticket.waits]
+        clients = [client for client, _ in self._waiting]
+        admission.check_place(Queue(self.limits.waiting, self.engine.stats.num_waiting, clients))
+        asked = GenerationRequest(request_id(request), resolved.params, admission.priority, admission.deadline)
+        ticket = self.engine.submit(asked)
+        self._waiting.append((admission.client, ticket))
         return ticket
-
-    def _forget_begun(self) -> None:
-        """Count the tickets that wait alone: one that is done has its pictures."""
-        self._waiting = [(name, ticket) for name, ticket in self._waiting if ticket.waits]
 
     async def follow(self, ticket: Ticket) -> Finished:
         """Wait for a request's outputs.
@@ -190,59 +181,48 @@ class Context:
             if progress.state == "running" and not queue_seconds:
                 queue_seconds = time.perf_counter() - began
         outputs = await ticket.result()
-        self._forget_begun()
+        # One that is done has its pictures, which go with the answer.
+        self._waiting = [(client, other) for client, other in self._waiting if other.waits]
         return Finished(outputs, time.perf_counter() - began, queue_seconds)
-
-    async def generate(self, request: Request, params: SamplingParams) -> Finished:
-        """Run a request now, and end it within one step if its client goes away.
-
-        Raises:
-            SafelightError: what ended it instead.
-            ClientDisconnect: if nobody waits for it any more.
-
-        """
-        ticket = self.submit(request, params)
-        try:
-            return await unless_gone(request.receive, self.follow(ticket))
-        finally:
-            self.engine.cancel(ticket.request.request_id)
 
     def count(self, resolved: Resolved, finished: Finished, made: int) -> None:
         """Count what a synchronous request came to, and the pictures that were made."""
-        steps = resolved.params.num_steps() * len(finished.outputs)
         task, timings = resolved.schema.task.value, total_timings(finished.outputs)
-        self.metrics.completed(task, finished.seconds, finished.queue_seconds, timings, made, steps)
+        self.metrics.completed(task, finished.seconds, finished.queue_seconds, timings, made)
 
-    def count_job(self, job: Job, resolved: Resolved) -> None:
+    def count_job(self, job: Job, task_name: str) -> None:
         """Count what a job will have come to, once it has."""
-        # Not `resolved` itself: its pictures would stay as long as the job.
-        task_name, steps = resolved.schema.task.value, resolved.params.num_steps() * len(resolved.params.split())
-        task = asyncio.create_task(self._follow(job, task_name, steps), name=f"count {job.id}")
+        task = asyncio.create_task(self._follow(job, task_name), name=f"count {job.id}")
         self._followers.add(task)
         task.add_done_callback(self._followers.discard)
 
-    async def _follow(self, job: Job, task: str, steps: int) -> None:
-        async for event in self.jobs.events(job.id):
-            job = event.job
-        self.count_completed(job, task, steps)
+    async def _follow(self, job: Job, task: str) -> None:
+        job = await self.finished(job)
+        self.count_completed(job, task)
         if job.error is not None:
             error = job_error(job)
             self.metrics.ended(task, error.status)
             self.metrics.answered(error)
 
-    def count_completed(self, job: Job, task: str, steps: int) -> None:
-        """Count a job, if it completed. `steps` are those of all its outputs."""
-        if job.state == "completed":
-            self.metrics.completed(task, job.seconds, job.queue_seconds, job.timings, len(job.outputs), steps)
+    async def finished(self, job: Job) -> Job:
+        """Wait for a job's end, and return it as it is then."""
+        async for event in self.jobs.events(job.id):
+            job = event.job
+        return job
 
-    async def job(self, job_id: str, kind: Kind | None = None) -> Job:
-        """Return a job.
+    def count_completed(self, job: Job, task: str) -> None:
+        """Count a job, if it completed."""
+        if job.state == "completed":
+            self.metrics.completed(task, job.seconds, job.queue_seconds, job.timings, len(job.outputs))
+
+    async def job(self, request: Request, job_id: str, kind: Kind | None = None) -> Job:
+        """Return a job of whoever asks.
 
         Raises:
-            NotFoundError: if there is none of that name and kind.
+            NotFoundError: if there is none of that name and kind, or if it is another's.
 
         """
-        job = await self.jobs.store.get(job_id, self.owner)
+        job = await self.jobs.store.get(job_id, principal_of(request).owner)
         if job is None or kind not in (None, job.kind):
             raise NotFoundError(f"there is no {kind or 'job'} of that id")
         return job

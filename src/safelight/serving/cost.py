@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from safelight.core.params import SamplingParams
@@ -11,7 +12,13 @@ from safelight.runtime.cost import OF_A_STEP, largest, memory_excess, request_co
 from safelight.serving.limits import Limits
 
 
-def check_cost(params: SamplingParams, schema: ModelSchema, limits: Limits, cost_seconds: float = 0.0) -> None:
+def check_cost(
+    params: SamplingParams,
+    schema: ModelSchema,
+    limits: Limits,
+    cost_seconds: float = 0.0,
+    max_seconds: float = math.inf,
+) -> None:
     """Refuse a request that asks for more work than the ceilings, or more memory than there is; nothing is cut to fit.
 
     Args:
@@ -19,6 +26,7 @@ def check_cost(params: SamplingParams, schema: ModelSchema, limits: Limits, cost
         schema: of the loaded model.
         limits: the ceilings.
         cost_seconds: that a unit of cost takes here; 0 where that is not known.
+        max_seconds: that all of it may be expected to take.
 
     Raises:
         InvalidParameterError: naming what is largest beside the model's own default.
@@ -27,11 +35,17 @@ def check_cost(params: SamplingParams, schema: ModelSchema, limits: Limits, cost
     for reason in _too_large_steps(params, schema, limits, cost_seconds):
         name, value = largest(params, schema, OF_A_STEP)
         raise InvalidParameterError(name, value, f"less: {reason}")
-    cost = request_cost(params, schema)
-    if cost > limits.max_cost:
+    for reason in _too_large(request_cost(params, schema), limits, cost_seconds, max_seconds):
         name, value = largest(params, schema, (*OF_A_STEP, "num_inference_steps", "n"))
-        counted = f"steps x tokens x branches x outputs are {cost:,}, and at most {limits.max_cost:,.0f} are done"
-        raise InvalidParameterError(name, value, f"less: {counted}")
+        raise InvalidParameterError(name, value, f"less: {reason}")
+
+
+def _too_large(cost: int, limits: Limits, cost_seconds: float, max_seconds: float) -> Iterator[str]:
+    """Yield why a request is too large."""
+    if cost > limits.max_cost:
+        yield f"steps x tokens x branches x outputs are {cost:,}, and at most {limits.max_cost:,.0f} are done"
+    if cost * cost_seconds > max_seconds:
+        yield f"it would take about {cost * cost_seconds:,.1f} s here, and this key may ask for {max_seconds:,.1f} s"
 
 
 def _too_large_steps(params: SamplingParams, schema: ModelSchema, limits: Limits, cost_seconds: float) -> Iterator[str]:

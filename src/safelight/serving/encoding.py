@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from safelight import media
-from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError
 from safelight.runtime.client import Media
-from safelight.version import __version__
 
 Pixels = NDArray[np.uint8]
 
@@ -36,16 +34,6 @@ _LONG_TEXT = 1_000
 _LARGE_PICTURE = 8 << 20
 """Values of a picture from which on it is encoded alone: it takes as much again, and its file's length."""
 _ONE_LARGE = threading.Lock()
-
-
-def file_metadata(schema: ModelSchema, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is written into a file of how it was made. `params` are one output's, as JSON can hold them."""
-    return {
-        "software": f"safelight {__version__}",
-        "model": schema.model,
-        "pipeline": schema.pipeline_name,
-        **{name: value for name, value in params.items() if name not in ("n", "output_type")},
-    }
 
 
 def encode_image(

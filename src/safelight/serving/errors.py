@@ -85,6 +85,17 @@ class AuthenticationError(UsageError):
     code = "invalid_api_key"
 
 
+class PriorityError(UsageError):
+    """The key may not have a priority as high as was asked for."""
+
+    status = 403
+    code = "priority_not_allowed"
+
+    def __init__(self, got: int, most: int) -> None:
+        self.param = "priority"
+        super().__init__(f"priority: got {got}; this key takes at most {most}")
+
+
 class ModelNameError(UsageError):
     """Another model was asked for than the one that is served."""
 

@@ -17,13 +17,12 @@ from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.preparation import prepare
-from safelight.serving.cost import check_cost
+from safelight.serving.bodies import Body, read_number
 from safelight.serving.forms import Repeated, about
-from safelight.serving.gate import Body, read_number
+from safelight.serving.input_pictures import open_picture, picture_bytes
 from safelight.serving.limits import Limits
-from safelight.serving.pictures import open_picture, picture_bytes
+from safelight.serving.principals import LEAST_PRIORITY, MOST_PRIORITY
 from safelight.serving.spool import Stored
-from safelight.serving.trial import check_all
 
 QUALITIES: Mapping[str, float] = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0}
 """Steps, in the model's default number of them."""
@@ -40,6 +39,10 @@ REFUSED: Mapping[str, str] = {**NOT_OFFERED, "mask": "this model cannot use a ma
 """What is not taken, and what to say of it."""
 INPUT_REFERENCE = "input_reference"
 """The API's name for the picture that a video begins with."""
+PRIORITY = "priority"
+PRIORITY_OPTION = Option(
+    "integer", "higher goes first; a key has its highest", minimum=LEAST_PRIORITY, maximum=MOST_PRIORITY
+)
 IMAGES = "images"
 """The API's name for the pictures to edit, in JSON."""
 _LISTS = ("image", "images", "numbers", "integers")
@@ -79,12 +82,14 @@ class Resolved:
         asked: the fields that it came from.
         params: resolved, with a seed, and pictures that are decoded where they are used.
         warnings: what the user should know.
+        pictures: of them all, with the field of each, of which nothing has been decoded.
 
     """
 
     asked: Asked
     params: SamplingParams
     warnings: list[str]
+    pictures: list[tuple[str, EncodedImage]] = field(default_factory=list)
 
     @property
     def schema(self) -> ModelSchema:
@@ -95,6 +100,11 @@ class Resolved:
     def images(self) -> dict[str, list[bytes | Stored]]:
         """The files of input pictures, by the model's field."""
         return {_target(name): files for name, files in self.asked.pictures.items()}
+
+    @property
+    def priority(self) -> int:
+        """Higher goes first."""
+        return int(self.asked.own.get(PRIORITY, 0))
 
     @property
     def output_format(self) -> str:
@@ -194,11 +204,8 @@ def _checked(name: str, option: Option, value: Any) -> Any:
     return checked
 
 
-def resolve(asked: Asked, limits: Limits, cost_seconds: float = 0.0) -> Resolved:
-    """Resolve all fields together, and see that the pictures can be decoded: what is kept of them are their files.
-
-    With pictures it takes a while: run it in a thread, and one at a time. `cost_seconds` are those that a unit of cost
-    takes here; 0 where that is not known.
+def resolve(asked: Asked, limits: Limits) -> Resolved:
+    """Resolve all fields together; of pictures the headers alone are read. Of large ones: run it in a thread.
 
     Raises:
         UsageError: naming the field.
@@ -226,11 +233,9 @@ def resolve(asked: Asked, limits: Limits, cost_seconds: float = 0.0) -> Resolved
         if error.param in ("height", "width") and size != "auto":
             raise InvalidParameterError.rebuilt(f"size: got {size!r}; {error}", "size") from error
         raise
-    check_cost(params, schema, limits, cost_seconds)
-    # Last: until here nothing has been decoded.
-    check_all((name, image.converted(params.image_mode)) for name, image in pictures)
     warnings += [f"{name} has no effect" for name in (*EFFECTLESS, INPUT_FIDELITY) if name in asked.own]
-    return Resolved(asked, params, warnings)
+    converted = [(name, image.converted(params.image_mode)) for name, image in pictures]
+    return Resolved(asked, params, warnings, converted)
 
 
 def _target(name: str) -> str:

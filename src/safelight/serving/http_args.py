@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 from safelight.core.options import check_settings, option
 from safelight.errors import InvalidParameterError, StateDirectoryError, UsageError
 from safelight.serving.hosts import host_name, is_loopback
+from safelight.serving.principals import Keys, read_keys
 
 RESPONSE_FORMATS = ("b64_json", "url")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[0-9]{1,5})?")
 _USUAL_PORTS = {("http", ":80"), ("https", ":443")}
 """Which browsers leave out of an origin."""
-MIN_KEY_LENGTH = 16
 DEFAULT_STATE_DIR = Path("~/.local/state/safelight")
 
 
@@ -26,7 +26,7 @@ class HTTPArgs:
     Attributes:
         host, port: where to listen; a host that others reach needs a key.
         state_dir: of jobs and outputs; one server at a time uses it.
-        api_key_file: a file whose first line is the key that every request must bring.
+        api_key_file: a file of the keys of which every request must bring one (`serving/principals.py`).
         served_model_name: what the model is asked for by; its own name unless given. Several are separated by commas.
         public_url: where clients reach the server, if that is not what their `Host` header says.
         allowed_origins: of web pages that may use the server, as browsers write them, separated by commas; `*` is all.
@@ -54,7 +54,7 @@ class HTTPArgs:
     host: str = option("text", "Where to listen.", "127.0.0.1")
     port: int = option("count", "Port to listen on.", 8000, minimum=1, maximum=65535)
     state_dir: str | None = option("text", f"Folder of jobs and outputs.  [default: {DEFAULT_STATE_DIR}]")
-    api_key_file: str | None = option("text", "File with the key that every request must bring.")
+    api_key_file: str | None = option("text", "File with the key that every request must bring, or YAML with several.")
     served_model_name: str | None = option("text", "Name of the model for clients; aliases after commas.")
     public_url: str | None = option("text", "Where clients reach the server.  [default: their Host header]")
     allowed_origins: str | None = option("text", "Origins of web pages that may use it, after commas; or *.")
@@ -149,18 +149,18 @@ class HTTPArgs:
             reason = f"{str(path)!r}: there is no such home directory; name a folder elsewhere"
             raise StateDirectoryError(f"state_dir: {reason} (--state-dir, SAFELIGHT_STATE_DIR)") from error
 
-    def api_key(self) -> str | None:
-        """Return the key; None where there is none.
+    def keys(self) -> Keys:
+        """Return the keys of which every request must bring one; none where it needs none.
 
         Raises:
-            UsageError: if the file has none, or if others could reach a server without one.
+            UsageError: if the file has none or a wrong one, or if others could reach a server without one.
 
         """
         if self.api_key_file is None:
             if not is_loopback(self.host):
                 raise UsageError(f"host: {self.host} is reachable by others; it needs --api-key-file")
-            return None
-        return read_key(self.api_key_file)
+            return Keys()
+        return read_keys(self.api_key_file, self.max_cost)
 
 
 def is_base_url(url: str) -> bool:
@@ -172,20 +172,3 @@ def is_base_url(url: str) -> bool:
         return False
     plain = url.isascii() and url.isprintable() and not set(url) & set(' ?#\\<>"')
     return known and plain and parts.username is None and parts.password is None
-
-
-def read_key(path: str) -> str:
-    """Return the key in a file's first line.
-
-    Raises:
-        InvalidParameterError: if there is none.
-
-    """
-    try:
-        key = Path(path).expanduser().read_text(encoding="utf-8").strip().partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # RuntimeError: ~ where there is no home directory
-        raise InvalidParameterError("api_key_file", path, "a file that can be read") from error
-    if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable():
-        takes = f"a file whose first line is a key of {MIN_KEY_LENGTH} or more printable ASCII characters"
-        raise InvalidParameterError("api_key_file", path, takes)
-    return key

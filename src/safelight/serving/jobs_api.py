@@ -1,10 +1,10 @@
-"""`/v1/jobs`: one job, its events, its files, and its end."""
+"""`/v1/jobs`: how a request becomes a job; a client's jobs; and one job, its events, its files, and its end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Any, BinaryIO
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, BinaryIO, Literal, cast
 
 from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
@@ -12,16 +12,23 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from safelight.core.options import Option
-from safelight.errors import InvalidParameterError, StorageError
-from safelight.serving.context import Context, json_response, timestamp
+from safelight.errors import InvalidParameterError, StorageError, UnknownParameterError
+from safelight.serving.admission import Admission
+from safelight.serving.bodies import Body, aside
+from safelight.serving.context import Context, json_response, request_id, timestamp
 from safelight.serving.disconnects import unless_gone
 from safelight.serving.encoding import MEDIA_TYPES
-from safelight.serving.errors import ConflictStateError, NotFoundError, RangeError
+from safelight.serving.errors import ConflictStateError, MalformedRequestError, NotFoundError, RangeError
 from safelight.serving.events import EventStream, event
-from safelight.serving.fields import typed
-from safelight.serving.jobs.job import Job
+from safelight.serving.fields import Resolved, typed
+from safelight.serving.forms import Upload
+from safelight.serving.jobs.job import Job, Kind, file_digest, request_digest
+from safelight.serving.jobs.submission import Submission
+from safelight.serving.principals import principal_of
+from safelight.serving.spool import LongText
 
 VARIANTS = ("video", "thumbnail", "spritesheet")
+_LIST_FIELDS = ("after", "limit", "order")
 _CHUNK = 1 << 18
 
 
@@ -29,30 +36,105 @@ def routes(context: Context) -> APIRouter:
     """Return the routes of jobs."""
     router = APIRouter()
 
+    @router.get("/v1/jobs")
+    async def page(request: Request) -> Response:
+        return await page_response(request, context, None, lambda job: job_object(job, context, request))
+
     @router.get("/v1/jobs/{job_id}")
     async def retrieve(request: Request) -> Response:
-        job = await context.job(request.path_params["job_id"])
+        job = await context.job(request, request.path_params["job_id"])
         return json_response(job_object(job, context, request))
 
     @router.delete("/v1/jobs/{job_id}")
     async def cancel(request: Request) -> Response:
-        job = await context.job(request.path_params["job_id"])
+        job = await context.job(request, request.path_params["job_id"])
         ended = await context.jobs.cancel(job.id)
         return json_response(job_object(ended or job, context, request))
 
     @router.get("/v1/jobs/{job_id}/events")
     async def events(request: Request) -> Response:
-        job = await context.job(request.path_params["job_id"])
+        job = await context.job(request, request.path_params["job_id"])
         return EventStream(_events(context, request, job), context.limits.ping_seconds)
 
     @router.get("/v1/jobs/{job_id}/content")
     async def content(request: Request) -> Response:
-        job = await context.job(request.path_params["job_id"])
+        job = await context.job(request, request.path_params["job_id"])
         among = Option("integer", "which output", minimum=0, maximum=max(1, len(job.outputs)) - 1)
         index = among.check("index", typed("integer", request.query_params.get("index", "0")))
         return await content_response(request, context, job, index)
 
     return router
+
+
+async def submit(
+    request: Request,
+    context: Context,
+    body: Body,
+    resolved: Resolved,
+    admission: Admission,
+    echo: Mapping[str, Any],
+) -> Job:
+    """Make a job of a request, with its `Idempotency-Key`; `echo` are the fields that are to be shown of it again.
+
+    Raises:
+        MalformedRequestError: for a key that is empty or too long.
+        ServingError: if it cannot be taken now.
+
+    """
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= context.limits.key_length:
+        raise MalformedRequestError(f"idempotency-key: it takes 1 to {context.limits.key_length} characters")
+    submission = Submission(
+        params=resolved.params,
+        images=resolved.images,
+        request=echo,
+        output_format=resolved.output_format,
+        compression=resolved.asked.own.get("output_compression"),
+        warnings=resolved.warnings,
+        admission=admission,
+        request_id=request_id(request),
+        idempotency_key=key,
+        digest="" if key is None else await aside(body, _digest, request.scope["path"], body),
+    )
+    return await context.jobs.submit(submission)
+
+
+def _digest(path: str, body: Body) -> str:
+    """Return a hash of a request as it came. Of a large body: run it in a thread."""
+    return request_digest({"path": path, "fields": _without_files(body.fields)}, body.files)
+
+
+def _without_files(value: Any) -> Any:
+    """Return fields as JSON can hold them; files are told apart by their own digests."""
+    if isinstance(value, Upload):
+        return None
+    if isinstance(value, LongText):
+        return {"sha256": file_digest(value).hex()}
+    if isinstance(value, dict):
+        return {name: _without_files(entry) for name, entry in value.items()}
+    return [_without_files(entry) for entry in value] if isinstance(value, list) else value
+
+
+async def page_response(
+    request: Request, context: Context, kind: Kind | None, described: Callable[[Job], dict[str, Any]]
+) -> Response:
+    """Return a page of the jobs of whoever asks, newest first unless asked otherwise.
+
+    Raises:
+        UsageError: for a query that it does not take.
+
+    """
+    query = request.query_params
+    for name in query:
+        if name not in _LIST_FIELDS:
+            raise UnknownParameterError(name, _LIST_FIELDS)
+    counted = Option("integer", "jobs in a page", minimum=1, maximum=context.limits.page)
+    limit = counted.check("limit", typed("integer", query.get("limit", "20")))
+    order = cast(Literal["asc", "desc"], query.get("order", "desc"))  # the store refuses any other
+    found = await context.jobs.store.page(kind, principal_of(request).owner, query.get("after"), limit, order)
+    data = [described(job) for job in found.jobs]
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return json_response({"object": "list", "data": data, **ends, "has_more": found.has_more})
 
 
 def job_object(job: Job, context: Context, request: Request) -> dict[str, Any]:
@@ -65,6 +147,7 @@ def job_object(job: Job, context: Context, request: Request) -> dict[str, Any]:
         "kind": job.kind,
         "model": context.model_name,
         "state": job.state,
+        "priority": job.priority,
         "created_at": timestamp(job.created_at),
         "started_at": timestamp(job.started_at),
         "completed_at": timestamp(job.completed_at),

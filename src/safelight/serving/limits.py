@@ -25,7 +25,7 @@ class Limits:
         image_bytes, image_pixels, image_side: of one input image, in its file, in all, and along a side.
         images: input images of one request.
         outputs: pictures or videos of one request.
-        waiting: requests that may wait, of all clients; each has a share (`serving/shares.py`).
+        waiting: requests that may wait, of all clients; each has a share (`serving/admission.py`).
         max_cost: of one request: steps × tokens × branches × outputs, attention counted (`runtime/cost.py`).
         max_tokens: of one step, which cannot be interrupted.
         unit_seconds: after which a unit of work of a new kind counts as hung: no step may be expected to take longer.

@@ -22,10 +22,10 @@ _GAUGES: Mapping[str, tuple[str, Callable[[EngineStats], float]]] = {
 
 
 class Metrics:
-    """The server's figures.
+    """The server's figures. It has itself told by the engine of each denoising step.
 
-    Attributes:
-        batch_size: model calls that ran as one; the engine observes it.
+    Args:
+        engine: whose state the gauges read when they are asked.
 
     """
 
@@ -55,7 +55,6 @@ class Metrics:
         queue_seconds: float | None,
         timings: Mapping[str, float],
         outputs: int,
-        steps: int,
     ) -> None:
         """Count a generation that ended well.
 
@@ -64,7 +63,6 @@ class Metrics:
             seconds, queue_seconds: since its acceptance, and of these before it began; None where that is not known.
             timings: seconds of each stage.
             outputs: how many pictures or videos.
-            steps: denoising steps, over all outputs.
 
         """
         self._requests.labels(task, "200").inc()

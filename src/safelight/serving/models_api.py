@@ -14,9 +14,9 @@ from safelight.core.schema import ModelSchema
 from safelight.runtime.messages import SCHEMA_KEY, schema_to_wire
 from safelight.serving.context import Context, json_response
 from safelight.serving.fields import INPUT_REFERENCE, model_fields
-from safelight.serving.images import image_fields, takes_pictures
+from safelight.serving.images_api import image_fields, takes_pictures
 from safelight.serving.limits import Limits
-from safelight.serving.videos import VIDEO_FIELDS
+from safelight.serving.videos_api import VIDEO_FIELDS
 
 
 def routes(context: Context) -> APIRouter:

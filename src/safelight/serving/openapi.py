@@ -31,7 +31,7 @@ _ERROR = {
         }
     },
 }
-_BODY_ERRORS = (400, 404, 408, 413, 415, 429, 500, 503, 504, 507)
+_BODY_ERRORS = (400, 403, 404, 408, 413, 415, 429, 500, 503, 504, 507)
 _JSON, _FORM, _EVENTS = "application/json", "multipart/form-data", "text/event-stream"
 _VIDEO_ID, _JOB_ID = "video_id", "job_id"
 
@@ -84,6 +84,7 @@ def document(context: Context) -> Document:
         "/v1/videos/{video_id}/remix": {
             "post": _operation("Make a video again, otherwise", ok, (*_BODY_ERRORS, 409), body, [_FORM, _JSON])
         },
+        "/v1/jobs": {"get": _operation("List jobs", ok, (400,), parameters=list_query)},
         "/v1/jobs/{job_id}": {
             "get": _operation("Say how far a job is", ok, (404,)),
             "delete": _operation("Cancel a job", ok, (404, 507)),
@@ -115,7 +116,7 @@ def document(context: Context) -> Document:
             "schemas": {"Error": _ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        "security": [{"key": []}] if context.settings.api_key is not None else [],
+        "security": [{"key": []}] if context.settings.keys else [],
     }
 
 

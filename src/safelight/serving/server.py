@@ -74,7 +74,7 @@ class Server:
             SafelightError: if it cannot start.
 
         """
-        key = self.http_args.api_key()
+        keys = self.http_args.keys()
         with listen(self.http_args.host, self.http_args.port) as listener:
             listener.bound = bound(raise_limit())
             state = self.http_args.state_path()
@@ -85,13 +85,13 @@ class Server:
             )
             settings = Settings(
                 served_names(self.server_args, self.http_args),
-                api_key=key,
+                keys=keys,
                 public_url=self.http_args.public_url,
                 allowed_origins=self.http_args.origins(),
                 allowed_hosts=self.http_args.hosts(),
                 response_format=self.http_args.response_format,
                 address_key=read_address_key(state),
-                drain_seconds=CLOSING_SECONDS,
+                closing_seconds=CLOSING_SECONDS,
                 limits=Limits(
                     waiting=self.http_args.max_waiting,
                     max_cost=self.http_args.max_cost,

@@ -17,7 +17,7 @@ from typing import IO
 
 from safelight.encoded import EncodedImage
 from safelight.runtime.processes import python_command, safe_environment
-from safelight.serving.pictures import UNREADABLE, check_decodes, damaged
+from safelight.serving.input_pictures import UNREADABLE, check_decodes, damaged
 
 logger = logging.getLogger(__name__)
 

@@ -53,7 +53,9 @@ class TextEncodingStage(PipelineStage):
         key = (encoder_name(index), replace(spec, prompt=text, negative_prompt=""), seen)
         found = self.cache.get(*key)
         if found is None:
-            batch.pending = [self._call(index, spec, branch, text, batch, server_args.torch_device())]
+            inputs = self.config.text_encoder_inputs(spec, text, batch, self.tokenizers[index], self.processor)
+            batch.pending = [self._call(index, spec, branch, inputs, batch, server_args.torch_device())]
+            del inputs
             (made,) = yield batch.pending
             batch.pending = []
             dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
@@ -66,10 +68,9 @@ class TextEncodingStage(PipelineStage):
             batch.warnings.append(warning)
 
     def _call(
-        self, index: int, spec: PromptSpec, branch: str, text: str, batch: Req, device: torch.device
+        self, index: int, spec: PromptSpec, branch: str, inputs: dict[str, Tensor], batch: Req, device: torch.device
     ) -> ModelCall:
         """Return the call of a text encoder; the mask of its tokens stays in the stage's state."""
-        inputs = self.config.text_encoder_inputs(spec, text, batch, self.tokenizers[index], self.processor)
         batch.stage_state = TextEncodingState(inputs.get("attention_mask"))
         given = {name: tensor for name, tensor in inputs.items() if name != "attention_mask" or spec.attention_mask}
         # Copies: what NumPy made of an image lies anywhere, and bytes may depend on where.

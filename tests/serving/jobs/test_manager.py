@@ -17,8 +17,8 @@ from safelight.errors import ConflictError, NotReadyError, QueueFullError
 from safelight.serving.directories import MARKER
 from safelight.serving.encoding import encode_image
 from safelight.serving.jobs import outputs as outputs_module
-from safelight.serving.jobs.job import owner_of
 from safelight.serving.jobs.sqlite import SqliteJobStore
+from safelight.serving.principals import owner_of
 from tests.serving.disks import as_left_by_a_death
 from tests.serving.job_server import SECONDS, Server, collect, file_names, picture, serving, submission, unfinished
 from tests.serving.stub_engine import (

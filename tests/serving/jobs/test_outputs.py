@@ -8,8 +8,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from safelight import video
-from safelight.serving.encoding import file_metadata
+from safelight import media, video
 from safelight.serving.jobs import outputs as module
 from tests.serving.jobs.folder_outputs import an_output, names, publish, stage, with_outputs
 from tests.serving.stub_engine import IMAGE_SCHEMA, VIDEO_SCHEMA
@@ -47,7 +46,7 @@ def test_a_video_has_a_thumbnail_and_a_spritesheet(tmp_path):
         stream = container.streams.video[0]
         assert len(list(container.decode(stream))) == 9
         assert stream.average_rate is not None and float(stream.average_rate) == 8.0
-    assert video.read_metadata(path) == file_metadata(VIDEO_SCHEMA, made.params)
+    assert video.read_metadata(path) == media.file_metadata(VIDEO_SCHEMA.model, VIDEO_SCHEMA.pipeline_name, made.params)
     extras = stored.extras
     assert names(tmp_path) == {stored.name, *(file.name for file in extras.values())}
     assert [(tmp_path / file.name).stat().st_size for file in extras.values()] == [e.num_bytes for e in extras.values()]

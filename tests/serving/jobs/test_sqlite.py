@@ -29,11 +29,11 @@ from safelight.serving.jobs.job import (
     StoredFile,
     StoredOutput,
     new_id,
-    owner_of,
     request_digest,
 )
 from safelight.serving.jobs.sqlite import SqliteJobStore
 from safelight.serving.jobs.store import Horizon
+from safelight.serving.principals import owner_of
 from tests.serving.disks import as_left_by_a_death, fill, make_read_only, small_disk
 from tests.serving.job_server import Clock, file_names, serving, unfinished
 

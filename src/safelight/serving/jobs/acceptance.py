@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Mapping
 
 from safelight.errors import NotReadyError, QueueFullError, SafelightError
+from safelight.serving.admission import Queue
 from safelight.serving.jobs.job import Job, check_same
 from safelight.serving.jobs.leases import Lease
 from safelight.serving.jobs.run import Run
 from safelight.serving.jobs.runner import Runner
 from safelight.serving.jobs.submission import Submission, new_job
-from safelight.serving.shares import check_share
 from safelight.serving.spool import Stored
 
 JOBS_A_TRIM = 64
@@ -43,7 +43,7 @@ class Acceptance:
 
         """
         if submission.idempotency_key is not None:
-            existing = await self._store.find(submission.owner, submission.idempotency_key)
+            existing = await self._store.find(submission.admission.owner, submission.idempotency_key)
             if existing is not None:
                 return check_same(existing, submission.digest)
         schema = self._runner.engine.schema
@@ -54,11 +54,11 @@ class Acceptance:
         if num_unfinished >= self._limits.max_unfinished:
             raise QueueFullError(f"{self._limits.max_unfinished} jobs wait already")
         clients = [run.client for run in runs.values()]
-        check_share(submission.client, clients, self._limits.max_unfinished, num_unfinished)
+        submission.admission.check_place(Queue(self._limits.max_unfinished, num_unfinished, clients))
         stamp, moment = self._runner.clocks.stamp(), self._runner.clocks.moment()
         job, files = new_job(submission, schema, stamp, moment, self._lease.number)
         # A caller that goes away leaves no job behind that is stored and never run.
-        task = asyncio.create_task(self._accept(job, files, submission.client))
+        task = asyncio.create_task(self._accept(job, files, submission.admission.client))
         self.under_way.add(task)
         task.add_done_callback(self.under_way.discard)
         return await asyncio.shield(task)

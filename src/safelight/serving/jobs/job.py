@@ -91,6 +91,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         output_format: png, jpeg, webp or mp4.
         compression: 0 to 100, of jpeg and webp; None is the format's default.
         owner: `owner_of` the API key; empty where there are no keys.
+        priority: higher goes first.
         request_id: of the HTTP request that it came with, for the log.
         idempotency_key: as the client chose it.
         digest: of the request, to be compared when the key comes again.
@@ -120,6 +121,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     output_format: str = "png"
     compression: int | None = None
     owner: str = ""
+    priority: int = 0
     request_id: str = ""
     idempotency_key: str | None = None
     digest: str = ""
@@ -254,11 +256,6 @@ def files_of(outputs: Iterable[StoredOutput]) -> list[StoredFile]:
 def new_id(kind: str) -> str:
     """Return a name that nobody can guess: the kind, and 128 random bits."""
     return f"{kind}_{secrets.token_hex(16)}"
-
-
-def owner_of(api_key: str | None) -> str:
-    """Return what a job keeps of the key it was sent with: a hash, or nothing where there is no key."""
-    return hashlib.sha256(b"safelight-owner\0" + api_key.encode()).hexdigest()[:32] if api_key else ""
 
 
 def request_digest(fields: Mapping[str, Any], files: Sequence[bytes | Stored] = ()) -> str:

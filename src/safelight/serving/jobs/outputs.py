@@ -6,10 +6,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safelight import video
+from safelight import media, video
 from safelight.core.schema import ModelSchema
 from safelight.runtime.client import Media, Output
-from safelight.serving.encoding import MEDIA_TYPES, encode_image, file_metadata, spritesheet, thumbnail
+from safelight.serving.encoding import MEDIA_TYPES, encode_image, spritesheet, thumbnail
 from safelight.serving.jobs.files import Batch
 from safelight.serving.jobs.job import Job, StoredFile, StoredOutput
 
@@ -28,7 +28,7 @@ def write_outputs(job: Job, outputs: Sequence[Output], schema: ModelSchema, batc
     output_format = job.output_format
     stored: list[StoredOutput] = []
     for output in outputs:
-        metadata = file_metadata(schema, output.params)
+        metadata = media.file_metadata(schema.model, schema.pipeline_name, output.params)
         if output_format == "mp4":
             for frames in output.media:
                 name = f"{stem}.{len(stored)}.{output_format}"

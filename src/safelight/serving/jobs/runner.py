@@ -179,7 +179,7 @@ class Runner:
                         if params is None:
                             params = await self.files.run(read_params, run.job, schema, self.files.open)
                         name = f"{run.job.id}.{run.job.attempts + 1}.{run.job.request_id}"
-                        return self.engine.submit(GenerationRequest(name, params, form=run.job.form))
+                        return self.engine.submit(GenerationRequest(name, params, run.job.priority, form=run.job.form))
                 # The engine tells nobody when it becomes ready, or when it has room after somebody else's request.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), self.limits.retry_seconds)

@@ -13,6 +13,7 @@ from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError, StorageError
+from safelight.serving.admission import Admission
 from safelight.serving.clocks import Moment
 from safelight.serving.jobs.job import Job, Kind, StoredFile, new_id
 from safelight.serving.spool import Stored
@@ -29,11 +30,10 @@ class Submission:
         output_format: png, jpeg, webp or mp4.
         compression: as `encode_image` takes it.
         warnings: what the user should know already.
-        owner: `owner_of` the API key.
+        admission: as what it may be run.
         request_id: of the HTTP request that it came with, for the log.
         idempotency_key: as the client chose it; None if it chose none.
         digest: `request_digest`, where there is a key.
-        client: `client_of` the HTTP request.
 
     """
 
@@ -43,11 +43,10 @@ class Submission:
     output_format: str = "png"
     compression: int | None = None
     warnings: Sequence[str] = ()
-    owner: str = ""
+    admission: Admission = field(default_factory=Admission)
     request_id: str = ""
     idempotency_key: str | None = None
     digest: str = ""
-    client: str = ""
 
 
 def new_job(
@@ -71,7 +70,8 @@ def new_job(
         request=_as_stored(dict(submission.request)),
         output_format=submission.output_format,
         compression=submission.compression,
-        owner=submission.owner,
+        owner=submission.admission.owner,
+        priority=submission.admission.priority,
         request_id=submission.request_id,
         idempotency_key=submission.idempotency_key,
         digest=submission.digest,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from safelight.errors import StorageError
-from safelight.runtime.spool import spool, spooled
+from safelight.runtime.video_files import spool, spooled
 
 NAMES = [b"../secret.frames", b"/etc/passwd", b"", b".", b"0123456789abcdef.frames\n", b"0123456789ABCDEF.frames",
          b"0123456789abcdef", b"0123456789abcdef.frames/../../x",

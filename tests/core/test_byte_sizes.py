@@ -3,7 +3,7 @@
 import pytest
 
 from safelight import ServerArgs
-from safelight.core.sizes import parse_size, shown_size
+from safelight.core.byte_sizes import parse_size, shown_size
 from safelight.errors import InvalidParameterError
 from safelight.loading.loader import load_pipeline
 

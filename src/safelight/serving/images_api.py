@@ -10,41 +10,36 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from safelight import media
 from safelight.core.options import Option
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
 from safelight.runtime.client import Ticket, total_timings
-from safelight.serving.answers import JsonResponse, LargeJson, in_thread
-from safelight.serving.context import (
-    Context,
-    Finished,
-    job_error,
-    json_response,
-    request_id,
-)
+from safelight.serving.bodies import aside, read_fields
+from safelight.serving.context import Context, Finished, job_error, json_response
 from safelight.serving.disconnects import unless_gone
-from safelight.serving.encoding import encode_image, file_metadata
-from safelight.serving.errors import GONE, MalformedRequestError, error_body
+from safelight.serving.encoding import encode_image
+from safelight.serving.errors import GONE, error_body
 from safelight.serving.events import EventStream, event, event_pieces
 from safelight.serving.fields import (
     EFFECTLESS,
     IMAGES,
     INPUT_FIDELITY,
+    PRIORITY,
+    PRIORITY_OPTION,
     QUALITIES,
     QUALITY_NAMES,
     Asked,
     Resolved,
+    resolve,
     sort_fields,
 )
-from safelight.serving.forms import Upload
-from safelight.serving.gate import Body, aside, read_fields
-from safelight.serving.jobs.job import Job, file_digest, request_digest
-from safelight.serving.jobs.submission import Submission
-from safelight.serving.jobs_api import content_url, job_object
+from safelight.serving.jobs.job import Job
+from safelight.serving.jobs_api import content_url, job_object, submit
+from safelight.serving.large_json import JsonResponse, LargeJson, in_thread
 from safelight.serving.limits import Limits
-from safelight.serving.shares import client_of
-from safelight.serving.spool import LongText, Spool
+from safelight.serving.spool import Spool
 
 FORMATS = ("png", "jpeg", "webp")
 _BYTES_PER_TOKEN = 4
@@ -69,6 +64,7 @@ def image_fields(limits: Limits, edits: bool = True) -> dict[str, Option]:
         "response_format": Option("string", "how pictures are returned", choices=("b64_json", "url")),
         "stream": Option("boolean", "answer with server-sent events"),
         "partial_images": Option("integer", "previews in a stream", "advanced", 0, 3),
+        PRIORITY: PRIORITY_OPTION,
         **{name: Option("string", "accepted, without effect") for name in EFFECTLESS},
         **(of_edits if edits else {}),
     }
@@ -79,13 +75,15 @@ def takes_pictures(schema: ModelSchema) -> bool:
     return "image" in schema.params_cls.options()
 
 
-def check_image_fields(asked: Asked) -> None:
+def check_image_fields(asked: Asked, edits: bool) -> None:
     """Check what concerns several of the API's own fields, or what the model makes.
 
     Raises:
         InvalidParameterError: naming the field.
 
     """
+    if edits and not asked.pictures.keys() & {"image", IMAGES}:
+        raise InvalidParameterError("image", None, "the picture to edit")
     own, alpha = asked.own, asked.schema.params_cls.makes_alpha
     output_format, background = own.get("output_format", "png"), own.get("background", "auto")
     if own.get("partial_images"):
@@ -107,44 +105,35 @@ def routes(context: Context) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/images/generations")
-    async def generations(request: Request) -> Response:
-        return await _create(request, context, edits=False)
-
     @router.post("/v1/images/edits")
-    async def edits(request: Request) -> Response:
-        return await _create(request, context, edits=True)
+    async def create(request: Request) -> Response:
+        edits = request.scope["path"].endswith("/edits")
+        body = await read_fields(request, context.limits, context.held, forms=edits)
+        schema = context.schema_for(request, makes_video=False)
+        context.check_model(body.fields.get("model"))
+        if edits and not takes_pictures(schema):
+            error = "image: this model takes no input picture; use /v1/images/generations"
+            raise UsageError.rebuilt(error, "image")
+        own = image_fields(context.limits, takes_pictures(schema))
+        asked = await aside(body, sort_fields, body, own, schema, context.limits)
+        check_image_fields(asked, edits)
+        resolved = await aside(body, resolve, asked, context.limits)
+        as_job, streams = prefers_async(request), asked.own.get("stream")
+        if as_job and streams:
+            raise InvalidParameterError("stream", True, "false, with Prefer: respond-async")
+        as_urls = asked.own.get("response_format", context.settings.response_format) == "url" and not streams
+        admission = context.admission.admit(request, resolved, is_job=as_job or as_urls)
+        await context.try_pictures(request, resolved)
+        if as_job or as_urls:
+            echo = {"quality": resolved.quality, "background": resolved.background}
+            job = await submit(request, context, body, resolved, admission, echo)
+            return _accepted(request, context, job) if as_job else await _urls(request, context, resolved, job)
+        ticket = context.submit(request, resolved, admission)
+        if streams:
+            return _as_stream(request, context, resolved, ticket, "image_edit" if edits else "image_generation")
+        return await _at_once(request, context, resolved, ticket)
 
     return router
-
-
-async def _create(request: Request, context: Context, edits: bool) -> Response:
-    body = await read_fields(request, context.limits, context.budget, forms=edits)
-    schema = context.schema_for(request, makes_video=False)
-    context.check_model(body.fields.get("model"))
-    asked = await aside(body, _sorted, body, schema, context.limits, edits)
-    resolved = await context.resolve(request, asked)
-    as_job = prefers_async(request)
-    if as_job and asked.own.get("stream"):
-        raise InvalidParameterError("stream", True, "false, with Prefer: respond-async")
-    if not as_job and asked.own.get("stream"):
-        return _as_stream(request, context, resolved, "image_edit" if edits else "image_generation")
-    if as_job or asked.own.get("response_format", context.settings.response_format) == "url":
-        return await _as_job(request, context, body, resolved, wait=not as_job)
-    finished = await context.generate(request, resolved.params)
-    pictures = await context.jobs.outputs.run(_encode, resolved, finished, Spool(context.jobs.outputs.directory))
-    context.count(resolved, finished, len(pictures))
-    return JsonResponse({**_response(resolved, pictures, finished), "metrics": _metrics(finished)})
-
-
-def _sorted(body: Body, schema: ModelSchema, limits: Limits, edits: bool) -> Asked:
-    if edits and not takes_pictures(schema):
-        error = "image: this model takes no input picture; use /v1/images/generations"
-        raise UsageError.rebuilt(error, "image")
-    asked = sort_fields(body, image_fields(limits, takes_pictures(schema)), schema, limits)
-    if edits and not asked.pictures.keys() & {"image", IMAGES}:
-        raise InvalidParameterError("image", None, "the picture to edit")
-    check_image_fields(asked)
-    return asked
 
 
 def prefers_async(request: Request) -> bool:
@@ -153,12 +142,30 @@ def prefers_async(request: Request) -> bool:
     return "respond-async" in [preference.partition(";")[0].strip().lower() for preference in preferences]
 
 
+async def _at_once(request: Request, context: Context, resolved: Resolved, ticket: Ticket) -> Response:
+    """Answer with the pictures, and end the request within one step if its client goes away."""
+    try:
+        finished = await unless_gone(request.receive, context.follow(ticket))
+    finally:
+        context.engine.cancel(ticket.request.request_id)
+    pictures = await _pictures(context, resolved, finished)
+    metrics = _metrics(finished.seconds, finished.queue_seconds, total_timings(finished.outputs))
+    return JsonResponse({**_response(resolved, pictures, finished), "metrics": metrics})
+
+
+async def _pictures(context: Context, resolved: Resolved, finished: Finished) -> list[dict[str, Any]]:
+    """Return what was made, encoded, and count it."""
+    pictures = await context.jobs.outputs.run(_encode, resolved, finished, Spool(context.jobs.outputs.directory))
+    context.count(resolved, finished, len(pictures))
+    return pictures
+
+
 def _encode(resolved: Resolved, finished: Finished, spool: Spool) -> list[dict[str, Any]]:
     """Return each picture's file, its seed, and its size, and let the pixels go. For a thread."""
     compression = resolved.asked.own.get("output_compression")
     pictures = []
     for output in finished.outputs:
-        metadata = file_metadata(resolved.schema, output.params)
+        metadata = media.file_metadata(resolved.schema.model, resolved.schema.pipeline_name, output.params)
         for array in output.pictures():
             file = encode_image(array, resolved.output_format, compression, metadata)
             size = f"{array.shape[1]}x{array.shape[0]}"
@@ -181,12 +188,8 @@ def _response(resolved: Resolved, pictures: Sequence[Mapping[str, Any]], finishe
     }
 
 
-def _metrics(finished: Finished) -> dict[str, Any]:
-    return {
-        "seconds": finished.seconds,
-        "queue_seconds": finished.queue_seconds,
-        "stage_seconds": total_timings(finished.outputs),
-    }
+def _metrics(seconds: float | None, queue_seconds: float | None, stage_seconds: Mapping[str, float]) -> dict[str, Any]:
+    return {"seconds": seconds, "queue_seconds": queue_seconds, "stage_seconds": stage_seconds}
 
 
 def usage(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
@@ -204,9 +207,8 @@ def usage(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
     }
 
 
-def _as_stream(request: Request, context: Context, resolved: Resolved, prefix: str) -> Response:
-    """Submit the request, which may be refused still, and answer with its events."""
-    ticket = context.submit(request, resolved.params)
+def _as_stream(request: Request, context: Context, resolved: Resolved, ticket: Ticket, prefix: str) -> Response:
+    """Answer with events."""
 
     def close() -> None:
         if not ticket.done:
@@ -220,16 +222,14 @@ async def _stream(
     request: Request, context: Context, resolved: Resolved, ticket: Ticket, prefix: str
 ) -> AsyncGenerator[bytes, None]:
     """Yield one completed event a picture, or an error: the answer has begun, so that it is an event too."""
-    task = resolved.schema.task.value
     try:
         finished = await context.follow(ticket)
-        pictures = await context.jobs.outputs.run(_encode, resolved, finished, Spool(context.jobs.outputs.directory))
+        pictures = await _pictures(context, resolved, finished)
     except Exception as error:  # the boundary of a request whose answer has begun
         known = context.answered(request, error)
-        context.metrics.ended(task, known.status)
+        context.metrics.ended(resolved.schema.task.value, known.status)
         yield event("error", error_body(known))
         return
-    context.count(resolved, finished, len(pictures))
     response = _response(resolved, pictures, finished)
     shared = {name: response[name] for name in ("background", "output_format", "quality", "usage", "warnings")}
     for picture in pictures:
@@ -239,81 +239,27 @@ async def _stream(
             yield piece
 
 
-async def _as_job(request: Request, context: Context, body: Body, resolved: Resolved, wait: bool) -> Response:
-    """Store the request as a job; answer with the job, or wait for it and answer with its pictures' addresses."""
-    own = resolved.asked.own
-    echo = {"quality": resolved.quality, "background": resolved.background}
-    compression = own.get("output_compression")
-    submitted = await aside(body, submission, request, context, body, resolved, echo, compression)
-    job = await context.jobs.submit(submitted)
-    if not wait:
-        context.count_job(job, resolved)
-        headers = {"preference-applied": "respond-async", "location": f"/v1/jobs/{job.id}"}
-        return json_response(job_object(job, context, request), 202, headers)
+def _accepted(request: Request, context: Context, job: Job) -> Response:
+    """Answer with the job."""
+    context.count_job(job, request.scope["state"]["task"])
+    headers = {"preference-applied": "respond-async", "location": f"/v1/jobs/{job.id}"}
+    return json_response(job_object(job, context, request), 202, headers)
+
+
+async def _urls(request: Request, context: Context, resolved: Resolved, job: Job) -> Response:
+    """Answer with the addresses of the pictures, once the job has made them; it ends if its client goes away."""
     try:
-        job = await unless_gone(request.receive, _finished(context, job))
+        job = await unless_gone(request.receive, context.finished(job))
     finally:
         if not job.finished:
             await context.jobs.cancel(job.id)
     if job.error is not None:
         raise job_error(job)
-    steps = resolved.params.num_steps() * len(job.outputs)
-    context.count_completed(job, resolved.schema.task.value, steps)
+    context.count_completed(job, resolved.schema.task.value)
     pictures = [
         {"url": content_url(context, request, job, index), "revised_prompt": None, "seed": output.seed}
         | {"size": f"{output.width}x{output.height}"}
         for index, output in enumerate(job.outputs)
     ]
     response = {**_response(resolved, pictures, None), "warnings": job.warnings}
-    seconds = {"seconds": job.seconds, "queue_seconds": job.queue_seconds}
-    return json_response({**response, "metrics": {**seconds, "stage_seconds": job.timings}})
-
-
-async def _finished(context: Context, job: Job) -> Job:
-    async for happened in context.jobs.events(job.id):
-        job = happened.job
-    return job
-
-
-def submission(
-    request: Request,
-    context: Context,
-    body: Body,
-    resolved: Resolved,
-    echo: Mapping[str, Any],
-    compression: int | None = None,
-) -> Submission:
-    """Return a request as a job is made of it, with its `Idempotency-Key`. Of a large body: run it in a thread.
-
-    Raises:
-        MalformedRequestError: for a key that is empty or too long.
-
-    """
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key) <= context.limits.key_length:
-        raise MalformedRequestError(f"idempotency-key: it takes 1 to {context.limits.key_length} characters")
-    plain = {"path": request.scope["path"], "fields": _without_files(body.fields)}
-    return Submission(
-        params=resolved.params,
-        images=resolved.images,
-        request=echo,
-        output_format=resolved.output_format,
-        compression=compression,
-        warnings=resolved.warnings,
-        owner=context.owner,
-        request_id=request_id(request),
-        idempotency_key=key,
-        digest=request_digest(plain, body.files) if key is not None else "",
-        client=client_of(request, context.owner),
-    )
-
-
-def _without_files(value: Any) -> Any:
-    """Return fields as JSON can hold them; files are told apart by their own digests."""
-    if isinstance(value, Upload):
-        return None
-    if isinstance(value, LongText):
-        return {"sha256": file_digest(value).hex()}
-    if isinstance(value, dict):
-        return {name: _without_files(entry) for name, entry in value.items()}
-    return [_without_files(entry) for entry in value] if isinstance(value, list) else value
+    return json_response({**response, "metrics": _metrics(job.seconds, job.queue_seconds, job.timings)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -12,14 +12,24 @@ from starlette.responses import Response
 
 from safelight.core.options import Option
 from safelight.core.schema import ModelSchema
-from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
+from safelight.errors import InvalidParameterError, UsageError
+from safelight.serving.bodies import Body, aside, read_fields
 from safelight.serving.context import Context, json_response, timestamp
 from safelight.serving.errors import ConflictStateError, ModelNameError
-from safelight.serving.fields import EFFECTLESS, INPUT_REFERENCE, Asked, Resolved, sort_fields, typed
-from safelight.serving.gate import Body, aside, read_fields
-from safelight.serving.images import submission
+from safelight.serving.fields import (
+    EFFECTLESS,
+    INPUT_REFERENCE,
+    PRIORITY,
+    PRIORITY_OPTION,
+    Asked,
+    Resolved,
+    resolve,
+    sort_fields,
+    typed,
+)
 from safelight.serving.jobs.job import Job
-from safelight.serving.jobs_api import content_response, error_object, percent
+from safelight.serving.jobs_api import content_response, error_object, page_response, percent, submit
+from safelight.serving.limits import Limits
 from safelight.serving.spool import Stored
 
 VIDEO_FIELDS: Mapping[str, Option] = {
@@ -29,9 +39,11 @@ VIDEO_FIELDS: Mapping[str, Option] = {
     "size": Option("string", "auto, or WxH in pixels", group="basic"),
     "n": Option("integer", "videos of one request", "advanced", 1, 1),
     INPUT_REFERENCE: Option("image", "the picture that the video begins with", group="basic"),
+    PRIORITY: PRIORITY_OPTION,
     **{name: Option("string", "accepted, without effect") for name in EFFECTLESS},
 }
-_LIST_FIELDS = ("after", "limit", "order")
+POLL_AFTER_MS = 1000
+"""What clients that poll a video are told to wait."""
 
 
 def routes(context: Context) -> APIRouter:
@@ -40,45 +52,56 @@ def routes(context: Context) -> APIRouter:
 
     @router.post("/v1/videos")
     async def create(request: Request) -> Response:
-        body = await read_fields(request, context.limits, context.budget, forms=True)
-        schema = context.schema_for(request, makes_video=True)
-        context.check_model(body.fields.get("model"))
-        asked = await aside(body, sort_video_fields, body, schema, context)
-        return await _submit(request, context, body, asked)
+        return await _create(request, context)
 
     @router.get("/v1/videos")
     async def page(request: Request) -> Response:
-        return await _page(request, context)
+        return await page_response(request, context, "video", lambda job: video_object(job, context))
 
     @router.get("/v1/videos/{video_id}")
     async def retrieve(request: Request) -> Response:
-        job = await context.job(request.path_params["video_id"], "video")
+        job = await context.job(request, request.path_params["video_id"], "video")
         return _answer(job, context)
 
     @router.delete("/v1/videos/{video_id}")
     async def delete(request: Request) -> Response:
-        job = await context.job(request.path_params["video_id"], "video")
+        job = await context.job(request, request.path_params["video_id"], "video")
         deleted = await context.jobs.delete(job.id)
         return json_response({"id": job.id, "deleted": deleted, "object": "video.deleted"})
 
     @router.get("/v1/videos/{video_id}/content")
     async def content(request: Request) -> Response:
-        job = await context.job(request.path_params["video_id"], "video")
+        job = await context.job(request, request.path_params["video_id"], "video")
         return await content_response(request, context, job)
 
     @router.post("/v1/videos/{video_id}/remix")
     async def remix(request: Request) -> Response:
-        body = await read_fields(request, context.limits, context.budget, forms=True)
-        schema = context.schema_for(request, makes_video=True)
-        source = await context.job(request.path_params["video_id"], "video")
-        asked = await aside(body, sort_video_fields, body, schema, context)
-        asked = await _remixed(source, asked, context)
-        return await _submit(request, context, body, asked, source)
+        return await _create(request, context, source_id=request.path_params["video_id"])
 
     return router
 
 
-def sort_video_fields(body: Body, schema: ModelSchema, context: Context) -> Asked:
+async def _create(request: Request, context: Context, source_id: str | None = None) -> Response:
+    """Begin a video: of what is asked alone, or of another one's parameters beneath."""
+    body = await read_fields(request, context.limits, context.held, forms=True)
+    schema = context.schema_for(request, makes_video=True)
+    source = None if source_id is None else await context.job(request, source_id, "video")
+    if source is None:
+        context.check_model(body.fields.get("model"))
+    asked = await aside(body, sort_video_fields, body, schema, context.limits)
+    if source is not None:
+        asked = await _remixed(source, asked, context)
+        body = dataclasses.replace(body, is_long=True)  # with its source's pictures
+    resolved = await aside(body, resolve, asked, context.limits)
+    admission = context.admission.admit(request, resolved, is_job=True)
+    await context.try_pictures(request, resolved)
+    echo = {**_echo(resolved), "remixed_from_video_id": source_id}
+    job = await submit(request, context, body, resolved, admission, echo)
+    context.count_job(job, resolved.schema.task.value)
+    return _answer(job, context)
+
+
+def sort_video_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
     """Check each field by itself, and turn `seconds` into frames.
 
     Raises:
@@ -88,7 +111,7 @@ def sort_video_fields(body: Body, schema: ModelSchema, context: Context) -> Aske
     seconds = body.fields.get("seconds")
     if isinstance(seconds, str):  # as the SDK has it, in JSON too
         body = dataclasses.replace(body, fields={**body.fields, "seconds": typed("number", seconds)})
-    asked = sort_fields(body, VIDEO_FIELDS, schema, context.limits)
+    asked = sort_fields(body, VIDEO_FIELDS, schema, limits)
     if INPUT_REFERENCE in asked.pictures and "image" not in schema.params_cls.options():
         raise UsageError.rebuilt(f"{INPUT_REFERENCE}: this model takes no picture to begin with", INPUT_REFERENCE)
     if "seconds" in asked.own:
@@ -133,14 +156,6 @@ async def _remixed(source: Job, asked: Asked, context: Context) -> Asked:
     return dataclasses.replace(asked, model={**model, **asked.model}, pictures={**pictures, **asked.pictures})
 
 
-async def _submit(request: Request, context: Context, body: Body, asked: Asked, source: Job | None = None) -> Response:
-    resolved = await context.resolve(request, asked)
-    echo = {**_echo(resolved), "remixed_from_video_id": source.id if source else None}
-    job = await context.jobs.submit(await aside(body, submission, request, context, body, resolved, echo))
-    context.count_job(job, resolved)
-    return _answer(job, context)
-
-
 def _echo(resolved: Resolved) -> dict[str, Any]:
     """Return size and length as they are made."""
     params = resolved.params
@@ -173,19 +188,5 @@ def video_object(job: Job, context: Context) -> dict[str, Any]:
 
 
 def _answer(job: Job, context: Context) -> Response:
-    headers = {} if job.finished else {"openai-poll-after-ms": str(context.settings.poll_after_ms)}
+    headers = {} if job.finished else {"openai-poll-after-ms": str(POLL_AFTER_MS)}
     return json_response(video_object(job, context), headers=headers)
-
-
-async def _page(request: Request, context: Context) -> Response:
-    query = request.query_params
-    for name in query:
-        if name not in _LIST_FIELDS:
-            raise UnknownParameterError(name, _LIST_FIELDS)
-    counted = Option("integer", "jobs in a page", minimum=1, maximum=context.limits.page)
-    limit = counted.check("limit", typed("integer", query.get("limit", "20")))
-    order = cast(Literal["asc", "desc"], query.get("order", "desc"))  # the store refuses any other
-    found = await context.jobs.store.page("video", context.owner, query.get("after"), limit, order)
-    data = [video_object(job, context) for job in found.jobs]
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return json_response({"object": "list", "data": data, **ends, "has_more": found.has_more})

@@ -66,7 +66,7 @@ class Body:
     is_long: bool = False
 
 
-class Budget:
+class HeldBytes:
     """Bytes that all requests under way hold together: on disk, and of small bodies in memory.
 
     Args:
@@ -112,42 +112,42 @@ class Budget:
 
 
 class Share:
-    """What one request holds of a `Budget`."""
+    """What one request holds of a `HeldBytes`."""
 
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
+    def __init__(self, held: HeldBytes) -> None:
+        self._of_all = held
         self._held = self._in_memory = 0
 
     def take(self, num_bytes: int, is_small: bool) -> None:
-        """Count bytes, as `Budget.take` does."""
-        self._budget.take(num_bytes, is_small)
+        """Count bytes, as `HeldBytes.take` does."""
+        self._of_all.take(num_bytes, is_small)
         self._held += num_bytes
 
     def keep(self, num_bytes: int) -> bool:
-        """Count bytes in memory, as `Budget.keep` does; no more than are written at once."""
-        if self._in_memory + num_bytes > _AT_ONCE or not self._budget.keep(num_bytes):
+        """Count bytes in memory, as `HeldBytes.keep` does; no more than are written at once."""
+        if self._in_memory + num_bytes > _AT_ONCE or not self._of_all.keep(num_bytes):
             return False
         self._in_memory += num_bytes
         return True
 
     def written(self) -> None:
         """Count nothing in memory any more."""
-        self._budget.give_back(0, self._in_memory)
+        self._of_all.give_back(0, self._in_memory)
         self._in_memory = 0
 
     def give_back(self) -> None:
         """Count nothing any more."""
-        self._budget.give_back(self._held, self._in_memory)
+        self._of_all.give_back(self._held, self._in_memory)
         self._held = self._in_memory = 0
 
 
-async def read_fields(request: Request, limits: Limits, budget: Budget, forms: bool) -> Body:
+async def read_fields(request: Request, limits: Limits, held: HeldBytes, forms: bool) -> Body:
     """Read and parse a request's body.
 
     Args:
         request: whose body has not been read.
         limits: the bounds.
-        budget: what its bytes count against.
+        held: what its bytes count against.
         forms: whether a multipart form is taken as well as JSON.
 
     Raises:
@@ -165,7 +165,7 @@ async def read_fields(request: Request, limits: Limits, budget: Budget, forms: b
         raise MediaTypeError(f"content-type: this route takes {takes}")
     if options.get(b"charset", b"utf-8").lower() not in CHARSETS:
         raise MediaTypeError("content-type: text is taken as UTF-8 alone")
-    spool = await read_body(request, limits, budget)
+    spool = await read_body(request, limits, held)
     parse, arguments = (_form, (options.get(b"boundary", b""),)) if is_form else (_parse_json, ())
     if spool.num_bytes <= _AT_ONCE_PARSED and not spool.in_file:
         return parse(spool, limits, *arguments)
@@ -211,7 +211,7 @@ async def _in_turn(spool: Spool, function: Callable[P, T], *args: P.args, **kwar
     return await loop.run_in_executor(_BODIES, functools.partial(function, *args, **kwargs))
 
 
-async def read_body(request: Request, limits: Limits, budget: Budget) -> Spool:
+async def read_body(request: Request, limits: Limits, held: HeldBytes) -> Spool:
     """Read a body of at most `body_bytes`, not compressed; what is large of it waits in a file.
 
     Raises:
@@ -229,7 +229,7 @@ async def read_body(request: Request, limits: Limits, budget: Budget) -> Spool:
     if len(announced) > 19 or int(announced) > limits.body_bytes:  # the protocol lets digits alone pass
         raise error
     loop = asyncio.get_running_loop()
-    spool, share = Spool(budget.directory), budget.share(request)
+    spool, share = Spool(held.directory), held.share(request)
     num_bytes = 0
     try:
         async with asyncio.timeout(limits.body_seconds) as patience:
