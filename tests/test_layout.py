@@ -394,7 +394,6 @@ backends/refusals.py backends/signature.py backends/step_thread.py
 checking/check.py checking/ours.py checking/record.py checking/reference.py checking/report.py
 cli/check.py
 client.py errors.py group_engine.py preparation.py results.py version.py
-layers/bands.py layers/causal_vae.py
 loading/alignment.py loading/classes.py loading/components.py loading/description.py loading/digest.py
 loading/files.py loading/footprint.py loading/gate.py loading/headers.py loading/loader.py loading/planning.py
 loading/stage_memory.py
