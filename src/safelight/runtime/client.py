@@ -31,7 +31,7 @@ class GenerationRequest:
     Attributes:
         request_id: unique among those that live.
         params: resolved: checked, with the model's defaults and a seed; images are PIL images.
-        priority: higher goes first, within the share that every request has.
+        priority: higher goes first, but for what is owed to the longest request and the oldest.
         deadline: seconds from its submission after which it is not begun any more; None is no deadline.
         form: in which it began before, in another life of the server; None where it has not begun.
 

@@ -55,7 +55,7 @@ class EngineSettings:
         max_running: outputs that hold device memory at most.
         max_waiting: requests that may wait.
         batching: `exact` or `throughput`.
-        share: of device time for the oldest request.
+        share: of device time that the longest request and the oldest get at least, each.
         warm_up: whether the worker runs one small request before it is ready.
         unit_limits: how long units of work may take.
         heartbeat_limit: seconds of silence after which a worker counts as stopped.

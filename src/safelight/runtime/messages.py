@@ -41,7 +41,7 @@ class Start(Message, frozen=True):
         server_args: fields of `ServerArgs`.
         max_running: tasks that hold device memory at most.
         batching: `exact` or `throughput`.
-        share: of device time for the oldest task.
+        share: of device time that the longest task and the oldest get at least, each.
         limits: how long units may take.
         warm_up: whether one small request is run before the worker calls itself ready.
         rank, num_ranks: which of the processes this is that share every request.

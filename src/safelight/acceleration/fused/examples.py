@@ -18,7 +18,10 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Source:
-    """Random tensors: activations in `dtype`, what steers them in `steering_dtype`."""
+    """Random tensors: activations in `dtype`, what steers them in `steering_dtype`; `gated` says whether sums have gates.
+
+    They are drawn in one order, so that a check sees the same numbers each time.
+    """
 
     generator: torch.Generator
     device: torch.device
@@ -26,6 +29,7 @@ class Source:
     steering_dtype: torch.dtype
     batch: int
     num_groups: int
+    gated: bool = True
 
     def values(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return normal random numbers, rounded to a dtype."""
@@ -67,14 +71,13 @@ def gated_residual_example(source: Source, dim: int) -> tuple[Any, ...]:
 
 
 def residual_norm_example(source: Source, dim: int, affine: int) -> tuple[Any, ...]:
-    """Return arguments of `residual_norm`: one group takes a plain sum where the norm has weights, more take gates."""
+    """Return arguments of `residual_norm`; where the norm has weights, the sum has a gate."""
     gate, scale, shift = source.steering(dim)
     residual, update, group_size = source.tokens(dim), source.tokens(dim), source.group_size()
     if affine:
         weight, bias = (source.values(dim, dtype=source.steering_dtype) for _ in range(2))
         return residual, gate, update, weight, bias, None, None, EPS, group_size
-    given = None if source.batch > 1 else gate
-    return residual, given, update, None, None, scale, shift, EPS, group_size
+    return residual, gate if source.gated else None, update, None, None, scale, shift, EPS, group_size
 
 
 def qk_norm_rotary_example(source: Source, num_heads: int, head_dim: int, across_heads: int) -> tuple[Any, ...]:
@@ -109,7 +112,8 @@ def examples(
 ) -> Iterator[tuple[Any, ...]]:
     """Yield the arguments to check an operation on.
 
-    One and two rows, one and three groups of tokens, and what steers in the activations' dtype and in float32.
+    One and two rows, one and three groups of tokens, what steers in the activations' dtype and in float32, and sums
+    with gates and without, in every combination.
 
     Args:
         plain: the operation in its plain form.
@@ -121,5 +125,6 @@ def examples(
     generator = torch.Generator().manual_seed(0)
     for steering_dtype in sorted({dtype, torch.float32}, key=str):
         for batch, num_groups in ((1, 1), (2, 1), (1, 3), (2, 3)):
-            source = Source(generator, device, dtype, steering_dtype, batch, num_groups)
-            yield EXAMPLES[plain](source, *sizes)
+            for gated in (True, False) if plain is modulation.residual_norm else (True,):
+                source = Source(generator, device, dtype, steering_dtype, batch, num_groups, gated)
+                yield EXAMPLES[plain](source, *sizes)
