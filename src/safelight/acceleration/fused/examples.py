@@ -18,7 +18,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Source:
-    """Random tensors: activations in `dtype`, what steers them in `steering_dtype`; `gated` says whether sums have gates.
+    """Random tensors: activations in `dtype`, what steers them in `steering_dtype`; `gated`: whether sums have gates.
 
     They are drawn in one order, so that a check sees the same numbers each time.
     """
