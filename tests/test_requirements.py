@@ -54,7 +54,7 @@ LEAST_SAFE = {
 """The lowest version without a published flaw that matters here, and what earlier ones do."""
 
 IMPORTED_AS = {"PIL": "pillow", "yaml": "pyyaml", "zmq": "pyzmq"}
-EXTRA = {"kernels"}
+EXTRA = {"kernels", "testing"}
 BROUGHT = {"triton"}
 """Imported where torch brings it."""
 
