@@ -94,7 +94,7 @@ def test_a_job_that_runs_again_has_its_mode_and_its_bytes(folder, expected, tmp_
             job = await killed_once(manager, supervisor, mode)
             assert (job.state, job.form) == ("completed", Form(mode)), job.error
             assert job.attempts in (1, 2), "a death between two units is nobody's, and costs no attempt"
-            with Image.open(manager.outputs.open(job.outputs[0].name)) as image:
+            with manager.outputs.open(job.outputs[0].name) as file, Image.open(file) as image:
                 assert np.array_equal(np.asarray(image), expected[mode])
             await until(lambda: supervisor.stats.compiled)
             assert set(told) == {""} and supervisor.stats.num_restarts == 1

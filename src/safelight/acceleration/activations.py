@@ -70,9 +70,14 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         new = [storage for storage in storages(made) if storage._cdata not in self._outside]
         if any(self._size_of(storage) != storage.nbytes() for storage in new):  # no more live after any other operation
             self._live.update({storage._cdata: (weak(storage), storage.nbytes()) for storage in new})
-            self._live = {key: entry for key, entry in self._live.items() if not expired(entry[0])}
-            self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+            self.peak = max(self.peak, self.num_bytes)
         return made
+
+    @property
+    def num_bytes(self) -> int:
+        """What is alive now."""
+        self._live = {key: entry for key, entry in self._live.items() if not expired(entry[0])}
+        return sum(size for _, size in self._live.values())
 
     def _size_of(self, storage: torch.UntypedStorage) -> int | None:
         """Return the bytes that a storage had when it was last seen; None if it is new."""

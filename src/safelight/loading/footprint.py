@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +99,13 @@ class Peaks:
         self._live = live
         self._media = 0
 
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Leave out that a tensor and its copy elsewhere are alive at once: a real request's are where they are used."""
+        before = self._live.peak
+        yield
+        self._live.peak = max(before, self._live.num_bytes)
+
     def record(self, req: Req, stage: str, component: str) -> bool:
         """Take note of a unit, or a call, that has just ended; say whether it needed more than those before."""
         peak, before = self._live.peak - self._media, self.most.get((stage, component), 0)
@@ -188,7 +195,8 @@ def rehearse(pipeline: ComposedPipeline, req: Req, peaks: Peaks) -> None:
         while more and not repeats:
             stage, names = req.stage, [] if req.in_loop else [call.component for call in req.pending]
             outputs, req.outputs = req.outputs, []  # they are on the host already
-            map_tensors(req, on_meta if names else on_host)
+            with peaks.moving():
+                map_tensors(req, on_meta if names else on_host)
             req.outputs = outputs
             results = []
             for call in req.pending:
