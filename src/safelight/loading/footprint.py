@@ -101,7 +101,7 @@ class Peaks:
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
-        """Leave out that a tensor and its copy elsewhere are alive at once: a real request's are where they are used."""
+        """Leave out that a tensor and its copy are alive at once: a real request's are where they are used."""
         before = self._live.peak
         yield
         self._live.peak = max(before, self._live.num_bytes)
