@@ -167,8 +167,6 @@ OF_THE_CONTRACT = OWN_OPTIONS & set(Req.__dataclass_fields__)
 OTHERWISE = {
     ("stages/timestep_preparation.py", "sigmas"): "an argument of the solver",
     ("stages/timestep_preparation.py", "timesteps"): "an argument of the solver",
-    ("cli/check.py", "sigmas"): "a row: what the solver was set to",
-    ("cli/check.py", "timesteps"): "a row: what the solver was set to",
     **{
         (f"checking/{file}", name): "a row: what the solver was set to"
         for file in ("ours.py", "reference.py")
