@@ -66,7 +66,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def compare(pools, folders, tmp_path_factory, pytestconfig):
     """Run a case on one rank and in a layout; return the row of the table."""
     rows = pytestconfig.stash.setdefault(ROWS, {})
