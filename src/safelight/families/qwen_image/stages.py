@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,33 +52,20 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
     """Writes a caption where there is no prompt, then prepares text, input image, schedule and noise.
 
     Args:
-        tokenizer: the text encoder's.
-        generation_config: the text encoder's: which tokens end a caption.
-        processor: of images for the text encoder.
+        modules: the model's components; it keeps tokenizer and processor, and which tokens end a caption.
         vae: encodes the input image.
-        scheduler: the solver, copied for each request.
         config: the model's conventions.
 
     """
 
-    def __init__(
-        self,
-        *,
-        tokenizer: Any,
-        generation_config: Any,
-        processor: Any,
-        vae: VAE,
-        scheduler: Any,
-        config: QwenImageLayeredPipelineConfig,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.generation_config = generation_config
-        self.processor = processor
+    def __init__(self, modules: Mapping[str, Any], vae: VAE, config: QwenImageLayeredPipelineConfig) -> None:
+        self.tokenizer, self.processor = modules["tokenizer"], modules["processor"]
+        self.generation_config = modules["text_encoder"].generation_config
         self.config = config
         self.preparations: tuple[PipelineStage, ...] = (
-            TextEncodingStage([tokenizer], processor, config),
+            TextEncodingStage([self.tokenizer], self.processor, config),
             ImageVAEEncodingStage(vae, config),
-            TimestepPreparationStage(scheduler, config),
+            TimestepPreparationStage(modules["scheduler"], config),
             LatentPreparationStage(config),
             ConditioningStage(config),
         )
