@@ -152,7 +152,7 @@ def print_measurement(stack: Stack, device: torch.device) -> None:
     """Print the seconds of a step in each layout of all ranks, and on one device."""
     size, facts, world = stack.full, facts_of(stack, stack.full), dist.get_world_size()
     chosen, rows, alone = choose_layout(world, facts).layout, [], 0.0
-    meshes = (build_mesh(layout, device.type, TIMEOUT) for layout in possible_layouts(world, facts))
+    meshes = (build_mesh(layout, TIMEOUT) for layout in possible_layouts(world, facts))
     for mesh in (lone_mesh(), *meshes):
         layout = mesh.layout
         seconds, calls, num_bytes = measured(stack, size, mesh, device, ROUNDS)

@@ -205,7 +205,6 @@ class Loop(DenoisingStage):
 
     def advance(self, batch: Req, predictions: list[Any]) -> None:
         """Take a step."""
-        batch.pending = []
         batch.latents = batch.latents - predictions[0] / batch.num_inference_steps
         batch.step_index += 1
         if batch.step_index == batch.num_inference_steps:

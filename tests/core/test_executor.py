@@ -28,14 +28,14 @@ class LoopStage(PipelineStage):
 
     def run(self, batch, server_args):
         while batch.step_index < 3:
-            batch.pending = [
+            calls = [
                 ModelCall("double", {"x": batch.latents + 1}, {}, (), batch.key(branch, batch.step_index))
                 for branch in ("cond", "uncond")
             ]
-            self.advance(batch, (yield batch.pending))
+            self.advance(batch, (yield calls))
 
     def advance(self, batch, results):
-        batch.pending = []
+        assert batch.pending == [], "they are made"
         batch.latents = batch.latents + sum(results)
         batch.step_index += 1
 
@@ -67,8 +67,8 @@ def req(name="r"):
 def test_units_are_boundaries_and_steps():
     calls: list[torch.Tensor] = []
     request = req()
-    stages = [request.stage for _ in SyncExecutor(counting(calls)).execute(request)]
-    assert stages == ["add", "LoopStage", "LoopStage", "LoopStage", "LoopStage"]
+    units = [(request.stage, len(request.pending)) for _ in SyncExecutor(counting(calls)).execute(request)]
+    assert units == [("add", 0), ("LoopStage", 0), *[("LoopStage", 2)] * 3]
     assert len(calls) == 6 and request.step_index == 3
     assert request.latents.item() == 124, "each step makes 5 x + 4 of x"
     assert set(request.timings) == {"add", "LoopStage"} and all(seconds >= 0 for seconds in request.timings.values())

@@ -239,7 +239,7 @@ def test_the_decoder_remembers_in_the_request(tiny_models):
                 sent = steps.send(results)
             except StopIteration:
                 break
-            given = req.pending[0].kwargs["state"] if req.pending and req.stage == "decoding" else {}
+            given = sent[0].kwargs["state"] if sent and req.stage == "decoding" else {}
             sizes.append((req.stage, list(given), len(given.get("cache", ()))))
     assert sizes[-3][:2] == ("decoding", ["input"]), "nothing is remembered before the first latent frame"
     assert [(stage, cache > 10) for stage, _, cache in sizes[-2:]] == [("decoding", True)] * 2

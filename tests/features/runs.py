@@ -237,4 +237,4 @@ def pair_on_ranks(folder: str, name: str, one: str, other: str, out: str) -> lis
 @cache
 def mesh_of(layout: ParallelLayout) -> Mesh:
     """Return the mesh of a layout over all ranks of the pool."""
-    return build_mesh(layout, "cpu", TIMEOUT)
+    return build_mesh(layout, TIMEOUT)

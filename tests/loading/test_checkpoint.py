@@ -19,7 +19,7 @@ from safelight.errors import CheckpointError, ModelError, ModelIndexError
 from safelight.loading.alignment import ALIGNMENT
 from safelight.loading.checkpoint import load_weights
 from safelight.loading.loader import load_pipeline
-from safelight.testing.safetensors_files import begins, lay
+from safelight.testing.suites.alignment import lay
 from tests.loading.conftest import edit_json
 
 STEMS = {
@@ -285,6 +285,14 @@ def mapped(path):
     lines = Path("/proc/self/maps").read_text().splitlines()
     spans = [line.split()[0].split("-") for line in lines if line.endswith(f" {path}")]
     return [range(int(start, 16), int(end, 16)) for start, end in spans]
+
+
+def begins(path):
+    """Return the byte of the file at which each tensor begins."""
+    content = path.read_bytes()
+    begun = 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:begun])
+    return {key: begun + entry["data_offsets"][0] for key, entry in entries.items() if key != "__metadata__"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

@@ -1,4 +1,4 @@
-"""Which rank makes a call, and how each has its result: seen from one rank, whose partner does the same."""
+"""Which rank makes a call, and how each has its result: seen from one rank, whose partner does the same; and on two."""
 
 from __future__ import annotations
 
@@ -95,3 +95,37 @@ def test_a_failure_ends_what_it_must(sharing, signature, error):
     world: Any = Partner()
     with pytest.raises(error):
         over(sharing, world=world)([forward("net", signature)], fail)
+
+
+@pytest.mark.parametrize(
+    ("num_calls", "made", "collectives"),
+    [(1, [[0], [0]], 0), (2, [[0], [1]], 1), (3, [[0, 2], [1, 2]], 1), (4, [[0, 2], [1, 3]], 2)],
+)
+def test_branches_run_on_different_ranks(pools, num_calls, made, collectives):
+    answers = pools(2).run("branches", num_calls=num_calls, size_of_result=3)
+    assert [answer["made"] for answer in answers] == made
+    assert all(answer["right"] and answer["collectives"] == collectives for answer in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_calls", [1, 2, 3, 4, 6])
+def test_branches_run_on_four_ranks(pools, num_calls):
+    answers = pools(4).run("branches", num_calls=num_calls, size_of_result=5)
+    assert all(answer["right"] for answer in answers)
+    assert {call for answer in answers for call in answer["made"]} == set(range(num_calls))
+    assert max(len(answer["made"]) for answer in answers) == -(-num_calls // 4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "case"),
+    [("FluxPipeline", "dev, true CFG"), ("WanPipeline", "2.1"), ("QwenImageEditPipeline", "own height")],
+)
+def test_encoders_on_one_rank_give_all_ranks_their_embeddings(pools, folders, recipe, case):
+    assert pools(2).run("embeddings", folder=str(folders(recipe)), recipe=recipe, case=case) == [True, True]
+
+
+def test_an_encoder_that_fails_ends_the_request_on_every_rank_and_that_alone(pools):
+    assert pools(2).run("encoder_that_fails") == [
+        ["RankFailedError: this rank's component failed", "[[1.0, 1.0]]", "None", "3"],
+        ["RankFailedError: the first rank failed: MemoryError('no room')", "[[1.0, 1.0]]", "None", "3"],
+    ]

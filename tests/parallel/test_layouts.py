@@ -48,3 +48,29 @@ def test_every_layout_gives_what_one_rank_gives(recipe, case, layout, compare):
 
 def test_every_pipeline_of_ours_is_compared():
     assert set(CASES) == set(all_recipes())
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("recipe", "case"), [("FluxPipeline", "dev"), ("QwenImagePipeline", "48x80"), ("WanPipeline", "2.1")]
+)
+def test_requests_that_share_forwards_are_divided_too(pools, folders, recipe, case, layout):
+    """Texts of unequal length are padded and masked together where the family has a mask."""
+    folder = str(folders(recipe))
+    for differences in pools(2).run("stacked", folder=folder, recipe=recipe, case=case, layout=layout):
+        assert max(differences) < 1e-5
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"ulysses": 2}, {"ring": 2}, {"cfg": 2}], ids=str)
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "wan"])
+def test_the_benchmark_sends_what_it_predicts(pools, family, layout):
+    for answer in pools(2).run("benchmark_forward", family=family, layout=layout):
+        assert answer["counted"] == answer["predicted"]
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"ring": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize(("recipe", "case"), [("FluxPipeline", "dev"), ("WanImageToVideoPipeline", "TI2V-5B")])
+def test_layouts_stand_in_bfloat16(pools, folders, recipe, case, layout):
+    variant = "ti2v" if "TI2V" in case else "default"
+    asked = {"folder": str(folders(recipe, variant)), "recipe": recipe, "case": case, "layout": layout}
+    assert max(pools(2).run("in_bfloat16", **asked)) < 0.05

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 from benchmarks import parallel
@@ -38,7 +39,7 @@ from safelight.parallel.attention import SequenceParallelAttention, TokenLayout
 from safelight.parallel.calls import CallsOverRanks, Sharing
 from safelight.parallel.calls import divide as divide_calls
 from safelight.parallel.collectives import Communicator
-from safelight.parallel.layout import ParallelLayout
+from safelight.parallel.layout import AXES, ParallelLayout
 from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.parallel.sequence import apply_sequence_parallel, piece_of
 from safelight.parallel.tensor import connect_shards, library_plan, shard_parameters
@@ -57,7 +58,7 @@ TIMEOUT = timedelta(seconds=30)
 @cache
 def mesh(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, vae: bool = False) -> Mesh:
     """Return the mesh of a layout over all ranks of the pool."""
-    return build_mesh(ParallelLayout(cfg, ring, ulysses, tp, vae), "cpu", TIMEOUT)
+    return build_mesh(ParallelLayout(cfg, ring, ulysses, tp, vae), TIMEOUT)
 
 
 @cache
@@ -462,12 +463,11 @@ TEXTS = ("a cat", "an old map of the world, drawn in ink")
 def mesh_of(layout: dict[str, Any]) -> dict[str, Any]:
     """Return this rank's place on the mesh: as torch's has it, and the ranks of each communicator."""
     made = mesh(**layout)
-    assert made.device_mesh is not None
-    place, names = made.device_mesh.get_coordinate(), made.device_mesh.mesh_dim_names
-    axes = {axis: dist.get_process_group_ranks(made.device_mesh.get_group(axis)) for axis in names or ()}
     communicators = (made.cfg, made.ring, made.ulysses, made.tp)
+    torchs = init_device_mesh("cpu", made.layout.sizes, mesh_dim_names=AXES)
+    axes = {axis: dist.get_process_group_ranks(torchs.get_group(axis)) for axis in AXES}
     return {
-        "place": place,
+        "place": torchs.get_coordinate(),
         "torch": axes,
         "own": {each.axis: list(each.ranks) for each in communicators},
         "at": [each.rank for each in communicators],
@@ -478,7 +478,7 @@ def mesh_of(layout: dict[str, Any]) -> dict[str, Any]:
 def too_few(layout: dict[str, Any]) -> str:
     """Return what a mesh of more ranks than there are is refused with."""
     try:
-        build_mesh(ParallelLayout(**layout), "cpu", TIMEOUT)
+        build_mesh(ParallelLayout(**layout), TIMEOUT)
     except InvalidParameterError as error:
         return str(error)
     return ""

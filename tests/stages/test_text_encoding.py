@@ -81,7 +81,6 @@ def test_every_encoder_encodes_and_each_encoding_is_a_call():
     assert [each.flatten().tolist() for each in batch.negative_prompt_embeds] == [[2, 5, 5]] * 2
     names = ("text_encoder", "text_encoder_2")
     assert calls == [(name, branch) for name in names for branch in ("cond", "uncond")]
-    assert batch.pending == []
 
 
 def test_a_text_that_is_cut_is_said():

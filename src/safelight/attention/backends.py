@@ -194,18 +194,18 @@ def compute_capability(device_type: str) -> int | None:
     return torch.cuda.get_device_capability()[0]
 
 
-def candidates(requested: str, kind: AttentionKind) -> list[AttentionBackend]:
+def candidates(requested: str) -> list[AttentionBackend]:
     """Return the backends that may be taken, the preferred first.
 
     Raises:
         InvalidParameterError: for an unknown name.
 
     """
-    if requested != "auto" and requested not in BACKENDS:
+    if requested == "auto":
+        return [each for each in BACKENDS.values() if each.in_auto and not each.lossy and each.load is None]
+    if requested not in BACKENDS:
         raise InvalidParameterError("attention_backend", requested, f"auto, {', '.join(BACKENDS)}")
-    if requested != "auto":
-        return [BACKENDS[requested]]
-    return [backend for backend in BACKENDS.values() if backend.in_auto and not backend.lossy and backend.load is None]
+    return [BACKENDS[requested]]
 
 
 def disagreement(backend: AttentionBackend, kind: AttentionKind) -> str | None:
@@ -245,7 +245,7 @@ def select_backend(
     """
     kind = AttentionKind(device_type, dtype, has_mask, head_size, compute_capability(device_type))
     refusals = []
-    for candidate in candidates(requested, kind):
+    for candidate in candidates(requested):
         refusal = candidate.refusal(kind)
         if refusal is None:
             backend = candidate.loaded()

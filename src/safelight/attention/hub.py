@@ -6,7 +6,9 @@ name, from one repository and one version of its interface each, and only from p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -41,29 +43,25 @@ def hub_kernel(backend: str, repository: str, version: int) -> ModuleType:
     return module
 
 
-def load_flash3() -> AttentionFunction:
-    """Return FlashAttention 3 (Shah et al., 2024, arXiv:2407.08608)."""
-    flash_attn_func = hub_kernel("flash3", "kernels-community/flash-attn3", 1).flash_attn_func
+def heads_last(kernel: Callable[..., Tensor], causal_name: str, scale_name: str, **fixed: Any) -> AttentionFunction:
+    """Return a kernel that takes [B, S, H, D], and these names, as what takes [B, H, S, D]."""
 
-    def flash3(
+    def attend(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> Tensor:
-        heads_last = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        attended: Tensor = flash_attn_func(*heads_last, softmax_scale=scale, causal=causal)
-        return attended.transpose(1, 2)
+        states = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return kernel(*states, **fixed, **{causal_name: causal, scale_name: scale}).transpose(1, 2)
 
-    return flash3
+    return attend
+
+
+def load_flash3() -> AttentionFunction:
+    """Return FlashAttention 3 (Shah et al., 2024, arXiv:2407.08608)."""
+    kernel = hub_kernel("flash3", "kernels-community/flash-attn3", 1).flash_attn_func
+    return heads_last(kernel, "causal", "softmax_scale")
 
 
 def load_sage() -> AttentionFunction:
     """Return SageAttention (Zhang et al., 2024, arXiv:2411.10958): products of 8-bit numbers."""
-    sageattn = hub_kernel("sage", "SageAttention/sage-attention", 3).sageattn
-
-    def sage(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-    ) -> Tensor:
-        heads_last = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        attended: Tensor = sageattn(*heads_last, tensor_layout="NHD", is_causal=causal, sm_scale=scale)
-        return attended.transpose(1, 2)
-
-    return sage
+    kernel = hub_kernel("sage", "SageAttention/sage-attention", 3).sageattn
+    return heads_last(kernel, "is_causal", "sm_scale", tensor_layout="NHD")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from safelight.cli.options import given, sampling_options, setting_options
+from safelight.cli.options import given, model_defaults, sampling_options, setting_options
 from safelight.core.params import SamplingParams
 from safelight.core.server_args import ServerArgs
 from safelight.loading.repository import open_repository
@@ -40,8 +40,6 @@ STEPS = click.Option(
 )
 NOT_OFFERED = frozenset({"n", "fps"})
 """Sampling options that change nothing of one output's tensors."""
-SCHEDULES = frozenset({"sigmas", "timesteps"})
-"""Sampling options that say themselves how many steps there are."""
 
 
 class CheckCommand(click.Command):
@@ -53,7 +51,7 @@ class CheckCommand(click.Command):
         if args and not args[0].startswith("-"):
             repository = open_repository(args[0], backend="native", weights=False)
             params_cls = repository.params_cls()
-            defaults = {**params_cls.defaults, **repository.sampling_defaults(), **DEFAULTS}
+            defaults = {**model_defaults(repository), **DEFAULTS}
         offered = [option for option in sampling_options(params_cls, defaults) if option.name not in NOT_OFFERED]
         sampling = [STEPS if option.name == STEPS.name else option for option in offered]
         engine = [option for option in setting_options(ServerArgs) if option.name in ENGINE_SETTINGS]
@@ -83,15 +81,14 @@ def check_model(
     if as_json:
         click.echo(json.dumps(report.json(), indent=2))
     else:
-        click.echo(printable(report.table(whole), keep="\n"))
-        click.echo(printable(report.summary(), keep="\n"))
+        click.echo(printable(f"{report.table(whole)}\n{report.summary()}", keep="\n"))
     return 0 if report.first is None else 1
 
 
 def asked(params_cls: type[SamplingParams], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sampling fields of a check: those given, and defaults for others that the model has."""
-    fields = given(params_cls, values)
-    defaults = {name: value for name, value in DEFAULTS.items() if name in params_cls.options()}
-    if SCHEDULES & fields.keys():
+    options, fields = params_cls.options(), given(params_cls, values)
+    defaults = {name: value for name, value in DEFAULTS.items() if name in options}
+    if any(options[name].kind == "numbers" for name in fields):  # a schedule says itself how many steps there are
         defaults.pop(STEPS.name, None)
     return {**defaults, **fields}

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from safelight import media, video
-from safelight.cli.options import API_KEY_FILE_VARIABLE, given, given_settings, sampling_options, setting_options
+from safelight.cli.options import (
+    API_KEY_FILE_VARIABLE,
+    given,
+    given_settings,
+    model_defaults,
+    sampling_options,
+    setting_options,
+)
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
@@ -44,78 +51,51 @@ GENERATE_OPTIONS = [
 ]
 
 
-class Source(Protocol):
-    """Where pictures come from: a model here, or a server's."""
-
-    def params_cls(self) -> type[SamplingParams]:
-        """Return what may be asked."""
-        ...
-
-    def defaults(self) -> dict[str, Any]:
-        """Return what unset fields take."""
-        ...
-
-    def schema(self) -> ModelSchema:
-        """Return what the model takes."""
-        ...
-
-    def open(self, settings: dict[str, Any]) -> DiffusionGenerator:
-        """Load the model, or connect to it."""
-        ...
-
-
 @dataclass(frozen=True)
-class LocalModel:
-    """A model of this machine, which its index describes."""
+class Source:
+    """Where pictures come from: a model here, or a server's.
 
-    repository: Repository
+    Attributes:
+        params_cls: what may be asked.
+        defaults: what unset fields take.
+        schema: returns what the model takes.
+        open: loads the model with these settings, or connects to it.
 
-    def params_cls(self) -> type[SamplingParams]:
-        """Return what may be asked."""
-        return self.repository.params_cls()
+    """
 
-    def defaults(self) -> dict[str, Any]:
-        """Return the family's values, with the repository's own over them."""
-        return {**self.params_cls().defaults, **self.repository.sampling_defaults()}
+    params_cls: type[SamplingParams]
+    defaults: Mapping[str, Any]
+    schema: Callable[[], ModelSchema]
+    open: Callable[[dict[str, Any]], DiffusionGenerator]
 
-    def schema(self) -> ModelSchema:
-        """Return what the model takes."""
+
+def local_model(repository: Repository) -> Source:
+    """Return a model of this machine, which its index describes."""
+
+    def schema() -> ModelSchema:
         from safelight.loading.loader import describe
 
-        return describe(self.repository)
+        return describe(repository)
 
-    def open(self, settings: dict[str, Any]) -> DiffusionGenerator:
-        """Load the model."""
+    def load(settings: dict[str, Any]) -> DiffusionGenerator:
         from safelight.generator import DiffusionGenerator
 
         return DiffusionGenerator.from_pretrained(**settings)
 
+    return Source(repository.params_cls(), model_defaults(repository), schema, load)
 
-@dataclass(frozen=True)
-class ServedModel:
-    """A server's model, which the server describes."""
 
-    engine: RemoteEngine
+def served_model(engine: RemoteEngine) -> Source:
+    """Return a server's model, which the server describes; the engine's settings are the server's own."""
 
-    def params_cls(self) -> type[SamplingParams]:
-        """Return what may be asked."""
-        return self.engine.schema.params_cls
-
-    def defaults(self) -> dict[str, Any]:
-        """Return what unset fields take."""
-        return dict(self.engine.schema.defaults)
-
-    def schema(self) -> ModelSchema:
-        """Return what the model takes."""
-        return self.engine.schema
-
-    def open(self, settings: dict[str, Any]) -> DiffusionGenerator:
-        """Use the connection; the engine's settings are the server's own."""
+    def connect(settings: dict[str, Any]) -> DiffusionGenerator:
         from safelight.generator import DiffusionGenerator
 
         for name in settings:
             raise InvalidParameterError(name, settings[name], "nothing here: with --server, the server has its own")
-        return DiffusionGenerator(self.engine)
+        return DiffusionGenerator(engine)
+
+    return Source(engine.schema.params_cls, engine.schema.defaults, lambda: engine.schema, connect)
 
 
 class GenerateCommand(click.Command):
@@ -130,7 +110,7 @@ class GenerateCommand(click.Command):
             if name.removeprefix("--") in values and name.startswith("--"):
                 values[name.removeprefix("--")] = value if separator else next(iter(args[index + 1 :]), None)
         ctx.obj = source = _source(ctx, values)
-        sampling = sampling_options(source.params_cls(), source.defaults())
+        sampling = sampling_options(source.params_cls, source.defaults)
         self.params = [*GENERATE_OPTIONS, *sampling, *setting_options(ServerArgs)]
         return super().parse_args(ctx, args)
 
@@ -144,10 +124,10 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     on standard output, one a line; everything else goes to standard error.
     """
     source: Source = ctx.obj
-    fields = {"output_type": "pil", **given(source.params_cls(), values)}
+    fields = {"output_type": "pil", **given(source.params_cls, values)}
     if prompt is not None:
         fields["prompt"] = prompt
-    elif "prompt" in source.params_cls().options() and "prompt" not in source.defaults():
+    elif "prompt" in source.params_cls.options() and "prompt" not in source.defaults:
         raise InvalidParameterError("prompt", None, 'the text to generate from: safelight generate "..."')
     console = Console(stderr=True)
     begun = time.perf_counter()
@@ -168,14 +148,14 @@ def _source(ctx: click.Context, values: dict[str, str | None]) -> Source:
     """Return what the arguments name; a connection is closed when the command ends, however it does."""
     if values["server"] is None:
         name, backend = values["model"], values["backend"] or "auto"
-        return LocalModel(open_repository(name, values["revision"], backend=backend, weights=False))
+        return local_model(open_repository(name, values["revision"], backend=backend, weights=False))
     from safelight.client import RemoteEngine
     from safelight.serving.principals import read_key
 
     key_file = values["api-key-file"] or os.environ.get(API_KEY_FILE_VARIABLE)
     engine = RemoteEngine(values["server"], read_key(key_file) if key_file else None)
     ctx.call_on_close(engine.close)
-    return ServedModel(engine)
+    return served_model(engine)
 
 
 def check_files(output: Path | None, overwrite: bool, schema: ModelSchema, params: SamplingParams) -> None:
@@ -212,13 +192,8 @@ def _run(
     What is wrong with the request, and what `check` refuses, is said before the weights are loaded. A seed that nobody
     chose is drawn there too: it is in the files' name.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
         schema = source.schema()
@@ -227,10 +202,8 @@ def _run(
         with source.open(settings) as generator:
             for event in generator.stream(**{**fields, "seed": params.seed}):
                 number = f" {event.output_index + 1}/{event.num_outputs}" if event.num_outputs > 1 else ""
-                total = event.num_inference_steps or None
-                progress.update(
-                    task, description=f"{event.stage.replace('_', ' ')}{number}", completed=event.step, total=total
-                )
+                what, total = f"{event.stage.replace('_', ' ')}{number}", event.num_inference_steps or None
+                progress.update(task, description=what, completed=event.step, total=total)
     return event
 
 

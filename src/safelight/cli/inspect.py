@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -55,10 +56,7 @@ def info(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    rows = {printable(name[:MAX_NAME]): printable(str(value)) for name, value in found.items()}
-    width = max(map(len, rows), default=0)
-    for name, text in rows.items():
-        click.echo(f"{name:<{width}}  {text}")
+    _print_rows({printable(name[:MAX_NAME]): printable(str(value)) for name, value in found.items()})
 
 
 @click.command()
@@ -79,9 +77,14 @@ def env() -> None:
         rows[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
         rows["cuda"] = "none"
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        click.echo(f"{name:<{width}}  {value}")
+    _print_rows(rows)
+
+
+def _print_rows(rows: Mapping[str, str]) -> None:
+    """Print texts behind their names, in two columns."""
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        click.echo(f"{name:<{width}}  {text}")
 
 
 def _cpu_features() -> list[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from safelight.core.options import Option, defaults_of, options_of
 from safelight.core.params import SamplingParams
+
+if TYPE_CHECKING:
+    from safelight.loading.repository import Repository
 
 API_KEY_FILE_VARIABLE = "SAFELIGHT_API_KEY_FILE"
 POSITIONAL = "prompt"
@@ -16,20 +19,16 @@ NOT_OFFERED = frozenset({POSITIONAL, "output_type"})
 """The prompt is an argument, and files are always made of pictures."""
 
 
-def float_list(text: str) -> tuple[float, ...]:
-    """Parse numbers that are separated by commas."""
-    try:
-        return tuple(float(entry) for entry in text.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1.0,0.5") from error
+def list_of(convert: Callable[[str], Any], what: str) -> Callable[[str], tuple[Any, ...]]:
+    """Return what parses entries that are separated by commas; `what` they are is said where they are not."""
 
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(convert(entry) for entry in text.split(","))
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r} is not a list of {what}") from error
 
-def integer_list(text: str) -> tuple[int, ...]:
-    """Parse whole numbers that are separated by commas."""
-    try:
-        return tuple(int(entry) for entry in text.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 4,6") from error
+    return parse
 
 
 def key_value(text: str) -> tuple[str, str]:
@@ -45,8 +44,8 @@ CLICK_TYPES: Mapping[str, Any] = {
     "count": click.INT,
     "number": click.FLOAT,
     "amount": click.FLOAT,
-    "integers": integer_list,
-    "numbers": float_list,
+    "integers": list_of(int, "whole numbers such as 4,6"),
+    "numbers": list_of(float, "numbers such as 1.0,0.5"),
     "images": click.Path(),
     "by component": key_value,
 }
@@ -83,6 +82,11 @@ def sampling_options(params_cls: type[SamplingParams], defaults: Mapping[str, An
         for name, option in params_cls.options().items()
         if name not in NOT_OFFERED
     ]
+
+
+def model_defaults(repository: Repository) -> dict[str, Any]:
+    """Return what unset fields take: the family's values, with the repository's own over them."""
+    return {**repository.params_cls().defaults, **repository.sampling_defaults()}
 
 
 def setting_options(cls: type, variables: Mapping[str, str] | None = None) -> list[click.Parameter]:

@@ -40,17 +40,10 @@ def size(text: str) -> tuple[int, int]:
 @click.option("--dtype", default="auto", help=f"auto, {listed(DTYPES)}.  [default: auto, which is bfloat16]")
 @click.option("--component-dtypes", type=key_value, multiple=True, help="A component's own, as vae=float32.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON, in bytes.")
-def plan(model: str | None, as_json: bool, **options: Any) -> None:
+def plan(as_json: bool, sides: tuple[int, int] | None, frames: int | None, images: int | None, **settings: Any) -> None:
     """Print how MODEL fits into a device's memory; loads no weights, and needs none. Without MODEL: the shipped one."""
-    names = ("revision", "memory_limit", "offload", "dtype")
-    made = _plan(
-        ServerArgs(
-            model, component_dtypes=dict(options["component_dtypes"]), **{name: options[name] for name in names}
-        ),
-        options["sides"],
-        options["frames"],
-        options["images"],
-    )
+    settings["component_dtypes"] = dict(settings["component_dtypes"])
+    made = _plan(ServerArgs(**settings), sides, frames, images)
     if as_json:
         click.echo(json.dumps(_as_json(made), indent=2))
     else:
@@ -92,8 +85,8 @@ def _show(made: MemoryPlan, console: Console) -> None:
             blocks if kept is None else f"{blocks}, {kept} stay",
             where,
         )
-    stages = Table("stage", "runs", "on the device", "weights", "activations", "together", title="stages")
-    stages.title_justify = "left"
+    headings = ("stage", "runs", "on the device", "weights", "activations", "together")
+    stages = Table(*headings, title="stages", title_justify="left")
     for stage in made.stages:
         footprint = stage.footprint
         sizes = [shown_size(number) for number in (stage.weights, footprint.activations, stage.peak)]

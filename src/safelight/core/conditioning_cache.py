@@ -101,10 +101,7 @@ class ConditioningCache:
         """Return a parameter's value as a part of a key."""
         if isinstance(value, Image.Image):
             return self._digest(value)
-        if isinstance(value, list | tuple):
-            return tuple(map(self._plain, value))
-        plain: Hashable = value
-        return plain
+        return tuple(map(self._plain, value)) if isinstance(value, list | tuple) else value
 
     def _digest(self, image: Image.Image) -> bytes:
         """Return the digest of an image's pixels, made once an image however many stages and outputs ask."""

@@ -162,8 +162,6 @@ class PipelineConfig:
     ) -> dict[str, Tensor]:
         """Return the arguments of a text encoder: the token ids [1, S], and what else it is given.
 
-        An `attention_mask` among them, [1, S], is kept beside the embeddings, whether the encoder is given it or not.
-
         Args:
             spec: how the encoder takes text.
             text: the prompt, or the negative prompt.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -49,31 +49,16 @@ def is_lost(device: torch.device, error: BaseException) -> bool:
     return False
 
 
-class Span(Protocol):
-    """The time of some work. What the device is given between its making and `end` is that work.
+class Span:
+    """The time of some work: of a device that has done it when the host returns from it.
 
-    Attributes:
-        seen: when, by the host's clock, it was seen to be done; once `wait` has returned.
-
-    """
-
-    seen: float
-
-    def end(self) -> None:
-        """Say that the device has been given all of it."""
-
-    def is_over(self) -> bool:
-        """Say whether the device has done it."""
-
-    def wait(self) -> float:
-        """Wait until the device has done it; return the seconds that it took, of the host or of the device."""
-
-
-class HostSpan:
-    """Of work that is done when the host returns from it.
+    What the device is given between its making and `end` is that work.
 
     Args:
         clock: seconds.
+
+    Attributes:
+        seen: when, by the host's clock, it was seen to be done; once `wait` has returned.
 
     """
 
@@ -82,19 +67,19 @@ class HostSpan:
         self._begun = self.seen = clock()
 
     def end(self) -> None:
-        """Stop the clock."""
+        """Say that the device has been given all of it."""
         self.seen = self._clock()
 
     def is_over(self) -> bool:
-        """It is."""
+        """Say whether the device has done it."""
         return True
 
     def wait(self) -> float:
-        """Return the seconds."""
+        """Wait until the device has done it; return the seconds that it took, of the host or of the device."""
         return self.seen - self._begun
 
 
-class CudaSpan:
+class CudaSpan(Span):
     """Of work that the host gives to a CUDA device, and that is done later.
 
     Its seconds are the device's between two events of its own, so that neither what was given before nor idle time
@@ -107,10 +92,8 @@ class CudaSpan:
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(clock)
         self._device = device
-        self._clock = clock
-        self._host = HostSpan(clock)
-        self.seen = self._host.seen
         # An event that blocks lets the core sleep.
         self._first, self._last = (
             torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
@@ -121,7 +104,7 @@ class CudaSpan:
     def end(self) -> None:
         """Mark the end in the device's work."""
         self._last.record(torch.cuda.current_stream(self._device))
-        self._host.end()
+        super().end()
 
     def is_over(self) -> bool:
         """Say whether the device has come to the mark."""
@@ -130,9 +113,10 @@ class CudaSpan:
     def wait(self) -> float:
         """Wait for the mark; return the seconds."""
         self._last.synchronize()
-        self.seen = self._clock()
+        given = super().wait()
         seconds: float = self._first.elapsed_time(self._last) / 1000
-        return max(self._host.wait(), seconds)
+        self.seen = self._clock()
+        return max(given, seconds)
 
 
 def begin_span(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Span:
@@ -143,4 +127,4 @@ def begin_span(device: torch.device, clock: Callable[[], float] = time.perf_coun
         clock: of the host.
 
     """
-    return CudaSpan(device, clock) if device.type == "cuda" else HostSpan(clock)
+    return CudaSpan(device, clock) if device.type == "cuda" else Span(clock)

@@ -79,7 +79,8 @@ class Execution:
             with torch.inference_mode(), panics_as_errors(), suppress(StopIteration):
                 if results is None:
                     results = self.runner.run(self.forwards())
-                self._steps.send(list(results) if self.started else None)  # type: ignore[arg-type]  # None begins
+                self.req.pending = []
+                self.req.pending = self._steps.send(list(results) if self.started else None)  # type: ignore[arg-type]
                 more = True
         finally:
             self.started = True

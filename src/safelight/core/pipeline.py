@@ -132,16 +132,11 @@ class ComposedPipeline:
 
     def add_standard_t2i_stages(self) -> None:
         """Text to image: encode the text, lay out the noise, denoise, decode."""
-        self._add_input_stages()
-        self._add_loop_stages()
-        self.add_standard_decoding_stage()
+        self._add_stages(DenoisingStage(self.config))
 
     def add_standard_ti2i_stages(self) -> None:
         """Text and images to image: as text to image, with the input images' latents."""
-        self._add_input_stages()
-        self._add_image_stages()
-        self._add_loop_stages()
-        self.add_standard_decoding_stage()
+        self._add_stages(DenoisingStage(self.config), takes_images=True)
 
     def add_standard_ti2v_stages(self) -> None:
         """Text and images to video; without images, text to video."""
@@ -149,42 +144,35 @@ class ComposedPipeline:
 
     def add_standard_dmd_stages(self) -> None:
         """Text to picture or video, in the few steps that the model was distilled to."""
-        self._add_input_stages()
-        self._add_loop_stages(DmdDenoisingStage(self.config))
-        self.add_standard_decoding_stage()
+        self._add_stages(DmdDenoisingStage(self.config))
 
     def add_standard_decoding_stage(self) -> None:
         """Latents to pixels."""
         assert self.vae is not None, f"{self.pipeline_name} has no VAE"
         self.add_stage(DecodingStage(self.vae, self.config), "decoding")
 
-    def _add_input_stages(self) -> None:
-        names = [name for name in self.component_names() if name.startswith("text_encoder")]
-        tokenizers = [self.get_module(name.replace("text_encoder", "tokenizer")) for name in names]
-        self.add_stage(InputValidationStage(self.config), "input_validation")
-        processor = self.components.modules.get("processor")
-        self.add_stage(TextEncodingStage(tokenizers, processor, self.config), "text_encoding")
-
-    def _add_image_stages(self) -> None:
-        if "image_encoder" in self.components.modules:
-            self.add_stage(ImageEncodingStage(self.get_module("image_processor"), self.config), "image_encoding")
-        assert self.vae is not None, f"{self.pipeline_name} has no VAE"
-        self.add_stage(ImageVAEEncodingStage(self.vae, self.config), "image_vae_encoding")
-
-    def _add_loop_stages(self, loop: DenoisingStage | None = None) -> None:
-        self.add_stage(TimestepPreparationStage(self.get_scheduler(), self.config), "timestep_preparation")
-        self.add_stage(LatentPreparationStage(self.config), "latent_preparation")
-        self.add_stage(ConditioningStage(self.config), "conditioning")
-        self.add_stage(loop or DenoisingStage(self.config), "denoising")
+    def _add_stages(self, loop: DenoisingStage, takes_images: bool = False) -> None:
+        config, modules = self.config, self.components.modules
+        encoders = [name for name in self.component_names() if name.startswith("text_encoder")]
+        tokenizers = [modules[name.replace("text_encoder", "tokenizer")] for name in encoders]
+        self.add_stage(InputValidationStage(config), "input_validation")
+        self.add_stage(TextEncodingStage(tokenizers, modules.get("processor"), config), "text_encoding")
+        if takes_images and "image_encoder" in modules:
+            self.add_stage(ImageEncodingStage(modules["image_processor"], config), "image_encoding")
+        if takes_images:
+            assert self.vae is not None, f"{self.pipeline_name} has no VAE"
+            self.add_stage(ImageVAEEncodingStage(self.vae, config), "image_vae_encoding")
+        self.add_stage(TimestepPreparationStage(self.get_scheduler(), config), "timestep_preparation")
+        self.add_stage(LatentPreparationStage(config), "latent_preparation")
+        self.add_stage(ConditioningStage(config), "conditioning")
+        self.add_stage(loop, "denoising")
+        self.add_standard_decoding_stage()
 
 
 def standard_methods(modules: Mapping[str, Any], vae: VAE | None) -> dict[str, Methods]:
     """Return what the standard stages name of components beside `forward`."""
-    found: dict[str, Methods] = {}
-    for name in modules:
-        methods = ENCODER_METHODS.get(name.rstrip("_0123456789"))
-        if methods is not None:
-            found[name] = methods
+    kinds = {name: name.rstrip("_0123456789") for name in modules}
+    found = {name: ENCODER_METHODS[kind] for name, kind in kinds.items() if kind in ENCODER_METHODS}
     if vae is not None:
         found["vae"] = {
             "encode": lambda _, **given: vae.encoded(**given),

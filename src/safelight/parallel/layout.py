@@ -49,9 +49,6 @@ class ParallelLayout:
         tp: ranks that share each weight.
         vae: whether pictures are decoded in bands, one a rank.
 
-    Raises:
-        InvalidParameterError: for a size below 1.
-
     """
 
     cfg: int = 1
@@ -59,12 +56,6 @@ class ParallelLayout:
     ulysses: int = 1
     tp: int = 1
     vae: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse a size that is none."""
-        for setting, size in zip(SETTINGS, self.sizes, strict=True):
-            if size < 1:
-                raise InvalidParameterError(setting, size, "a whole number from 1")
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -113,10 +104,6 @@ class ParallelLayout:
         return " x ".join(parts) or "one device"
 
 
-SETTINGS = ("cfg_parallel_size", "ring_degree", "ulysses_degree", "tp_size")
-"""The settings' names, in the order of `AXES`."""
-
-
 def check_sequence_plan(setting: str, size: int, facts: ModelFacts) -> None:
     """Refuse to divide the tokens of a model that does not say how."""
     if not facts.sequence_plan:
@@ -141,34 +128,28 @@ class Choice:
         return f"{self.layout.num_devices} devices: {self.layout.describe()}. {' '.join(self.reasons)}".rstrip()
 
 
-def choose_layout(
-    num_devices: int, facts: ModelFacts, *, link_size: int | None = None, device_bytes: int | None = None
-) -> Choice:
+def choose_layout(num_devices: int, facts: ModelFacts, *, device_bytes: int | None = None) -> Choice:
     """Choose the axes for a number of devices.
 
     Tensor parallelism comes last, and first of all only as much as the weights need to fit. Then guidance branches,
-    which exchange least; then Ulysses, within a link; then the ring; what is left is tensor parallelism again.
+    which exchange least; then Ulysses; then the ring; what is left is tensor parallelism again.
 
     Args:
         num_devices: how many there are.
         facts: of the model.
-        link_size: devices that one fast link joins; all if None.
         device_bytes: memory of one device; no bound if None.
 
     Raises:
         InvalidParameterError: where no layout uses all devices, or the weights do not fit.
 
     """
-    if num_devices < 1:
-        raise InvalidParameterError("devices", num_devices, "a whole number from 1")
     tp, reasons = _tp_for_memory(num_devices, facts, device_bytes)
     left = num_devices // tp
     cfg = largest_divisor(left, facts.num_branches)
     left //= cfg
     ulysses = ring = 1
     if facts.sequence_plan:
-        within = max(1, (link_size or num_devices) // tp)
-        ulysses = largest_divisor(left, within, of=facts.num_heads // tp)
+        ulysses = largest_divisor(left, left, of=facts.num_heads // tp)
         ring = left // ulysses
         left = 1
     if left > 1 and facts.tensor_plan and facts.num_heads % (tp * left) == 0:

@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from safelight.errors import InvalidParameterError
 from safelight.parallel.collectives import Communicator, Traffic
@@ -23,7 +22,6 @@ class Mesh:
 
     Attributes:
         layout: the sizes of the axes.
-        device_mesh: torch's, with the same axes; None for one device without a process group.
         cfg, ring, ulysses, tp: this rank's communicator along each axis.
         sequence: along ring and Ulysses together: the ranks that have tokens of one forward.
         world: all ranks; VAE bands lie along it.
@@ -32,7 +30,6 @@ class Mesh:
     """
 
     layout: ParallelLayout
-    device_mesh: DeviceMesh | None
     cfg: Communicator
     ring: Communicator
     ulysses: Communicator
@@ -47,12 +44,11 @@ class Mesh:
         return {communicator.axis: communicator.traffic for communicator in axes}
 
 
-def build_mesh(layout: ParallelLayout, device_type: str, timeout: timedelta = DEFAULT_TIMEOUT) -> Mesh:
+def build_mesh(layout: ParallelLayout, timeout: timedelta = DEFAULT_TIMEOUT) -> Mesh:
     """Build the mesh over the initialised process group; every rank calls it, with the same arguments.
 
     Args:
         layout: the sizes; their product is the number of ranks.
-        device_type: `cuda` or `cpu`, of the tensors that travel.
         timeout: of every collective.
 
     Raises:
@@ -68,15 +64,13 @@ def build_mesh(layout: ParallelLayout, device_type: str, timeout: timedelta = DE
     sequence = _communicator("sequence", ranks.movedim(-1, 1).flatten(2), timeout)
     world = _communicator("world", ranks.flatten(), timeout)
     control = _communicator("control", ranks.flatten(), timeout, backend="gloo")
-    groups = [axes[axis].group for axis in AXES]
-    mesh = DeviceMesh.from_group([group for group in groups if group], device_type, ranks, mesh_dim_names=AXES)
-    return Mesh(layout, mesh, **axes, sequence=sequence, world=world, control=control)
+    return Mesh(layout, **axes, sequence=sequence, world=world, control=control)
 
 
 def lone_mesh() -> Mesh:
     """Return the mesh of one device, for which no process group is needed."""
     names = (*AXES, "sequence", "world", "control")
-    return Mesh(ParallelLayout(), None, **{name: Communicator(name) for name in names})
+    return Mesh(ParallelLayout(), **{name: Communicator(name) for name in names})
 
 
 def _communicator(axis: str, ranks: torch.Tensor, timeout: timedelta, backend: str | None = None) -> Communicator:

@@ -46,8 +46,7 @@ def sequence_plan(module: nn.Module) -> SequencePlan | None:
 
 def tensor_plan(module: nn.Module) -> Mapping[str, Any] | None:
     """Return a model's plan for its weights: patterns of module names to styles; None where it states none."""
-    stated: Mapping[str, Any] | None = vars(type(module)).get("_tp_plan")
-    return stated
+    return vars(type(module)).get("_tp_plan")
 
 
 def matching(module: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:

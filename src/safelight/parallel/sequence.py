@@ -8,7 +8,6 @@ padding is never attended to, and is cut off at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,11 +121,6 @@ def piece_of(whole: Tensor, dim: int, rank: int, size: int) -> Tensor:
     length = whole.shape[dim]
     piece = -(-length // size)
     begin = min(rank * piece, length)
-    real = whole.narrow(dim, begin, min(piece, length - begin))
-    return padded(real, dim, piece)
-
-
-def padded(tensor: Tensor, dim: int, length: int) -> Tensor:
-    """Return a tensor with zeros behind it along `dim`, up to a length."""
-    missing: Sequence[int] = (0, 0) * (tensor.ndim - 1 - dim) + (0, length - tensor.shape[dim])
-    return F.pad(tensor, missing) if missing[-1] else tensor
+    num_real = min(piece, length - begin)
+    real = whole.narrow(dim, begin, num_real)
+    return F.pad(real, (0, 0) * (whole.ndim - 1 - dim) + (0, piece - num_real)) if num_real < piece else real

@@ -191,8 +191,7 @@ class BandedCausalDecoder(CausalDecoder):
 
     def _last_conv(self, frame: Tensor, cache: FeatureCache | None) -> Tensor:
         """Return the last convolution at this frame, [1, C, rows, W]; it remembers as the others do."""
-        conv = self.decoder.conv_out
-        return self._conv(conv, frame, cache)
+        return self._conv(self.decoder.conv_out, frame, cache)
 
 
 def decode_at_once(decoder: CausalDecoder, latents: Tensor) -> Tensor:

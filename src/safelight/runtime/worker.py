@@ -210,7 +210,7 @@ def join(start: Start, args: ServerArgs, folder: Path) -> Mesh:
     choice = layout_for(args)
     if start.rank == 0:
         layout_logger.info("%s", choice)
-    return build_mesh(choice.layout, device.type, timedelta(seconds=start.limits.first))
+    return build_mesh(choice.layout, timedelta(seconds=start.limits.first))
 
 
 def compile_in_background(engine: Engine, limit: float) -> None:

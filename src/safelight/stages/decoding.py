@@ -49,10 +49,8 @@ class DecodingStage(PipelineStage):
         for index in range(self._num_decodes(batch)):
             shape = self._begin(batch, index, server_args)
             for number, units in enumerate(self.vae.calls(shape)):
-                batch.pending = [self._call(batch, number, shape, units)]
-                self._take(batch, (yield batch.pending))
+                self._take(batch, (yield [self._call(batch, number, shape, units)]))
             self._finish(batch)
-        batch.stage_state = None
 
     def _num_decodes(self, batch: Req) -> int:
         """Return how many decodes there are: one for all pictures where the VAE takes them at once."""
@@ -82,7 +80,6 @@ class DecodingStage(PipelineStage):
 
     def _take(self, batch: Req, results: list[Any]) -> None:
         """Put the pixels that are finished into their place."""
-        batch.pending = []
         pieces, batch.stage_state.vae = results[0]["pieces"], results[0]["state"]
         if isinstance(pieces, Tensor):  # of all pictures, whole
             check_finite(pieces, "pixels")

@@ -38,8 +38,7 @@ class DenoisingStage(PipelineStage):
         batch.stage_state = LoopState()
         signatures = {branch: self.config.call_signature(branch, batch) for branch in self.config.branches(batch)}
         while batch.step_index < batch.num_inference_steps:
-            batch.pending = self.calls(batch, signatures)
-            self.advance(batch, (yield batch.pending))
+            self.advance(batch, (yield self.calls(batch, signatures)))
 
     def calls(self, batch: Req, signatures: Mapping[str, tuple[Hashable, ...]]) -> list[ModelCall]:
         """Return the model calls of the step that comes, one a branch."""
@@ -58,7 +57,6 @@ class DenoisingStage(PipelineStage):
         """Let the solver take the step that the predictions allow."""
         assert batch.timesteps is not None
         t = batch.timesteps[batch.step_index]
-        batch.pending = []
         prediction = self.config.combine_guidance(batch, predictions, t)
         # A solver that draws noise draws it from the seed, and never from torch's own generator.
         noise = {"generator": batch.generator} if takes_generator(batch.scheduler.__class__) else {}

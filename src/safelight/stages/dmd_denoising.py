@@ -18,7 +18,6 @@ class DmdDenoisingStage(DenoisingStage):
     def advance(self, batch: Req, predictions: list[Prediction]) -> None:
         """Turn the predicted velocity into clean latents, and noise them again unless this was the last step."""
         assert batch.timesteps is not None
-        batch.pending = []
         velocity = self.config.combine_guidance(batch, predictions, batch.timesteps[batch.step_index])
         sigma, next_sigma = batch.sigmas[batch.step_index : batch.step_index + 2]
         batch.step_index += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from PIL import Image
+
 from safelight.core.calls import ModelCall
 from safelight.core.config import COND, PipelineConfig
 from safelight.core.request import Req
@@ -28,16 +30,14 @@ class ImageEncodingStage(PipelineStage):
         key = (COMPONENT, self.cache.images_of(batch.params))
         found = self.cache.get(*key)
         if found is None:
-            pixels = self.image_processor(images=images, return_tensors="pt").pixel_values
-            # A copy: what NumPy made lies anywhere, and bytes may depend on where.
-            kwargs = {"pixel_values": pixels.to(server_args.torch_device(), copy=True)}
-            del pixels
-            batch.pending = [
-                ModelCall(COMPONENT, kwargs, {}, None, batch.key(COND), method="encode", model=batch.model)
-            ]
-            del kwargs
-            (made,) = yield batch.pending
-            batch.pending = []
+            (made,) = yield [self._call(images, batch, server_args)]
             dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
             found = self.cache.put(made.to(dtype), None, *key)
         batch.image_embeds = found[0]
+
+    def _call(self, images: list[Image.Image], batch: Req, server_args: ServerArgs) -> ModelCall:
+        """Return the call of the image encoder."""
+        pixels = self.image_processor(images=images, return_tensors="pt").pixel_values
+        # A copy: what NumPy made lies anywhere, and bytes may depend on where.
+        kwargs = {"pixel_values": pixels.to(server_args.torch_device(), copy=True)}
+        return ModelCall(COMPONENT, kwargs, {}, None, batch.key(COND), method="encode", model=batch.model)

@@ -45,12 +45,10 @@ class ImageVAEEncodingStage(PipelineStage):
             kept = self.cache.get(COMPONENT, index, self.cache.images_of(batch.params))
             if kept is None:
                 for unit in range(self._begin(batch, index, server_args)):
-                    batch.pending = [self._call(batch, unit)]
-                    self._take(batch, (yield batch.pending))
+                    self._take(batch, (yield [self._call(batch, unit)]))
                 kept = self._finish(batch, index)
             batch.image_latents.append(kept[0])
             del kept
-        batch.stage_state = None
 
     def _begin(self, batch: Req, index: int, server_args: ServerArgs) -> int:
         """Lay out what is encoded; return the number of units."""
@@ -67,7 +65,6 @@ class ImageVAEEncodingStage(PipelineStage):
 
     def _take(self, batch: Req, results: list[Any]) -> None:
         """Keep the latents of a unit, scaled as the transformer takes them."""
-        batch.pending = []
         mode = results[0]["mode"]
         mode = mode.to(self.config.latent_dtype or mode.dtype)
         scale, shift = self.config.get_decode_scale_and_shift(mode)

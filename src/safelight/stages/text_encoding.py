@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safelight.core.calls import ModelCall
+from safelight.core.calls import CallKey, ModelCall
 from safelight.core.config import COND, UNCOND, PipelineConfig, PromptSpec, embeds_of, masks_of
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
@@ -53,11 +53,7 @@ class TextEncodingStage(PipelineStage):
         key = (encoder_name(index), replace(spec, prompt=text, negative_prompt=""), seen)
         found = self.cache.get(*key)
         if found is None:
-            inputs = self.config.text_encoder_inputs(spec, text, batch, self.tokenizers[index], self.processor)
-            batch.pending = [self._call(index, spec, branch, inputs, batch, server_args.torch_device())]
-            del inputs
-            (made,) = yield batch.pending
-            batch.pending = []
+            (made,) = yield [self._call(index, spec, text, batch.key(branch), batch, server_args)]
             dtype = server_args.component_dtype("transformer", self.config.precisions.get("transformer"))
             embeds, mask = self._kept(made, batch.stage_state.mask, spec)
             found = self.cache.put(embeds.to(dtype), (mask, self._cut(self.tokenizers[index], spec, text)), *key)
@@ -68,23 +64,15 @@ class TextEncodingStage(PipelineStage):
             batch.warnings.append(warning)
 
     def _call(
-        self, index: int, spec: PromptSpec, branch: str, inputs: dict[str, Tensor], batch: Req, device: torch.device
+        self, index: int, spec: PromptSpec, text: str, key: CallKey, batch: Req, server_args: ServerArgs
     ) -> ModelCall:
         """Return the call of a text encoder; the mask of its tokens stays in the stage's state."""
+        inputs = self.config.text_encoder_inputs(spec, text, batch, self.tokenizers[index], self.processor)
         batch.stage_state = TextEncodingState(inputs.get("attention_mask"))
         given = {name: tensor for name, tensor in inputs.items() if name != "attention_mask" or spec.attention_mask}
         # Copies: what NumPy made of an image lies anywhere, and bytes may depend on where.
-        kwargs = {name: tensor.to(device, copy=True) for name, tensor in given.items()}
-        return ModelCall(
-            encoder_name(index),
-            kwargs,
-            {},
-            signature=None,
-            key=batch.key(branch),
-            static={"output": spec.output},
-            method="encode",
-            model=batch.model,
-        )
+        kwargs = {name: tensor.to(server_args.torch_device(), copy=True) for name, tensor in given.items()}
+        return ModelCall(encoder_name(index), kwargs, {}, None, key, {"output": spec.output}, "encode", batch.model)
 
     def _kept(self, made: Tensor, mask: Tensor | None, spec: PromptSpec) -> tuple[Tensor, Tensor | None]:
         """Return what of an encoder's output is the embedding, and on the CPU which of it is of tokens."""

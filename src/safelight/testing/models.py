@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safelight.core.executor import Execution
+from safelight.core.executor import SyncExecutor
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
@@ -44,15 +44,20 @@ class TinyModels:
         """Return our pipeline, on the CPU and without a conditioning cache."""
         folder = self.folder(recipe, variant)
         if folder not in self._ours:
-            self._ours[folder] = load_pipeline(ServerArgs(str(folder), device="cpu", conditioning_cache="0"))
+            self._ours[folder] = load(folder, conditioning_cache="0")
         return self._ours[folder]
 
     def reference(self, recipe: Recipe, variant: str = "default", as_installed: bool = False) -> Any:
         """Return the reference."""
         key = (self.folder(recipe, variant), as_installed)
         if key not in self._references:
-            self._references[key] = recipe.reference(key[0], as_installed)
+            self._references[key] = recipe.reference(*key)
         return self._references[key]
+
+
+def load(folder: Path, **settings: Any) -> ComposedPipeline:
+    """Return our pipeline of a checkpoint, on the CPU."""
+    return load_pipeline(ServerArgs(str(folder), device="cpu", **settings))
 
 
 def requests(pipeline: ComposedPipeline, fields: Mapping[str, Any]) -> list[Req]:
@@ -64,9 +69,8 @@ def requests(pipeline: ComposedPipeline, fields: Mapping[str, Any]) -> list[Req]
 
 def run_alone(pipeline: ComposedPipeline, req: Req) -> Tensor:
     """Drive a request to its end; return its first picture or video."""
-    with Execution(pipeline, req) as execution:
-        while execution.advance():
-            pass
+    for _ in SyncExecutor(pipeline).execute(req):
+        pass
     made: Tensor = req.outputs[0]
     return made
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,23 +38,17 @@ class Expected:
     made: States = field(default_factory=dict)
 
 
-def distance(req: Req, wanted: Any) -> float:
+def distance(req: Req, pixels: Any) -> float:
     """Return the largest difference between what a request made and the reference's pixels."""
-    wanted = np.asarray(wanted)
-    pictures = np.stack([picture.numpy() for picture in req.outputs]).reshape(wanted.shape)
-    return float(np.abs(pictures - wanted).max())
+    theirs = np.asarray(pixels)
+    pictures = np.stack([picture.numpy() for picture in req.outputs]).reshape(theirs.shape)
+    return float(np.abs(pictures - theirs).max())
 
 
-def parts_of(pipeline: ComposedPipeline, recipe: Recipe) -> tuple[list[Any], nn.Module | None]:
-    """Return the encoders of a pipeline of ours."""
-    return [part_of(pipeline, name) for name in recipe.text_encoders], pipeline.modules().get("image_encoder")
-
-
-def part_of(pipeline: ComposedPipeline, name: str) -> Any:
-    """Return a component, or with dots a part of one."""
-    component, _, rest = name.partition(".")
-    module = pipeline.get_module(component)
-    return attrgetter(rest)(module) if rest else module
+def encoders_of(pipeline: Any, recipe: Recipe) -> tuple[list[Any], nn.Module | None]:
+    """Return the text encoders and the image encoder of a pipeline, of ours or of the reference's."""
+    owner = SimpleNamespace(**pipeline.components.modules) if isinstance(pipeline, ComposedPipeline) else pipeline
+    return [attrgetter(name)(owner) for name in recipe.text_encoders], getattr(owner, "image_encoder", None)
 
 
 def run_reference(pipe: Any, recipe: Recipe, reqs: Sequence[Req]) -> Expected:
@@ -86,14 +81,10 @@ def call_reference(pipe: Any, recipe: Recipe, reqs: Sequence[Req]) -> Expected:
 
     pipe.prepare_latents = recording
     try:
-        text_encoders = [attrgetter(name)(pipe) for name in recipe.text_encoders]
-        with (
-            references_own_warnings(),
-            encodings((text_encoders, getattr(pipe, "image_encoder", None))) as expected.made,
-        ):
+        with references_own_warnings(), encodings(encoders_of(pipe, recipe)) as expected.made:
             expected.pixels = pipe(
                 **reference_arguments(recipe, reqs),
-                generator=[torch.Generator().manual_seed(seed_of(req)) for req in reqs],
+                generator=[torch.Generator().manual_seed(req.params.seed or 0) for req in reqs],
                 callback_on_step_end=record,
                 return_dict=False,
             )[0]
@@ -108,22 +99,14 @@ def reference_arguments(recipe: Recipe, reqs: Sequence[Req]) -> dict[str, Any]:
     params = reqs[0].params
     names = {name: recipe.to_diffusers.get(name, name) for name in params.options()}
     fields = {names[name]: value for name, value in params.set_fields().items() if name not in NOT_PASSED}
-    if not recipe.one_at_a_time:
-        fields["prompt"] = [req.params.prompt for req in reqs]
-    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
-        if fields.get(name) is not None and not recipe.one_at_a_time:
-            fields[name] = [fields[name]] * len(reqs)
+    for name, option in {} if recipe.one_at_a_time else params.options().items():
+        if names[name] in fields and option.kind in ("string", "strings") and not option.choices:
+            fields[names[name]] = [vars(req.params)[name] for req in reqs]
     for name, value in fields.items():
         fields[name] = list(value) if isinstance(value, tuple) else value
     if params.image is not None:
         fields["image"] = list(params.image) if len(params.image) > 1 else params.image[0]
     return fields
-
-
-def seed_of(req: Req) -> int:
-    """Return a request's seed."""
-    assert req.params.seed is not None
-    return req.params.seed
 
 
 def run_ours(pipeline: ComposedPipeline, req: Req) -> tuple[Any, list[Any]]:

@@ -20,19 +20,9 @@ CORPUS = (
 
 def clip_tokenizer(folder: Path, max_length: int) -> CLIPTokenizer:
     """Train a byte-level BPE tokenizer of CLIP's kind and save it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    model = _trained(tokenizer, trainer)
-    merges = [tuple(merge) for merge in model["merges"]]
-    clip = CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=max_length)
+    marks = ["<|startoftext|>", "<|endoftext|>"]
+    details = {"vocab_size": 700, "end_of_word_suffix": "</w>", "special_tokens": marks}
+    clip = CLIPTokenizer(**_byte_level_bpe(normalizers.Lowercase(), **details), model_max_length=max_length)
     clip.save_pretrained(folder)
     return clip
 
@@ -51,7 +41,6 @@ def t5_tokenizer(folder: Path) -> T5Tokenizer:
 
 
 QWEN_TOKENS = (
-    "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
     "<|vision_start|>",
@@ -63,17 +52,19 @@ QWEN_TOKENS = (
 
 def qwen2_tokenizer(folder: Path) -> Qwen2Tokenizer:
     """Train a byte-level BPE tokenizer of Qwen's kind, with the tokens of chats and of images, and save it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    model = _trained(tokenizer, trainer)
-    merges = [tuple(merge) for merge in model["merges"]]
-    qwen = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, additional_special_tokens=list(QWEN_TOKENS[1:]))
+    model = _byte_level_bpe(normalizers.NFC(), vocab_size=500)
+    qwen = Qwen2Tokenizer(**model, additional_special_tokens=list(QWEN_TOKENS))
     qwen.save_pretrained(folder)
     return qwen
+
+
+def _byte_level_bpe(normalizer: Any, **details: Any) -> dict[str, Any]:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = _trained(tokenizer, trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False, **details))
+    return {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
 
 
 def _trained(tokenizer: Tokenizer, trainer: Any) -> dict[str, Any]:

@@ -153,7 +153,6 @@ class Denoising(DenoisingStage):
 
     def advance(self, batch: Any, predictions: list[Any]) -> None:
         """Take a step."""
-        batch.pending = []
         prediction: Any = self.config.combine_guidance(batch, predictions, batch.timesteps[batch.step_index])
         batch.latents = 0.9 * batch.latents + 0.1 * prediction
         batch.step_index += 1

@@ -100,9 +100,7 @@ class ChromaTransformer2DModel(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build from `transformer/config.json`."""
-        values = dict(config)
-        values["axes_dims_rope"] = tuple(values.get("axes_dims_rope", ChromaArchitecture.axes_dims_rope))
-        return cls(ChromaArchitecture(**values))
+        return cls(ChromaArchitecture(**config))
 
     def forward(
         self,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safelight.core.config import COND, ComponentConfigs, PromptSpec, check_field, embeds_of, params_of, texts_of
+from safelight.core.config import ComponentConfigs, PromptSpec, check_field, embeds_of, params_of, texts_of
 from safelight.core.request import Latents, Prediction, Req
 from safelight.core.schema import ModelTaskType
 from safelight.families.qwen_image.params import (
@@ -47,15 +47,13 @@ class QwenImageCond:
     """What the transformer is given at every step besides latents and time.
 
     Attributes:
-        freqs_cis: complex64 [S_text + S_image, D/2], rotary table.
-        negative_freqs_cis: the same with the negative prompt's tokens; None without one.
+        freqs_cis: by branch, complex64 [S_text + S_image, D/2], rotary table.
         image_tokens: [1, S, C], the input images' packed latents; None without.
         additional_t_cond: int64 [1], which learned vector joins the timestep's embedding; None without.
 
     """
 
-    freqs_cis: Tensor
-    negative_freqs_cis: Tensor | None
+    freqs_cis: Mapping[str, Tensor]
     image_tokens: Tensor | None
     additional_t_cond: Tensor | None
 
@@ -127,14 +125,9 @@ class QwenImagePipelineConfig(PackedLatentsConfig):
 
     def prepare_cond(self, batch: Req, device: torch.device, dtype: torch.dtype) -> QwenImageCond:
         """Return rotary tables and input images."""
-        lengths = [embeds[0].shape[1] for embeds in (batch.prompt_embeds, batch.negative_prompt_embeds) if embeds]
-        tables = [self.get_freqs_cis(batch, length, device) for length in lengths]
-        return QwenImageCond(
-            freqs_cis=tables[0],
-            negative_freqs_cis=tables[1] if len(tables) > 1 else None,
-            image_tokens=self.image_tokens(batch, dtype),
-            additional_t_cond=self.additional_t_cond(device),
-        )
+        lengths = {branch: embeds_of(branch, batch)[0].shape[1] for branch in self.branches(batch)}
+        tables = {branch: self.get_freqs_cis(batch, length, device) for branch, length in lengths.items()}
+        return QwenImageCond(tables, self.image_tokens(batch, dtype), self.additional_t_cond(device))
 
     def additional_t_cond(self, device: torch.device) -> Tensor | None:
         """Return which learned vector joins the timestep's embedding."""
@@ -161,7 +154,7 @@ class QwenImagePipelineConfig(PackedLatentsConfig):
             "hidden_states": latent_model_input,
             "encoder_hidden_states": embeds_of(branch, batch)[0],
             "timestep": unit_timestep(t, latent_model_input),
-            "freqs_cis": cond.freqs_cis if branch == COND else cond.negative_freqs_cis,
+            "freqs_cis": cond.freqs_cis[branch],
             "condition_hidden_states": cond.image_tokens,
             "additional_t_cond": cond.additional_t_cond,
         }

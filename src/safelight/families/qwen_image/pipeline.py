@@ -73,14 +73,7 @@ class QwenImageLayeredPipeline(QwenImageEditPipeline):
         """Add one stage for all that comes before the loop, then the standard loop and decoding."""
         assert isinstance(self.config, QwenImageLayeredPipelineConfig)
         assert self.vae is not None
-        before = QwenImageLayeredBeforeDenoisingStage(
-            tokenizer=self.get_module("tokenizer"),
-            generation_config=self.get_module("text_encoder").generation_config,
-            processor=self.get_module("processor"),
-            vae=self.vae,
-            scheduler=self.get_scheduler(),
-            config=self.config,
-        )
+        before = QwenImageLayeredBeforeDenoisingStage(self.components.modules, self.vae, self.config)
         self.add_stage(InputValidationStage(self.config), "input_validation")
         self.add_stage(before, "before_denoising")
         self.add_stage(DenoisingStage(self.config), "denoising")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -36,47 +36,36 @@ class CaptionState:
 
     Attributes:
         ids: [1, S].
-        positions: [4, 1, S].
+        positions: [4, 1, S]; None before the first call.
         cache: keys and values [1, H, S, D], a pair a layer.
+        image: of the first call: its patches, their grid, and what says where they are.
 
     """
 
     ids: Tensor
-    positions: Tensor
+    positions: Tensor | None
     cache: Tree
+    image: dict[str, Tensor] = field(default_factory=dict)
 
 
 class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
     """Writes a caption where there is no prompt, then prepares text, input image, schedule and noise.
 
     Args:
-        tokenizer: the text encoder's.
-        generation_config: the text encoder's: which tokens end a caption.
-        processor: of images for the text encoder.
+        modules: the model's components; it keeps tokenizer and processor, and which tokens end a caption.
         vae: encodes the input image.
-        scheduler: the solver, copied for each request.
         config: the model's conventions.
 
     """
 
-    def __init__(
-        self,
-        *,
-        tokenizer: Any,
-        generation_config: Any,
-        processor: Any,
-        vae: VAE,
-        scheduler: Any,
-        config: QwenImageLayeredPipelineConfig,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.generation_config = generation_config
-        self.processor = processor
+    def __init__(self, modules: Mapping[str, Any], vae: VAE, config: QwenImageLayeredPipelineConfig) -> None:
+        self.tokenizer, self.processor = modules["tokenizer"], modules["processor"]
+        self.generation_config = modules["text_encoder"].generation_config
         self.config = config
         self.preparations: tuple[PipelineStage, ...] = (
-            TextEncodingStage([tokenizer], processor, config),
+            TextEncodingStage([self.tokenizer], self.processor, config),
             ImageVAEEncodingStage(vae, config),
-            TimestepPreparationStage(scheduler, config),
+            TimestepPreparationStage(modules["scheduler"], config),
             LatentPreparationStage(config),
             ConditioningStage(config),
         )
@@ -95,36 +84,37 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
 
     def write_caption(self, batch: Req, server_args: ServerArgs) -> Steps:
         """Make the prompt what the text encoder writes about the input image, greedily: the same for every seed."""
-        kwargs = self._question(batch, server_args)
-        num_given, num_left = kwargs["ids"].shape[1], MAX_CAPTION_TOKENS
-        while num_left:
-            batch.pending = [self._call(batch, kwargs, min(UNIT_TOKENS, num_left))]
-            del kwargs
-            is_over = self._take(batch, (yield batch.pending))
-            num_left = 0 if is_over else num_given + MAX_CAPTION_TOKENS - batch.stage_state.ids.shape[1]
-            kwargs = vars(batch.stage_state)
+        batch.stage_state = self._question(batch, server_args)
+        num_given, is_over = batch.stage_state.ids.shape[1], False
+        while not is_over:
+            is_over = self._take(batch, num_given, (yield [self._call(batch, num_given)]))
         written = batch.stage_state.ids[0, num_given:].tolist()
         caption = self.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         batch.params = dataclasses.replace(batch.params, prompt=caption.strip())
 
-    def _question(self, batch: Req, server_args: ServerArgs) -> dict[str, Any]:
-        """Return the arguments of the first call: the template, and the input image."""
+    def _question(self, batch: Req, server_args: ServerArgs) -> CaptionState:
+        """Return what the caption begins with: the template, and the input image."""
         in_english = params_of(batch, QwenImageLayeredSamplingParams).use_en_prompt
         template = CAPTION_PROMPT_EN if in_english else CAPTION_PROMPT_CN
         inputs = self.config.caption_inputs(template, batch, self.tokenizer, self.processor)
         # Copies: what NumPy made of an image lies anywhere, and bytes may depend on where.
-        given = {name: tensor.to(server_args.torch_device(), copy=True) for name, tensor in inputs.items()}
-        return {"ids": given.pop("input_ids"), "positions": None, "cache": [], **given}
+        image = {name: tensor.to(server_args.torch_device(), copy=True) for name, tensor in inputs.items()}
+        return CaptionState(image.pop("input_ids"), None, [], image)
 
-    def _call(self, batch: Req, kwargs: Mapping[str, Any], num_tokens: int) -> ModelCall:
-        """Return the call that writes the next tokens, so many at most."""
-        step = len(batch.stage_state.ids[0]) if batch.stage_state is not None else 0
-        key, static = batch.key("caption", step), {"num_tokens": num_tokens}
-        return ModelCall("text_encoder", dict(kwargs), {}, None, key, static, "write", batch.model)
+    def _call(self, batch: Req, num_given: int) -> ModelCall:
+        """Return the call that writes the next tokens."""
+        state = batch.stage_state
+        kwargs = {"ids": state.ids, "positions": state.positions, "cache": state.cache, **state.image}
+        num_written = state.ids.shape[1] - num_given
+        key, static = (
+            batch.key("caption", num_written),
+            {"num_tokens": min(UNIT_TOKENS, MAX_CAPTION_TOKENS - num_written)},
+        )
+        return ModelCall("text_encoder", kwargs, {}, None, key, static, "write", batch.model)
 
-    def _take(self, batch: Req, results: list[Any]) -> bool:
+    def _take(self, batch: Req, num_given: int, results: list[Any]) -> bool:
         """Keep what is continued; say whether the caption is over."""
-        batch.pending = []
         batch.stage_state = CaptionState(**results[0])
-        ends = self.generation_config.eos_token_id
-        return int(batch.stage_state.ids[0, -1]) in (ends if isinstance(ends, list) else [ends])
+        ids, ends = batch.stage_state.ids[0], self.generation_config.eos_token_id
+        is_ended = int(ids[-1]) in (ends if isinstance(ends, list) else [ends])
+        return is_ended or len(ids) == num_given + MAX_CAPTION_TOKENS

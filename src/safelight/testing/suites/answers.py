@@ -6,7 +6,9 @@ It shows nothing about an input to which the pixels do not answer. So each is ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,8 +31,8 @@ ELSEWHERE = {
     "fps": "of the file alone",
 }
 """Fields that no picture depends on, whatever the model."""
-INTEGERS = {"max_sequence_length": 78, "resolution": 1024}
-"""Other values of fields for which a step more is no other value."""
+SCHEDULE = (1.0, 0.7, 0.3)
+"""Of a case that gives none."""
 REMEDY = "make the way of it into the model stronger by `gains` of the recipe, or find what does not read it"
 
 
@@ -93,58 +95,42 @@ def movement(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max()) if first.shape == second.shape else 1.0
 
 
-def changed(schema: ModelSchema, name: str, option: Option, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a case's fields with one of them changed; None where there is nothing to change."""
-    value = fields.get(name, schema.defaults.get(name))
-    if value is None and option.kind in ("image", "images"):
-        return None
-    steps = {"num_inference_steps": None} if name in ("sigmas", "timesteps") else {}
-    return {**fields, name: other_value(schema, name, option, value), **steps}
-
-
-def other_value(schema: ModelSchema, name: str, option: Option, value: Any) -> Any:
-    """Return another value of a field."""
+def other_values(schema: ModelSchema, name: str, option: Option, value: Any) -> list[Any]:
+    """Return other values of a field, not all of which the model must take; none where there is nothing to change."""
+    maximum = math.inf if option.maximum is None else option.maximum
     match option.kind:
         case "string" | "strings":
-            return OTHER_NEGATIVE if name.startswith("negative") else OTHER_PROMPT
+            return [OTHER_NEGATIVE if name.startswith("negative") else OTHER_PROMPT]
         case "boolean":
-            return not value
+            return [not value]
         case "image" | "images":
-            return [inverted(image) for image in value] if isinstance(value, list) else inverted(value)
+            if value is None:
+                return []
+            return [[inverted(image) for image in value] if isinstance(value, list) else inverted(value)]
         case "numbers":
-            return [0.97 * number for number in value or (1.0, 0.7, 0.3)]
+            return [[0.97 * number for number in value]]
         case "number":
-            return other_number(option, value or 0.0)
+            return [min(2.0 * (value or 0.0) + 1.0, maximum), option.minimum]
         case "integer":
-            return other_integer(schema, name, value or 0)
+            steps = {"height": schema.size_multiple, "width": schema.size_multiple, "num_frames": schema.frame_step}
+            number = value or 0
+            return [number + 2 * steps.get(name, 1), min(2 * number, maximum), option.minimum]
     raise AssertionError(f"no other value is known of a field of kind {option.kind}")
-
-
-def other_integer(schema: ModelSchema, name: str, value: int) -> int:
-    """Return another whole number that the model takes."""
-    if name == "max_area":
-        return 2 * value
-    steps = {"height": schema.size_multiple, "width": schema.size_multiple, "num_frames": schema.frame_step}
-    return INTEGERS.get(name, value + 2 * steps.get(name, 1))
-
-
-def other_number(option: Option, value: float) -> float:
-    """Return another number that the field takes."""
-    other = 2.0 * value + 1.0
-    return option.maximum if option.maximum is not None and value < option.maximum < other else other
 
 
 def answers(pipeline: ComposedPipeline, case: Case, name: str, option: Option, made: dict[str, Tensor]) -> bool:
     """Say whether a field moves the pixels of a case, `made` if they are; False where the case cannot have it."""
     fields = single(case)
-    other = changed(pipeline.schema, name, option, fields)
-    if other is None:
-        return False
-    if name in ("sigmas", "timesteps"):
-        made, fields = {}, {**fields, name: fields.get(name, (1.0, 0.7, 0.3)), "num_inference_steps": None}
-    if case.name not in made:
-        made[case.name] = pixels(pipeline, fields)
-    try:
-        return movement(made[case.name], pixels(pipeline, other)) >= ANSWER
-    except InvalidParameterError:
-        return False
+    value = fields.get(name, pipeline.schema.defaults.get(name))
+    if option.kind == "numbers":  # a schedule, which says itself how many steps there are
+        value = value or SCHEDULE
+        made, fields = {}, {**fields, name: value, "num_inference_steps": None}
+    for other in other_values(pipeline.schema, name, option, value):
+        if other is None or other == value:
+            continue
+        if case.name not in made:
+            made[case.name] = pixels(pipeline, fields)
+        with suppress(InvalidParameterError):
+            if movement(made[case.name], pixels(pipeline, {**fields, name: other})) >= ANSWER:
+                return True
+    return False

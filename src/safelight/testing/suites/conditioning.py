@@ -6,16 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from torch import Tensor
 
 from safelight.core.executor import Execution
 from safelight.core.pipeline import ComposedPipeline
-from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
-from safelight.loading.loader import load_pipeline
-from safelight.testing.models import TinyModels, requests, run_alone, single
+from safelight.testing.models import TinyModels, load, requests, run_alone, same, single
 from safelight.testing.recipes import Case, Recipe
 from safelight.testing.suites.suite import Suite
 
@@ -39,33 +36,27 @@ class ConditioningSuite(Suite):
         """Each variant of a case is made once, then found."""
         case = next((case for case in recipe.cases if "image" in case.fields), recipe.cases[0])
         plain = tiny_models.ours(recipe, case.variant)
-        caching = load_pipeline(ServerArgs(str(tiny_models.folder(recipe, case.variant)), device="cpu"))
+        caching = load(tiny_models.folder(recipe, case.variant))
         cache = caching.conditioning_cache
         for fields in variants(case):
             expected = conditioning(plain, fields)
             assert equal(conditioning(caching, fields), expected), "made for the first time"
             misses, hits = cache.num_misses, cache.num_hits
             assert equal(conditioning(caching, fields), expected), "found"
-            found, wanted = cache.num_hits - hits, len(expected[0])
-            assert found >= wanted, f"{wanted - found} of {wanted} encodings are {NOT_FOUND}"
+            found, encodings = cache.num_hits - hits, len(expected[0])
+            assert found >= encodings, f"{encodings - found} of {encodings} encodings are {NOT_FOUND}"
             assert cache.num_misses == misses, f"{cache.num_misses - misses} encodings are {NOT_FOUND}"
 
     @pytest.mark.slow
     def test_outputs_of_one_request_share_the_work(self, recipe: Recipe, tiny_models: TinyModels) -> None:
         """The second output finds what the first one made."""
         case = recipe.cases[0]
-        caching = load_pipeline(ServerArgs(str(tiny_models.folder(recipe, case.variant)), device="cpu"))
+        plain, caching = tiny_models.ours(recipe, case.variant), load(tiny_models.folder(recipe, case.variant))
         fields = {**single(case), "seed": 3, "n": 2}
-        made: list[list[list[Tensor]]] = []
-        for pipeline in (tiny_models.ours(recipe, case.variant), caching):
-            reqs = requests(pipeline, fields)
-            for req in reqs:
-                run_alone(pipeline, req)
-            made.append([req.outputs for req in reqs])
+        made, expected = ([run_alone(each, req) for req in requests(each, fields)] for each in (caching, plain))
         cache = caching.conditioning_cache
         assert cache.num_hits == cache.num_misses > 0, f"they are {NOT_FOUND}"
-        for ours, expected in zip(*made, strict=True):
-            assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
+        assert same(made, expected)
 
 
 def conditioning(pipeline: ComposedPipeline, fields: Mapping[str, Any]) -> Conditioning:
@@ -81,8 +72,7 @@ def conditioning(pipeline: ComposedPipeline, fields: Mapping[str, Any]) -> Condi
 
 def equal(made: Conditioning, expected: Conditioning) -> bool:
     """Say whether two requests were given the same bytes and warnings."""
-    same_bytes = len(made[0]) == len(expected[0]) and all(map(torch.equal, made[0], expected[0]))
-    return made[1] == expected[1] and same_bytes
+    return made[1] == expected[1] and same(made[0], expected[0])
 
 
 def variants(case: Case) -> Iterator[dict[str, Any]]:

@@ -155,7 +155,7 @@ def aliases(req: Req) -> list[tuple[str, int]]:
         for index, embeds in enumerate(req.prompt_embeds)
         if value is embeds
     ]
-    return [*found, ("timesteps", int(req.timesteps is req.scheduler.timesteps))]
+    return [*found, ("schedule", int(req.timesteps is req.scheduler.timesteps))]
 
 
 def attributes(pipeline: ComposedPipeline) -> dict[str, object]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safelight.core.server_args import ServerArgs
-from safelight.loading.loader import load_pipeline
-from safelight.testing.models import TinyModels, requests, run_alone, single
+from safelight.testing.models import TinyModels, load, requests, run_alone, same, single
 from safelight.testing.recipes import Recipe
 from safelight.testing.suites.suite import Suite
 
@@ -21,15 +19,14 @@ class OutputsSuite(Suite):
         fields = {**recipe.cases[0].fields, "seed": 40}
         together = [run_alone(pipeline, req) for req in requests(pipeline, {**fields, "n": 3})]
         each = [run_alone(pipeline, requests(pipeline, {**fields, "seed": 40 + index})[0]) for index in range(3)]
-        assert all(torch.equal(left, right) for left, right in zip(together, each, strict=True))
+        assert same(together, each)
         assert not torch.equal(together[0], together[1])
 
     @pytest.mark.parametrize("component", ["vae", "text_encoder", "transformer"])
     def test_a_component_may_have_its_own_dtype(self, recipe: Recipe, tiny_models: TinyModels, component: str) -> None:
         """One in float32 while the rest is bfloat16."""
         folder, fields = tiny_models.folder(recipe), single(recipe.cases[1])
-        args = ServerArgs(str(folder), device="cpu", dtype="bfloat16", component_dtypes={component: "float32"})
-        mixed = load_pipeline(args)
+        mixed = load(folder, dtype="bfloat16", component_dtypes={component: "float32"})
         dtypes = {
             name: list(module.parameters())[-1].dtype  # the first may be one that is always float32
             for name, module in mixed.modules().items()

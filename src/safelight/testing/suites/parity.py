@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from safelight.core.server_args import ServerArgs
-from safelight.loading.loader import load_pipeline
-from safelight.testing.models import TinyModels, requests
+from safelight.testing.models import TinyModels, load, requests
 from safelight.testing.recipes import Case, Recipe
-from safelight.testing.reference import (
-    difference_of_states,
-    distance,
-    encodings,
-    parts_of,
-    run_ours,
-    run_reference,
-)
+from safelight.testing.reference import difference_of_states, distance, encoders_of, encodings, run_ours, run_reference
 from safelight.testing.report import OtherwiseRow, ParityRow
 from safelight.testing.suites.suite import Suite
 
@@ -37,15 +28,15 @@ class ParitySuite(Suite):
         reqs = requests(ours, case.fields)
         expected = run_reference(reference, recipe, reqs)
         latent_difference = pixel_difference = 0.0
-        with encodings(parts_of(ours, recipe)) as made:
+        with encodings(encoders_of(ours, recipe)) as made:
             for index, req in enumerate(reqs):
                 noise, steps = run_ours(ours, req)
                 assert torch.equal(noise, expected.noise[index : index + 1]), "the initial noise is another"
                 assert req.sigmas == expected.sigmas
                 assert req.timesteps is not None and torch.equal(req.timesteps, expected.timesteps)
                 assert len(steps) == len(expected.steps) == req.num_inference_steps
-                for step, wanted in zip(steps, expected.steps, strict=True):
-                    latent_difference = max(latent_difference, float((step[0] - wanted[index]).abs().max()))
+                for step, theirs in zip(steps, expected.steps, strict=True):
+                    latent_difference = max(latent_difference, float((step[0] - theirs[index]).abs().max()))
                 pixel_difference = max(pixel_difference, distance(req, expected.pixels[index]))
         assert made.keys() == expected.made.keys(), "the token ids are others"
         state_difference = difference_of_states(made, expected.made)
@@ -69,10 +60,10 @@ class ParitySuite(Suite):
         assert recipe.difference is not None
         (req,) = requests(ours, {**case.fields, "n": 1})
         installed = run_reference(tiny_models.reference(recipe, as_installed=True), recipe, [req])
-        with encodings(parts_of(ours, recipe)) as made:
+        with encodings(encoders_of(ours, recipe)) as made:
             run_ours(ours, req)
         (alike,) = requests(ours, {**case.fields, "n": 1})
-        with monkeypatch.context() as patch, encodings(parts_of(ours, recipe)) as made_alike:
+        with monkeypatch.context() as patch, encodings(encoders_of(ours, recipe)) as made_alike:
             recipe.difference.unlearn(patch)
             run_ours(ours, alike)
         states, pixels = difference_of_states(made, installed.made), distance(req, installed.pixels[0])
@@ -115,7 +106,7 @@ class ParitySuite(Suite):
     def test_half_precision_follows_the_reference(self, recipe: Recipe, tiny_models: TinyModels, dtype: str) -> None:
         """Within what rounding does."""
         case, folder = recipe.cases[0], tiny_models.folder(recipe)
-        ours = load_pipeline(ServerArgs(str(folder), device="cpu", dtype=dtype))
+        ours = load(folder, dtype=dtype)
         reference = recipe.reference(folder, dtype=getattr(torch, dtype))
         reqs = requests(ours, case.fields)
         expected = run_reference(reference, recipe, reqs)

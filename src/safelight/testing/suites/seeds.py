@@ -15,10 +15,8 @@ from torch import Tensor
 from safelight.core.executor import Execution
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import resolve_class
-from safelight.core.server_args import ServerArgs
 from safelight.loading.classes import LIBRARY_CLASSES
-from safelight.loading.loader import load_pipeline
-from safelight.testing.models import TinyModels, requests
+from safelight.testing.models import TinyModels, load, requests
 from safelight.testing.recipes import Recipe
 from safelight.testing.suites.suite import Suite
 
@@ -37,7 +35,7 @@ class SeedsSuite(Suite):
         made = {}
         for number, (name, config) in enumerate(solvers()):
             folder = with_solver(tiny_models.folder(recipe), name, config, tmp_path / str(number))
-            pipeline = load_pipeline(ServerArgs(str(folder), device="cpu"))
+            pipeline = load(folder)
             first, second = (run_disturbed(pipeline, fields, disturbance) for disturbance in (1, 1000))
             assert torch.equal(first, second), f"{name} {config}"
             assert not torch.equal(first, run_disturbed(pipeline, {**fields, "seed": 4}, 1))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
-from safelight.testing.recipes import Recipe
+from safelight.testing.recipes import Case, Recipe
 
 
 class Suite:
@@ -25,30 +25,18 @@ class Suite:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Make a test for each recipe, or each case."""
-        if {"recipe", "case"} <= set(metafunc.fixturenames):
-            metafunc.parametrize(
-                ("recipe", "case"),
-                [
-                    pytest.param(
-                        recipe,
-                        case,
-                        id=f"{recipe.pipeline_name}: {case.name}",
-                        marks=[pytest.mark.slow] if case.slow or case not in recipe.cases[: self.quick_cases] else [],
-                    )
-                    for recipe in self.recipes
-                    for case in recipe.cases
-                ],
-            )
-        elif "recipe" in metafunc.fixturenames:
-            differing = "otherwise_rows" in metafunc.fixturenames
-            chosen = [recipe for recipe in self.recipes if recipe.difference is not None or not differing]
-            slow = self.slow_recipes.get(metafunc.function.__name__, ())
-            marks = {name: [pytest.mark.slow] for name in slow}
+        asked = set(metafunc.fixturenames)
+        if {"recipe", "case"} <= asked:
             params = [
-                pytest.param(recipe, id=recipe.pipeline_name, marks=marks.get(recipe.pipeline_name, []))
-                for recipe in chosen
+                param(recipe, case, slow=case.slow or case not in recipe.cases[: self.quick_cases])
+                for recipe in self.recipes
+                for case in recipe.cases
             ]
-            metafunc.parametrize("recipe", params)
+            metafunc.parametrize(("recipe", "case"), params)
+        elif "recipe" in asked:
+            slow = self.slow_recipes.get(metafunc.function.__name__, ())
+            chosen = [each for each in self.recipes if each.difference is not None or "otherwise_rows" not in asked]
+            metafunc.parametrize("recipe", [param(each, slow=each.pipeline_name in slow) for each in chosen])
 
     @pytest.fixture(autouse=True)
     def _small_constants(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +46,9 @@ class Suite:
         )
         if recipe is not None and recipe.patch is not None and (case is None or case.patched):
             recipe.patch(monkeypatch)
+
+
+def param(recipe: Recipe, *case: Case, slow: bool) -> Any:
+    """Return a test's recipe, or recipe and case, by their names."""
+    name = ": ".join((recipe.pipeline_name, *(each.name for each in case)))
+    return pytest.param(recipe, *case, id=name, marks=[pytest.mark.slow] if slow else [])

@@ -32,13 +32,6 @@ def test_an_impossible_layout_is_refused_with_the_numbers(layout, facts, message
     assert message in str(refused.value)
 
 
-def test_sizes_are_whole_numbers_from_one():
-    with pytest.raises(InvalidParameterError, match="ring_degree: got 0"):
-        ParallelLayout(ring=0)
-    with pytest.raises(InvalidParameterError, match="devices: got 0"):
-        choose_layout(0, MODEL)
-
-
 @pytest.mark.parametrize(
     ("num_devices", "details", "chosen"),
     [
@@ -50,7 +43,6 @@ def test_sizes_are_whole_numbers_from_one():
         (6, {}, (2, 1, 3, 1)),
         (5, {}, (1, 5, 1, 1)),
         (10, {}, (2, 5, 1, 1)),
-        (8, {"link_size": 2}, (2, 2, 2, 1)),
         (8, {"device_bytes": 2**34}, (2, 1, 2, 2)),
         (4, {"device_bytes": 2**33}, (1, 1, 1, 4)),
     ],
