@@ -140,13 +140,13 @@ def test_whoever_follows_a_job_that_waits_is_told_all_and_holds_it_alone(tmp_pat
         tasks = [asyncio.create_task(follow(job)) for job in left[4:]]
         gone = asyncio.create_task(follow(left[3]))
         await asyncio.sleep(0.05)
-        assert len(list(server.jobs.runner.backlog.followed())) == 5
+        assert len(list(server.jobs.runner.backlog.followed.values())) == 5
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         del gone
         gc.collect()
         await asyncio.sleep(0.01)
-        assert len(list(server.jobs.runner.backlog.followed())) == 4
+        assert len(list(server.jobs.runner.backlog.followed.values())) == 4
         await server.jobs.cancel(left[7].id)
         assert (await tasks[3])[-1] == "failed"
         server.engine.release()

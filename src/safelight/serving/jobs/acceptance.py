@@ -47,8 +47,8 @@ class Acceptance:
             if existing is not None:
                 return check_same(existing, submission.digest)
         schema = self._runner.engine.schema
-        if self._runner.retry.stops or schema is None:
-            raise NotReadyError("the server stops" if self._runner.retry.stops else "the model is being loaded")
+        if self._runner.stops or schema is None:
+            raise NotReadyError("the server stops" if self._runner.stops else "the model is being loaded")
         runs = self._runner.runs
         num_unfinished = len(runs) + len(self.under_way) + len(self._runner.backlog)
         if num_unfinished >= self._limits.max_unfinished:
@@ -73,16 +73,13 @@ class Acceptance:
                 if files:
                     await self._store.announce(job.id)
                     await self._runner.files.save(files)
-            return await self._add(job, files, client)
-
-    async def _add(self, job: Job, files: Mapping[str, bytes | Stored], client: str) -> Job:
-        try:
-            accepted = await self._runner.retry(lambda: self._store.add(job), self._limits.busy_seconds)
-        except SafelightError:  # after anything else it may be stored all the same, and needs its files
-            await self._retention.remove_files(job.id, files)
-            raise
-        if accepted.id != job.id:
-            await self._retention.remove_files(job.id, files)
-        elif accepted is job and not self._runner.retry.stops:  # else whoever finds it takes it up
-            self._runner.launch(Run(job, client, is_new=True))
-        return accepted
+            try:
+                accepted = await self._runner.retry(lambda: self._store.add(job), self._limits.busy_seconds)
+            except SafelightError:  # after anything else it may be stored all the same, and needs its files
+                await self._retention.remove_files(job.id, files)
+                raise
+            if accepted.id != job.id:
+                await self._retention.remove_files(job.id, files)
+            elif accepted is job and not self._runner.stops:  # else whoever finds it takes it up
+                self._runner.launch(Run(job, client, is_new=True))
+            return accepted

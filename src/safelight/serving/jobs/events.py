@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from safelight.runtime.client import Progress
 from safelight.serving.jobs.run import JobEvent, Run
@@ -33,7 +33,7 @@ class Events:
         job = None if job_id in runs else await self._runner.store.get(job_id)
         run = runs.get(job_id)  # it may have been taken up meanwhile
         if run is None and job is not None:
-            run = backlog.follow(job) if job_id in backlog else Run(job, over=True)
+            run = backlog.followed.setdefault(job_id, Run(job)) if job_id in backlog else Run(job, over=True)
         if run is None:
             return
         told: JobEvent | None = None
@@ -64,16 +64,14 @@ class Events:
         ahead = itertools.takewhile(lambda other: other is not run, [*earlier, *later])
         return self._runner.engine.stats.num_waiting + sum(1 for _ in ahead)
 
-    def _news(self, run: Run, told: JobEvent | None) -> list[JobEvent]:
-        """Return the events that lead from what was told last to what is now."""
+    def _news(self, run: Run, told: JobEvent | None) -> Iterator[JobEvent]:
+        """Yield the events that lead from what was told last to what is now."""
         job, progress = run.job, self._progress(run)
-        news: list[JobEvent] = []
         if job.state == progress.state == "queued" and (told is None or told.progress != progress):
-            news.append(JobEvent("queued", job, progress))
+            yield JobEvent("queued", job, progress)
         if job.attempts and not (told is None and job.finished) and job.attempts != (told.job.attempts if told else 0):
-            news.append(JobEvent("started", job, progress))
+            yield JobEvent("started", job, progress)
         elif job.state == "in_progress" and told is not None and told.progress != progress:
-            news.append(JobEvent("step", job, progress))
+            yield JobEvent("step", job, progress)
         if job.state in ("completed", "failed"):
-            news.append(JobEvent(job.state, job, progress))
-        return news
+            yield JobEvent(job.state, job, progress)

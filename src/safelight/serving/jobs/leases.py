@@ -8,6 +8,7 @@ import logging
 
 from safelight.errors import StorageError
 from safelight.serving.jobs.job import MAX_ATTEMPTS, Job
+from safelight.serving.jobs.run import Run
 from safelight.serving.jobs.runner import WORKER_LOST, Runner
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,9 @@ class Lease:
                 logger.exception("job %s cannot be read", job_id)
                 job = None
             if job is not None and not job.finished and job_id in self._backlog:
-                self._runner.launch(self._backlog.run(job), lambda _: places.release())
+                run = self._backlog.followed.pop(job_id, None) or Run(job)  # whoever followed it follows that
+                run.job = job
+                self._runner.launch(run, lambda _: places.release())
             else:
                 places.release()
                 await self._tell(job_id)
@@ -119,7 +122,6 @@ class Lease:
 
     async def _tell(self, job_id: str) -> None:
         """Tell whoever follows a job that it is not run here."""
-        if (run := self._backlog.followed_as(job_id)) is not None and not run.job.finished:
+        if (run := self._backlog.followed.get(job_id)) is not None and not run.job.finished:
             await self._runner.look(run)
-            run.over = True
-            run.wake()
+            run.end()

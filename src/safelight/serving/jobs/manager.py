@@ -136,10 +136,11 @@ class JobManager:
 
         What has not finished by then stays in progress, and has its next attempt when a server takes it up.
         """
-        self.runner.retry.stops = True
+        self.runner.stops = True
         for taking in self._taking:
             taking.cancel()
-        self.runner.backlog.close()
+        for run in list(self.runner.backlog.followed.values()):
+            run.end()
         for run in list(self.runner.runs.values()):
             if not run.running:
                 self.runner.stop(run)

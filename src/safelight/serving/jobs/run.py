@@ -41,6 +41,17 @@ class Run:
         """Whether the engine works on it, or its outputs are being written."""
         return self.ticket is not None and (self.ticket.done or self.ticket.progress.state == "running")
 
+    def show(self, job: Job) -> None:
+        """Tell whoever follows it what the job is now; a finished one stays as it is."""
+        if not self.job.finished:
+            self.job = job
+            self.wake()
+
+    def end(self) -> None:
+        """Tell whoever follows it that nothing more becomes of it in this process."""
+        self.over = True
+        self.wake()
+
     def wake(self) -> None:
         """Tell whoever follows it that something is new."""
         changed, self.changed = self.changed, asyncio.Event()

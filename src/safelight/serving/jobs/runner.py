@@ -18,8 +18,10 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from safelight.core.params import SamplingParams
 from safelight.errors import (
@@ -42,11 +44,11 @@ from safelight.serving.jobs.job import MAX_ATTEMPTS, Job, JobError
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.outputs import write_outputs
 from safelight.serving.jobs.retention import Retention
-from safelight.serving.jobs.retry import Retry
 from safelight.serving.jobs.run import Run
 from safelight.serving.jobs.store import JobStore
 from safelight.serving.jobs.submission import read_params
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = JobError(SafelightError.code, "the server made a mistake; its log has it by this job's id")
@@ -70,7 +72,7 @@ class Runner:
         store, files, engine, retention, expiry, limits, clocks: what it works with.
         runs: by job, what is in memory of those that this server holds.
         backlog: jobs that it may claim.
-        retry: how the store is asked.
+        stops: whether this server stops, so that what the store refuses is given up.
 
     """
 
@@ -89,7 +91,7 @@ class Runner:
         self._may_begin = may_begin
         self.runs: dict[str, Run] = {}
         self.backlog = Backlog()
-        self.retry = Retry(limits.retry_seconds)
+        self.stops = False
         self._gate = asyncio.Lock()  # first come, first served: the order of acceptance
         self._left = asyncio.Event()  # a job has left the engine
 
@@ -100,6 +102,25 @@ class Runner:
         run.task.add_done_callback(lambda task: self._ended(run, task))
         run.task.add_done_callback(then)
 
+    async def retry(self, call: Callable[[], Awaitable[T]], seconds: float = math.inf) -> T:
+        """Return what a call of the store does, again and again while another program holds that, or its disk fails.
+
+        Raises:
+            StorageBusyError, StorageFailedError: after so many seconds, or where the server stops.
+
+        """
+        begun, is_told = time.monotonic(), False
+        while True:
+            try:
+                return await call()
+            except (StorageBusyError, StorageFailedError) as error:
+                if self.stops or time.monotonic() - begun >= seconds:
+                    raise
+                if not is_told:
+                    logger.error("%s", error)
+                is_told = True
+            await asyncio.sleep(self.limits.retry_seconds)
+
     def stop(self, run: Run) -> None:
         """End what is done for a job, except the writing of its outputs, which is given up at its end."""
         if run.ticket is not None and not run.ticket.done:
@@ -109,10 +130,10 @@ class Runner:
 
     def end(self, failed: Job) -> None:
         """Stop a job that has been ended in the store, and tell whoever follows it."""
-        run = self.runs.get(failed.id) or self.backlog.followed_as(failed.id)
+        run = self.runs.get(failed.id) or self.backlog.followed.get(failed.id)
         self.backlog.drop(failed.id)
         if run is not None:
-            self._show(run, failed)
+            run.show(failed)
             self.stop(run)
 
     async def look(self, run: Run) -> None:
@@ -122,13 +143,12 @@ class Runner:
         if job is None:  # it was deleted, for which it is cancelled first
             job = self.expiry.failed(run.job, CANCELLED)
         if job.finished:
-            self._show(run, job)
+            run.show(job)
 
     def _ended(self, run: Run, task: asyncio.Task[None]) -> None:
         """Forget a run; here and not in the task, which never begins if it is cancelled at once."""
         del self.runs[run.job.id]
-        run.over = True
-        run.wake()
+        run.end()
         self._wake_waiting()
         if not task.cancelled() and task.exception() is not None:
             logger.error("job %s could not be ended; the next start takes it up", run.job.id, exc_info=task.exception())
@@ -141,7 +161,7 @@ class Runner:
             await self.look(run)
         except SafelightError as error:
             # The engine answers so to what it is made to drop; such a job is the next server's.
-            if not ((self.retry.stops or run.is_lost) and isinstance(error, _OF_A_STOP)):
+            if not ((self.stops or run.is_lost) and isinstance(error, _OF_A_STOP)):
                 if error.code == INTERNAL_ERROR.code:
                     logger.error("job %s: %s", _named(run.job), error, exc_info=error.__cause__)
                 await self._fail(run, JobError(error.code, str(error), error.param))
@@ -157,7 +177,7 @@ class Runner:
             try:
                 outputs = await self._follow(run, run.ticket)
             except (WorkerLostError, NotReadyError):
-                if self.retry.stops:
+                if self.stops:
                     raise
                 if run.job.attempts >= MAX_ATTEMPTS:
                     raise WorkerLostError(WORKER_LOST.message) from None
@@ -265,18 +285,13 @@ class Runner:
         """
         if not await self.retry(lambda: self.store.replace(run.job, new)):
             raise _SupersededError
-        self._show(run, new)
+        run.show(new)
 
     def _wake_waiting(self) -> None:
         """Tell the jobs that are held back that they may have moved up."""
-        for run in [*self.runs.values(), *self.backlog.followed()]:
+        for run in [*self.runs.values(), *self.backlog.followed.values()]:
             if run.ticket is None:
                 run.wake()
-
-    def _show(self, run: Run, job: Job) -> None:
-        if not run.job.finished:
-            run.job = job
-            run.wake()
 
 
 def _named(job: Job) -> str:
