@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Iterable
-from weakref import WeakValueDictionary
-
-from safelight.serving.jobs.run import Run
 
 
 class Backlog:
     """Jobs that may be claimed, in the order of acceptance, one after the other. Only for the event loop's thread.
 
     Attributes:
-        followed: runs of these jobs that somebody follows, by job; they are in memory for as long as somebody does.
         filled: set while there are any.
         over: set while there are none; jobs that are accepted meanwhile begin then.
 
@@ -23,7 +19,6 @@ class Backlog:
     def __init__(self) -> None:
         self._places: dict[str, int] = {}
         self._places_given = itertools.count()
-        self.followed: WeakValueDictionary[str, Run] = WeakValueDictionary()
         self.filled, self.over = asyncio.Event(), asyncio.Event()
         self.over.set()
 

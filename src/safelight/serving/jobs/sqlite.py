@@ -20,7 +20,7 @@ from safelight.serving.addresses import KEY_NAME
 from safelight.serving.clocks import Clocks
 from safelight.serving.jobs.job import Job, Kind, check_same, read_job
 from safelight.serving.jobs.sqlite_errors import named_failures
-from safelight.serving.jobs.store import MAX_PAGE, Horizon, JobStore, Kept, Order, Page, Usage, Waiting
+from safelight.serving.jobs.store import MAX_PAGE, Horizon, JobStore, Kept, Order, Page, Usage
 
 T = TypeVar("T")
 
@@ -113,8 +113,7 @@ class SqliteJobStore(JobStore):
         except BaseException as error:
             self._let_go()
             if isinstance(error, OSError):
-                message = f"state directory {str(directory)!r} cannot be used: {error.strerror}"
-                raise StateDirectoryError(message) from error
+                raise _unusable(directory, error.strerror) from error
             raise
 
     def _let_go(self) -> None:
@@ -190,10 +189,9 @@ class SqliteJobStore(JobStore):
                 self._write(statement, {"id": job_id})
         return found
 
-    async def unfinished(self) -> list[Waiting]:
-        columns = "id, attempts, lease IS NOT NULL"
-        rows = await self._call(self._rows, f"SELECT {columns} FROM {_JOBS} WHERE {_UNFINISHED} ORDER BY number")
-        return [Waiting(job_id, attempts, bool(is_claimed)) for job_id, attempts, is_claimed in rows]
+    async def unclaimed(self) -> dict[str, int]:
+        where = f"{_UNFINISHED} AND lease IS NULL ORDER BY number"
+        return dict(await self._call(self._rows, f"SELECT id, attempts FROM {_JOBS} WHERE {where}"))
 
     async def begin_lease(self, server: str, seconds: float) -> int:
         return await self._change(self._begin_lease, server, seconds)
@@ -269,9 +267,9 @@ class SqliteJobStore(JobStore):
     async def announce(self, job_id: str) -> None:
         await self._change(self._write, _REMOVED, {"id": job_id})
 
-    async def forget(self, but: Collection[str]) -> None:
-        forgotten = "DELETE FROM removed WHERE id NOT IN (SELECT value FROM json_each(:but))"
-        await self._change(self._write, forgotten, {"but": json.dumps(list(but))})
+    async def forget(self, job_ids: Collection[str] | None = None) -> None:
+        forgotten = "DELETE FROM removed WHERE :ids IS NULL OR id IN (SELECT value FROM json_each(:ids))"
+        await self._change(self._write, forgotten, {"ids": None if job_ids is None else json.dumps(list(job_ids))})
 
     async def close(self) -> None:
         await self._call(self._connection.close)
@@ -333,6 +331,10 @@ def _is_older(names: frozenset[str]) -> bool:
     return _DATABASE in names or names <= {_LOCK, KEY_NAME}
 
 
+def _unusable(directory: Path, why: object) -> StateDirectoryError:
+    return StateDirectoryError(f"state directory {str(directory)!r} cannot be used: {why}")
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         path.touch(mode=directories.PRIVATE)
@@ -346,8 +348,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             connection.close()
             raise
     except (OSError, sqlite3.Error, StorageError) as error:
-        message = f"state directory {str(path.parent)!r} cannot be used: {path.name}: {error}"
-        raise StateDirectoryError(message) from error
+        raise _unusable(path.parent, f"{path.name}: {error}") from error
     return connection
 
 
@@ -359,8 +360,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise StateDirectoryError(f"state directory {str(path.parent)!r}: {message}")
     (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if version == 0 and num_tables:
-        message = f"{path.name} is another program's database; name another folder"
-        raise StateDirectoryError(f"state directory {str(path.parent)!r} cannot be used: {message}")
+        raise _unusable(path.parent, f"{path.name} is another program's database; name another folder")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA wal_autocheckpoint = 64")  # pages of 4 KiB: the log stays small beside small disks
