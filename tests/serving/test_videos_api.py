@@ -7,6 +7,7 @@ import base64
 import openai
 import pytest
 
+from safelight.serving import videos_api
 from tests.serving.http_server import PROMPT, running
 from tests.serving.stub_engine import IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
 from tests.serving.wire import png
@@ -113,5 +114,5 @@ def test_a_length_becomes_the_nearest_number_of_frames_that_the_model_makes(vide
     with video_server.http() as http:
         video = http.post("/v1/videos", json={"prompt": PROMPT, "seconds": seconds})
         assert (video.json()["num_frames"], video.json()["seconds"]) == (frames, f"{frames / 8:.6g}")
-        assert video.headers["openai-poll-after-ms"] == "1000"
+        assert video.headers["openai-poll-after-ms"] == str(videos_api.POLL_AFTER_MS)
         http.delete(f"/v1/videos/{video.json()['id']}").raise_for_status()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 
 import pytest
 
@@ -88,3 +89,22 @@ def test_records_count_in_the_quota(tmp_path):
         await server.jobs.close(1.0)
 
     asyncio.run(use())
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_a_job_that_was_removed_is_forgotten_once_its_files_are(tmp_path, monkeypatch, lets_go):
+    async def use(server):
+        def fails(names):
+            raise OSError(errno.EIO, "the disk fails")
+
+        job = await server.end(await server.submit())
+        with monkeypatch.context() as patch:
+            if not lets_go:
+                patch.setattr(server.outputs, "_remove", fails)
+            assert await server.jobs.delete(job.id)
+        assert server.files() == (set() if lets_go else {job.outputs[0].name})
+        assert (await server.store.kept([job.id])).keys() == {job.id}
+        await server.jobs.sweep()
+        assert server.files() == set() and await server.store.kept([job.id]) == {}
+
+    serving(tmp_path, use)
