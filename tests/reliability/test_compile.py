@@ -20,10 +20,11 @@ from safelight.preparation import prepare
 from safelight.runtime.group import EngineSettings
 from safelight.runtime.model_runner import PipelineRunner
 from safelight.runtime.supervisor import Supervisor
+from safelight.serving.admission import Admission
 from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.inputs import new_job
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.sqlite import SqliteJobStore
-from safelight.serving.jobs.submission import Submission
 from tests.recipes import all_recipes
 
 SECONDS = 400.0
@@ -66,7 +67,7 @@ async def until(condition):
 async def killed_once(manager, supervisor, in_mode):
     """Submit a job, kill the worker in the middle of its steps, and return the job at its end."""
     params, warnings = prepare(supervisor.schema, FIELDS)
-    job = await manager.submit(Submission(params, warnings=warnings))
+    job = await manager.submit(*new_job(params, supervisor.schema, {}, warnings=tuple(warnings)), Admission())
     await until(lambda: (manager.progress(job.id).step or 0) > 20)
     assert (await manager.store.get(job.id)).form == Form(in_mode)
     assert manager.progress(job.id).step < 280

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from safelight.core.params import SamplingParams
 from safelight.preparation import prepare
 from safelight.serving.admission import Admission
 from safelight.serving.clocks import Clocks, Moment
 from safelight.serving.directories import MARKER
 from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.inputs import new_job
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.sqlite import SqliteJobStore
-from safelight.serving.jobs.submission import Submission
+from safelight.serving.spool import Stored
 from tests.serving.stub_engine import StubEngine
 
 SECONDS = 20.0
@@ -56,7 +58,7 @@ class Server:
         self.jobs = JobManager(self.store, self.outputs, engine, JobLimits(**limits), clocks)
 
     async def submit(self, prompt: str = "a", key: str | None = None, digest: str = "", **fields: Any) -> Job:
-        return await self.jobs.submit(submission(self.engine, prompt, key, digest, **fields))
+        return await self.jobs.submit(*submission(self.engine, prompt, key, digest, **fields))
 
     async def get(self, job_id: str) -> Job:
         job = await self.store.get(job_id)
@@ -84,18 +86,24 @@ class Server:
             return np.asarray(image)
 
 
-def submission(engine: StubEngine, prompt="a", key=None, digest="", **fields) -> Submission:
-    schema = engine._schema
-    ours: dict[str, Any] = {
-        name: fields.pop(name) for name in ("output_format", "compression", "images") if name in fields
-    }
-    ours["admission"] = Admission(owner=fields.pop("owner", ""), priority=fields.pop("priority", 0))
-    if schema.task.makes_video:
-        ours.setdefault("output_format", "mp4")
-    opened = {name: [Image.open(io.BytesIO(data)) for data in datas] for name, datas in ours.get("images", {}).items()}
+def prepared(engine: StubEngine, prompt="a", images=None, **fields: Any) -> tuple[SamplingParams, list[str]]:
+    """Return resolved parameters and what the user should know of them; images are files, by field."""
+    opened = {name: [Image.open(io.BytesIO(data)) for data in datas] for name, datas in (images or {}).items()}
     given = {name: pictures if name == "image" else pictures[0] for name, pictures in opened.items()}
-    params, warnings = prepare(schema, {"prompt": prompt, **given, **fields})
-    return Submission(params, warnings=warnings, idempotency_key=key, digest=digest, **ours)
+    return prepare(engine._schema, {"prompt": prompt, **given, **fields})
+
+
+def submission(
+    engine: StubEngine, prompt="a", key=None, digest="", images=None, owner="", priority=0, compression=None, **fields
+) -> tuple[Job, dict[str, bytes | Stored], Admission]:
+    """Return a job that is to be accepted, its files, and as what it may be run."""
+    schema = engine._schema
+    output_format = fields.pop("output_format", "mp4" if schema.task.makes_video else "png")
+    params, warnings = prepared(engine, prompt, images, **fields)
+    admission = Admission(owner=owner, priority=priority)
+    asked = {"output_format": output_format, "compression": compression, "warnings": tuple(warnings)}
+    asked |= {"owner": owner, "priority": priority, "idempotency_key": key, "digest": digest}
+    return *new_job(params, schema, images or {}, **asked), admission
 
 
 def serving(state: Path, use, engine: StubEngine | None = None, drain: float = 0.0, start: bool = True, **limits):
@@ -121,20 +129,24 @@ def picture(size=(40, 30), mode="RGB", form="PNG", colour="red") -> bytes:
     return file.getvalue()
 
 
+async def every(store: SqliteJobStore) -> list[Job]:
+    """Return every job, in the order of acceptance."""
+    page = await store.page(limit=100, order="asc")
+    found = page.jobs
+    while page.has_more:
+        page = await store.page(limit=100, after=found[-1].id, order="asc")
+        found += page.jobs
+    return found
+
+
 async def file_names(store: SqliteJobStore) -> set[str]:
     """Return the names of all jobs' files."""
-    names: set[str] = set()
-    page = await store.page(limit=100)
-    while page.jobs:
-        names.update(file.name for job in page.jobs for file in job.files)
-        page = await store.page(limit=100, after=page.jobs[-1].id)
-    return names
+    return {file.name for job in await every(store) for file in job.files}
 
 
 async def unfinished(store: SqliteJobStore) -> list[Job]:
     """Return every job that waits or runs."""
-    found = [await store.get(waiting.id) for waiting in await store.unfinished()]
-    return [job for job in found if job is not None]
+    return [job for job in await every(store) if not job.finished]
 
 
 async def collect(events):

@@ -15,12 +15,13 @@ import time
 from pathlib import Path
 
 from safelight.preparation import prepare
+from safelight.serving.admission import Admission
 from safelight.serving.jobs.folder import FolderFiles
+from safelight.serving.jobs.inputs import new_job
 from safelight.serving.jobs.job import Job, request_digest
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.sqlite import SqliteJobStore
-from safelight.serving.jobs.submission import Submission
 from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine
 
 ENDINGS = ("", "", "", "", " [die:1]", " [die]", " [fail:out_of_memory@1]")
@@ -54,7 +55,9 @@ async def serve(state: Path, log: int) -> None:
         prompt = f"{os.getpid()}/{number}{random.choice(ENDINGS)}"
         params, _ = prepare(IMAGE_SCHEMA, {"prompt": prompt, "n": random.choice((1, 2))})
         key = f"{os.getpid()}/{number // 2}" if number % 5 < 2 else None  # two jobs with one key, now and then
-        job = await manager.submit(Submission(params, idempotency_key=key, digest=request_digest({})))
+        job = await manager.submit(
+            *new_job(params, IMAGE_SCHEMA, {}, idempotency_key=key, digest=request_digest({})), Admission()
+        )
         os.write(log, f"keyed {key} {job.id}\n".encode() if key else f"accepted {job.id}\n".encode())
         accepted.append(job.id)
         if random.random() < 0.1:

@@ -27,7 +27,6 @@ from safelight.errors import InvalidParameterError, QueueFullError, SafelightErr
 from safelight.serving import bodies, long_texts, pieces, spool, trial
 from safelight.serving.bodies import HeldBytes, read_body
 from safelight.serving.context import Settings
-from safelight.serving.events import EventStream
 from safelight.serving.fields import sort_fields
 from safelight.serving.images_api import image_fields
 from safelight.serving.input_pictures import open_picture
@@ -279,32 +278,6 @@ def test_a_slow_reader_of_a_large_answer_holds_little(tmp_path):
             assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
             (connection,) = server.server.server_state.connections
             assert server.call(connection.transport.get_write_buffer_size) < 1 << 18
-
-
-def test_no_comment_is_within_an_event():
-    """A disk that is slow in the middle of one is waited for."""
-
-    async def source():
-        yield b"event: a\ndata: "
-        await asyncio.sleep(0.2)
-        yield b"{}\n\n"
-        await asyncio.sleep(0.2)
-        yield b"event: b\ndata: {}\n\n"
-
-    async def use():
-        sent = []
-
-        async def send(message):
-            sent.append(message.get("body", b""))
-
-        async def receive():
-            await asyncio.sleep(10)
-
-        await EventStream(source(), 0.05)({}, receive, send)
-        return b"".join(sent)
-
-    got = asyncio.run(use())
-    assert got.startswith(b"event: a\ndata: {}\n\n: ping\n\n") and got.endswith(b"event: b\ndata: {}\n\n")
 
 
 def test_legal_bodies_of_the_largest_size_pass(tmp_path):

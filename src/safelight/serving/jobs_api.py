@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, BinaryIO, Literal, cast
 
@@ -21,14 +22,13 @@ from safelight.serving.encoding import MEDIA_TYPES
 from safelight.serving.errors import ConflictStateError, MalformedRequestError, NotFoundError, RangeError
 from safelight.serving.events import EventStream, event
 from safelight.serving.fields import Resolved, typed
-from safelight.serving.forms import Upload
-from safelight.serving.jobs.job import Job, Kind, file_digest, request_digest
-from safelight.serving.jobs.submission import Submission
+from safelight.serving.jobs.inputs import new_job
+from safelight.serving.jobs.job import Job, Kind, StoredFile, request_digest
 from safelight.serving.principals import principal_of
-from safelight.serving.spool import LongText
 
 VARIANTS = ("video", "thumbnail", "spritesheet")
 _LIST_FIELDS = ("after", "limit", "order")
+_RANGE = re.compile(r"\s*bytes\s*=\s*([0-9]{0,19})-([0-9]{0,19})\s*")
 _CHUNK = 1 << 18
 
 
@@ -67,12 +67,7 @@ def routes(context: Context) -> APIRouter:
 
 
 async def submit(
-    request: Request,
-    context: Context,
-    body: Body,
-    resolved: Resolved,
-    admission: Admission,
-    echo: Mapping[str, Any],
+    request: Request, context: Context, body: Body, resolved: Resolved, admission: Admission, echo: Mapping[str, Any]
 ) -> Job:
     """Make a job of a request, with its `Idempotency-Key`; `echo` are the fields that are to be shown of it again.
 
@@ -84,35 +79,26 @@ async def submit(
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= context.limits.key_length:
         raise MalformedRequestError(f"idempotency-key: it takes 1 to {context.limits.key_length} characters")
-    submission = Submission(
-        params=resolved.params,
-        images=resolved.images,
+    job, files = new_job(
+        resolved.params,
+        resolved.schema,
+        resolved.images,
         request=echo,
         output_format=resolved.output_format,
         compression=resolved.asked.own.get("output_compression"),
-        warnings=resolved.warnings,
-        admission=admission,
+        warnings=tuple(resolved.warnings),
+        owner=admission.owner,
+        priority=admission.priority,
         request_id=request_id(request),
         idempotency_key=key,
         digest="" if key is None else await aside(body, _digest, request.scope["path"], body),
     )
-    return await context.jobs.submit(submission)
+    return await context.jobs.submit(job, files, admission)
 
 
 def _digest(path: str, body: Body) -> str:
     """Return a hash of a request as it came. Of a large body: run it in a thread."""
-    return request_digest({"path": path, "fields": _without_files(body.fields)}, body.files)
-
-
-def _without_files(value: Any) -> Any:
-    """Return fields as JSON can hold them; files are told apart by their own digests."""
-    if isinstance(value, Upload):
-        return None
-    if isinstance(value, LongText):
-        return {"sha256": file_digest(value).hex()}
-    if isinstance(value, dict):
-        return {name: _without_files(entry) for name, entry in value.items()}
-    return [_without_files(entry) for entry in value] if isinstance(value, list) else value
+    return request_digest({"path": path, "fields": body.fields}, body.files)
 
 
 async def page_response(
@@ -172,14 +158,8 @@ def job_object(job: Job, context: Context, request: Request) -> dict[str, Any]:
         ],
         "warnings": job.warnings,
         "stage_seconds": job.timings,
-        "error": error_object(job),
+        "error": job.error,
     }
-
-
-def error_object(job: Job) -> dict[str, Any] | None:
-    """Return why a job failed."""
-    error = job.error
-    return None if error is None else {"code": error.code, "message": error.message, "param": error.param}
 
 
 def percent(job: Job, context: Context) -> int:
@@ -218,10 +198,8 @@ async def content_response(request: Request, context: Context, job: Job, index: 
     if not job.outputs:
         raise ConflictStateError(f"the job is {job.state.replace('_', ' ')}: it has no content")
     output = job.outputs[index]
-    name, media_type, size = output.name, output.media_type, output.num_bytes
-    if variant != "video":
-        extra = output.extras[variant]
-        name, media_type, size = extra.name, MEDIA_TYPES[extra.name.rpartition(".")[2]], extra.num_bytes
+    stored = {"video": StoredFile(output.name, output.num_bytes), **output.extras}[variant]
+    name, size = stored.name, stored.num_bytes
     etag = f'"{name}"'
     headers = {"accept-ranges": "bytes", "etag": etag, "cache-control": "private"}
     asked = request.headers.get("range", "") if request.headers.get("if-range", etag) == etag else ""
@@ -236,31 +214,25 @@ async def content_response(request: Request, context: Context, job: Job, index: 
         raise NotFoundError("the job has been removed") from error
     except OSError as error:
         raise StorageError.of(error, "the file") from error
-    return _FilePart(file, first, last - first + 1, 200 if part is None else 206, headers, media_type)
+    status, media_type = 200 if part is None else 206, MEDIA_TYPES[name.rpartition(".")[2]]
+    return _FilePart(file, first, last - first + 1, status, headers, media_type)
 
 
 def _part(header: str, size: int, most: int) -> tuple[int, int] | None:
     """Return the first and last byte asked for; None for the whole: what is no range, or several (RFC 9110, 14.2)."""
     if header.count(",") >= most:
         raise InvalidParameterError("range", f"{header.count(',') + 1} ranges", f"at most {most}")
-    unit, _, spec = header.partition("=")
-    first, dash, last = spec.strip().partition("-")
-    numbers = [text for text in (first, last) if text]
-    if unit.strip() != "bytes" or not dash or not numbers or not all(_is_number(text) for text in numbers):
+    asked = _RANGE.fullmatch(header)
+    if asked is None or not any(asked.groups()):
         return None
-    if not first:
-        begin, end = max(0, size - int(last)), size - 1
-    else:
-        begin, end = int(first), min(int(last or size - 1), size - 1)
+    first, last = asked.groups()
     if first and last and int(last) < int(first):
         return None
+    begin, end = (int(first), int(last or size)) if first else (max(0, size - int(last)), size)
+    end = min(end, size - 1)
     if begin > end:
         raise RangeError(size)
     return begin, end
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 20
 
 
 class _FilePart(Response):

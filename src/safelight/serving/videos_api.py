@@ -28,7 +28,7 @@ from safelight.serving.fields import (
     typed,
 )
 from safelight.serving.jobs.job import Job
-from safelight.serving.jobs_api import content_response, error_object, page_response, percent, submit
+from safelight.serving.jobs_api import content_response, page_response, percent, submit
 from safelight.serving.limits import Limits
 from safelight.serving.spool import Stored
 
@@ -183,7 +183,7 @@ def video_object(job: Job, context: Context) -> dict[str, Any]:
         "num_frames": job.params.get("num_frames"),
         "fps": job.params.get("fps"),
         "warnings": job.warnings,
-        "error": error_object(job),
+        "error": job.error,
     }
 
 

@@ -35,9 +35,9 @@ async def stage(outputs: FolderFiles, stem: str, made, output_format="png", sche
 
 
 async def publish(outputs: FolderFiles, stem: str, made, schema=IMAGE_SCHEMA, output_format="png"):
-    staged = await stage(outputs, stem, made, output_format, schema)
-    await outputs.publish(staged)
-    return staged.outputs
+    batch, stored = await stage(outputs, stem, made, output_format, schema)
+    await outputs.publish(batch)
+    return stored
 
 
 def names(folder: Path) -> set[str]:

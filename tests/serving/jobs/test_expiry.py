@@ -71,7 +71,7 @@ def test_addresses_end_with_their_job_and_not_before(at_end, at_signing, at_open
     expiry = hands.expiry(1e9 - 60)
     hands.now += at_end
     job = Job(id="image_a", kind="image", model="m", params={}, created_at=1.0)
-    job = job.failed(JobError("cancelled", "c"), hands.now, hands.now + DAY, hands.clocks.moment())
+    job = expiry.ended(job.failed(JobError("cancelled", "c")))
     hands.now += at_signing - at_end
     hands.go(60.0)
     end = expiry.end(job)

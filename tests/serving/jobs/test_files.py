@@ -79,11 +79,11 @@ def test_what_is_saved_is_read(make, tmp_path):
 def test_files_appear_together_when_they_are_published(make, tmp_path):
     async def use(files):
         names = (f"{A}.0.png", f"{A}.1.png", f"{A}.9.mp4")
-        staged = await files.stage(writing(*names[:2]))
+        batch, stored = await files.stage(writing(*names[:2]))
         assert await there(files, *names) == [False] * 3
-        assert [file.name for file in staged.files] == list(names)
-        assert [file.num_bytes for file in staged.files] == [*map(len, names[:2]), 5]
-        await files.publish(staged)
+        assert [output.name for output in stored] == list(names)
+        assert [output.num_bytes for output in stored] == [*map(len, names[:2]), 5]
+        await files.publish(batch)
         assert await there(files, *names) == [True] * 3
         assert await files.read(names[2]) == b"video"
 
@@ -94,8 +94,8 @@ def test_files_appear_together_when_they_are_published(make, tmp_path):
 def test_what_is_discarded_or_fails_leaves_nothing(make, tmp_path):
     async def use(files):
         await files.save({f"{A}.input0": b"before"})
-        staged = await files.stage(writing(f"{A}.0.png"))
-        await files.discard(staged)
+        batch, _ = await files.stage(writing(f"{A}.0.png"))
+        await files.discard(batch)
         with pytest.raises(ValueError, match="encoded"):
             await files.stage(writing(f"{A}.0.png", fails=True))
         assert await there(files, f"{A}.input0", f"{A}.0.png", f"{A}.9.mp4") == [True, False, False]
@@ -144,7 +144,7 @@ def test_a_job_is_carried_through(make, schema, tmp_path):
         await manager.start()
         try:
             async with asyncio.timeout(SECONDS):
-                job = await manager.submit(submission(engine, "a [die:1]", images={"image": [picture()]}))
+                job = await manager.submit(*submission(engine, "a [die:1]", images={"image": [picture()]}))
                 assert await files.read(job.inputs[0].name) == picture()
                 async for event in manager.events(job.id):
                     job = event.job

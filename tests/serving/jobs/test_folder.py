@@ -89,8 +89,8 @@ def test_what_fails_otherwise_leaves_nothing_and_names_no_path(tmp_path):
         with pytest.raises(SafelightError) as error:
             await stage(outputs, "no", [an_output(VIDEO_SCHEMA), odd], "mp4", VIDEO_SCHEMA)
         assert str(tmp_path) not in str(error.value)
-        staged = await stage(outputs, "no", [an_output()], "png", IMAGE_SCHEMA)
-        await outputs.discard(staged)
+        batch, _ = await stage(outputs, "no", [an_output()], "png", IMAGE_SCHEMA)
+        await outputs.discard(batch)
 
     with_outputs(tmp_path, use)
     assert names(tmp_path) == set()

@@ -102,7 +102,7 @@ class Node:
         self.jobs = JobManager(self.store, self.files, self.engine, limits, clocks, server=name)
 
     async def submit(self, prompt: str, **fields: Any) -> Job:
-        return await self.jobs.submit(submission(self.engine, prompt, **fields))
+        return await self.jobs.submit(*submission(self.engine, prompt, **fields))
 
     async def renew(self) -> None:
         await self.jobs.lease.renew()
@@ -206,12 +206,13 @@ def test_a_lapsed_lease_is_taken_by_the_other_and_the_first_cannot_write_any_mor
         done = await ended(b, job)
         assert (done.state, done.attempts) == ("completed", 2 if begun else 1)
         a.store.goes_on.set()
-        late = a.jobs.expiry.completed(old if begun else old.begun(1.0), [], [], {})
+        late = a.jobs.expiry.ended((old if begun else old.begun(1.0)).completed([], [], {}))
         assert not await a.store.replace(old, late)
         assert await a.store.get(job.id) == done
         await a.go_on()
         await until(lambda: not a.jobs.runner.runs)
-        await ended(b, first)
+        for each in (first, waits):
+            await ended(b, each)
         assert await a.store.get(job.id) == done and board.twice == []
         assert files(tmp_path) == await names(b)
         again = await a.submit("z")  # it has a lease again
@@ -234,7 +235,7 @@ def claimed_anew(state: Path) -> None:
         await until(lambda: job.id in b.jobs.runner.runs)
         assert (await b.store.get(job.id)).attempts == old.attempts
         a.store.goes_on.set()
-        assert not await a.store.replace(old, a.jobs.expiry.completed(old, [], [], {}))
+        assert not await a.store.replace(old, a.jobs.expiry.ended(old.completed([], [], {})))
         assert not await a.store.replace(old, old.begun(1.0))
 
     with_nodes(state, use)
@@ -258,6 +259,32 @@ def test_a_job_dies_with_its_servers_as_often_as_it_may(tmp_path):
         await a.go_on()
         done = await ended(a, job)
         assert (done.state, done.attempts) == ("failed", 2) and done.error == WORKER_LOST
+
+    with_nodes(tmp_path, use)
+
+
+@pytest.mark.parametrize("how", ["completes", "is deleted", "is lost"])
+def test_whoever_follows_a_job_is_told_its_end_wherever_it_runs(tmp_path, how):
+    """The other server runs it, or takes it from the one that is asked."""
+
+    async def use(a, b, clock, board):
+        job = await a.submit("x [hold]")
+        await until_running(a, job)
+        asked = a if how == "is lost" else b
+        followed = asyncio.create_task(collect(asked.jobs.events(job.id)))
+        await asyncio.sleep(0.02)
+        if how == "is lost":
+            clock.now += LEASE + 1
+            await b.renew()
+            await until_running(b, job, attempts=2)
+            await a.renew()
+        elif how == "is deleted":
+            assert await a.jobs.delete(job.id)
+        a.engine.release()
+        b.engine.release()
+        types = [event.type for event in await followed]
+        assert types[0] == "started" and types[-1] == ("failed" if how == "is deleted" else "completed")
+        assert types.count("started") == (2 if how == "is lost" else 1)
 
     with_nodes(tmp_path, use)
 

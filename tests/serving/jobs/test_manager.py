@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import threading
 import time
 
@@ -13,18 +11,14 @@ import pytest
 from PIL import Image
 
 from safelight import media, video
-from safelight.errors import ConflictError, NotReadyError, QueueFullError
-from safelight.serving.directories import MARKER
+from safelight.errors import NotReadyError
 from safelight.serving.encoding import encode_image
 from safelight.serving.jobs import outputs as outputs_module
-from safelight.serving.jobs.sqlite import SqliteJobStore
 from safelight.serving.principals import owner_of
-from tests.serving.disks import as_left_by_a_death
-from tests.serving.job_server import SECONDS, Server, collect, file_names, picture, serving, submission, unfinished
+from tests.serving.job_server import SECONDS, Server, collect, file_names, picture, serving
 from tests.serving.stub_engine import (
     EDIT_SCHEMA,
     IMAGE_SCHEMA,
-    IMAGE_TO_VIDEO_SCHEMA,
     VIDEO_SCHEMA,
     StubEngine,
     make_media,
@@ -65,46 +59,6 @@ def test_a_video_job(tmp_path):
     serving(tmp_path, use, StubEngine(VIDEO_SCHEMA))
 
 
-@pytest.mark.parametrize(
-    ("schema", "prompt", "fields"),
-    [
-        (IMAGE_SCHEMA, "a", {"sigmas": [1.0, 1 / 3], "num_inference_steps": 2, "seed": 2**64 - 1, "true_cfg_scale": 2}),
-        (IMAGE_SCHEMA, ("a", "b"), {"negative_prompt": ("c", "d"), "n": 2}),
-        (EDIT_SCHEMA, "a", {"images": {"image": [picture(form="WEBP")]}}),
-        (IMAGE_TO_VIDEO_SCHEMA, "a", {"images": {"image": [picture()], "last_image": [picture(colour="blue")]}}),
-    ],
-    ids=["numbers", "prompts", "image", "two-fields"],
-)
-def test_the_engine_is_given_what_was_resolved_before_and_after_a_restart(tmp_path, schema, prompt, fields):
-    """Types included: what was a tuple is one again, what was unset is unset, and pictures have the same pixels."""
-    asked = submission(StubEngine(schema), prompt, **fields)
-
-    async def accept(server):
-        job = await server.jobs.submit(asked)
-        assert {server.outputs.path(file.name).read_bytes() for file in job.inputs} == {
-            data for datas in asked.images.values() for data in datas
-        }
-
-    async def run(server):
-        (job,) = await unfinished(server.store)
-        assert (await server.end(job)).state == "completed"
-        return server.engine.submitted[0].params
-
-    serving(tmp_path, accept, StubEngine(schema, state="restarting"), max_submitted=0)
-    given = serving(tmp_path, run, StubEngine(schema))
-    assert type(given) is type(asked.params)
-    for field in dataclasses.fields(given):
-        ours, theirs = getattr(given, field.name), getattr(asked.params, field.name)
-        assert decoded(ours) == decoded(theirs) and type(decoded(ours)) is type(decoded(theirs)), field.name
-
-
-def decoded(value):
-    """Return pictures as their pixels; anything else as it is."""
-    if isinstance(value, tuple):
-        return tuple(map(decoded, value))
-    return np.asarray(value).tolist() if isinstance(value, Image.Image) else value
-
-
 def test_formats(tmp_path):
     async def use(server):
         for output_format in ("png", "jpeg", "webp"):
@@ -119,19 +73,6 @@ def test_formats(tmp_path):
         )
 
     serving(tmp_path, use)
-
-
-def test_a_job_is_durable_when_it_is_acknowledged(tmp_path):
-    async def use(server):
-        job = await server.submit(images={"image": [picture()]})
-        left = SqliteJobStore(as_left_by_a_death(tmp_path / "state", tmp_path / "left"))
-        try:
-            assert await left.get(job.id) == job
-            assert {path.name for path in (tmp_path / "left" / "outputs").iterdir()} == {job.inputs[0].name, MARKER}
-        finally:
-            await left.close()
-
-    serving(tmp_path / "state", use, StubEngine(EDIT_SCHEMA, state="restarting"))
 
 
 @pytest.mark.parametrize("schema", [IMAGE_SCHEMA, VIDEO_SCHEMA])
@@ -153,28 +94,6 @@ def test_files_are_on_the_disk_before_a_job_is_completed(tmp_path, monkeypatch, 
 
 
 # Waiting, progress, events.
-
-
-def test_events_tell_the_whole_way_in_order(tmp_path):
-    async def use(server):
-        first, second = await server.submit("a [hold]"), await server.submit("b", num_inference_steps=30)
-        seen = asyncio.create_task(collect(server.jobs.events(second.id)))
-        await server.until_step(first, 3)
-        server.engine.release()
-        events = await seen
-        types = [event.type for event in events]
-        assert types[0] == "queued" and types[-1] == "completed" and types.count("started") == 1
-        assert types == sorted(types, key=["queued", "started", "step", "completed"].index)
-        assert next(e.progress.queue_position for e in events if e.type == "queued") in (0, 1)
-        steps = [event.progress.step for event in events if event.type == "step"]
-        assert steps and steps == sorted(set(steps))
-        assert [event.job.state for event in events if event.type == "step"] == ["in_progress"] * len(steps)
-        assert events[-1].job == await server.get(second.id)
-        assert [event.type for event in await collect(server.jobs.events(second.id))] == ["completed"]
-        assert await collect(server.jobs.events("image_none")) == []
-        assert server.jobs.progress(second.id) is None
-
-    serving(tmp_path, use, StubEngine(step_seconds=0.005))
 
 
 def test_jobs_are_held_back_in_order_while_the_engine_is_full(tmp_path):
@@ -229,17 +148,6 @@ async def _submit_to_a_loading_engine(state):
         await server.submit()
     finally:
         await server.jobs.close(0.0)
-
-
-def test_too_many_jobs_are_refused_and_leave_nothing(tmp_path):
-    async def use(server):
-        for _ in range(2):
-            await server.submit("[hold]", images={"image": [picture()]})
-        with pytest.raises(QueueFullError):
-            await server.submit("no", images={"image": [picture()]})
-        assert len(server.files()) == len(await unfinished(server.store)) == 2
-
-    serving(tmp_path, use, StubEngine(EDIT_SCHEMA), max_unfinished=2)
 
 
 # Cancelling and deleting.
@@ -323,43 +231,6 @@ def test_unknown_jobs_cannot_be_cancelled_or_deleted(tmp_path):
         assert not await server.jobs.delete("image_no")
 
     serving(tmp_path, use)
-
-
-# Idempotency, and callers that go away.
-
-
-def test_one_key_is_one_job_that_runs_once(tmp_path):
-    async def use(server):
-        same = [server.submit(key="k", digest="d", images={"image": [picture()]}) for _ in range(10)]
-        jobs = await asyncio.gather(*same)
-        assert len({job.id for job in jobs}) == 1
-        await server.end(jobs[0])
-        assert len(server.engine.submitted) == 1 and len(server.files()) == 2
-        again = await server.submit(key="k", digest="d", images={"image": [picture()]})
-        assert again.id == jobs[0].id and again.state == "completed"
-        with pytest.raises(ConflictError):
-            await server.submit(key="k", digest="e")
-        assert len(server.files()) == 2
-
-    serving(tmp_path, use, StubEngine(EDIT_SCHEMA))
-
-
-def test_a_caller_that_goes_away_leaves_a_whole_job_or_none(tmp_path):
-    async def use(server):
-        for delay in range(12):
-            caller = asyncio.create_task(server.submit(images={"image": [picture()]}))
-            for _ in range(delay):
-                await asyncio.sleep(0)
-            caller.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await caller
-        while server.jobs.acceptance.under_way or server.jobs.runner.runs:
-            await asyncio.sleep(0.01)
-        jobs = (await server.store.page(limit=100)).jobs
-        assert jobs and {job.state for job in jobs} == {"completed"}
-        assert server.files() == await file_names(server.store)
-
-    serving(tmp_path, use, StubEngine(EDIT_SCHEMA))
 
 
 # Stopping.

@@ -18,20 +18,19 @@ def test_outputs_are_named_files_with_what_is_known_of_them(tmp_path):
     made = [an_output(), an_output(seed=8, width=48)]
 
     async def use(outputs):
-        staged = await stage(outputs, "image_1", made, "png", IMAGE_SCHEMA)
+        batch, stored = await stage(outputs, "image_1", made, "png", IMAGE_SCHEMA)
         assert all(name.startswith(".tmp-") for name in names(tmp_path)) and len(names(tmp_path)) == 2
-        await outputs.publish(staged)
-        return staged
+        await outputs.publish(batch)
+        return stored
 
-    staged = with_outputs(tmp_path, use)
+    stored = with_outputs(tmp_path, use)
     assert names(tmp_path) == {"image_1.0.png", "image_1.1.png"}
-    first, second = staged.outputs
+    first, second = stored
     assert (first.width, first.height, first.seed, first.media_type) == (96, 64, 7, "image/png")
     assert (second.name, second.width, second.seed, second.num_frames) == ("image_1.1.png", 48, 8, None)
-    sizes = [(tmp_path / output.name).stat().st_size for output in staged.outputs]
-    assert [output.num_bytes for output in staged.outputs] == sizes and sum(
-        file.num_bytes for file in staged.files
-    ) == sum(sizes)
+    sizes = [(tmp_path / output.name).stat().st_size for output in stored]
+    assert [output.num_bytes for output in stored] == sizes
+    assert [file.num_bytes for output in stored for file in output.files] == sizes
     with Image.open(tmp_path / second.name) as image:
         assert np.array_equal(np.asarray(image), made[1].media[0])
 

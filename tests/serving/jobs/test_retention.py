@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 
 import pytest
 
 from safelight.errors import StorageFullError
+from safelight.serving.admission import Admission
+from safelight.serving.jobs.inputs import new_job
 from safelight.serving.jobs.limits import JobLimits
-from tests.serving.job_server import Server, serving, submission
-from tests.serving.stub_engine import StubEngine
+from tests.serving.job_server import Server, prepared, serving
+from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine
 
 
 def test_finished_jobs_expire(tmp_path):
@@ -45,9 +48,8 @@ def test_the_first_finished_make_room_for_later_ones(tmp_path):
         assert large.error is not None and large.error.code == "storage_full"
         assert server.files() == {second.outputs[0].name, third.outputs[0].name}, "nothing is removed in vain"
         with pytest.raises(StorageFullError):
-            await server.jobs.submit(
-                dataclasses.replace(submission(server.engine), images={"image": [bytes(3 * size)]})
-            )
+            params, _ = prepared(server.engine)
+            await server.jobs.submit(*new_job(params, IMAGE_SCHEMA, {"image": [bytes(3 * size)]}), Admission())
         server.jobs.retention._limits = dataclasses.replace(server.jobs.retention._limits, max_bytes=int(1.5 * size))
         await server.jobs.sweep()
         assert server.files() == {third.outputs[0].name}
@@ -87,3 +89,22 @@ def test_records_count_in_the_quota(tmp_path):
         await server.jobs.close(1.0)
 
     asyncio.run(use())
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_a_job_that_was_removed_is_forgotten_once_its_files_are(tmp_path, monkeypatch, lets_go):
+    async def use(server):
+        def fails(names):
+            raise OSError(errno.EIO, "the disk fails")
+
+        job = await server.end(await server.submit())
+        with monkeypatch.context() as patch:
+            if not lets_go:
+                patch.setattr(server.outputs, "_remove", fails)
+            assert await server.jobs.delete(job.id)
+        assert server.files() == (set() if lets_go else {job.outputs[0].name})
+        assert (await server.store.kept([job.id])).keys() == {job.id}
+        await server.jobs.sweep()
+        assert server.files() == set() and await server.store.kept([job.id]) == {}
+
+    serving(tmp_path, use)

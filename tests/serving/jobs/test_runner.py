@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -21,10 +20,10 @@ from safelight.core.form import Form
 from safelight.errors import StorageFullError
 from safelight.preparation import prepare
 from safelight.serving.directories import job_of
-from safelight.serving.jobs.job import Job, JobError, read_job
+from safelight.serving.jobs.job import Job, JobError
 from tests.serving.disks import as_left_by_a_death, fill, small_disk
-from tests.serving.job_server import Server, collect, file_names, picture, serving, unfinished
-from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, StubEngine, make_media
+from tests.serving.job_server import Server, collect, file_names, serving, unfinished
+from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine, make_media
 
 # Failures.
 
@@ -122,27 +121,6 @@ def test_a_dead_servers_jobs_are_run_again_with_the_same_bytes(tmp_path):
 
     ids = serving(tmp_path / "state", begin)
     serving(tmp_path / "left", go_on)
-
-
-def test_jobs_of_another_model_and_lost_inputs_fail_by_name(tmp_path):
-    async def accept(server):
-        return [await server.submit(images={"image": [picture()]}) for _ in range(2)]
-
-    async def fail(server):
-        server.outputs.path(jobs[0].inputs[0].name).unlink()
-        server.engine.state = "ready"
-        first, second = [await server.end(job) for job in jobs]
-        assert first.error.code == "internal_error" and str(tmp_path) not in first.error.message
-        assert second.state == "completed"
-
-    async def other(server):
-        job = await server.end((await unfinished(server.store))[0])
-        assert job.error is not None and job.error.code == "model_not_found"
-
-    jobs = serving(tmp_path / "state", accept, StubEngine(EDIT_SCHEMA, state="restarting"))
-    as_left_by_a_death(tmp_path / "state", tmp_path / "left")
-    serving(tmp_path / "left", other)
-    serving(tmp_path / "state", fail, StubEngine(EDIT_SCHEMA, state="failed"))
 
 
 # Full disks.
@@ -250,16 +228,6 @@ def test_after_a_restart_of_the_server(tmp_path, first, now):
         assert [(job.state, job.form) for job in done] == [("completed", Form(first)), ("completed", Form(now))]
 
     serving(tmp_path, again, StubEngine())
-
-
-@pytest.mark.parametrize(("mode", "form"), [(None, None), ("compiled", Form("compiled"))])
-def test_a_record_of_an_earlier_version_is_read(mode, form):
-    """It had no form, or a mode in its place; and what is written now is read as it was."""
-    job = Job(id="image_1", kind="image", model="m", params={}, created_at=1.0, form=Form("eager"))
-    assert read_job(job.record).form == Form("eager")
-    earlier = msgspec.json.decode(job.record)
-    del earlier["form"]
-    assert read_job(msgspec.json.encode({**earlier, **({} if mode is None else {"mode": mode})})).form == form
 
 
 # kill -9.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+import msgspec
+
 from safelight.errors import NotReadyError, QueueFullError, SafelightError
-from safelight.serving.admission import Queue
+from safelight.serving.admission import Admission, Queue
 from safelight.serving.jobs.job import Job, check_same
 from safelight.serving.jobs.leases import Lease
 from safelight.serving.jobs.run import Run
 from safelight.serving.jobs.runner import Runner
-from safelight.serving.jobs.submission import Submission, new_job
 from safelight.serving.spool import Stored
 
 JOBS_A_TRIM = 64
@@ -32,8 +33,13 @@ class Acceptance:
         self._num_accepted = 0
         self.under_way: set[asyncio.Task[Job]] = set()
 
-    async def submit(self, submission: Submission) -> Job:
+    async def submit(self, job: Job, files: Mapping[str, bytes | Stored], admission: Admission) -> Job:
         """Accept a job: it is durable when this returns. Whoever asks twice with one idempotency key has one job.
+
+        Args:
+            job: that nobody has accepted.
+            files: its inputs, by name.
+            admission: as what it may be run.
 
         Raises:
             ConflictError: if the idempotency key came with another request.
@@ -42,40 +48,36 @@ class Acceptance:
             NotReadyError: if the model is not known yet, or the server stops.
 
         """
-        if submission.idempotency_key is not None:
-            existing = await self._store.find(submission.admission.owner, submission.idempotency_key)
+        if job.idempotency_key is not None:
+            existing = await self._store.find(job.owner, job.idempotency_key)
             if existing is not None:
-                return check_same(existing, submission.digest)
-        schema = self._runner.engine.schema
-        if self._runner.retry.stops or schema is None:
-            raise NotReadyError("the server stops" if self._runner.retry.stops else "the model is being loaded")
+                return check_same(existing, job.digest)
+        if self._runner.stops or self._runner.engine.schema is None:
+            raise NotReadyError("the server stops" if self._runner.stops else "the model is being loaded")
         runs = self._runner.runs
         num_unfinished = len(runs) + len(self.under_way) + len(self._runner.backlog)
         if num_unfinished >= self._limits.max_unfinished:
             raise QueueFullError(f"{self._limits.max_unfinished} jobs wait already")
         clients = [run.client for run in runs.values()]
-        submission.admission.check_place(Queue(self._limits.max_unfinished, num_unfinished, clients))
-        stamp, moment = self._runner.clocks.stamp(), self._runner.clocks.moment()
-        job, files = new_job(submission, schema, stamp, moment, self._lease.number)
+        admission.check_place(Queue(self._limits.max_unfinished, num_unfinished, clients))
+        clocks = self._runner.clocks
+        accepted = {"created_at": clocks.stamp(), "accepted": clocks.moment(), "lease": self._lease.number}
+        job = msgspec.structs.replace(job, **accepted)
         # A caller that goes away leaves no job behind that is stored and never run.
-        task = asyncio.create_task(self._accept(job, files, submission.admission.client))
+        task = asyncio.create_task(self._accept(job, files, admission.client))
         self.under_way.add(task)
         task.add_done_callback(self.under_way.discard)
         return await asyncio.shield(task)
 
     async def _accept(self, job: Job, files: Mapping[str, bytes | Stored], client: str) -> Job:
         self._num_accepted += 1
-        with self._retention.held(job):
-            async with self._retention.lock:
-                if self._num_accepted % JOBS_A_TRIM == 0:
-                    await self._retention.trim_records()
-                await self._retention.make(job.num_bytes)
-                if files:
-                    await self._store.announce(job.id)
-                    await self._runner.files.save(files)
-            return await self._add(job, files, client)
-
-    async def _add(self, job: Job, files: Mapping[str, bytes | Stored], client: str) -> Job:
+        async with self._retention.lock:
+            if self._num_accepted % JOBS_A_TRIM == 0:
+                await self._retention.trim_records()
+            await self._retention.make(job.num_bytes)
+            if files:
+                await self._store.announce(job.id)
+                await self._runner.files.save(files)
         try:
             accepted = await self._runner.retry(lambda: self._store.add(job), self._limits.busy_seconds)
         except SafelightError:  # after anything else it may be stored all the same, and needs its files
@@ -83,6 +85,6 @@ class Acceptance:
             raise
         if accepted.id != job.id:
             await self._retention.remove_files(job.id, files)
-        elif accepted is job and not self._runner.retry.stops:  # else whoever finds it takes it up
+        elif accepted is job and not self._runner.stops:  # else whoever finds it takes it up
             self._runner.launch(Run(job, client, is_new=True))
         return accepted

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 
 from safelight.runtime.client import Progress
 from safelight.serving.jobs.run import JobEvent, Run
-from safelight.serving.jobs.runner import Runner
+from safelight.serving.jobs.runner import CANCELLED, Runner
 
 
 class Events:
-    """Tells of the jobs that this server runs, or may claim."""
+    """Tells how far the jobs are that this server runs or may claim, and what becomes of every job."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -19,61 +19,63 @@ class Events:
     def progress(self, job_id: str) -> Progress | None:
         """Return how far an unfinished job is; None for every other."""
         run, backlog = self._runner.runs.get(job_id), self._runner.backlog
-        if run is not None:
-            return self._progress(run)
-        return Progress(queue_position=self._num_before() + backlog.position(job_id)) if job_id in backlog else None
+        if run is None:
+            is_waiting = job_id in backlog
+            return Progress(queue_position=self._num_before() + backlog.position(job_id)) if is_waiting else None
+        if run.ticket is not None:
+            return run.ticket.progress
+        return Progress(queue_position=self._num_before(run) + (len(backlog) if run.is_new else 0))
 
     async def follow(self, job_id: str) -> AsyncIterator[JobEvent]:
         """Yield what a job is now and what becomes of it, to its end; a slow reader misses steps, nothing else.
 
-        It ends without a last event if the server stops before the job does, or another server has claimed it. Nothing
-        is yielded for an unknown id.
+        It ends without a last event if the server stops before the job does. Nothing is yielded for an unknown id.
         """
-        runs, backlog = self._runner.runs, self._runner.backlog
-        job = None if job_id in runs else await self._runner.store.get(job_id)
-        run = runs.get(job_id)  # it may have been taken up meanwhile
-        if run is None and job is not None:
-            run = backlog.follow(job) if job_id in backlog else Run(job, over=True)
-        if run is None:
-            return
+        run = await self._found(job_id)
         told: JobEvent | None = None
-        while True:
+        while run is not None:
             changed = run.changed
             for event in self._news(run, told):
                 told = event
                 yield event
             if run.changed is not changed:
                 continue
-            if run.job.finished or run.over:
+            if run.job.finished:
                 return
-            await changed.wait()
+            if job_id in self._runner.runs:
+                await changed.wait()
+                continue
+            if not self._runner.stops:
+                await asyncio.sleep(self._runner.limits.retry_seconds)
+            run = None if self._runner.stops else await self._found(job_id, run)
 
-    def _progress(self, run: Run) -> Progress:
-        if run.ticket is not None:
-            return run.ticket.progress
-        if run.job.id not in self._runner.runs:
-            return self.progress(run.job.id) or Progress()
-        before = self._num_before(run)
-        return Progress(queue_position=before + len(self._runner.backlog) if run.is_new else before)
+    async def _found(self, job_id: str, known: Run | None = None) -> Run | None:
+        """Return a job that runs here, or as the store has it; one that has been deleted was cancelled before."""
+        runs = self._runner.runs
+        if known is not None and job_id in self._runner.backlog:
+            return known
+        job = None if job_id in runs else await self._runner.store.get(job_id)
+        if job_id in runs:  # it may have been taken up meanwhile
+            return runs[job_id]
+        if job is None and known is not None:
+            job = self._runner.expiry.ended(known.job.failed(CANCELLED))
+        return None if job is None else Run(job)
 
     def _num_before(self, run: Run | None = None) -> int:
         """Return how many requests are before a job, or before the backlog: in the engine's queue, and for it."""
-        waiting = [other for other in self._runner.runs.values() if other.ticket is None]
-        earlier = [other for other in waiting if not other.is_new]
-        later = [other for other in waiting if other.is_new] if run is not None and run.is_new else []
-        ahead = itertools.takewhile(lambda other: other is not run, [*earlier, *later])
-        return self._runner.engine.stats.num_waiting + sum(1 for _ in ahead)
+        waiting = [each for each in self._runner.runs.values() if each.ticket is None]
+        waiting.sort(key=lambda each: each.is_new)  # what this server accepts goes after what it found
+        before = sum(not each.is_new for each in waiting) if run is None else waiting.index(run)
+        return self._runner.engine.stats.num_waiting + before
 
-    def _news(self, run: Run, told: JobEvent | None) -> list[JobEvent]:
-        """Return the events that lead from what was told last to what is now."""
-        job, progress = run.job, self._progress(run)
-        news: list[JobEvent] = []
+    def _news(self, run: Run, told: JobEvent | None) -> Iterator[JobEvent]:
+        """Yield the events that lead from what was told last to what is now."""
+        job, progress = run.job, run.ticket.progress if run.ticket else self.progress(run.job.id) or Progress()
         if job.state == progress.state == "queued" and (told is None or told.progress != progress):
-            news.append(JobEvent("queued", job, progress))
+            yield JobEvent("queued", job, progress)
         if job.attempts and not (told is None and job.finished) and job.attempts != (told.job.attempts if told else 0):
-            news.append(JobEvent("started", job, progress))
+            yield JobEvent("started", job, progress)
         elif job.state == "in_progress" and told is not None and told.progress != progress:
-            news.append(JobEvent("step", job, progress))
+            yield JobEvent("step", job, progress)
         if job.state in ("completed", "failed"):
-            news.append(JobEvent(job.state, job, progress))
-        return news
+            yield JobEvent(job.state, job, progress)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import msgspec
 
 from safelight.serving.clocks import Clocks
-from safelight.serving.jobs.job import Job, JobError, StoredOutput
+from safelight.serving.jobs.job import Job
 from safelight.serving.jobs.store import Horizon
 
 GRACE_SECONDS = 24 * 3600.0
@@ -37,17 +37,11 @@ class Expiry:
         self._start, self._moment = self._clocks.stamp(), self._clocks.moment()
         self._goes_on = last_end is not None and 0 <= self._start - last_end <= GRACE_SECONDS
 
-    def completed(
-        self, job: Job, outputs: Sequence[StoredOutput], warnings: Sequence[str], timings: Mapping[str, float]
-    ) -> Job:
-        """Return a job as it is if it completes now."""
+    def ended(self, job: Job) -> Job:
+        """Return a job that has completed or failed as it is if it does so now."""
         now = self._clocks.stamp()
-        return job.completed(outputs, warnings, timings, now, now + self._keep_seconds, self._clocks.moment())
-
-    def failed(self, job: Job, error: JobError) -> Job:
-        """Return a job as it is if it fails now."""
-        now = self._clocks.stamp()
-        return job.failed(error, now, now + self._keep_seconds, self._clocks.moment())
+        times = {"completed_at": now, "expires_at": now + self._keep_seconds, "ended": self._clocks.moment()}
+        return msgspec.structs.replace(job, **times)
 
     def now(self) -> float:
         """Return the seconds since 1970 that have passed in any case: the clock may have been set forward."""

@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ParamSpec, TypeVar
+from typing import BinaryIO, ParamSpec, Protocol, TypeVar
 
 from safelight.errors import OutputError, SafelightError, StorageError
-from safelight.serving.jobs.job import StoredFile, StoredOutput, files_of
 from safelight.serving.jobs.store import Kept
 from safelight.serving.spool import Stored
 
@@ -24,37 +22,20 @@ NUM_THREADS = 2
 """Pictures and videos that are encoded, and files that are written, at a time."""
 
 
-class Batch(ABC):
+class Batch(Protocol):
     """Files that will appear together. Its methods wait for the disk, and are for one thread at a time."""
 
-    @abstractmethod
     def write(self, name: str, data: bytes) -> int:
         """Write a file, durably and without its name, and return its size."""
 
-    @abstractmethod
     def make(self, name: str, into: Callable[[Path], None]) -> int:
         """Keep the file that is made at a path of this machine, likewise."""
 
-    @abstractmethod
     def publish(self) -> None:
         """Give all files their names, durably; if that fails, the batch is discarded."""
 
-    @abstractmethod
     def discard(self) -> None:
         """Remove what was written, if it has names too."""
-
-
-@dataclass(frozen=True)
-class Staged:
-    """Files of a job that are written and have no names yet, and what they will be called."""
-
-    batch: Batch
-    outputs: Sequence[StoredOutput]
-
-    @property
-    def files(self) -> list[StoredFile]:
-        """Every file."""
-        return files_of(self.outputs)
 
 
 class Files(ABC):
@@ -86,16 +67,15 @@ class Files(ABC):
 
         """
 
-        def write(batch: Batch) -> Sequence[StoredOutput]:
+        def write(batch: Batch) -> None:
             for name, data in files.items():
                 batch.write(name, data if isinstance(data, bytes) else data.read())
             batch.publish()
-            return ()
 
         await self.stage(write)
 
-    async def stage(self, write: Callable[[Batch], Sequence[StoredOutput]]) -> Staged:
-        """Let `write` write files without their names, in a thread, and return what it says of them.
+    async def stage(self, write: Callable[[Batch], T]) -> tuple[Batch, T]:
+        """Let `write` write files without their names, in a thread, and return them and what it says of them.
 
         Raises:
             StorageError: if there is no room, or the disk fails; nothing is left then.
@@ -103,28 +83,28 @@ class Files(ABC):
 
         """
         batch = self._batch()
-        return Staged(batch, await self.run(self._whole, batch, write, batch))
+        return batch, await self.run(_whole, batch, write, batch)
 
-    async def publish(self, staged: Staged) -> None:
+    async def publish(self, batch: Batch) -> None:
         """Give staged files their names, durably.
 
         Raises:
             StorageError: if there is no room, or the disk fails; nothing is left then.
 
         """
-        await self.run(self._whole, staged.batch, staged.batch.publish)
+        await self.run(_whole, batch, batch.publish)
 
-    async def discard(self, staged: Staged) -> None:
+    async def discard(self, batch: Batch) -> None:
         """Remove staged files that will not be published."""
-        await self.run(self._named, staged.batch.discard)
+        await self.run(_named, batch.discard)
 
     async def remove(self, names: Iterable[str]) -> None:
         """Remove files by name; one that is not there is none."""
-        await self.run(self._named, self._remove, list(names))
+        await self.run(_named, self._remove, list(names))
 
     async def remove_others(self, job_id: str, names: Iterable[str]) -> None:
         """Remove a job's files but for those of these names: what an attempt has left that was not finished."""
-        await self.run(self._named, self._remove_others, job_id, frozenset(names))
+        await self.run(_named, self._remove_others, job_id, frozenset(names))
 
     async def read(self, name: str) -> bytes:
         """Return a file.
@@ -133,7 +113,7 @@ class Files(ABC):
             StorageError: if it cannot be read.
 
         """
-        return await self.run(self._named, self._read, name)
+        return await self.run(_named, self._read, name)
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
@@ -180,25 +160,21 @@ class Files(ABC):
         with self.open(name) as file:
             return file.read()
 
-    def _whole(self, batch: Batch, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do something with a batch, of which nothing is left if that fails."""
-        try:
-            return self._named(function, *args, **kwargs)
-        except BaseException:
-            with contextlib.suppress(OSError):  # the disk fails: the next start removes them
-                batch.discard()
-            raise
 
-    def _named(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        with _named_failures():
-            return function(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _named_failures() -> Iterator[None]:
-    """Turn a failure of the disk into an error whose message holds no path."""
+def _whole(batch: Batch, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do something with a batch, of which nothing is left if that fails."""
     try:
-        yield
+        return _named(function, *args, **kwargs)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the disk fails: the next start removes them
+            batch.discard()
+        raise
+
+
+def _named(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do something with the disk, whose failure becomes an error with a message that holds no path."""
+    try:
+        return function(*args, **kwargs)
     except (OSError, OutputError) as error:
         reason = error.__cause__ if isinstance(error, OutputError) else error
         if not isinstance(reason, OSError):

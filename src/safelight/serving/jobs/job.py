@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -22,12 +22,13 @@ import msgspec
 from safelight.core.form import Form, Mode
 from safelight.errors import ConflictError
 from safelight.serving.clocks import Moment
-from safelight.serving.spool import Stored, parts
+from safelight.serving.spool import LongText, Stored, parts
 
 Kind = Literal["image", "video"]
 JobState = Literal["queued", "in_progress", "completed", "failed"]
 
 MAX_ATTEMPTS = 2
+_ENDS: Mapping[JobState, tuple[JobState, ...]] = {"queued": ("failed",), "in_progress": ("completed", "failed")}
 
 
 class JobError(msgspec.Struct, frozen=True):
@@ -77,6 +78,11 @@ class StoredOutput(msgspec.Struct, frozen=True):
     fps: int | None = None
     extras: dict[str, StoredFile] = {}
 
+    @property
+    def files(self) -> list[StoredFile]:
+        """Its own, and those that were made of it."""
+        return [StoredFile(self.name, self.num_bytes), *self.extras.values()]
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One durable job. Times are seconds since 1970, for people; what lies between two of them is told by moments.
@@ -86,7 +92,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         kind: what it makes.
         model: the name that the model was loaded by.
         params: resolved, the seed among them, as JSON can hold them; input images are in `inputs`.
-        created_at: when it was accepted.
+        created_at: when it was accepted; 0 before.
         request: the request's own fields, as they must be echoed: size, seconds, quality, ...
         output_format: png, jpeg, webp or mp4.
         compression: 0 to 100, of jpeg and webp; None is the format's default.
@@ -116,7 +122,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     model: str
     params: dict[str, Any]
-    created_at: float
+    created_at: float = 0.0
     request: dict[str, Any] = {}
     output_format: str = "png"
     compression: int | None = None
@@ -167,7 +173,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def files(self) -> list[StoredFile]:
         """Every file that is its own."""
-        return [*self.inputs, *files_of(self.outputs)]
+        return [*self.inputs, *(file for output in self.outputs for file in output.files)]
 
     @property
     def num_bytes(self) -> int:
@@ -181,54 +187,26 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     def begun(self, at: float, form: Form | None = None, moment: Moment | None = None) -> Job:
         """Return it as it is once its next attempt has begun; the engine may have died before it told the form."""
-        return msgspec.structs.replace(
-            self,
-            state="in_progress",
-            attempts=self.attempts + 1,
-            started_at=at if self.started_at is None else self.started_at,
-            began=moment if self.started_at is None else self.began,
-            form=self.form or form,
+        next_form = msgspec.structs.replace(
+            self, state="in_progress", attempts=self.attempts + 1, form=self.form or form
         )
+        return next_form if self.attempts else msgspec.structs.replace(next_form, started_at=at, began=moment)
 
-    def completed(
-        self,
-        outputs: Sequence[StoredOutput],
-        warnings: Sequence[str],
-        timings: Mapping[str, float],
-        at: float,
-        expires_at: float,
-        moment: Moment | None = None,
-    ) -> Job:
-        """Return it as it is with its outputs; `warnings` are added to its own."""
-        return msgspec.structs.replace(
-            self,
-            state="completed",
-            completed_at=at,
-            expires_at=expires_at,
-            ended=moment,
-            lease=None,
-            outputs=tuple(outputs),
-            warnings=tuple(dict.fromkeys([*self.warnings, *warnings])),
-            timings=dict(timings),
-        )
+    def completed(self, outputs: Sequence[StoredOutput], warnings: Sequence[str], timings: Mapping[str, float]) -> Job:
+        """Return it as it is with its outputs; `warnings` are added to its own. When that is, `Expiry.ended` says."""
+        every = tuple(dict.fromkeys([*self.warnings, *warnings]))
+        made = {"outputs": tuple(outputs), "warnings": every, "timings": dict(timings)}
+        return msgspec.structs.replace(self, state="completed", lease=None, **made)
 
-    def failed(self, error: JobError, at: float, expires_at: float, moment: Moment | None = None) -> Job:
-        """Return it as it is once it has failed."""
-        return msgspec.structs.replace(
-            self, state="failed", completed_at=at, expires_at=expires_at, ended=moment, lease=None, error=error
-        )
+    def failed(self, error: JobError) -> Job:
+        """Return it as it is once it has failed. When that is, `Expiry.ended` says."""
+        return msgspec.structs.replace(self, state="failed", lease=None, error=error)
 
     def may_become(self, other: Job) -> bool:
         """Say whether `other` is a legal next form of this job."""
         if other.state == "in_progress":
             return not self.finished and other.attempts == self.attempts + 1 <= MAX_ATTEMPTS
-        if other.attempts != self.attempts:
-            return False
-        return (self.state, other.state) in {
-            ("queued", "failed"),
-            ("in_progress", "failed"),
-            ("in_progress", "completed"),
-        }
+        return other.attempts == self.attempts and other.state in _ENDS.get(self.state, ())
 
 
 class _Earlier(msgspec.Struct):
@@ -245,14 +223,6 @@ def read_job(record: bytes) -> Job:
     return job
 
 
-def files_of(outputs: Iterable[StoredOutput]) -> list[StoredFile]:
-    """Return every file of some outputs: their own, and those that were made of them."""
-    files = []
-    for output in outputs:
-        files += [StoredFile(output.name, output.num_bytes), *output.extras.values()]
-    return files
-
-
 def new_id(kind: str) -> str:
     """Return a name that nobody can guess: the kind, and 128 random bits."""
     return f"{kind}_{secrets.token_hex(16)}"
@@ -260,10 +230,15 @@ def new_id(kind: str) -> str:
 
 def request_digest(fields: Mapping[str, Any], files: Sequence[bytes | Stored] = ()) -> str:
     """Return a hash of a request as it came: its fields, in any order, and its files, in their order."""
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=_digested).encode())
     for data in files:
         digest.update(file_digest(data))
     return digest.hexdigest()
+
+
+def _digested(value: Any) -> dict[str, str] | None:
+    """Return what a long text stands for in JSON; other files are told apart by their own digests."""
+    return {"sha256": file_digest(value).hex()} if isinstance(value, LongText) else None
 
 
 def file_digest(data: bytes | Stored) -> bytes:

@@ -8,6 +8,7 @@ import logging
 
 from safelight.errors import StorageError
 from safelight.serving.jobs.job import MAX_ATTEMPTS, Job
+from safelight.serving.jobs.run import Run
 from safelight.serving.jobs.runner import WORKER_LOST, Runner
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class Lease:
         runner: of the jobs that it holds.
 
     Attributes:
-        number: as the store counts; None before it has begun.
+        number: as the store counts; 0, which is nobody's, before it has begun.
 
     """
 
@@ -32,7 +33,7 @@ class Lease:
         self._server, self._runner = server, runner
         self._store, self._backlog, self._seconds = runner.store, runner.backlog, runner.limits.lease_seconds
         self._renewed = runner.clocks.moment()
-        self.number: int | None = None
+        self.number = 0
 
     @property
     def has_lapsed(self) -> bool:
@@ -49,14 +50,13 @@ class Lease:
 
     async def end(self) -> None:
         """Let other servers have what it holds."""
-        if self.number is not None:
-            await self._store.renew_lease(self.number, 0.0)
+        await self._store.renew_lease(self.number, 0.0)
 
     async def renew(self) -> None:
         """Renew the lease; stop what it does not hold any more, and find what may be claimed."""
         runs, asked = list(self._runner.runs.values()), self._runner.clocks.moment()
         held = None
-        if self.number is not None and not self.has_lapsed:  # if it has, the store is not asked, which may take long
+        if not self.has_lapsed:  # if it has, the store is not asked, which may take long
             held = await self._store.renew_lease(self.number, self._seconds)
         if held is None:
             for run in runs:
@@ -87,10 +87,8 @@ class Lease:
         places = asyncio.Semaphore(self._runner.limits.max_taken)
         while True:
             await places.acquire()
-            await self._backlog.filled.wait()
-            if (job_id := self._backlog.first) is None:
-                places.release()
-                continue
+            while (job_id := self._backlog.first) is None:
+                await self._backlog.filled.wait()
             try:
                 job = await self._runner.retry(functools.partial(self._claimed, job_id))
             except StorageError:  # the server stops
@@ -99,27 +97,19 @@ class Lease:
                 logger.exception("job %s cannot be read", job_id)
                 job = None
             if job is not None and not job.finished and job_id in self._backlog:
-                self._runner.launch(self._backlog.run(job), lambda _: places.release())
+                self._runner.launch(Run(job)).add_done_callback(lambda _: places.release())
             else:
                 places.release()
-                await self._tell(job_id)
             self._backlog.drop(job_id)  # after the launch: with the last one, what came later is let go
 
     async def _look(self) -> None:
         """Find the unfinished jobs that nobody holds; those that have begun too often fail."""
-        unfinished, runs = await self._store.unfinished(), self._runner.runs
-        found = [waiting for waiting in unfinished if not waiting.is_claimed and waiting.id not in runs]
-        for waiting in found:
-            if waiting.attempts >= MAX_ATTEMPTS and (job := await self._claimed(waiting.id)) is not None:
-                await self._store.replace(job, self._runner.expiry.failed(job, WORKER_LOST))
-        self._backlog.extend(waiting.id for waiting in found if waiting.attempts < MAX_ATTEMPTS)
+        unclaimed = await self._store.unclaimed()
+        found = {job_id: attempts for job_id, attempts in unclaimed.items() if job_id not in self._runner.runs}
+        for job_id, attempts in found.items():
+            if attempts >= MAX_ATTEMPTS and (job := await self._claimed(job_id)) is not None:
+                await self._store.replace(job, self._runner.expiry.ended(job.failed(WORKER_LOST)))
+        self._backlog.extend(job_id for job_id, attempts in found.items() if attempts < MAX_ATTEMPTS)
 
     async def _claimed(self, job_id: str) -> Job | None:
-        return None if self.number is None else await self._store.claim(job_id, self.number)
-
-    async def _tell(self, job_id: str) -> None:
-        """Tell whoever follows a job that it is not run here."""
-        if (run := self._backlog.followed_as(job_id)) is not None and not run.job.finished:
-            await self._runner.look(run)
-            run.over = True
-            run.wake()
+        return await self._store.claim(job_id, self.number)

@@ -18,7 +18,8 @@ class JobLimits:
         max_bytes: of all jobs' files and records; the first finished are removed for later ones. None is no limit.
         max_record_bytes: of all jobs' records; beyond, failed jobs are removed, and then completed ones.
         sweep_seconds: between two searches for what has expired.
-        retry_seconds: after which a full or unready engine, a full disk, or a held database is tried again.
+        retry_seconds: after which a full or unready engine, a full disk, or a held database is tried again,
+            and a job that runs elsewhere is looked at.
         busy_seconds: for which whoever waits for an answer waits for a held database.
         lease_seconds: for which a server that says nothing keeps its jobs from the others of its store.
 

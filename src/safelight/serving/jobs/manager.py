@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from safelight.errors import StateDirectoryError, StorageError
 from safelight.runtime.client import EngineClient, Progress
+from safelight.serving.admission import Admission
 from safelight.serving.clocks import Clocks
 from safelight.serving.jobs.acceptance import Acceptance
 from safelight.serving.jobs.events import Events
@@ -21,7 +22,7 @@ from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.run import JobEvent
 from safelight.serving.jobs.runner import CANCELLED, Runner
 from safelight.serving.jobs.store import JobStore
-from safelight.serving.jobs.submission import Submission
+from safelight.serving.spool import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class JobManager:
             self.expiry.begin(await self.store.last_end())
             await self.lease.begin()
             await self.outputs.clean(self.store.kept)
-            await self.store.forget(())
+            await self.store.forget()
         except StorageError as error:
             raise StateDirectoryError(f"state directory: {self.store.where!r} cannot be used: {error}") from error
         self._renewing = asyncio.create_task(self.lease.renew_forever(), name="renew the lease on jobs")
@@ -83,9 +84,9 @@ class JobManager:
             asyncio.create_task(self.lease.take_forever(), name="take up jobs"),
         ]
 
-    async def submit(self, submission: Submission) -> Job:
+    async def submit(self, job: Job, files: Mapping[str, bytes | Stored], admission: Admission) -> Job:
         """Accept a job: see `Acceptance.submit`."""
-        return await self.acceptance.submit(submission)
+        return await self.acceptance.submit(job, files, admission)
 
     async def cancel(self, job_id: str) -> Job | None:
         """End a job as `failed`, with the code `cancelled`; one that has finished stays as it is.
@@ -103,7 +104,7 @@ class JobManager:
             job = await self.store.get(job_id)
             if job is None or job.finished:
                 return job
-            failed = self.expiry.failed(job, CANCELLED)
+            failed = self.expiry.ended(job.failed(CANCELLED))
             replace = functools.partial(self.store.replace, job, failed)
             if await self.runner.retry(replace, self.runner.limits.busy_seconds):
                 self.runner.end(failed)
@@ -136,10 +137,9 @@ class JobManager:
 
         What has not finished by then stays in progress, and has its next attempt when a server takes it up.
         """
-        self.runner.retry.stops = True
+        self.runner.stops = True
         for taking in self._taking:
             taking.cancel()
-        self.runner.backlog.close()
         for run in list(self.runner.runs.values()):
             if not run.running:
                 self.runner.stop(run)

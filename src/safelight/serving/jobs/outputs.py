@@ -25,32 +25,28 @@ def write_outputs(job: Job, outputs: Sequence[Output], schema: ModelSchema, batc
 
     """
     stem = job.id if job.attempts <= 1 else f"{job.id}.attempt{job.attempts}"  # no two attempts' files have one name
-    output_format = job.output_format
-    stored: list[StoredOutput] = []
+    made: list[StoredOutput] = []
     for output in outputs:
         metadata = media.file_metadata(schema.model, schema.pipeline_name, output.params)
-        if output_format == "mp4":
+        if job.output_format == "mp4":
             for frames in output.media:
-                name = f"{stem}.{len(stored)}.{output_format}"
                 with _ONE_VIDEO:
-                    stored.append(_write_video(batch, name, frames, output, metadata))
+                    made.append(_write_video(batch, f"{stem}.{len(made)}.mp4", frames, output, metadata))
             continue
         for array in output.pictures():
-            name = f"{stem}.{len(stored)}.{output_format}"
-            size = batch.write(name, encode_image(array, output_format, job.compression, metadata))
+            name = f"{stem}.{len(made)}.{job.output_format}"
+            size = batch.write(name, encode_image(array, job.output_format, job.compression, metadata))
             height, width = array.shape[:2]
-            stored.append(StoredOutput(name, MEDIA_TYPES[output_format], width, height, size, output.seed))
-    return stored
+            made.append(StoredOutput(name, MEDIA_TYPES[job.output_format], width, height, size, output.seed))
+    return made
 
 
 def _write_video(batch: Batch, name: str, frames: Media, output: Output, metadata: Mapping[str, Any]) -> StoredOutput:
     fps = output.params["fps"]
     size = batch.make(name, lambda path: video.save_video(frames, path, fps, metadata))
-    extras = {"thumbnail": (thumbnail(frames), "webp"), "spritesheet": (spritesheet(frames), "jpeg")}
-    files = {}
-    for variant, (data, ending) in extras.items():
-        file = StoredFile(f"{name}.{variant}.{ending}", len(data))
-        batch.write(file.name, data)
-        files[variant] = file
+    extras = {}
+    for variant, made, ending in (("thumbnail", thumbnail, "webp"), ("spritesheet", spritesheet, "jpeg")):
+        file = f"{name}.{variant}.{ending}"
+        extras[variant] = StoredFile(file, batch.write(file, made(frames)))
     height, width = frames.shape[1:3]
-    return StoredOutput(name, MEDIA_TYPES["mp4"], width, height, size, output.seed, len(frames), fps, files)
+    return StoredOutput(name, MEDIA_TYPES["mp4"], width, height, size, output.seed, len(frames), fps, extras)

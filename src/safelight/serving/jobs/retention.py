@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 
 from safelight.errors import StorageError, StorageFullError
 from safelight.serving.jobs.expiry import Expiry
 from safelight.serving.jobs.files import Files
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs.limits import JobLimits
-from safelight.serving.jobs.store import JobStore, Kept
+from safelight.serving.jobs.store import JobStore
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +31,10 @@ class Retention:
     def __init__(self, store: JobStore, files: Files, expiry: Expiry, limits: JobLimits) -> None:
         self._store, self._files, self._expiry, self._limits = store, files, expiry, limits
         self.lock = asyncio.Lock()
-        self._leaving: set[str] = set()
-        """Jobs that are not there yet or any more, and whose files are being written or removed."""
         self._left: set[str] = set()
         """Jobs of which the disk did not let go some files."""
-
-    @contextlib.contextmanager
-    def held(self, job: Job) -> Iterator[None]:
-        """Keep the store from forgetting a job that is not there yet or any more: its files are."""
-        self._leaving.add(job.id)
-        try:
-            yield
-        finally:
-            self._leaving.discard(job.id)
+        self._gone: set[str] = set()
+        """Jobs that are no more, nor are their files: what the store may forget."""
 
     async def sweep(self, busy: Collection[str]) -> None:
         """Remove what has expired, and what is over the quota; `busy` are jobs whose files may be written now."""
@@ -54,26 +45,29 @@ class Retention:
             await self.make(0)
             await self.trim_records()
         await self._remove_left()
-        await self._store.forget({*busy, *self._leaving, *self._left})
+        if forgotten := self._gone.difference(busy):
+            await self._store.forget(forgotten)
+            self._gone -= forgotten
 
     async def remove(self, job: Job) -> bool:
         """Remove a finished job, and then its files; on a full disk the files first, which makes room for the rest.
 
         Files that the disk does not let go are tried again later.
         """
-        with self.held(job):
-            try:
-                removed = await self._store.delete(job.id)
-            except StorageFullError:
-                await self._files.remove([file.name for file in job.files])
-                removed = await self._store.delete(job.id)
-            await self.remove_files(job.id, [file.name for file in job.files], others=job.attempts > 1)
+        self._gone.discard(job.id)  # an attempt's files may be gone; now it is the job's
+        try:
+            removed = await self._store.delete(job.id)
+        except StorageFullError:
+            await self._files.remove([file.name for file in job.files])
+            removed = await self._store.delete(job.id)
+        await self.remove_files(job.id, [file.name for file in job.files], others=job.attempts > 1)
         return removed is not None
 
-    async def remove_others(self, job: Job, names: Iterable[str]) -> None:
+    async def remove_others(self, job: Job) -> None:
         """Remove what an earlier attempt has left of a job that is over: its server died before that was completed."""
         if job.attempts > 1:
-            await self._files.remove_others(job.id, names)
+            with contextlib.suppress(StorageError):  # the next start removes them
+                await self._files.remove_others(job.id, [file.name for file in job.files])
 
     async def remove_files(self, job_id: str, names: Iterable[str], others: bool = False) -> None:
         """Remove files of a job, and with `others` those that an earlier attempt left, at once or when the disk can."""
@@ -81,6 +75,7 @@ class Retention:
             await self._files.remove(names)
             if others:
                 await self._files.remove_others(job_id, ())
+            self._gone.add(job_id)
         except StorageError as error:
             logger.error("files of job %s stay for now: %s", job_id, error)
             self._left.add(job_id)
@@ -88,12 +83,11 @@ class Retention:
     async def _remove_left(self) -> None:
         """Remove what the disk did not let go, of jobs that are over."""
         some = list(self._left)[:REMOVED_AT_ONCE]
-        kept = await self._store.kept(some)
-        for job_id in some:
-            known = kept.get(job_id, Kept(is_over=True))
+        for job_id, known in (await self._store.kept(some)).items():
             if known.is_over:
                 await self._files.remove_others(job_id, known.names)
                 self._left.discard(job_id)
+                self._gone.add(job_id)
 
     async def make(self, num_bytes: int) -> None:
         """Remove the first finished jobs until so many bytes fit. Only under the lock.

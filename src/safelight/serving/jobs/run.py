@@ -25,21 +25,26 @@ class Run:
     Attributes:
         is_new: whether this server accepted it, so that the jobs of an earlier one come before it.
         is_lost: whether it may be another server's by now: this one stops it, and has no say in it any more.
-        over: whether nothing more becomes of it in this process.
 
     """
 
-    def __init__(self, job: Job, client: str = "", is_new: bool = False, over: bool = False) -> None:
+    def __init__(self, job: Job, client: str = "", is_new: bool = False) -> None:
         self.job, self.client, self.is_new = job, client, is_new
         self.ticket: Ticket | None = None
         self.task: asyncio.Task[None] | None = None
-        self.over, self.is_lost = over, False
+        self.is_lost = False
         self.changed = asyncio.Event()
 
     @property
     def running(self) -> bool:
         """Whether the engine works on it, or its outputs are being written."""
         return self.ticket is not None and (self.ticket.done or self.ticket.progress.state == "running")
+
+    def show(self, job: Job) -> None:
+        """Tell whoever follows it what the job is now; a finished one stays as it is."""
+        if not self.job.finished:
+            self.job = job
+            self.wake()
 
     def wake(self) -> None:
         """Tell whoever follows it that something is new."""

@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from safelight.core.params import SamplingParams
 from safelight.errors import (
@@ -28,7 +29,6 @@ from safelight.errors import (
     QueueFullError,
     SafelightError,
     StorageBusyError,
-    StorageError,
     StorageFailedError,
     StorageFullError,
     WorkerLostError,
@@ -38,15 +38,15 @@ from safelight.serving.clocks import Clocks
 from safelight.serving.jobs.backlog import Backlog
 from safelight.serving.jobs.expiry import Expiry
 from safelight.serving.jobs.files import Files
+from safelight.serving.jobs.inputs import read_params
 from safelight.serving.jobs.job import MAX_ATTEMPTS, Job, JobError
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.outputs import write_outputs
 from safelight.serving.jobs.retention import Retention
-from safelight.serving.jobs.retry import Retry
 from safelight.serving.jobs.run import Run
 from safelight.serving.jobs.store import JobStore
-from safelight.serving.jobs.submission import read_params
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 INTERNAL_ERROR = JobError(SafelightError.code, "the server made a mistake; its log has it by this job's id")
@@ -70,7 +70,7 @@ class Runner:
         store, files, engine, retention, expiry, limits, clocks: what it works with.
         runs: by job, what is in memory of those that this server holds.
         backlog: jobs that it may claim.
-        retry: how the store is asked.
+        stops: whether this server stops, so that what the store refuses is given up.
 
     """
 
@@ -89,16 +89,35 @@ class Runner:
         self._may_begin = may_begin
         self.runs: dict[str, Run] = {}
         self.backlog = Backlog()
-        self.retry = Retry(limits.retry_seconds)
+        self.stops = False
         self._gate = asyncio.Lock()  # first come, first served: the order of acceptance
         self._left = asyncio.Event()  # a job has left the engine
 
-    def launch(self, run: Run, then: Callable[[asyncio.Task[None]], None] = lambda _: None) -> None:
-        """Run a job that this server holds."""
+    def launch(self, run: Run) -> asyncio.Task[None]:
+        """Run a job that this server holds, in the task that is returned."""
         self.runs[run.job.id] = run
         run.task = asyncio.create_task(self._run(run), name=run.job.id)
         run.task.add_done_callback(lambda task: self._ended(run, task))
-        run.task.add_done_callback(then)
+        return run.task
+
+    async def retry(self, call: Callable[[], Awaitable[T]], seconds: float = math.inf) -> T:
+        """Return what a call of the store does, again and again while another program holds that, or its disk fails.
+
+        Raises:
+            StorageBusyError, StorageFailedError: after so many seconds, or where the server stops.
+
+        """
+        begun, is_told = time.monotonic(), False
+        while True:
+            try:
+                return await call()
+            except (StorageBusyError, StorageFailedError) as error:
+                if self.stops or time.monotonic() - begun >= seconds:
+                    raise
+                if not is_told:
+                    logger.error("%s", error)
+                is_told = True
+            await asyncio.sleep(self.limits.retry_seconds)
 
     def stop(self, run: Run) -> None:
         """End what is done for a job, except the writing of its outputs, which is given up at its end."""
@@ -109,10 +128,9 @@ class Runner:
 
     def end(self, failed: Job) -> None:
         """Stop a job that has been ended in the store, and tell whoever follows it."""
-        run = self.runs.get(failed.id) or self.backlog.followed_as(failed.id)
         self.backlog.drop(failed.id)
-        if run is not None:
-            self._show(run, failed)
+        if (run := self.runs.get(failed.id)) is not None:
+            run.show(failed)
             self.stop(run)
 
     async def look(self, run: Run) -> None:
@@ -120,14 +138,13 @@ class Runner:
         run.is_lost = True
         job = await self.retry(lambda: self.store.get(run.job.id))
         if job is None:  # it was deleted, for which it is cancelled first
-            job = self.expiry.failed(run.job, CANCELLED)
+            job = self.expiry.ended(run.job.failed(CANCELLED))
         if job.finished:
-            self._show(run, job)
+            run.show(job)
 
     def _ended(self, run: Run, task: asyncio.Task[None]) -> None:
         """Forget a run; here and not in the task, which never begins if it is cancelled at once."""
         del self.runs[run.job.id]
-        run.over = True
         run.wake()
         self._wake_waiting()
         if not task.cancelled() and task.exception() is not None:
@@ -141,7 +158,7 @@ class Runner:
             await self.look(run)
         except SafelightError as error:
             # The engine answers so to what it is made to drop; such a job is the next server's.
-            if not ((self.retry.stops or run.is_lost) and isinstance(error, _OF_A_STOP)):
+            if not ((self.stops or run.is_lost) and isinstance(error, _OF_A_STOP)):
                 if error.code == INTERNAL_ERROR.code:
                     logger.error("job %s: %s", _named(run.job), error, exc_info=error.__cause__)
                 await self._fail(run, JobError(error.code, str(error), error.param))
@@ -157,7 +174,7 @@ class Runner:
             try:
                 outputs = await self._follow(run, run.ticket)
             except (WorkerLostError, NotReadyError):
-                if self.retry.stops:
+                if self.stops:
                     raise
                 if run.job.attempts >= MAX_ATTEMPTS:
                     raise WorkerLostError(WORKER_LOST.message) from None
@@ -192,50 +209,48 @@ class Runner:
 
     async def _follow(self, run: Run, ticket: Ticket) -> list[Output]:
         """Wait for the engine's answer, and record that the job has begun once it has."""
-        begun = False
+        attempt = run.job.attempts + 1
         try:
             async for progress in ticket.changes():
-                if progress.state == "running" and not begun:
-                    await self._begin(run, progress)
-                    begun = True
+                if progress.state == "running":
+                    await self._begin(run, attempt, progress)
                 run.wake()
             outputs = await ticket.result()
         except WorkerLostError:  # it had begun, if only for a moment
-            if not begun:
-                await self._begin(run, ticket.progress)
+            await self._begin(run, attempt, ticket.progress)
             raise
         finally:
             self._left.set()
             self.engine.cancel(ticket.request.request_id)
-        if not begun:
-            await self._begin(run, ticket.progress)
+        await self._begin(run, attempt, ticket.progress)
         return outputs
 
     async def _finish(self, run: Run, outputs: Sequence[Output]) -> None:
         """Write the outputs, and complete the job once they are on the disk."""
         began, schema = time.perf_counter(), self.engine.schema
         assert schema is not None
-        staged = await self.files.stage(functools.partial(write_outputs, run.job, outputs, schema))
+        batch, made = await self.files.stage(functools.partial(write_outputs, run.job, outputs, schema))
+        files = [file for output in made for file in output.files]
         async with self.retention.lock:
             try:
-                await self.retry(lambda: self.retention.make(sum(file.num_bytes for file in staged.files)))
+                await self.retry(lambda: self.retention.make(sum(file.num_bytes for file in files)))
             except SafelightError:
-                await self.files.discard(staged)
+                await self.files.discard(batch)
                 raise
-            await self.files.publish(staged)
+            await self.files.publish(batch)
             timings = {**total_timings(outputs), "encoding": time.perf_counter() - began}
             warnings = [text for output in outputs for text in output.warnings]
             try:
-                await self._advance(run, self.expiry.completed(run.job, staged.outputs, warnings, timings))
+                await self._advance(run, self.expiry.ended(run.job.completed(made, warnings, timings)))
             except (_SupersededError, StorageBusyError, StorageFullError):
                 # It was cancelled, deleted or claimed meanwhile. After a failure of the disk it may have completed.
-                await self.retention.remove_files(run.job.id, [file.name for file in staged.files])
+                await self.retention.remove_files(run.job.id, [file.name for file in files])
                 raise
-            await self._remove_others(run.job)
+            await self.retention.remove_others(run.job)
 
     async def _fail(self, run: Run, error: JobError) -> None:
-        failed = self.expiry.failed(run.job, error)
-        for tried in itertools.count():
+        failed, is_told = self.expiry.ended(run.job.failed(error)), False
+        while True:
             try:
                 await self._advance(run, failed)
                 break
@@ -243,18 +258,17 @@ class Runner:
                 await self.look(run)
                 break
             except StorageFullError:
-                if tried == 0:
+                if not is_told:
                     logger.error("job %s: the disk is too full to write down that it failed", run.job.id)
+                is_told = True
                 await asyncio.sleep(self.limits.retry_seconds)
         if run.job.finished:
-            await self._remove_others(run.job)
+            await self.retention.remove_others(run.job)
 
-    async def _remove_others(self, job: Job) -> None:
-        with contextlib.suppress(StorageError):  # the next start removes them
-            await self.retention.remove_others(job, [file.name for file in job.files])
-
-    async def _begin(self, run: Run, progress: Progress) -> None:
-        await self._advance(run, run.job.begun(self.clocks.stamp(), progress.form, self.clocks.moment()))
+    async def _begin(self, run: Run, attempt: int, progress: Progress) -> None:
+        """Record that an attempt has begun, unless that has been done."""
+        if run.job.attempts < attempt:
+            await self._advance(run, run.job.begun(self.clocks.stamp(), progress.form, self.clocks.moment()))
 
     async def _advance(self, run: Run, new: Job) -> None:
         """Change a job in the store, as soon as no other program holds that, and here if the store agreed.
@@ -265,18 +279,13 @@ class Runner:
         """
         if not await self.retry(lambda: self.store.replace(run.job, new)):
             raise _SupersededError
-        self._show(run, new)
+        run.show(new)
 
     def _wake_waiting(self) -> None:
         """Tell the jobs that are held back that they may have moved up."""
-        for run in [*self.runs.values(), *self.backlog.followed()]:
+        for run in self.runs.values():
             if run.ticket is None:
                 run.wake()
-
-    def _show(self, run: Run, job: Job) -> None:
-        if not run.job.finished:
-            run.job = job
-            run.wake()
 
 
 def _named(job: Job) -> str:

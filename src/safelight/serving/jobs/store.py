@@ -9,9 +9,8 @@ has lost it: it is the fencing token. Times are the store's own, where it has a 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -21,14 +20,6 @@ from safelight.serving.jobs.job import Job, Kind
 Order = Literal["asc", "desc"]
 
 MAX_PAGE = 100
-
-
-class Waiting(msgspec.Struct, frozen=True):
-    """Of an unfinished job what a server needs to know that may claim it; `is_claimed` says whether one has."""
-
-    id: str
-    attempts: int
-    is_claimed: bool
 
 
 class Horizon(msgspec.Struct, frozen=True):
@@ -68,7 +59,7 @@ class Usage(msgspec.Struct, frozen=True):
     num_bytes_records: int = 0
 
 
-class JobStore(ABC):
+class JobStore(Protocol):
     """Where jobs are kept. Every change is durable when its method returns.
 
     Methods that write raise `StorageFullError` where there is no room, and all raise `StorageBusyError` where another
@@ -84,7 +75,6 @@ class JobStore(ABC):
     where: str
     is_exclusive: bool
 
-    @abstractmethod
     async def add(self, job: Job) -> Job:
         """Keep a new job, and return it; or the one that its owner sent before with the same idempotency key.
 
@@ -95,15 +85,12 @@ class JobStore(ABC):
 
         """
 
-    @abstractmethod
     async def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """Return a job; None if there is none, or if an owner is given and it is another's."""
 
-    @abstractmethod
     async def find(self, owner: str, idempotency_key: str) -> Job | None:
         """Return the job of an idempotency key."""
 
-    @abstractmethod
     async def page(
         self,
         kind: Kind | None = None,
@@ -119,7 +106,6 @@ class JobStore(ABC):
 
         """
 
-    @abstractmethod
     async def replace(self, old: Job, new: Job) -> bool:
         """Put a job's next form in the place of the one that was read, and say whether that was done.
 
@@ -127,23 +113,18 @@ class JobStore(ABC):
         not become `new`.
         """
 
-    @abstractmethod
     async def delete(self, job_id: str) -> Job | None:
         """Remove a job, and return its last form; None if there is none. Its files are the caller's to remove."""
 
-    @abstractmethod
     async def check_writable(self) -> None:
         """Do nothing where a job could be changed; raise why it cannot be where it could not."""
 
-    @abstractmethod
-    async def unfinished(self) -> list[Waiting]:
-        """Return what is queued or in progress, in the order of acceptance; the jobs themselves stay in the store."""
+    async def unclaimed(self) -> dict[str, int]:
+        """Return the unfinished jobs that no lease holds, in the order of acceptance: their ids, and their attempts."""
 
-    @abstractmethod
     async def begin_lease(self, server: str, seconds: float) -> int:
         """Give a server a lease for so long, and return its number; its last one is given up, and what is over."""
 
-    @abstractmethod
     async def renew_lease(self, lease: int, seconds: float) -> frozenset[str] | None:
         """Let a lease last for so long from now on, and give up every one that is over: this one too, after 0 seconds.
 
@@ -152,38 +133,29 @@ class JobStore(ABC):
 
         """
 
-    @abstractmethod
     async def claim(self, job_id: str, lease: int) -> Job | None:
         """Let a lease hold a job, and return it; None if it has finished, another holds it, or the lease has ended."""
 
-    @abstractmethod
     async def last_end(self) -> float | None:
         """Return when the last job that there is completed or failed; None where none has."""
 
-    @abstractmethod
     async def expired(self, horizon: Horizon, limit: int = MAX_PAGE) -> list[Job]:
         """Return what completed or failed and has expired, first finished first."""
 
-    @abstractmethod
     async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
         """Return what completed or failed, first finished first; those first, if asked, that have nothing to show."""
 
-    @abstractmethod
     async def usage(self) -> Usage:
         """Return the bytes of all jobs' files and records."""
 
-    @abstractmethod
     async def kept(self, job_ids: Collection[str]) -> dict[str, Kept]:
         """Return what is known of the files of these jobs, or of what was removed and is not forgotten."""
 
-    @abstractmethod
     async def announce(self, job_id: str) -> None:
         """Note that files are written for a job that is not there yet: until it is added, it counts as removed."""
 
-    @abstractmethod
-    async def forget(self, but: Collection[str]) -> None:
-        """Forget jobs that were removed, as their files are, but for these."""
+    async def forget(self, job_ids: Collection[str] | None = None) -> None:
+        """Forget jobs that were removed, as their files are: these, or all that there are."""
 
-    @abstractmethod
     async def close(self) -> None:
         """Let the store go; nothing else may be called afterwards."""

@@ -1,9 +1,8 @@
-"""A checked request on its way into a job, and out of it again when the job runs. Imports no torch."""
+"""What the engine is to be given: into a job and its files, and out of them again when it runs. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import msgspec
@@ -13,73 +12,31 @@ from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError, StorageError
-from safelight.serving.admission import Admission
-from safelight.serving.clocks import Moment
 from safelight.serving.jobs.job import Job, Kind, StoredFile, new_id
 from safelight.serving.spool import Stored
 
 
-@dataclass(frozen=True)
-class Submission:
-    """A checked request that is to become a job.
+def new_job(
+    params: SamplingParams, schema: ModelSchema, images: Mapping[str, Sequence[bytes | Stored]], **asked: Any
+) -> tuple[Job, dict[str, bytes | Stored]]:
+    """Return a job that is not accepted yet, and its input files by name.
 
-    Attributes:
+    Args:
         params: resolved, with a seed; its pictures are taken from `images` again when the job runs.
+        schema: of the model that is to run it.
         images: the encoded pictures as they came, by the field that they were given for.
-        request: the wire's own fields, to be echoed.
-        output_format: png, jpeg, webp or mp4.
-        compression: as `encode_image` takes it.
-        warnings: what the user should know already.
-        admission: as what it may be run.
-        request_id: of the HTTP request that it came with, for the log.
-        idempotency_key: as the client chose it; None if it chose none.
-        digest: `request_digest`, where there is a key.
+        **asked: further fields of the job.
 
     """
-
-    params: SamplingParams
-    images: Mapping[str, Sequence[bytes | Stored]] = field(default_factory=dict)
-    request: Mapping[str, Any] = field(default_factory=dict)
-    output_format: str = "png"
-    compression: int | None = None
-    warnings: Sequence[str] = ()
-    admission: Admission = field(default_factory=Admission)
-    request_id: str = ""
-    idempotency_key: str | None = None
-    digest: str = ""
-
-
-def new_job(
-    submission: Submission, schema: ModelSchema, now: float, moment: Moment, lease: int | None
-) -> tuple[Job, dict[str, bytes | Stored]]:
-    """Return a queued job, accepted now and claimed by a lease, and its input files by name."""
     kind: Kind = "video" if schema.task.makes_video else "image"
     job_id = new_id(kind)
-    options, values = submission.params.options(), submission.params.set_fields()
+    options, values = params.options(), params.set_fields()
     plain = {name: value for name, value in values.items() if options[name].kind not in ("image", "images")}
-    given = [(param, data) for param, pictures in submission.images.items() for data in pictures]
+    given = [(param, data) for param, pictures in images.items() for data in pictures]
     files = {f"{job_id}.input{index}": data for index, (_, data) in enumerate(given)}
-    inputs = [StoredFile(name, len(data), param) for name, (param, data) in zip(files, given, strict=True)]
-    job = Job(
-        id=job_id,
-        kind=kind,
-        model=schema.model,
-        params=_as_stored(plain),
-        created_at=now,
-        accepted=moment,
-        request=_as_stored(dict(submission.request)),
-        output_format=submission.output_format,
-        compression=submission.compression,
-        owner=submission.admission.owner,
-        priority=submission.admission.priority,
-        request_id=submission.request_id,
-        idempotency_key=submission.idempotency_key,
-        digest=submission.digest,
-        inputs=tuple(inputs),
-        warnings=tuple(submission.warnings),
-        lease=lease,
-    )
-    return job, files
+    inputs = tuple(StoredFile(name, len(data), param) for name, (param, data) in zip(files, given, strict=True))
+    stored = msgspec.json.decode(msgspec.json.encode(plain), type=dict[str, Any])  # as it will be read: without tuples
+    return Job(id=job_id, kind=kind, model=schema.model, params=stored, inputs=inputs, **asked), files
 
 
 def read_params(job: Job, schema: ModelSchema, read: Callable[[str], BinaryIO]) -> SamplingParams:
@@ -111,8 +68,3 @@ def read_params(job: Job, schema: ModelSchema, read: Callable[[str], BinaryIO]) 
     fields = cls.from_fields({**job.params, **images}).set_fields()
     # Checked for its plain types alone: JSON has lists where parameters have tuples. What is unset stays unset.
     return cls(**{name: options[name].check(name, value) for name, value in fields.items()})
-
-
-def _as_stored(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values as they will be when they are read again: JSON knows no tuples."""
-    return msgspec.json.decode(msgspec.json.encode(values), type=dict[str, Any])
