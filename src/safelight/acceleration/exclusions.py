@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError
 
+WITH_SEVERAL_DEVICES: Mapping[str, str] = {
+    "offload": "what lies where is planned for one device's memory",
+    "compile": "ranks would have the compiled form at different times",
+    "cuda_graphs": "graphs do not capture what ranks send each other",
+    "vae_tiling": "vae_parallel decodes in bands, one a rank",
+}
+"""What one device alone can have: settings of `ServerArgs` that have to be `none` otherwise, and why."""
 
-@dataclass(frozen=True)
-class Exclusion:
-    """A setting that cannot be had beside something else.
-
-    Attributes:
-        setting: its name in `ServerArgs`.
-        value: what it has to be then.
-        reason: why.
-
-    """
-
-    setting: str
-    value: str
-    reason: str
-
-
-WITH_SEVERAL_DEVICES = (
-    Exclusion("offload", "none", "what lies where is planned for one device's memory"),
-    Exclusion("compile", "none", "ranks would have the compiled form at different times"),
-    Exclusion("cuda_graphs", "none", "graphs do not capture what ranks send each other"),
-    Exclusion("vae_tiling", "none", "vae_parallel decodes in bands, one a rank"),
-)
-"""What one device alone can have."""
-
-WITH_OFFLOAD = (Exclusion("cuda_graphs", "none", "a graph holds the weights' addresses"),)
+WITH_OFFLOAD: Mapping[str, str] = {"cuda_graphs": "a graph holds the weights' addresses"}
 """What cannot be had where weights change their place."""
 
 
@@ -52,8 +35,8 @@ def refuse_excluded(server_args: ServerArgs) -> None:
         _refuse(server_args, WITH_OFFLOAD, f"offload={server_args.offload}")
 
 
-def _refuse(server_args: ServerArgs, exclusions: tuple[Exclusion, ...], beside: str) -> None:
-    for each in exclusions:
-        got = vars(server_args)[each.setting]
-        if got != each.value:
-            raise InvalidParameterError(each.setting, got, f"{each.value} with {beside}: {each.reason}")
+def _refuse(server_args: ServerArgs, reasons: Mapping[str, str], beside: str) -> None:
+    for setting, reason in reasons.items():
+        got = vars(server_args)[setting]
+        if got != "none":
+            raise InvalidParameterError(setting, got, f"none with {beside}: {reason}")
