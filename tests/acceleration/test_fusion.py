@@ -13,9 +13,9 @@ from torch import nn
 from torch.library import opcheck
 
 from benchmarks.operations import blocks_and_rest, fused_transformer, mean_block
-from benchmarks.stacks import STACKS
-from safelight.acceleration.fused import examples, fuse, fusion, unfuse, use_operators
-from safelight.acceleration.fused.fusion import compare, fusable_layers
+from benchmarks.stacks import STACKS, unfuse, use_operators
+from safelight.acceleration.fused import examples, fusion
+from safelight.acceleration.fused.fusion import compare, fusable_layers, fuse
 from safelight.acceleration.fused.operations import OPERATIONS, FusedOperation
 from safelight.layers import modulation, rotary
 from safelight.layers.fusable import FusableLayer

@@ -14,14 +14,7 @@ import torch
 from torch import nn
 
 from safelight import ServerArgs
-from safelight.acceleration.memory import (
-    BUFFER_BYTES,
-    NUM_BUFFERS,
-    Carrier,
-    CudaMemory,
-    HostMemory,
-    PinnedCopies,
-)
+from safelight.acceleration.memory import BUFFER_BYTES, NUM_BUFFERS, Carrier, CudaMemory, PinnedCopies
 from safelight.acceleration.offload import BlockStream, Packed, Stager, StreamedModule, WholeModule, spread, tensors_of
 from safelight.acceleration.plan import WORKSPACE, make_plan, plan_mode
 from safelight.core.executor import Execution
@@ -32,7 +25,7 @@ from safelight.loading.repository import open_repository
 from safelight.runtime.engine import Engine
 from safelight.testing.models import TinyModels, requests
 from safelight.testing.recipes import shake
-from tests.acceleration.memories import UNLIMITED, CountingMemory, FailingMemory, LateMemory
+from tests.acceleration.memories import UNLIMITED, CountingMemory, FailingMemory, HostMemory, LateMemory
 from tests.recipes import all_recipes
 
 NUM_LAYERS = 5

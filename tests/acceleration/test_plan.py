@@ -11,7 +11,7 @@ import torch
 
 from safelight import ServerArgs
 from safelight.acceleration.activations import LiveStorages
-from safelight.acceleration.memory import BUFFER_BYTES, NUM_BUFFERS, HostMemory
+from safelight.acceleration.memory import BUFFER_BYTES, NUM_BUFFERS
 from safelight.acceleration.offload import offload, tensors_of
 from safelight.acceleration.plan import (
     WORKSPACE,
@@ -28,6 +28,7 @@ from safelight.loading.loader import load_pipeline
 from safelight.loading.planning import plan_memory
 from safelight.loading.repository import open_repository
 from safelight.testing.models import TinyModels
+from tests.acceleration.memories import HostMemory
 from tests.recipes import all_recipes
 
 GIB = 2**30
@@ -145,7 +146,8 @@ def counted_peaks(repository, plan, fields):
     modules = pipeline.modules()
     resident = [name for name in modules if name not in plan.placed]
     fixed = sum(tensor.nbytes for name in resident for tensor in tensors_of(modules[name]))
-    pipeline.residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, MetaMemory())
+    placed = {name: modules[name] for name in plan.placed}
+    pipeline.residency = offload(placed, plan.rooms, plan.resident_blocks, MetaMemory())
     with LiveStorages() as live:
         peaks = Peaks(live)
         for _ in range(2):

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from safelight.acceleration.blocks import blocks_by_class
-from safelight.errors import CompilationError
+from safelight.errors import MAX_REASON, CompilationError
 
 Form = Literal["eager", "compiling", "compiled"]
 
@@ -38,8 +38,6 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CACHE_DIRECTORY = "~/.cache/safelight/inductor"
 MAX_GRAPHS = 64
 """Of one class of blocks; Dynamo's own limit is made for code that compiles as it goes."""
-MAX_REASON = 300
-"""Characters of torch's message that ours repeats."""
 
 
 class BlockClass:
@@ -139,7 +137,8 @@ def compiling(classes: Sequence[BlockClass]) -> Iterator[None]:
         try:
             yield
         except (TorchDynamoException, OSError, RuntimeError) as error:
-            raise CompilationError(f"the model cannot be compiled: {reason_of(error)}") from error
+            reason = str(error).strip().partition("\n")[0][:MAX_REASON] or type(error).__name__
+            raise CompilationError(f"the model cannot be compiled: {reason}") from error
 
 
 def use_cache() -> Path:
@@ -209,9 +208,3 @@ def warm_up_compiler() -> None:
         torch.compile(lambda hidden: nn.functional.gelu(layer(hidden)), backend="aot_eager", dynamic=True)(
             torch.zeros(3, 4)
         )
-
-
-def reason_of(error: BaseException) -> str:
-    """Return an error's first line."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:MAX_REASON]

@@ -51,6 +51,15 @@ class GroupNormBandDecoder(Decoder):
             if isinstance(module, nn.Conv2d):
                 module.weight.data = channels_last(module.weight.data)
 
+    @staticmethod
+    def why_not(vae: Any) -> str | None:
+        """Return what an `AutoencoderKL` has that this decoder does not know; None if it can decode with it."""
+        others = sorted(set(vae.config["up_block_types"]) - {"UpDecoderBlock2D"})
+        if others:
+            return f"it has blocks of the kind {', '.join(others)}"
+        activation = vae.config["act_fn"]
+        return None if activation in ("silu", "swish") else f"its activation is {activation!r}"
+
     def output_shape(self, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """Return [C, 1, H, W], for latents [1, C, H, W]."""
         height, width = (side << self.doublings for side in latent_shape[-2:])
@@ -101,8 +110,7 @@ class GroupNormBandDecoder(Decoder):
     def _conv(self, conv: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
         """Make rows of a convolution of the input."""
         (given,) = state[INPUT]
-        made = F.conv2d(padded(given, top, bottom, height), conv.weight, conv.bias, padding=(0, 1))
-        self._append(state, OUTPUT, made)
+        self._append(state, OUTPUT, conv_of(padded(given, top, bottom, height), conv))
         return self._finish(state, OUTPUT, bottom, height)
 
     def _doubled_conv(self, conv: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
@@ -114,7 +122,7 @@ class GroupNormBandDecoder(Decoder):
     def _last_conv(self, conv: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
         """Make rows of the picture."""
         (given,) = state[INPUT]
-        pixels = normalised_conv(conv, self.decoder.conv_norm_out, given, top, bottom, height)
+        pixels = conv_of(padded(given, top, bottom, height, self.decoder.conv_norm_out), conv)
         given.release(bottom - 1)
         return [Piece(0, top, pixels.transpose(0, 1))]
 
@@ -128,7 +136,7 @@ class GroupNormBandDecoder(Decoder):
     def _first_half(self, resnet: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
         """Make rows of a block's first convolution, and of what its input becomes if it changes its channels."""
         (given,) = state[INPUT]
-        self._append(state, HIDDEN, normalised_conv(resnet.conv1, resnet.norm1, given, top, bottom, height))
+        self._append(state, HIDDEN, conv_of(padded(given, top, bottom, height, resnet.norm1), resnet.conv1))
         if resnet.conv_shortcut is None:
             return ()
         state.setdefault(SHORTCUT, [Bands()])[0].bands.append(resnet.conv_shortcut(given.rows(top, bottom)))
@@ -137,7 +145,7 @@ class GroupNormBandDecoder(Decoder):
     def _second_half(self, resnet: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
         """Add rows of a block's second convolution to its input, in place."""
         (given,), (hidden,) = state[INPUT], state[HIDDEN]
-        made = normalised_conv(resnet.conv2, resnet.norm2, hidden, top, bottom, height)
+        made = conv_of(padded(hidden, top, bottom, height, resnet.norm2), resnet.conv2)
         hidden.release(bottom - 1)
         if top == 0:
             given.moments = None  # those of what it was
@@ -164,34 +172,22 @@ class GroupNormBandDecoder(Decoder):
         return ()
 
 
-def why_not_group_norm(vae: Any) -> str | None:
-    """Return what an `AutoencoderKL` has that this decoder does not know; None if it can decode with it."""
-    others = sorted(set(vae.config["up_block_types"]) - {"UpDecoderBlock2D"})
-    if others:
-        return f"it has blocks of the kind {', '.join(others)}"
-    activation = vae.config["act_fn"]
-    return None if activation in ("silu", "swish") else f"its activation is {activation!r}"
+def padded(given: Bands, top: int, bottom: int, height: int, norm: nn.GroupNorm | None = None) -> Tensor:
+    """Return rows with one neighbour on either side, which is zero beyond the picture, [1, C, bottom - top + 2, W].
 
-
-def padded(given: Bands, top: int, bottom: int, height: int) -> Tensor:
-    """Return rows with one neighbour on either side, which is zero beyond the picture, [1, C, bottom - top + 2, W]."""
+    Where there is a norm, they are of its SiLU.
+    """
     above, below = min(top, 1), min(height - bottom, 1)
-    return with_zeros(given.rows(top - above, bottom + below), above, below)
-
-
-def with_zeros(rows: Tensor, above: int, below: int) -> Tensor:
-    """Put a row of zeros where a neighbour is missing: `above` and `below` count those that there are."""
+    rows = given.rows(top - above, bottom + below)
+    if norm is not None:
+        assert given.moments is not None
+        rows = F.silu(normalised(rows, norm, given.moments), inplace=True)
     return rows if above and below else F.pad(rows, (0, 0, 1 - above, 1 - below))
 
 
-def normalised_conv(conv: Any, norm: nn.GroupNorm, given: Bands, top: int, bottom: int, height: int) -> Tensor:
-    """Return rows of a convolution of SiLU of the norm of an activation, [1, C_out, bottom - top, W]."""
-    above, below = min(top, 1), min(height - bottom, 1)
-    assert given.moments is not None
-    rows = normalised(given.rows(top - above, bottom + below), norm, given.moments)
-    rows = with_zeros(F.silu(rows, inplace=True), above, below)
-    made: Tensor = F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
-    return made
+def conv_of(rows: Tensor, conv: Any) -> Tensor:
+    """Return a convolution of rows that have one neighbour on either side, [1, C_out, rows, W]."""
+    return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
 
 
 def normalised(rows: Tensor, norm: nn.GroupNorm, moments: Tensor) -> Tensor:

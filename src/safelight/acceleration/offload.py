@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -319,33 +319,6 @@ class StreamedModule:
         self._rest.leave()
 
 
-def place_components(
-    modules: Mapping[str, nn.Module], resident_blocks: Mapping[str, int], memory: DeviceMemory
-) -> dict[str, Placement]:
-    """Return how components come and go.
-
-    Args:
-        modules: the components, on the host.
-        resident_blocks: of those that stream, how many blocks stay on the device.
-        memory: where they run.
-
-    """
-    blocks = {name: repeated_blocks(modules[name]) for name in resident_blocks}
-    streams: dict[str, BlockStream] = {}
-    if blocks:
-        largest = max(streamed_bytes(blocks[name], count) for name, count in resident_blocks.items())
-        stager = Stager(memory, largest)  # one for all: of alternates one is on the device
-        streams = {name: BlockStream(blocks[name], count, stager, memory) for name, count in resident_blocks.items()}
-    copies = PinnedCopies(memory)  # one for all: components come one after another
-    copies.prepare()
-    return {
-        name: StreamedModule(module, streams[name], memory, copies)
-        if name in streams
-        else WholeModule(Packed(tensors_of(module)), memory, copies)
-        for name, module in modules.items()
-    }
-
-
 def streamed_bytes(blocks: Sequence[nn.Module], num_resident: int) -> int:
     """Return the bytes of the largest block that streams."""
     staying = spread(num_resident, len(blocks))
@@ -358,21 +331,29 @@ def packed_bytes(module: nn.Module) -> int:
 
 
 def offload(
-    modules: Mapping[str, Any],
-    names: Collection[str],
-    rooms: Mapping[str, int],
-    resident_blocks: Mapping[str, int],
-    memory: DeviceMemory,
+    modules: Mapping[str, nn.Module], rooms: Mapping[str, int], resident_blocks: Mapping[str, int], memory: DeviceMemory
 ) -> Residency:
     """Let components wait on the host until they are used.
 
     Args:
-        modules: the pipeline's components, by name.
-        names: those that come and go; they lie on the host.
+        modules: those that come and go, by name; they lie on the host.
         rooms: for each of them, the bytes that they may take together while it runs.
         resident_blocks: of those whose blocks stream, how many stay on the device.
         memory: where they run.
 
     """
-    placements = place_components({name: modules[name] for name in names}, resident_blocks, memory)
+    blocks = {name: repeated_blocks(modules[name]) for name in resident_blocks}
+    streams: dict[str, BlockStream] = {}
+    if blocks:
+        largest = max(streamed_bytes(blocks[name], count) for name, count in resident_blocks.items())
+        stager = Stager(memory, largest)  # one for all: of alternates one is on the device
+        streams = {name: BlockStream(blocks[name], count, stager, memory) for name, count in resident_blocks.items()}
+    copies = PinnedCopies(memory)  # one for all: components come one after another
+    copies.prepare()
+    placements: dict[str, Placement] = {
+        name: StreamedModule(module, streams[name], memory, copies)
+        if name in streams
+        else WholeModule(Packed(tensors_of(module)), memory, copies)
+        for name, module in modules.items()
+    }
     return Residency(placements, rooms)

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.backends.signature import takes_tuple
-from safelight.checking.record import (
-    Kind,
-    Recorder,
-    recording_calls,
-    recording_encoders,
-    replaced,
-    tensors_of,
-)
+from safelight.checking.record import Kind, Recorder, recording_calls, recording_encoders, replaced, tensors_of
 from safelight.core.params import SamplingParams
 from safelight.errors import UsageError
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from safelight.acceleration.apply import cpu_routes
 from safelight.acceleration.exclusions import refuse_excluded
 from safelight.acceleration.memory import DeviceMemory
 from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan
-from safelight.acceleration.tiled_vae import SETTING as TILING
-from safelight.acceleration.tiled_vae import BandPlan
 from safelight.backends import components, diffusers
 from safelight.core.architecture import NETWORKS, Architecture
 from safelight.core.components import Components
@@ -39,7 +38,6 @@ from safelight.loading.trials import check_all_steps, check_tokens_fit
 from safelight.loading.vaes import run_vae
 from safelight.parallel.apply import over_ranks, share
 from safelight.parallel.mesh import Mesh, lone_mesh
-from safelight.stages.vae import VAE
 
 logger = logging.getLogger(__name__)
 memory_logger = logging.getLogger("safelight.memory")
@@ -136,10 +134,17 @@ def _load_native(
     empty = {each.name: each.empty for each in plans if isinstance(modules[each.name], nn.Module)}
     check_tokens_fit(modules)
     sharing = share(modules, mesh, server_args.torch_device())
-    vae = _vae(modules, tiled, mesh)
+    vae = None
+    if "vae" in modules:
+        routes = cpu_routes(server_args.kernels, server_args.torch_device())
+        ranks = mesh.world if mesh.layout.vae else None
+        vae = run_vae(modules["vae"], in_bands=tiled, ranks=ranks, cpu_plan=routes)
+    elif tiled:
+        raise InvalidParameterError("vae_tiling", "exact", "none with this model, which has no VAE")
     residency = None
     if plan is not None and memory is not None:  # last: as the weights lie now, they come and go
-        residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
+        coming = {name: modules[name] for name in plan.placed}
+        residency = offload(coming, plan.rooms, plan.resident_blocks, memory)
     components = Components(
         modules,
         vae=vae,
@@ -151,17 +156,6 @@ def _load_native(
         shares_branches=mesh.cfg.size > 1,
     )
     return pipeline_cls(components, config, schema, server_args)
-
-
-def _vae(modules: Mapping[str, Any], tiled: bool, mesh: Mesh) -> VAE | None:
-    """Return how the VAE is run; None where there is none."""
-    if "vae" in modules:
-        return run_vae(
-            modules["vae"], bands=BandPlan() if tiled else None, ranks=mesh.world if mesh.layout.vae else None
-        )
-    if tiled:
-        raise InvalidParameterError(TILING, "exact", "none with this model, which has no VAE")
-    return None
 
 
 def _check_component_dtypes(server_args: ServerArgs, names: Sequence[str]) -> None:

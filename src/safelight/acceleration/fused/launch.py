@@ -6,6 +6,7 @@ It needs Triton, which comes with torch's builds for CUDA.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,32 +160,10 @@ def qk_norm_rotary(
     return turned_query, turned_key
 
 
-def joint_qk_norm_rotary(
-    text_query: Tensor,
-    text_key: Tensor,
-    text_value: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    text_query_weight: Tensor,
-    text_key_weight: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    freqs_cis: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def joint_qk_norm_rotary(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return query, key and value; arguments as in `layers.rotary.joint_qk_norm_rotary`."""
-    num_text = text_query.shape[1]
-    shape = (query.shape[0], num_text + query.shape[1], *query.shape[2:])
-    joint_query, joint_key, joint_value = (query.new_empty(shape) for _ in range(3))
-    launch_qk_norm_rotary(
-        (text_query, text_key, text_value),
-        (query, key, value),
-        (text_query_weight, text_key_weight, query_weight, key_weight),
-        freqs_cis,
-        (joint_query, joint_key, joint_value),
-        num_text,
-        3,
-        eps,
-    )
-    return joint_query, joint_key, joint_value
+    text, image, weights, (freqs_cis, eps) = arguments[:3], arguments[3:6], arguments[6:10], arguments[10:]
+    batch, num_text, *heads = text[0].shape
+    query, key, value = (text[0].new_empty(batch, num_text + image[0].shape[1], *heads) for _ in range(3))
+    launch_qk_norm_rotary(text, image, weights, freqs_cis, (query, key, value), num_text, 3, eps)
+    return query, key, value
