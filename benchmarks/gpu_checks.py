@@ -30,7 +30,7 @@ from benchmarks.offload import SHARES, place
 from benchmarks.stacks import STACKS, picture
 from benchmarks.vae_decode import MODELS, latents_of, make_vae
 from safelight.acceleration.activations import Valueless, count_peak, on_meta
-from safelight.acceleration.apply import accelerate, convolve_with_channels_last, cpu_routes
+from safelight.acceleration.apply import accelerate, cpu_routes
 from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.compile import (
     BlockClass,
@@ -50,6 +50,7 @@ from safelight.core.calls import CallKey, ModelCall
 from safelight.core.model_runner import Forward
 from safelight.errors import CompilationError
 from safelight.layers.causal_vae import CausalDecoder
+from safelight.layers.convolution import convolve_with_channels_last
 from safelight.loading.vaes import run_vae
 from tests.acceleration.memories import HostMemory
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from safelight.checking import compare
+from safelight.checking.check import compare
 from safelight.checking.record import Kind, Recorded
 from safelight.checking.report import compare_recorded
 from safelight.core.server_args import ServerArgs

@@ -7,7 +7,7 @@ from torch import nn
 
 from safelight.acceleration.cpu import PLAIN, CpuPlan, cpu_plan, route_products
 from safelight.acceleration.fused.fusion import fuse
-from safelight.layers.convolution import channels_last
+from safelight.layers.convolution import convolve_with_channels_last
 
 
 def accelerate(module: nn.Module, kernels: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -29,10 +29,3 @@ def accelerate(module: nn.Module, kernels: str, device: torch.device, dtype: tor
 def cpu_routes(kernels: str, device: torch.device) -> CpuPlan:
     """Return what is computed otherwise than torch would by itself: elsewhere than on the CPU nothing."""
     return cpu_plan() if kernels == "auto" and device.type == "cpu" else PLAIN
-
-
-def convolve_with_channels_last(module: nn.Module) -> None:
-    """Lay the weights of 2-D convolutions as tensor cores read them; what they make is laid so, too."""
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            part.weight.data = channels_last(part.weight.data)

@@ -31,7 +31,7 @@ from torch import nn
 from safelight.acceleration.blocks import blocks_by_class
 from safelight.errors import MAX_REASON, CompilationError
 
-Form = Literal["eager", "compiling", "compiled"]
+BlockForm = Literal["eager", "compiling", "compiled"]
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """By which Inductor is told where its cache is; whoever sets it before keeps it."""
@@ -52,7 +52,7 @@ class BlockClass:
     def __init__(self, name: str, blocks: Sequence[nn.Module]) -> None:
         self.name = name
         forward = _own_code(type(blocks[0]).forward)
-        self._forms: dict[Form, Callable[..., Any]] = {
+        self._forms: dict[BlockForm, Callable[..., Any]] = {
             "eager": forward,
             "compiling": torch.compile(forward, dynamic=True, fullgraph=True),
             "compiled": torch._dynamo.run(forward),
@@ -62,7 +62,7 @@ class BlockClass:
             assert "forward" not in vars(block), "another technique has taken this block's forward"
             block.forward = functools.partial(self._call, block)
 
-    def set(self, form: Form) -> None:
+    def set(self, form: BlockForm) -> None:
         """Choose the form of the calls that come."""
         self._forward = self._forms[form]
 
@@ -97,7 +97,7 @@ def import_compiler() -> None:
 
 
 @contextmanager
-def in_form(classes: Sequence[BlockClass], form: Form) -> Iterator[None]:
+def in_form(classes: Sequence[BlockClass], form: BlockForm) -> Iterator[None]:
     """Let blocks run in a form, for as long as one call takes."""
     for each in classes:
         each.set(form)

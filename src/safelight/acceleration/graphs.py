@@ -105,7 +105,7 @@ class CudaRecorder(Recorder):
         except RuntimeError as error:
             gc.collect()
             torch.cuda.empty_cache()
-            if is_lost_after_capture(self._device):
+            if is_lost(self._device, RuntimeError()):  # of which the capture's own error is no sign
                 raise
             self._begin_anew()
             raise CaptureError(in_one_line(error)) from error
@@ -116,11 +116,6 @@ class CudaRecorder(Recorder):
         pools = {tuple(pool) for pool in self._pools}
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) in pools)
-
-
-def is_lost_after_capture(device: torch.device) -> bool:
-    """Say whether a device is lost after a capture that failed, whose own errors are no sign of that."""
-    return is_lost(device, RuntimeError())
 
 
 @dataclass

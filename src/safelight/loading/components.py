@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,12 @@ def load_component(source: Source, dtype: torch.dtype, device: torch.device, sha
 
     """
     folder, cls = source.folder, resolve_class(source.target)
-    library = library_of(source.target)
-    if library is None:
-        return _load_native(cls, source, dtype, device, share)
+    if library_of(source.target) is None:
+        check_weights(folder, source.stems, source.variant)
+        module = build_native(cls, folder)
+        shards = shard_parameters(module, *share) if tensor_plan(module) is not None else {}
+        load_weights(module, folder, dtype, device, shards, source.variant)
+        return module.eval()
     with in_words(f"{folder.name}: {cls.__name__}"), quiet():
         if issubclass(cls, nn.Module):
             return _load_library_module(cls, source, dtype, device)
@@ -103,13 +106,7 @@ def check_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> 
 
 
 def warn_of_unused(folder: Path, cls: Any) -> None:
-    """Log which settings of a component have no effect, because its class does not know them."""
-    for name in unused_settings(folder, cls):
-        logger.warning("%s: %s does not know %r in its configuration: left out", folder.name, cls.__name__, name)
-
-
-def unused_settings(folder: Path, cls: Any) -> list[str]:
-    """Return the settings of a component that its class does not know, and that are left out: a newer writer's.
+    """Log which settings of a component its class does not know: a newer writer's, which are left out.
 
     Args:
         folder: the component's.
@@ -119,14 +116,15 @@ def unused_settings(folder: Path, cls: Any) -> list[str]:
     import diffusers
     import transformers
 
+    unused: Iterable[str] = ()
     if issubclass(cls, diffusers.ConfigMixin):
-        config = _public(read_json(folder / cls.config_name))
         with quiet():
-            return sorted(cls.extract_init_dict(config)[1])
-    if not issubclass(cls, nn.Module) or issubclass(cls, transformers.PreTrainedModel):
-        return []
-    config = _public(read_json(folder / "config.json"))
-    return sorted(config.keys() - _known(cls, config).keys())
+            unused = cls.extract_init_dict(_public(read_json(folder / cls.config_name)))[1]
+    elif issubclass(cls, nn.Module) and not issubclass(cls, transformers.PreTrainedModel):
+        config = _public(read_json(folder / "config.json"))
+        unused = config.keys() - _known(cls, config).keys()
+    for name in sorted(unused):
+        logger.warning("%s: %s does not know %r in its configuration: left out", folder.name, cls.__name__, name)
 
 
 @contextmanager
@@ -138,16 +136,6 @@ def in_words(what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # the libraries' boundary: a panic of compiled code is no Exception
         raise ModelError(f"{what} cannot be loaded: {in_one_line(error)}") from error
-
-
-def _load_native(
-    cls: Any, source: Source, dtype: torch.dtype, device: torch.device, share: tuple[int, int]
-) -> nn.Module:
-    check_weights(source.folder, source.stems, source.variant)
-    module = build_native(cls, source.folder)
-    shards = shard_parameters(module, *share) if tensor_plan(module) is not None else {}
-    load_weights(module, source.folder, dtype, device, shards, source.variant)
-    return module.eval()
 
 
 def build_native(cls: Any, folder: Path) -> nn.Module:

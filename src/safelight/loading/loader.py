@@ -6,15 +6,12 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from safelight.acceleration.apply import cpu_routes
-from safelight.acceleration.exclusions import refuse_excluded
 from safelight.acceleration.memory import DeviceMemory
 from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan
@@ -30,8 +27,8 @@ from safelight.loading.bounds import bounded
 from safelight.loading.component_plan import plan_components
 from safelight.loading.components import check_weights, in_words, quiet, warn_of_unused
 from safelight.loading.description import configure
-from safelight.loading.digest import weights_digest
-from safelight.loading.planning import device_memory, plan_memory
+from safelight.loading.files import weights_digest
+from safelight.loading.planning import device_memory, plan_memory, refuse_excluded
 from safelight.loading.repository import Repository, open_for
 from safelight.loading.stage_memory import count_memory
 from safelight.loading.trials import check_all_steps, check_tokens_fit
@@ -42,7 +39,6 @@ from safelight.parallel.mesh import Mesh, lone_mesh
 logger = logging.getLogger(__name__)
 memory_logger = logging.getLogger("safelight.memory")
 """Of the plan at start, which the commands print."""
-HOST = torch.device("cpu")
 
 
 def load_pipeline(
@@ -73,7 +69,9 @@ def load_pipeline(
     if (mesh or lone_mesh()).layout.num_devices != server_args.num_devices():
         raise UsageError("a model on several devices is loaded by as many ranks, which this process does not belong to")
     with on_device(server_args.torch_device()):
-        return _LOADERS[repository.pipeline.backend](repository, server_args, memory, mesh or lone_mesh())
+        if repository.pipeline.backend == "native":
+            return _load_native(repository, server_args, memory, mesh or lone_mesh())
+        return _load_diffusers(repository, server_args)
 
 
 def describe(repository: Repository) -> ModelSchema:
@@ -92,9 +90,7 @@ def describe(repository: Repository) -> ModelSchema:
     return dataclasses.replace(schema, architecture=Architecture.of(configs))
 
 
-def _load_diffusers(
-    repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None, mesh: Mesh
-) -> ComposedPipeline:
+def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
     files: list[Path] = []
     for name in repository.component_names():
         folder = repository.path / name
@@ -119,7 +115,10 @@ def _load_native(
     repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None, mesh: Mesh
 ) -> ComposedPipeline:
     pipeline_cls = repository.pipeline.pipeline_cls()
-    _check_component_dtypes(server_args, pipeline_cls.component_names())
+    names = pipeline_cls.component_names()
+    for component in server_args.component_dtypes:
+        if component not in names:
+            raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
     config, schema = configure(repository)
     plan = _plan_for_device(repository, server_args, memory)
     tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
@@ -158,13 +157,6 @@ def _load_native(
     return pipeline_cls(components, config, schema, server_args)
 
 
-def _check_component_dtypes(server_args: ServerArgs, names: Sequence[str]) -> None:
-    """Refuse the dtype of a component that there is not."""
-    for component in server_args.component_dtypes:
-        if component not in names:
-            raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
-
-
 def _plan_for_device(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> MemoryPlan | None:
     """Return the plan for the memory that there is, and log it; None where nothing is asked of it."""
     if memory is None or (server_args.offload == "none" and server_args.memory_limit is None):
@@ -173,9 +165,3 @@ def _plan_for_device(repository: Repository, server_args: ServerArgs, memory: De
     for line in plan.lines():
         memory_logger.info("%s", line)
     return plan
-
-
-_LOADERS: Mapping[str, Callable[[Repository, ServerArgs, DeviceMemory | None, Mesh], ComposedPipeline]] = {
-    "native": _load_native,
-    diffusers.FAMILY: _load_diffusers,
-}

@@ -17,10 +17,10 @@ from safelight.loading import hub
 from safelight.loading.classes import LIBRARY_CLASSES
 from safelight.loading.files import check_inside, read_json
 from safelight.loading.gate import check_model, is_class
+from safelight.loading.hub import DEFAULTS_NAME, INDEX_NAME
 from safelight.loading.variants import choose_variant, own_variant
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "shapes"
-INDEX_NAME = "model_index.json"
 CONFIG_NAMES = (
     "config.json",
     "scheduler_config.json",
@@ -30,8 +30,6 @@ CONFIG_NAMES = (
 )
 LOOP = "transformer"
 """What the names of the denoising loop's components begin with."""
-DEFAULTS_NAME = "generation_config.json"
-"""Where a repository may state its own default sampling values, as transformers' repositories do."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +160,9 @@ def open_repository(
     if tagged and revision not in (None, tagged):
         raise InvalidParameterError("revision", revision, f"nothing beside the {tagged!r} in the model's name")
     revision = tagged or revision
-    index_path = hub.download_file(repo_id, INDEX_NAME, revision)
+    index_path = hub.download_index(repo_id, revision)
     components = _read(name, index_path.parent, backend).component_names()
-    selection = hub.Selection(components, (DEFAULTS_NAME, INDEX_NAME), weights, variant)
-    path = hub.download_components(repo_id, revision, index_path.parent, selection)
+    path = hub.download_components(repo_id, revision, index_path.parent, components, weights, variant)
     return _checked(_read(name, path, backend), weights, variant)
 
 

@@ -9,14 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from safelight.acceleration.fused.kernels import qk_norm_rotary_kernel, residual_norm_kernel
-
-
-def next_power_of_2(number: int) -> int:
-    """Return the least power of two that is not below a positive number: Triton's blocks are no other."""
-    return 1 << (number - 1).bit_length()
 
 
 def num_warps(block: int) -> int:
@@ -62,7 +58,7 @@ def launch_residual_norm(
         for vectors in (gate, scale, shift)
     )
     strided = (*rows, gate_rows, scale_rows, shift_rows)
-    block = next_power_of_2(dim)
+    block = triton.next_power_of_2(dim)
     with torch.cuda.device_of(residual):  # type: ignore[no-untyped-call]
         residual_norm_kernel[(batch * num_tokens,)](
             rows[0], gate_rows, rows[1], scale_rows, shift_rows, total, normed,
@@ -96,7 +92,7 @@ def launch_qk_norm_rotary(
 
     """
     batch, num_tokens, num_heads, head_dim = joint[0].shape
-    block_heads, block_dim = next_power_of_2(num_heads), next_power_of_2(head_dim)
+    block_heads, block_dim = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
     with torch.cuda.device_of(joint[0]):  # type: ignore[no-untyped-call]
         qk_norm_rotary_kernel[(num_tokens, batch, num_roles)](
             *(tensor.contiguous() for tensor in (*text, *image, *weights)),
