@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from safelight.checking.check import compare
-from safelight.checking.record import Kind, Recorded
-from safelight.checking.report import compare_recorded
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError
 from safelight.loading.loader import load_pipeline
 from safelight.stages.latent_preparation import LatentPreparationStage
-from tests.loading.conftest import edit_json
 from tests.recipes.flux import CAT, MAP, patch_resolutions, photo
 
 FIELDS = {"prompt": CAT, "height": 32, "width": 48, "num_inference_steps": 2, "max_sequence_length": 24, "seed": 3}
 TRUE_CFG = {"negative_prompt": MAP, "true_cfg_scale": 2.0}
-SMALL = ("--height", 32, "--width", 48, "--max-sequence-length", 24)
 
 
 @pytest.fixture(scope="module")
@@ -224,111 +218,9 @@ def test_the_rows_after_the_first_are_shown_on_demand(ours, reference):
     assert "first at transformer.transformer_blocks.0.attn.to_v: largest difference" in report.summary()
 
 
-def test_a_tolerance_is_in_units_of_the_largest_value():
-    ours, theirs = (Recorded((torch.tensor([0.0, value]),), Kind.CLOSE) for value in (100.0, 100.5))
-    assert compare_recorded("x", ours, theirs, 0.01).verdict == "ok"
-    assert compare_recorded("x", ours, theirs, 0.001).verdict == "DIVERGES"
-    exact = Recorded(ours.tensors, Kind.EXACT)
-    assert compare_recorded("x", exact, theirs, 0.01).verdict == "DIVERGES"
-    not_a_number = Recorded((torch.tensor([0.0, torch.nan]),), Kind.CLOSE)
-    assert compare_recorded("x", not_a_number, theirs, 1e9).verdict == "DIVERGES"
-
-
-def test_another_form_is_no_divergence_inside_a_call():
-    """Two streams in another order, joined, or with tokens behind them."""
-    text, image = torch.randn(1, 5, 8), torch.randn(1, 7, 8)
-    joined = torch.cat((text, image), dim=1)
-    forms = [(text, image), (image, text), (joined,)]
-    for ours in forms:
-        for theirs in forms:
-            row = compare_recorded("x", Recorded(ours, Kind.INNER), Recorded(theirs, Kind.INNER), 0.0)
-            assert (row.verdict, row.largest) == ("ok", 0.0)
-    part = compare_recorded("x", Recorded((text,), Kind.OUTPUT), Recorded((joined,), Kind.OUTPUT), 0.0)
-    assert part.verdict == "ok" and part.note == "a part of 1x12x8"
-    whole = compare_recorded("x", Recorded((text,), Kind.CLOSE), Recorded((joined,), Kind.CLOSE), 0.0)
-    assert whole.verdict == "DIVERGES" and "1x12x8" in whole.note
-
-
-def test_branches_of_guidance_may_be_one_batch_in_the_reference():
-    negative, positive = torch.randn(2, 1, 5, 8)
-    both = Recorded((torch.cat((negative, positive)),), Kind.OUTPUT)
-    row = compare_recorded("x", Recorded((positive,), Kind.OUTPUT), both, 0.0)
-    assert (row.verdict, row.largest) == ("ok", 0.0)
-    assert compare_recorded("x", Recorded((positive + 1,), Kind.OUTPUT), both, 0.1).verdict == "DIVERGES"
-    assert compare_recorded("x", Recorded((positive,), Kind.CLOSE), both, 0.0).verdict == "DIVERGES"
-
-
-def test_command_passes_on_a_correct_model(run, checkpoints):
-    ended = run("check-model", checkpoints.folder(), *SMALL, "--steps", 3, "--seed", 5, "--device", "cpu")
-    assert ended.code == 0
-    assert "latents after step 3" in ended.out
-    assert ended.out.splitlines()[-1].startswith("FluxPipeline agrees with Diffusers: ")
-
-
-def test_command_on_a_pipeline_that_takes_images(run, checkpoints, monkeypatch, tmp_path):
-    patch_resolutions(monkeypatch)
-    photo(90, 60).save(tmp_path / "photo.png")
-    given = ("--image", tmp_path / "photo.png", "--max-area", 48 * 48, "--no-auto-resize", "--max-sequence-length", 24)
-    ended = run("check-model", checkpoints.folder("kontext"), *given, "--json")
-    report = json.loads(ended.out)
-    assert (ended.code, report["ok"], report["first_divergence"]) == (0, True, None)
-    rows = {row["what"]: row for row in report["rows"]}
-    assert rows["image for the VAE"]["verdict"] == rows["image latents"]["verdict"] == "ok"
-    assert rows["image latents"]["shape"] == "1x4x30x44"
-    assert rows["transformer: output"]["largest"] < 1e-4, "what check-model allows; the weights answer loudly"
-
-
-def test_command_names_the_first_divergence(run, checkpoints, monkeypatch):
-    monkeypatch.setattr("safelight.stages.packed_latents.linear_mu", lambda *args: 1.0)
-    ended = run("check-model", checkpoints.folder(), *SMALL)
-    assert ended.code == 1
-    assert "FluxPipeline diverges first at timesteps: largest difference" in ended.out.splitlines()[-1]
-    ended = run("check-model", checkpoints.folder(), *SMALL, "--json")
-    assert ended.code == 1 and json.loads(ended.out)["first_divergence"]["what"] == "timesteps"
-
-
-def test_own_sigmas_say_how_many_steps_there_are(run, checkpoints):
-    ended = run("check-model", checkpoints.folder(), *SMALL, "--sigmas", "1.0,0.7,0.2")
-    assert ended.code == 0 and "latents after step 3" in ended.out
-
-
-def test_half_precision_follows_the_reference(run, checkpoints):
-    assert run("check-model", checkpoints.folder(), *SMALL, "--dtype", "bfloat16").code == 0
-    strict = run("check-model", checkpoints.folder(), *SMALL, "--dtype", "bfloat16", "--tolerance", 0)
-    assert strict.code == 1
-
-
-def test_what_cannot_be_compared_is_refused_by_name(run, checkpoints, tmp_path):
-    damaged = checkpoints.copy(tmp_path / "damaged")
-    edit_json(damaged / "model_index.json", _class_name="NoSuchPipeline")
-    refused = run("check-model", damaged)
-    assert (refused.code, refused.out) == (3, "") and "'NoSuchPipeline' is not supported" in refused.err
-    edit_json(damaged / "model_index.json", _class_name="StableDiffusionPipeline")
-    assert "'StableDiffusionPipeline' is not supported" in run("check-model", damaged).err
-    assert run("check-model", tmp_path / "nothing").code == 3
-    assert run("check-model").code == 2
-    wrong = run("check-model", checkpoints.folder(), "--height", 33)
-    assert wrong.code == 2 and "height: got 33" in wrong.err
-    wrong = run("check-model", checkpoints.folder(), "--tolerance", -1)
-    assert wrong.code == 2
-
-
-def test_a_model_that_diffusers_does_not_have_is_refused_before_it_is_loaded(run, checkpoints, monkeypatch):
-    monkeypatch.setattr("safelight.backends.diffusers.has_pipeline", lambda class_name: False)
-    monkeypatch.setattr("safelight.checking.check.load_pipeline", lambda args: pytest.fail("loaded"))
-    refused = run("check-model", checkpoints.folder(), *SMALL)
-    assert refused.code == 3 and "'FluxPipeline' is none of the diffusers package" in refused.err
-
-
 def test_several_prompts_are_refused(ours, reference):
     with pytest.raises(InvalidParameterError, match="prompt"):
         compare(ours, reference, {**FIELDS, "prompt": [CAT, MAP]})
-
-
-def test_help_has_the_models_own_options(run, checkpoints):
-    assert "--max-area" in run("check-model", checkpoints.folder("kontext"), "--help").out
-    general = run("check-model", "--help").out
-    assert "Both models are loaded" in general and "--tolerance" in general and "--max-area" not in general
 
 
 def test_kontext_with_guidance_and_a_picture_it_resizes(checkpoints, monkeypatch):
