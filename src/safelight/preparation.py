@@ -31,9 +31,9 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
     if images:
         opened = tuple(media.open_image(image, mode=asked.image_mode) for image in images)
         asked = dataclasses.replace(asked, image=opened)
-    single = [name for name, option in asked.options().items() if option.kind == "image"]
-    others: dict[str, Any] = {name: value for name, value in asked.set_fields().items() if name in single}
-    others = {name: media.open_image(value, name, asked.image_mode) for name, value in others.items()}
+    options = asked.options()
+    single = {name: value for name, value in asked.set_fields().items() if options[name].kind == "image"}
+    others: dict[str, Any] = {name: media.open_image(value, name, asked.image_mode) for name, value in single.items()}
     params = dataclasses.replace(asked, **others).resolve(schema)
     assert params.n is not None
     if params.seed is None:

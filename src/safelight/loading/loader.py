@@ -31,7 +31,7 @@ from safelight.loading.files import weights_digest
 from safelight.loading.planning import device_memory, plan_memory, refuse_excluded
 from safelight.loading.repository import Repository, open_for
 from safelight.loading.stage_memory import count_memory
-from safelight.loading.trials import check_all_steps, check_tokens_fit
+from safelight.loading.trials import check_steps, check_tokens_fit
 from safelight.loading.vaes import run_vae
 from safelight.parallel.apply import over_ranks, share
 from safelight.parallel.mesh import Mesh, lone_mesh
@@ -106,7 +106,8 @@ def _load_diffusers(repository: Repository, server_args: ServerArgs) -> Composed
     with in_words(repository.pipeline.pipeline_name), quiet(), bounded(repository.name, files):
         pipeline = diffusers.load(repository.path, describe(repository), server_args, repository.variant)
         parts = pipeline.get_module("pipeline").components
-        check_all_steps(parts)
+        for name, component in parts.items():
+            check_steps(component, name)
         check_tokens_fit(parts)
     return pipeline
 
