@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from torch._dynamo.utils import counters
 
 from safelight import ServerArgs
-from safelight.acceleration.compilation import Compilation
-from safelight.acceleration.compile import CACHE_VARIABLE, warm_up_compiler
+from safelight.acceleration.compile import CACHE_VARIABLE
 from safelight.loading.loader import load_pipeline
 from tests.recipes import all_recipes
 
@@ -35,17 +33,6 @@ def tiny_folder(tmp_path_factory):
         return built[pipeline_name]
 
     return folder
-
-
-@pytest.fixture(scope="session")
-def compiled_flux(tiny_folder):
-    """Return a tiny model and its compiled form, and how many graphs that took."""
-    pipeline = load_pipeline(ServerArgs(str(tiny_folder("FluxPipeline")), device="cpu", compile="blocks"))
-    warm_up_compiler()
-    counters.clear()
-    compilation = Compilation(pipeline)
-    compilation.finish()
-    return pipeline, compilation, counters["stats"]["unique_graphs"]
 
 
 @pytest.fixture

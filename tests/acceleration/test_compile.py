@@ -1,12 +1,9 @@
-"""Compiled blocks: near eager ones, one graph a class, both forms at any time, and a cache that lasts."""
+"""What compiling needs: a cache of the user's own, a toolchain that is there or named, and another process."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 import time
 
@@ -20,77 +17,13 @@ from safelight.acceleration import compile as compile_module
 from safelight.acceleration.compilation import Compilation
 from safelight.acceleration.compile import missing_for_launchers, missing_toolchain
 from safelight.errors import CompilationError, InvalidParameterError
-from safelight.runtime.background import BackgroundCompiler, job_of
+from safelight.runtime.background import BackgroundCompiler
 from safelight.runtime.model_runner import PipelineRunner
 from tests.acceleration.compiled import alone, cases_of
 
 NEAR = 1e-5
 """Of pixels in [0, 1]."""
 SECONDS = 300.0
-
-
-class PythonCalls:
-    """Counts the calls of a Python function: of an eager block there are some, of a compiled one none."""
-
-    def __init__(self, function):
-        self._code = function.__code__
-        self.count = 0
-
-    def __enter__(self):
-        sys.setprofile(self._profile)
-        return self
-
-    def __exit__(self, *_):
-        sys.setprofile(None)
-
-    def _profile(self, frame, event, _):
-        self.count += event == "call" and frame.f_code is self._code
-
-
-def test_compiled_blocks_are_near_and_no_size_compiles_again(compiled_flux):
-    from safelight.layers.modulation import Modulation
-
-    pipeline, compilation, _ = compiled_flux
-    before, sizes = counters["stats"]["unique_graphs"], set()
-    for fields in cases_of("FluxPipeline"):
-        expected = alone(pipeline, fields)
-        with PythonCalls(Modulation.forward) as eager:
-            made = alone(pipeline, fields, compilation)
-        assert eager.count == 0, "every block ran compiled"
-        assert (made - expected).abs().max() < NEAR
-        assert not torch.equal(made, expected), "no kernel of the two is the same"
-        sizes.add(made.shape)
-    assert len(sizes) >= 2 and counters["stats"]["unique_graphs"] == before
-
-
-SECOND_PROCESS = """
-import json, sys, torch
-torch.set_num_threads(1)
-from torch._dynamo.utils import counters
-from safelight import DiffusionGenerator
-with DiffusionGenerator.from_pretrained(sys.argv[1], device="cpu", compile="blocks") as generator:
-    made = generator.generate(**json.loads(sys.argv[2]), output_type="np").images[0]
-counted = counters["inductor"]
-print(json.dumps({
-    "hits": counted["fxgraph_cache_hit"], "misses": counted["fxgraph_cache_miss"], "bytes": made.tobytes().hex(),
-}))
-"""
-
-
-@pytest.mark.slow
-def test_a_second_process_finds_everything_in_the_cache(compiled_flux, tiny_folder):
-    """In process, with the same bytes: it is another first request than this process had."""
-    pipeline, compilation, _ = compiled_flux
-    fields = {"prompt": "a cat", "seed": 3, "height": 48, "width": 80, "num_inference_steps": 2}
-    expected = alone(pipeline, fields, compilation)
-    arguments = [str(tiny_folder("FluxPipeline")), json.dumps(fields)]
-    done = subprocess.run(
-        [sys.executable, "-c", SECOND_PROCESS, *arguments], capture_output=True, text=True, timeout=SECONDS
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert (said["hits"], said["misses"]) == (2, 0)
-    assert said["bytes"] == expected.contiguous().numpy().tobytes().hex()
 
 
 @pytest.mark.parametrize("named", ["nobody", "torch", "the user"])
@@ -127,15 +60,6 @@ def test_without_a_compiler_it_is_refused_with_the_reason(tiny_folder, monkeypat
     assert missing_toolchain("cpu") is not None
     with pytest.raises(InvalidParameterError, match=r"compile: .* compiling needs a C\+\+ compiler"):
         DiffusionGenerator.from_pretrained(tiny_folder("FluxPipeline"), device="cpu", compile="blocks")
-
-
-def test_the_job_of_the_other_process_says_everything_without_weights(compiled_flux):
-    _, compilation, _ = compiled_flux
-    job = job_of(compilation)
-    assert {call.component for call in job.calls} == set(job.dtypes) == {"transformer"}
-    (call,) = job.calls
-    assert call.arguments["freqs_cis"].dtype == "complex64"
-    assert set(job.dtypes["transformer"].values()) == {"float32"}
 
 
 def wait(filler):
