@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from safelight.loading.trials import check_steps, check_tokens_fit
 from safelight.loading.vaes import run_vae
 from safelight.parallel.apply import over_ranks, share
 from safelight.parallel.mesh import Mesh, lone_mesh
+from safelight.stages.vae import VAE
 
 logger = logging.getLogger(__name__)
 memory_logger = logging.getLogger("safelight.memory")
@@ -124,8 +126,7 @@ def _load_native(
     plan = _plan_for_device(repository, server_args, memory)
     tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
     placed = frozenset(() if plan is None else plan.placed)
-    in_bands = tiled or mesh.layout.vae
-    plans = plan_components(repository, pipeline_cls, config, server_args, mesh, placed, in_bands)
+    plans = plan_components(repository, pipeline_cls, config, server_args, mesh, placed, tiled or mesh.layout.vae)
     modules: dict[str, Any] = {}
     for each in plans:
         begun = time.perf_counter()
@@ -134,13 +135,7 @@ def _load_native(
     empty = {each.name: each.empty for each in plans if isinstance(modules[each.name], nn.Module)}
     check_tokens_fit(modules)
     sharing = share(modules, mesh, server_args.torch_device())
-    vae = None
-    if "vae" in modules:
-        routes = cpu_routes(server_args.kernels, server_args.torch_device())
-        ranks = mesh.world if mesh.layout.vae else None
-        vae = run_vae(modules["vae"], in_bands=tiled, ranks=ranks, cpu_plan=routes)
-    elif tiled:
-        raise InvalidParameterError("vae_tiling", "exact", "none with this model, which has no VAE")
+    vae = _vae(modules, server_args, tiled, mesh)
     residency = None
     if plan is not None and memory is not None:  # last: as the weights lie now, they come and go
         coming = {name: modules[name] for name in plan.placed}
@@ -156,6 +151,17 @@ def _load_native(
         shares_branches=mesh.cfg.size > 1,
     )
     return pipeline_cls(components, config, schema, server_args)
+
+
+def _vae(modules: Mapping[str, Any], server_args: ServerArgs, tiled: bool, mesh: Mesh) -> VAE | None:
+    """Return how the VAE is run; None where there is none."""
+    if "vae" in modules:
+        routes = cpu_routes(server_args.kernels, server_args.torch_device())
+        ranks = mesh.world if mesh.layout.vae else None
+        return run_vae(modules["vae"], in_bands=tiled, ranks=ranks, cpu_plan=routes)
+    if tiled:
+        raise InvalidParameterError("vae_tiling", "exact", "none with this model, which has no VAE")
+    return None
 
 
 def _plan_for_device(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> MemoryPlan | None:
