@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from safelight.acceleration.activations import LiveStorages, Valueless, on_host, on_meta
+from safelight.acceleration.activations import HOST, LiveStorages, Valueless, on_host, on_meta
 from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.offload import packed_bytes, tensors_of
 from safelight.acceleration.plan import ComponentFootprint, Footprint, StageFootprint
@@ -34,7 +34,6 @@ from safelight.loading.description import configure, sources
 from safelight.loading.repository import Repository
 from safelight.loading.vaes import run_vae
 
-HOST = torch.device("cpu")
 TOKEN = re.compile(r"<\|\w+\|>|\S+")
 UNCUT = 4096
 """Tokens of a text that is not cut."""
