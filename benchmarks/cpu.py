@@ -27,9 +27,10 @@ from benchmarks.common import (
     relative_error,
 )
 from benchmarks.stacks import STACKS, Grid
-from safelight.acceleration.cpu import PLAIN, accelerate_on_cpu, cpu_plan
+from safelight.acceleration.cpu import PLAIN, cpu_plan, route_products
 from safelight.acceleration.cpu_products import FusedGELUProjection
 from safelight.attention import Attention, set_attention_backend
+from safelight.loading.vaes import run_vae
 
 QUICK: Grid = (1, 8, 8)
 WANTED = {
@@ -60,7 +61,7 @@ def transformer_sides(dtype: torch.dtype, grid: Grid, compiled: bool) -> dict[st
     exact = as_tensor(yardstick(**inputs.to(torch.float32).for_diffusers()))
     ours = stack.our_transformer(architecture, reference.state_dict())
     set_attention_backend(ours, "auto", "cpu", dtype)
-    accelerate_on_cpu(ours, cpu_plan())
+    route_products(ours, cpu_plan())
     products = products_of(ours, lambda: as_safelight_calls(ours)(**inputs.for_safelight()))
     if compiled:
         for kind in stack.blocks:
@@ -121,7 +122,8 @@ def vae_sides(dtype: torch.dtype, size: int, widths: tuple[int, ...]) -> dict[st
     """Return Diffusers' float32 decode and ours in `dtype`, of a square picture."""
     reference = make_vae(widths)
     ours = deepcopy(reference).to(dtype)
-    accelerate_on_cpu(ours, cpu_plan())
+    route_products(ours, cpu_plan())
+    run_vae(ours, cpu_plan=cpu_plan())
     latents = torch.randn(1, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()

@@ -38,8 +38,9 @@ from benchmarks.common import (
     print_table,
     relative_error,
 )
-from benchmarks.stacks import STACKS, Grid, Inputs, Size, Stack, num_tokens
-from safelight.acceleration.fused import fuse, fusion, unfuse
+from benchmarks.stacks import STACKS, Grid, Inputs, Size, Stack, num_tokens, unfuse
+from safelight.acceleration.fused import fusion
+from safelight.acceleration.fused.fusion import fuse
 from safelight.acceleration.fused.operations import OPERATIONS
 from safelight.attention import Attention, set_attention_backend
 

@@ -30,7 +30,7 @@ from benchmarks.offload import SHARES, place
 from benchmarks.stacks import STACKS, picture
 from benchmarks.vae_decode import MODELS, latents_of, make_vae
 from safelight.acceleration.activations import Valueless, count_peak, on_meta
-from safelight.acceleration.apply import accelerate, convolve_with_channels_last
+from safelight.acceleration.apply import accelerate, cpu_routes
 from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.compile import (
     BlockClass,
@@ -40,9 +40,9 @@ from safelight.acceleration.compile import (
     missing_for_launchers,
     use_cache,
 )
-from safelight.acceleration.fused import fuse
+from safelight.acceleration.fused.fusion import fuse
 from safelight.acceleration.graphs import StepGraphs
-from safelight.acceleration.memory import CudaMemory, DeviceMemory, HostMemory
+from safelight.acceleration.memory import CudaMemory, DeviceMemory
 from safelight.acceleration.plan import WORKSPACE
 from safelight.attention import BACKENDS, set_attention_backend
 from safelight.attention.backends import AttentionKind, compute_capability, select_backend
@@ -50,6 +50,9 @@ from safelight.core.calls import CallKey, ModelCall
 from safelight.core.model_runner import Forward
 from safelight.errors import CompilationError
 from safelight.layers.causal_vae import CausalDecoder
+from safelight.layers.convolution import convolve_with_channels_last
+from safelight.loading.vaes import run_vae
+from tests.acceleration.memories import HostMemory
 
 START_SECONDS = 120.0
 
@@ -330,6 +333,7 @@ def decode_sides(name: str, vae: Any, machine: Machine) -> dict[str, Callable[[T
 
     ours = copy.deepcopy(vae)
     accelerate(ours, "auto", machine.device, machine.dtype)
+    run_vae(ours, cpu_plan=cpu_routes("auto", machine.device))
     sides = {"Diffusers": library(vae)}
     if name == "AutoencoderKL":
         last = copy.deepcopy(vae).to(memory_format=torch.channels_last)

@@ -77,7 +77,7 @@ def speed(family: str, *arguments: str) -> tuple[str, ...]:
 
 TINY = ("--layers", "tiny", "--quick", "--skip-compile")
 TESTED = (
-    "tests/acceleration/kernels_in_interpreter.py",
+    "tests/acceleration/fused/kernels_in_interpreter.py",
     "tests/acceleration/test_graphs.py",
     "tests/acceleration/test_on_device.py",
     "tests/families/test_on_device.py",

@@ -21,7 +21,7 @@ from benchmarks.common import as_safelight_calls, as_tensor, begin, interleaved,
 from benchmarks.gpu import event_clock
 from benchmarks.stacks import STACKS, Inputs
 from safelight.acceleration.blocks import repeated_blocks
-from safelight.acceleration.memory import CudaMemory, DeviceMemory, HostMemory
+from safelight.acceleration.memory import CudaMemory, DeviceMemory
 from safelight.acceleration.offload import (
     BlockStream,
     Packed,
@@ -31,6 +31,7 @@ from safelight.acceleration.offload import (
     streamed_bytes,
     tensors_of,
 )
+from tests.acceleration.memories import HostMemory
 
 SHARES = (1.0, 0.5, 0.25)
 """Of the blocks that stream."""

@@ -19,8 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import begin, print_table
-from benchmarks.stacks import STACKS, Grid, Stack, num_tokens
-from safelight.acceleration.fused import use_operators
+from benchmarks.stacks import STACKS, Grid, Stack, num_tokens, use_operators
 
 ONE_KERNEL = frozenset({torch.rms_norm, F.rms_norm, F.scaled_dot_product_attention})
 NO_KERNEL = frozenset({"aten._unsafe_view", "aten.detach", "aten.empty", "aten.lift_fresh"})

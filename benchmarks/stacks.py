@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safelight.acceleration.fused.fusion import fusable_layers
+from safelight.acceleration.fused.operations import OPERATIONS
 from safelight.families.flux.transformer import FluxArchitecture, FluxTransformer2DModel
 from safelight.families.qwen_image.transformer import QwenImageArchitecture, QwenImageTransformer2DModel
 from safelight.families.wan.transformer import WanArchitecture, WanTransformer3DModel
@@ -24,6 +26,19 @@ Grid = tuple[int, int, int]
 """Tokens of a picture or video: frames, rows, columns."""
 Noise = Callable[..., Tensor]
 """Random numbers of the shape given."""
+
+
+def use_operators(module: nn.Module) -> None:
+    """Let every layer that has a fused form use its operator, unchecked; without a kernel it is the plain form."""
+    for layer in fusable_layers(module):
+        if layer.plain.__name__ in OPERATIONS:
+            layer.operation = OPERATIONS[layer.plain.__name__].fused
+
+
+def unfuse(module: nn.Module) -> None:
+    """Let every layer use the plain form."""
+    for layer in fusable_layers(module):
+        layer.operation = layer.plain
 
 
 @dataclass(frozen=True)

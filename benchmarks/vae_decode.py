@@ -19,7 +19,8 @@ from torch import Tensor
 from benchmarks.common import begin, interleaved, print_table, relative_error
 from benchmarks.wan_vae import MODELS as WAN_MODELS
 from safelight.acceleration.activations import count_peak
-from safelight.acceleration.tiled_vae import BandPlan, decode_in_bands, decoded
+from safelight.loading.vaes import decode_in_bands
+from tests.acceleration.vaes import decoded
 
 TARGETS = {"memory": 0.45, "time": 1.10, "error": 1e-5}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -100,7 +101,7 @@ def with_tiles(vae: Any, size: int) -> Any:
 
 def decoders(vae: Any, size: int, rows: int | None) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return each side's decode, of latents to pixels [C, T, H, W] (Diffusers' AutoencoderKL: [C, H, W])."""
-    banded = decode_in_bands(copy.deepcopy(vae), BandPlan(rows))
+    banded = decode_in_bands(copy.deepcopy(vae), rows)
     tiled = with_tiles(copy.deepcopy(vae), size // 2)
     return {
         "diffusers": lambda latents: vae.decode(latents, return_dict=False)[0][0],

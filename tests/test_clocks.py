@@ -15,7 +15,7 @@ STAMPS = {
     ): "the stamps of jobs, and what `Expiry` compares with the clock that nobody sets",
     ("serving/context.py", "time.time"): "`created` of the served model",
     ("serving/images_api.py", "time.time"): "`created` of an answer",
-    ("loading/digest.py", "st_mtime_ns"): "whether a file is another one: compared for sameness, never for age",
+    ("loading/files.py", "st_mtime_ns"): "whether a file is another one: compared for sameness, never for age",
 }
 """Where a clock for people is read, and for what."""
 CALENDAR = {"time", "time_ns", "localtime", "gmtime", "ctime", "asctime", "strftime", "CLOCK_REALTIME"}

@@ -14,6 +14,8 @@ from typing import ClassVar, Self
 
 MAX_NAME = 100
 """Characters of a name that was given: longer than any that is known."""
+MAX_REASON = 300
+"""Characters of a library's message that ours repeats."""
 
 
 class SafelightError(Exception):
@@ -276,6 +278,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     # Of a long name the beginning: the comparison makes tables of every character, a gigabyte for a name of megabytes.
     close = difflib.get_close_matches(name[:MAX_NAME], names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what a library's error says, as a part of our message; the name of its class where it says nothing."""
+    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -22,7 +22,7 @@ from safelight.errors import InvalidParameterError, UnknownParameterError, Usage
 from safelight.group_engine import GroupEngine
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
-from safelight.results import GenerationEvent, GenerationOutput, GenerationResult, make_output
+from safelight.results import GenerationEvent, GenerationOutput, GenerationResult, output_from_media
 from safelight.runtime.model_runner import PipelineRunner
 
 
@@ -178,7 +178,8 @@ class _LocalEngine:
             req = Req(request_id, single, index)
             for _ in executor.execute(req):
                 yield _progress(req, index, len(each)), None
-            made = make_output(req, self._pipeline.schema.task.makes_video)
+            makes_video = self._pipeline.schema.task.makes_video
+            made = output_from_media(req.outputs, req.params, req.timings, req.warnings, makes_video)
             yield _progress(req, index, len(each)), made
 
 

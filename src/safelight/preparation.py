@@ -31,9 +31,9 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
     if images:
         opened = tuple(media.open_image(image, mode=asked.image_mode) for image in images)
         asked = dataclasses.replace(asked, image=opened)
-    single = [name for name, option in asked.options().items() if option.kind == "image"]
-    others: dict[str, Any] = {name: value for name, value in asked.set_fields().items() if name in single}
-    others = {name: media.open_image(value, name, asked.image_mode) for name, value in others.items()}
+    options = asked.options()
+    single = {name: value for name, value in asked.set_fields().items() if options[name].kind == "image"}
+    others: dict[str, Any] = {name: media.open_image(value, name, asked.image_mode) for name, value in single.items()}
     params = dataclasses.replace(asked, **others).resolve(schema)
     assert params.n is not None
     if params.seed is None:
@@ -55,12 +55,9 @@ def warm_up_params(schema: ModelSchema) -> SamplingParams:
 
     options = schema.params_cls.options()
     side = -(-WARM_UP_SIDE // schema.size_multiple) * schema.size_multiple
+    height, width = (min(side, schema.defaults.get(name) or side) for name in ("height", "width"))
     small: dict[str, Any] = {"prompt": "warm-up", "num_inference_steps": WARM_UP_STEPS, "seed": 0, "output_type": "pil"}
-    small["n"] = 1
-    small |= schema.params_cls.size_fields(
-        *(min(side, schema.defaults.get(name) or side) for name in ("height", "width"))
-    )
-    small["num_frames"] = 1 + schema.frame_step
+    small |= {"n": 1, "num_frames": 1 + schema.frame_step, **schema.params_cls.size_fields(height, width)}
     if schema.num_input_images[0]:
         small["image"] = [Image.new("RGB", (side, side), (128, 128, 128))] * schema.num_input_images[0]
     kept = {name: value for name, value in small.items() if name in options}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from safelight import media, video
 from safelight.core.params import SamplingParams
-from safelight.core.request import Req
 from safelight.core.schema import ModelSchema
 from safelight.errors import OutputError
 
@@ -51,6 +50,7 @@ class GenerationOutput:
         timings: seconds of each stage.
         warnings: what concerns this output.
         videos: the same for videos.
+        files: a server's video files, which `save` writes as they are where the ending is theirs.
 
     """
 
@@ -61,7 +61,6 @@ class GenerationOutput:
     warnings: list[str] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
     files: list[bytes] = field(default_factory=list)
-    """A server's video files, which `save` writes as they are where the ending is theirs."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,8 @@ class GenerationResult:
             else:
                 media.check_output(target, overwrite, entry.has_transparency_data)
         for target, (entry, output, file) in zip(paths, made, strict=True):
-            metadata = self.metadata(output)
+            described = output.params.described()
+            metadata = media.file_metadata(self.schema.model, self.schema.pipeline_name, described)
             if file is not None and target.suffix.lower() == ".mp4":
                 video.save_file(file, target, overwrite)
             elif makes_video:
@@ -142,10 +142,6 @@ class GenerationResult:
             else:
                 media.save_image(entry, target, metadata, overwrite)
         return paths
-
-    def metadata(self, output: GenerationOutput) -> dict[str, Any]:
-        """Return how an output was made, as JSON can hold it."""
-        return media.file_metadata(self.schema.model, self.schema.pipeline_name, output.params.described())
 
 
 @dataclass(frozen=True)
@@ -170,17 +166,8 @@ class GenerationEvent:
     result: GenerationResult | None = None
 
 
-def make_output(req: Req, makes_video: bool) -> GenerationOutput:
-    """Bring a finished request's media into the form asked for."""
-    return output_from_media(req.outputs, req.params, req.timings, req.warnings, makes_video)
-
-
 def output_from_media(
-    media: list[Tensor],
-    params: SamplingParams,
-    timings: Mapping[str, float],
-    warnings: list[str],
-    makes_video: bool,
+    media: list[Tensor], params: SamplingParams, timings: Mapping[str, float], warnings: list[str], makes_video: bool
 ) -> GenerationOutput:
     """Bring media into the form asked for: uint8 for `pil`, else float32, [H, W, C] or [T, H, W, C]; or latents."""
     assert params.seed is not None
@@ -190,20 +177,12 @@ def output_from_media(
 
 
 def output_from_files(
-    files: list[bytes],
-    params: SamplingParams,
-    timings: Mapping[str, float],
-    warnings: list[str],
-    makes_video: bool,
+    files: list[bytes], params: SamplingParams, timings: Mapping[str, float], warnings: list[str], makes_video: bool
 ) -> GenerationOutput:
     """Bring a server's PNG or MP4 files into the form asked for: 8 bits a channel, whatever the form."""
     arrays = [video.read_frames(file) if makes_video else np.array(Image.open(io.BytesIO(file))) for file in files]
-    tensors = [torch.from_numpy(array) for array in arrays]
+    pixels = [torch.from_numpy(array) for array in arrays]
     if params.output_type != "pil":
-        tensors = [tensor / 255 for tensor in tensors]
-    made = [to_form(tensor, params.output_type) for tensor in tensors]
-    images, videos = ([], made) if makes_video else (made, [])
-    assert params.seed is not None
-    return GenerationOutput(
-        images, params.seed, params, dict(timings), list(warnings), videos, files if makes_video else []
-    )
+        pixels = [each / 255 for each in pixels]
+    made = output_from_media(pixels, params, timings, warnings, makes_video)
+    return replace(made, files=files) if makes_video else made

@@ -6,6 +6,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,18 +116,13 @@ def save_video(frames: Frames, path: Path, fps: int, metadata: Mapping[str, Any]
     check_output(path, overwrite)
     if path.suffix.lower() == ".mp4" and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise OutputError(f"output: {frames.shape[2]}x{frames.shape[1]} has an odd side, which MP4 cannot hold")
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".safelight-") as folder:
-            made = Path(folder) / path.name
-            if path.suffix:
-                VIDEO_WRITERS[path.suffix.lower()](frames, made, fps, json.dumps(metadata))
-            else:
-                made.mkdir()
-                for index, frame in enumerate(frames):
-                    media.save_image(Image.fromarray(frame), made / f"{index:05}.png", {**metadata, "frame": index})
-            media.put(made, path)
-    except OSError as error:
-        raise OutputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error
+    with _written(path) as made:
+        if path.suffix:
+            VIDEO_WRITERS[path.suffix.lower()](frames, made, fps, json.dumps(metadata))
+        else:
+            made.mkdir()
+            for index, frame in enumerate(frames):
+                media.save_image(Image.fromarray(frame), made / f"{index:05}.png", {**metadata, "frame": index})
 
 
 def save_file(data: bytes, path: Path, overwrite: bool = False) -> None:
@@ -137,10 +133,17 @@ def save_file(data: bytes, path: Path, overwrite: bool = False) -> None:
 
     """
     check_output(path, overwrite)
+    with _written(path) as made:
+        made.write_bytes(data)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """Give a place beside a path, for a file or a folder that has the path itself once it is whole."""
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".safelight-") as folder:
             made = Path(folder) / path.name
-            made.write_bytes(data)
+            yield made
             media.put(made, path)
     except OSError as error:
         raise OutputError(f"output: {str(path)!r} cannot be written: {error.strerror or error}") from error

@@ -1,17 +1,53 @@
-"""Memories that stand for a device's in tests: they count, and one of them copies as late as it may."""
+"""Memories that stand for a device's: of the host; one that counts; and one that copies as late as it may."""
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
+from typing import Any
 
 import torch
-
-from safelight.acceleration.memory import HostMemory
+from torch import Tensor
 
 POISON = 0xFF
 """Of which a float's bytes are NaN."""
 UNLIMITED = 1_000_000
+
+
+class HostMemory:
+    """Memory of the host in the place of a device's, for machines without one: every copy is done at once."""
+
+    def free(self) -> int:
+        """Return the bytes of free memory."""
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def limit(self, num_bytes: int) -> None:
+        """The host's memory is not limited."""
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Return a buffer, uint8 [num_bytes]."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def pin(self, num_bytes: int) -> Tensor:
+        """Return another buffer, uint8 [num_bytes]."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def mark(self) -> None:
+        """Everything is done already."""
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> None:
+        """Copy."""
+        target.copy_(source)
+
+    def wait(self, mark: Any) -> None:
+        """Nothing is left to wait for."""
+
+    def synchronize(self, mark: Any) -> None:
+        """Nothing is left to wait for."""
+
+    def trim(self) -> None:
+        """There is nothing to give back."""
 
 
 class CountingMemory(HostMemory):

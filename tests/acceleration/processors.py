@@ -1,11 +1,16 @@
-"""Processors as Linux describes them, and every plan that is made for one of them."""
+"""Processors as Linux describes them, every plan that is made for one of them, and one of all that there is."""
 
 from __future__ import annotations
 
 import itertools
 
+import pytest
+import torch
+
 from safelight.acceleration.cpu import PLAIN, CpuPlan, Processor, make_plan
 
+EVERYTHING = CpuPlan(True, True, True, True, True)
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 AVX512 = frozenset({"avx2", "avx512f", "avx512dq", "avx512bw", "avx512vl"})
 
 PROCESSORS = {

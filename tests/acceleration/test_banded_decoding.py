@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from safelight import ServerArgs
-from safelight.acceleration.tiled_vae import BandPlan
 from safelight.core.executor import Execution
 from safelight.core.request import map_tensors
 from safelight.core.trees import leaves
 from safelight.errors import InvalidParameterError, NonFiniteOutputError
 from safelight.loading.loader import load_pipeline
-from safelight.loading.vaes import run_vae
+from safelight.loading.vaes import decode_in_bands, run_vae
 from safelight.stages.decoding import DecodingState
 from safelight.testing.models import requests
 from tests.calls import loaded_as
 from tests.recipes import all_recipes
 
 NAMES = ("FluxPipeline", "WanPipeline", "QwenImagePipeline")
-FINE = BandPlan(rows=24, unit_cost=1)
 
 
 class Banded:
@@ -31,7 +31,9 @@ class Banded:
         self.whole = load_pipeline(ServerArgs(str(folder), device="cpu", conditioning_cache="0"))
         self.bands = load_pipeline(ServerArgs(str(folder), device="cpu", vae_tiling="exact", conditioning_cache="0"))
         assert self.bands.vae is not None and self.bands.vae.decoder is not None
-        self.bands = loaded_as(self.bands, vae=run_vae(self.bands.get_module("vae"), bands=FINE))
+        vae = self.bands.get_module("vae")
+        fine = dataclasses.replace(run_vae(vae, in_bands=True), decoder=decode_in_bands(vae, rows=24), unit_cost=1)
+        self.bands = loaded_as(self.bands, vae=fine)
         fit = [case for case in self.recipe.cases if case.variant == "default" and not case.slow]
         fields = [case.fields for case in fit if isinstance(case.fields["prompt"], str)]
         self.fields = [{**entry, "n": 1, "num_inference_steps": 2} for entry in fields][:2]

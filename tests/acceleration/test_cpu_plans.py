@@ -11,7 +11,8 @@ from torch import nn
 
 from safelight import ServerArgs
 from safelight.acceleration import apply
-from safelight.acceleration.cpu import CpuPlan, accelerate_on_cpu, accelerate_vae
+from safelight.acceleration.cpu import CpuPlan, route_products
+from safelight.acceleration.cpu_vae import accelerate_vae
 from safelight.core.executor import Execution
 from safelight.layers.linear import FeedForward
 from safelight.loading.loader import load_pipeline
@@ -19,7 +20,7 @@ from safelight.testing.models import TinyModels, requests
 from safelight.testing.reference import run_ours, run_reference
 from safelight.testing.suites.parity import TOLERANCE
 from tests.acceleration.processors import PLANS, PROCESSORS
-from tests.acceleration.test_cpu import error, small_vae
+from tests.acceleration.vaes import picture_vae, relative
 from tests.recipes import all_recipes
 
 NEED_ONEDNN = ("onednn_products", "fused_gelu")
@@ -53,11 +54,11 @@ def test_layers_are_no_less_exact(plan, dtype, rows):
         for parameter in plain.parameters():
             parameter.normal_(generator=generator).mul_(0.3)
         planned = deepcopy(plain.to(dtype))
-        accelerate_on_cpu(planned, plan)
+        route_products(planned, plan)
         given = torch.randn(rows, 24, generator=generator).to(dtype)
         exact, computed = deepcopy(plain).double()(given.double()), planned(given)
         assert computed.dtype is dtype and torch.equal(planned(given), computed)
-        errors.append((error(computed, exact), error(plain(given), exact)))
+        errors.append((relative(computed, exact), relative(plain(given), exact)))
     ours, theirs = (sum(column) / len(column) for column in zip(*errors, strict=True))
     assert ours <= (1e-6 if dtype is torch.float32 else 1.1 * theirs)
 
@@ -66,7 +67,7 @@ def test_layers_are_no_less_exact(plan, dtype, rows):
 def test_a_vae_is_no_less_exact(plan, dtype):
     if not plan.channels_last:
         pytest.skip("the plan leaves VAEs alone")
-    plain = small_vae(3).to(dtype)
+    plain = picture_vae(3).to(dtype)
     planned, exact = deepcopy(plain), deepcopy(plain).double()
     accelerate_vae(planned, plan)
     for call, shape in (
@@ -75,8 +76,8 @@ def test_a_vae_is_no_less_exact(plan, dtype):
     ):
         given = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(dtype)
         reference, computed = call(exact, given.double()), call(planned, given)
-        limit = 1e-5 if dtype is torch.float32 else 1.1 * error(call(plain, given), reference)
-        assert error(computed, reference) <= limit
+        limit = 1e-5 if dtype is torch.float32 else 1.1 * relative(call(plain, given), reference)
+        assert relative(computed, reference) <= limit
         assert torch.equal(call(planned, given), computed)
 
 

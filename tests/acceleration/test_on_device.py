@@ -12,7 +12,7 @@ from benchmarks.common import as_tensor
 from benchmarks.stacks import STACKS
 from safelight import ServerArgs
 from safelight.acceleration.compilation import canonical_request, first_calls
-from safelight.acceleration.fused import fuse
+from safelight.acceleration.fused.fusion import fuse
 from safelight.acceleration.graphs import CudaRecorder, StepGraphs
 from safelight.acceleration.plan import WORKSPACE, plan_mode
 from safelight.attention import BACKENDS

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from torch import Tensor, nn
 
+from safelight.acceleration.activations import count_peak
+from safelight.loading.vaes import decode_in_bands
+from safelight.stages.vae import Decoder
 from safelight.testing.recipes import shake
 
 RESIDUAL = {
@@ -75,4 +79,42 @@ def undivided(vae, latents):
 
 
 def relative(value, reference):
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
+    """Return how far a tensor is from another, in units of its norm."""
+    exact = reference.detach().double()
+    return float((value.detach().double() - exact).norm() / exact.norm())
+
+
+def picture_vae(seed, widths=(128, 128)):
+    """Return an `AutoencoderKL` with channels enough for convolutions of fewer multiplications."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=4,
+    )
+    for parameter in vae.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return vae.eval().requires_grad_(False)
+
+
+def decoded(decoder: Decoder, latents: Tensor) -> Tensor:
+    """Return the pixels [C, T, H, W] of the latents of one picture or video, decoded at once in bands."""
+    pixels = torch.empty(decoder.output_shape(latents.shape), dtype=latents.dtype, device=latents.device)
+    state = decoder.begin(latents)
+    for unit in decoder.units(latents.shape):
+        for piece in unit.run(state):
+            num_frames, rows = piece.pixels.shape[1:3]
+            pixels[:, piece.frame : piece.frame + num_frames, piece.top : piece.top + rows] = piece.pixels
+    return pixels
+
+
+def peak_activation_bytes(vae, shape, in_bands):
+    """Return the most bytes of activations that are alive while a VAE on the meta device decodes, its pixels too."""
+    nn.Module.to(vae, torch.float32)  # the library's own speaks of weights, of which there are none
+    latents = torch.empty(shape, device="meta")
+    if in_bands:
+        decoder = decode_in_bands(vae)
+        return count_peak(lambda: decoded(decoder, latents))
+    return count_peak(lambda: vae.decode(latents, return_dict=False)[0])

@@ -10,7 +10,7 @@ import torch
 from safelight import ServerArgs
 from safelight.core.conditioning_cache import ConditioningCache
 from safelight.errors import InvalidParameterError
-from safelight.loading.digest import weights_digest
+from safelight.loading.files import weights_digest
 
 
 def test_the_oldest_go_first_and_the_bound_holds():

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from safelight import ServerArgs
-from safelight.acceleration.memory import HostMemory
 from safelight.core.request import map_tensors
 from safelight.errors import InvalidParameterError, ModelIndexError, UnknownParameterError
 from safelight.families.wan.config import cleaned
@@ -26,6 +25,7 @@ from safelight.preparation import prepare
 from safelight.stages.schedule import shifted_sigmas
 from safelight.testing.models import requests, run_alone
 from safelight.testing.recipes import shake
+from tests.acceleration.memories import HostMemory
 from tests.recipes.flux import photo
 from tests.recipes.wan import BROKEN, DMD, IMAGE_TO_VIDEO, SMALL, WAN, vae
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from safelight import ServerArgs
-from safelight.acceleration.memory import HostMemory
 from safelight.errors import InvalidParameterError
 from safelight.loading.loader import load_pipeline
 from safelight.loading.planning import layout_for
+from tests.acceleration.memories import HostMemory
 from tests.features import runs
 from tests.features.table import FEATURES, OFF, PAIRS, REFUSED, REFUSED_PAIRS, WORKING_PAIRS
 

@@ -17,29 +17,15 @@ from torch import nn
 from safelight import ServerArgs
 from safelight.errors import CheckpointError, ModelError, ModelIndexError
 from safelight.loading.alignment import ALIGNMENT
-from safelight.loading.checkpoint import load_weights
+from safelight.loading.checkpoint import checkpoint_files, load_weights
 from safelight.loading.loader import load_pipeline
 from safelight.testing.suites.alignment import lay
 from tests.loading.conftest import edit_json
-
-STEMS = {
-    "transformer": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
+from tests.loading.shards import STEMS, index_of, shard, weights
 
 
 def load(folder, **settings):
     return load_pipeline(ServerArgs(str(folder), device="cpu", **settings))
-
-
-def weights(folder, component):
-    return folder / component / f"{STEMS[component]}.safetensors"
-
-
-def index_of(folder, component):
-    return folder / component / f"{STEMS[component]}.safetensors.index.json"
 
 
 def refusal(folder, error=CheckpointError):
@@ -48,22 +34,6 @@ def refusal(folder, error=CheckpointError):
         load(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def shard(folder, component):
-    """Cut a component's checkpoint into two shards, as the libraries do, and return their names."""
-    whole = weights(folder, component)
-    tensors = load_file(whole)
-    keys = sorted(tensors)
-    names = [f"{STEMS[component]}-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    halves = (keys[: len(keys) // 2], keys[len(keys) // 2 :])
-    for name, half in zip(names, halves, strict=True):
-        save_file({key: tensors[key] for key in half}, whole.with_name(name), metadata={"format": "pt"})
-    weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    index_of(folder, component).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
-    whole.unlink()
-    return names
 
 
 def with_header(content, change):
@@ -339,3 +309,10 @@ def test_a_table_made_in_init_is_refused_by_name(tmp_path, kept):
         return
     with pytest.raises(ModelError, match=r"transformer\.linear\.table: a tensor that Linear makes in __init__"):
         load_weights(module, folder, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/dev/zero", "a/x.safetensors", "/proc/self/mem", 7, "x.bin", ""])
+def test_an_index_names_files_beside_itself(tmp_path, name):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="is refused"):
+        checkpoint_files(tmp_path)

@@ -12,20 +12,12 @@ import pytest
 import torch
 
 from safelight import ServerArgs
-from safelight.errors import ModelError, ModelIndexError, ModelNotFoundError
+from safelight.errors import ModelNotFoundError
 from safelight.loading.loader import describe, load_pipeline
 from safelight.loading.repository import open_repository
-from tests.loading.conftest import edit_json
+from tests.loading.conftest import edit_json, refusal
 
 COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
-
-
-def refusal(folder, error=ModelIndexError):
-    """Return the one line with which a model is refused, weights or no weights."""
-    with pytest.raises(error) as caught:
-        load_pipeline(ServerArgs(str(folder), device="cpu"))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -93,53 +85,6 @@ def test_a_component_names_a_known_class(damaged, entry, words):
     edit_json(damaged / "model_index.json", transformer=entry)
     message = refusal(damaged)
     assert words in message and message.startswith("model_index.json: transformer")
-
-
-CONFIGS: dict[tuple[str, str], list[dict[str, object]]] = {
-    ("transformer", "config.json"): [
-        {"num_layers": "x"},
-        {"num_attention_heads": -3},
-        {"in_channels": None},
-        {"in_channels": -16},
-        {"axes_dims_rope": 7},
-        {"joint_attention_dim": 10**30},
-    ],
-    ("vae", "config.json"): [
-        {"block_out_channels": 5},
-        {"block_out_channels": []},
-        {"act_fn": None},
-        {"latent_channels": -4},
-        {"sample_size": []},
-    ],
-    ("text_encoder", "config.json"): [
-        {"hidden_size": "x"},
-        {"hidden_size": -32},
-        {"vocab_size": -1},
-        {"dtype": "x"},
-        {"dtype": []},
-    ],
-    ("text_encoder_2", "config.json"): [{"d_model": -3}, {"dense_act_fn": "os.system"}, {"num_layers": -3}],
-    ("scheduler", "scheduler_config.json"): [{"num_train_timesteps": "x"}, {"time_shift_type": []}],
-    ("tokenizer", "tokenizer_config.json"): [{"bos_token": 7}],
-}
-
-
-@pytest.mark.parametrize(
-    ("component", "name", "change"),
-    [(*file, change) for file, changes in CONFIGS.items() for change in changes],
-    ids=str,
-)
-def test_wrong_values_in_a_configuration(damaged, component, name, change):
-    edit_json(damaged / component / name, **change)
-    refusal(damaged, ModelError)
-
-
-@pytest.mark.parametrize(("component", "name"), CONFIGS)
-@pytest.mark.parametrize("content", [None, "{", "[1]"])
-def test_a_configuration_that_is_none(damaged, component, name, content):
-    path = damaged / component / name
-    path.unlink() if content is None else path.write_text(content)
-    assert component in refusal(damaged)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
 from safelight.loading.variants import choose_variant, heads, kept, own_variant, variants_in
 from tests.backends import builders
-from tests.loading.test_checkpoint import STEMS, index_of, shard, weights
+from tests.loading.shards import STEMS, index_of, shard, weights
 
 FILES = {
     "model.safetensors": None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from safelight.acceleration.cpu import accelerate_on_cpu, cpu_plan
+from safelight.acceleration.cpu import PLAIN, CpuPlan, cpu_plan, route_products
 from safelight.acceleration.fused.fusion import fuse
-from safelight.layers.convolution import channels_last
+from safelight.layers.convolution import convolve_with_channels_last
 
 
 def accelerate(module: nn.Module, kernels: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -20,17 +20,12 @@ def accelerate(module: nn.Module, kernels: str, device: torch.device, dtype: tor
         dtype: of its weights.
 
     """
-    if kernels == "plain":
-        return
-    if device.type == "cpu":
-        accelerate_on_cpu(module, cpu_plan())
-    elif device.type == "cuda":
+    route_products(module, cpu_routes(kernels, device))
+    if kernels == "auto" and device.type == "cuda":
         fuse(module, device, dtype)
         convolve_with_channels_last(module)
 
 
-def convolve_with_channels_last(module: nn.Module) -> None:
-    """Lay the weights of 2-D convolutions as tensor cores read them; what they make is laid so, too."""
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            part.weight.data = channels_last(part.weight.data)
+def cpu_routes(kernels: str, device: torch.device) -> CpuPlan:
+    """Return what is computed otherwise than torch would by itself: elsewhere than on the CPU nothing."""
+    return cpu_plan() if kernels == "auto" and device.type == "cpu" else PLAIN

@@ -46,6 +46,18 @@ class CausalBandDecoder(Decoder):
         self.patch_size: int = vae.config.get("patch_size") or 1
         self._rows = rows
 
+    @staticmethod
+    def why_not(vae: Any) -> str | None:
+        """Return what a VAE has that this decoder does not know; None if it can decode with it."""
+        decoder = vae.decoder
+        parts = {name for name, _ in decoder.named_children()}
+        if parts != PARTS or not all(isinstance(conv, nn.Conv3d) for conv in (decoder.conv_in, decoder.conv_out)):
+            return "its decoder is of another kind"
+        if {name for name, _ in decoder.norm_out.named_parameters()} != {"gamma"}:
+            return "its norms are of another kind"
+        others = {name for block in decoder.up_blocks for name, _ in block.named_children()} - BLOCK_PARTS
+        return f"its blocks have {', '.join(sorted(others))}" if others else None
+
     def output_shape(self, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """Return [C, T, H, W], for latents [1, C, T, H, W]."""
         return self.walk.output_shape(latent_shape)
@@ -132,18 +144,6 @@ class CausalBandDecoder(Decoder):
             num_frames *= 1 if first or not level.doubles_frames else 2
             width *= level.scale
         return cost
-
-
-def why_not_causal(vae: Any) -> str | None:
-    """Return what a VAE has that this decoder does not know; None if it can decode with it."""
-    decoder = vae.decoder
-    parts = {name for name, _ in decoder.named_children()}
-    if parts != PARTS or not all(isinstance(conv, nn.Conv3d) for conv in (decoder.conv_in, decoder.conv_out)):
-        return "its decoder is of another kind"
-    if {name for name, _ in decoder.norm_out.named_parameters()} != {"gamma"}:
-        return "its norms are of another kind"
-    others = {name for block in decoder.up_blocks for name, _ in block.named_children()} - BLOCK_PARTS
-    return f"its blocks have {', '.join(sorted(others))}" if others else None
 
 
 class Level:

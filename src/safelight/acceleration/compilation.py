@@ -102,8 +102,7 @@ class Compilation:
             calls = first_calls(self.pipeline, canonical_request(self.pipeline))
         except UsageError as error:
             raise CompilationError(f"the model refuses the small request that it is compiled for: {error}") from error
-        names = {call.component: self._alike(call.component) for call in calls}
-        each = [dataclasses.replace(call, component=name) for call in calls for name in names[call.component]]
+        each = [dataclasses.replace(call, component=name) for call in calls for name in self._alike(call.component)]
         return [*each, *(doubled(call) for call in each)] if self._stacked else each
 
     def is_due(self) -> bool:
@@ -160,13 +159,12 @@ class Compilation:
 
     def __call__(self, forwards: Sequence[Forward], make: Make) -> list[Tree]:
         """Make forwards, those of compiled requests by the compiled blocks."""
-        return [self._make(forward, make) for forward in forwards]
-
-    def _make(self, forward: Forward, make: Make) -> Tree:
-        if forward.form.mode == "eager":
-            return make([forward])[0]
-        with in_form(self._classes.get(forward.call.component, ()), "compiled"):
-            return make([forward])[0]
+        made = []
+        for forward in forwards:
+            compiled = forward.form.mode == "compiled"
+            with in_form(self._classes.get(forward.call.component, ()) if compiled else (), "compiled"):
+                made += make([forward])
+        return made
 
     def _alike(self, component: str) -> list[str]:
         """Return the components that are given such calls: of alternates, all."""

@@ -29,17 +29,15 @@ import torch
 from torch import nn
 
 from safelight.acceleration.blocks import blocks_by_class
-from safelight.errors import CompilationError
+from safelight.errors import MAX_REASON, CompilationError
 
-Form = Literal["eager", "compiling", "compiled"]
+BlockForm = Literal["eager", "compiling", "compiled"]
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """By which Inductor is told where its cache is; whoever sets it before keeps it."""
 CACHE_DIRECTORY = "~/.cache/safelight/inductor"
 MAX_GRAPHS = 64
 """Of one class of blocks; Dynamo's own limit is made for code that compiles as it goes."""
-MAX_REASON = 300
-"""Characters of torch's message that ours repeats."""
 
 
 class BlockClass:
@@ -54,7 +52,7 @@ class BlockClass:
     def __init__(self, name: str, blocks: Sequence[nn.Module]) -> None:
         self.name = name
         forward = _own_code(type(blocks[0]).forward)
-        self._forms: dict[Form, Callable[..., Any]] = {
+        self._forms: dict[BlockForm, Callable[..., Any]] = {
             "eager": forward,
             "compiling": torch.compile(forward, dynamic=True, fullgraph=True),
             "compiled": torch._dynamo.run(forward),
@@ -64,7 +62,7 @@ class BlockClass:
             assert "forward" not in vars(block), "another technique has taken this block's forward"
             block.forward = functools.partial(self._call, block)
 
-    def set(self, form: Form) -> None:
+    def set(self, form: BlockForm) -> None:
         """Choose the form of the calls that come."""
         self._forward = self._forms[form]
 
@@ -99,7 +97,7 @@ def import_compiler() -> None:
 
 
 @contextmanager
-def in_form(classes: Sequence[BlockClass], form: Form) -> Iterator[None]:
+def in_form(classes: Sequence[BlockClass], form: BlockForm) -> Iterator[None]:
     """Let blocks run in a form, for as long as one call takes."""
     for each in classes:
         each.set(form)
@@ -139,7 +137,8 @@ def compiling(classes: Sequence[BlockClass]) -> Iterator[None]:
         try:
             yield
         except (TorchDynamoException, OSError, RuntimeError) as error:
-            raise CompilationError(f"the model cannot be compiled: {reason_of(error)}") from error
+            reason = str(error).strip().partition("\n")[0][:MAX_REASON] or type(error).__name__
+            raise CompilationError(f"the model cannot be compiled: {reason}") from error
 
 
 def use_cache() -> Path:
@@ -209,9 +208,3 @@ def warm_up_compiler() -> None:
         torch.compile(lambda hidden: nn.functional.gelu(layer(hidden)), backend="aot_eager", dynamic=True)(
             torch.zeros(3, 4)
         )
-
-
-def reason_of(error: BaseException) -> str:
-    """Return an error's first line."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:MAX_REASON]

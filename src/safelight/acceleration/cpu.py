@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +27,7 @@ from safelight.acceleration.cpu_products import (
     WidenedLinear,
     is_float32,
     onednn_linear,
-    sharing,
 )
-from safelight.acceleration.cpu_vae import channels_last, route_convolutions, without_copies
 from safelight.layers.linear import GELUProjection
 
 logger = logging.getLogger(__name__)
@@ -123,60 +120,34 @@ def cpu_plan() -> CpuPlan:
     return plan
 
 
-def route_products(module: nn.Module, plan: CpuPlan) -> int:
-    """Replace linear layers below `module` by faster ones over the same parameters; return how many.
+def route_products(module: nn.Module, plan: CpuPlan) -> None:
+    """Have linear layers below `module` computed faster, in place.
 
-    Names in the state dict, and the parameters themselves, stay. Layers of other classes than `nn.Linear` itself, such
-    as quantised ones, are left alone.
-    """
-    layers = dict(module.named_modules())
-    inside = {id(layer.proj) for layer in layers.values() if plan.fused_gelu and isinstance(layer, GELUProjection)}
-    faster = {name: _faster(layer, plan) for name, layer in layers.items() if id(layer) not in inside}
-    replacements = {name: layer for name, layer in faster.items() if layer is not None}
-    for name, layer in replacements.items():
-        module.set_submodule(name, layer)
-    return len(replacements)
-
-
-def accelerate_on_cpu(module: nn.Module, plan: CpuPlan) -> None:
-    """Apply a plan to a component that was loaded onto the CPU, in place.
+    Layers become of a subclass without state of its own: names in the state dict, and the parameters, stay. Layers of
+    other classes than `nn.Linear` itself, such as quantised ones, are left alone.
 
     Args:
-        module: a transformer, a text encoder or a VAE, with its weights in their final dtype.
+        module: a component, with its weights in their final dtype.
         plan: `cpu_plan()`, or `PLAIN`, which changes nothing.
 
     """
-    routed = route_products(module, plan)
-    logger.debug("%s: %d linear layers routed", type(module).__name__, routed)
-    if plan.channels_last and is_picture_vae(module):
-        accelerate_vae(module, plan)
+    layers = list(module.modules())
+    inside = {id(layer.proj) for layer in layers if plan.fused_gelu and type(layer) is GELUProjection}
+    for layer in layers:
+        if id(layer) not in inside:
+            layer.__class__ = _faster(layer, plan)
 
 
-def is_picture_vae(module: nn.Module) -> bool:
-    """Return whether a module is an `AutoencoderKL`; only the library's own modules make it import the library."""
-    if not type(module).__module__.startswith("diffusers."):
-        return False
-    from diffusers import AutoencoderKL
-
-    return isinstance(module, AutoencoderKL)
-
-
-def accelerate_vae(vae: Any, plan: CpuPlan) -> None:
-    """Apply a plan to the convolutions and residual blocks of an `AutoencoderKL`, in place."""
-    channels_last(vae)
-    route_convolutions(vae, winograd=plan.winograd, widen=plan.widened_bfloat16)
-    without_copies(vae)
-
-
-def _faster(layer: nn.Module, plan: CpuPlan) -> nn.Module | None:
-    """Return what computes a layer faster; None where it stays."""
-    if isinstance(layer, GELUProjection) and plan.fused_gelu:
-        return FusedGELUProjection(layer).train(layer.training) if _is_routed(layer.proj, plan) else None
-    if type(layer) is not nn.Linear or not _is_routed(layer, plan):
-        return None
-    if layer.weight.dtype is torch.bfloat16:
-        return sharing(layer, WidenedLinear)
-    return sharing(layer, OneDNNLinear) if plan.onednn_products else None
+def _faster(layer: nn.Module, plan: CpuPlan) -> type[nn.Module]:
+    """Return the class that computes as a layer's own does, and faster; its own where there is none."""
+    if type(layer) is GELUProjection:
+        return FusedGELUProjection if plan.fused_gelu and _is_routed(layer.proj, plan) else GELUProjection
+    if type(layer) is nn.Linear and _is_routed(layer, plan):
+        if layer.weight.dtype is torch.bfloat16:
+            return WidenedLinear
+        if plan.onednn_products:
+            return OneDNNLinear
+    return type(layer)
 
 
 def _is_routed(layer: nn.Linear, plan: CpuPlan) -> bool:

@@ -30,17 +30,19 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`x @ weight.T + bias`: of [..., C], [C_out, C] and [C_out]."""
 
 
-def onednn_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `hidden_states @ weight.T + bias`, float32, by oneDNN."""
-    return _linear(hidden_states, weight, bias, "none", "")
+def onednn_linear(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", approximate: str = ""
+) -> Tensor:
+    """Return `hidden_states @ weight.T + bias`, float32, by oneDNN.
 
+    Args:
+        hidden_states: [..., C].
+        weight: [C_out, C].
+        bias: [C_out].
+        activation: `gelu` is made of each part of the product as it is finished: next to free.
+        approximate: of GELU, `tanh` or `none`.
 
-def onednn_linear_gelu(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """Return the GELU of `onednn_linear`, made of each part of the product as it is finished: next to free."""
-    return _linear(hidden_states, weight, bias, "gelu", approximate)
-
-
-def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str, approximate: str) -> Tensor:
+    """
     # Our own operator costs microseconds, but Inductor lowers torch's for frozen weights alone.
     product = _opaque_linear if torch.compiler.is_compiling() else _eager_linear
     return product(hidden_states, weight, bias, activation, approximate)
@@ -100,26 +102,11 @@ class WidenedLinear(nn.Linear):
         return F.linear(hidden_states.float(), self.weight.float(), bias).to(hidden_states.dtype)
 
 
-class FusedGELUProjection(nn.Module):
+class FusedGELUProjection(GELUProjection):
     """A linear layer and its GELU as one operator of oneDNN, in float32; bfloat16 is cast and rounded once."""
-
-    def __init__(self, projection: GELUProjection) -> None:
-        super().__init__()
-        self.proj = projection.proj
-        self.approximate = projection.act.approximate
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return [..., C_out]."""
         bias = None if self.proj.bias is None else self.proj.bias.float()
-        activated = onednn_linear_gelu(hidden_states.float(), self.proj.weight.float(), bias, self.approximate)
-        return activated.to(hidden_states.dtype)
-
-
-def sharing(linear: nn.Linear, cls: type[nn.Linear]) -> nn.Linear:
-    """Return a layer of another class over the very parameters of `linear`."""
-    with torch.device("meta"):
-        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-    layer.weight = linear.weight
-    if linear.bias is not None:
-        layer.bias = linear.bias
-    return layer.train(linear.training)
+        weight, approximate = self.proj.weight.float(), self.act.approximate
+        return onednn_linear(hidden_states.float(), weight, bias, "gelu", approximate).to(hidden_states.dtype)

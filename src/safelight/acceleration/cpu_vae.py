@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from safelight.acceleration.cpu import CpuPlan
 from safelight.acceleration.group_norm import group_norm_silu
 from safelight.acceleration.winograd import TILE, winograd_conv2d
 from safelight.layers.bands import cuts
@@ -104,69 +105,61 @@ def _normed_conv(norm: nn.GroupNorm, conv: nn.Module, pixels: Tensor) -> Tensor:
     return convolved
 
 
-def channels_last(vae: Any) -> None:
-    """Lay the weights of convolutions so that activations have their channels last in memory. Values stay."""
-    vae.to(memory_format=torch.channels_last)
-
-
-def route_convolutions(module: nn.Module, winograd: bool, widen: bool) -> int:
-    """Replace convolutions by faster ones over the same parameters; return how many.
+def accelerate_vae(vae: Any, plan: CpuPlan) -> None:
+    """Have the convolutions and residual blocks of an `AutoencoderKL` computed faster, in place. Parameters stay.
 
     Args:
-        module: whose convolutions, at any depth, are replaced.
+        vae: the library's module, with its weights in their final dtype.
+        plan: of this processor.
+
+    """
+    if plan.channels_last:
+        vae.to(memory_format=torch.channels_last)
+        route_convolutions(vae, winograd=plan.winograd, widen=plan.widened_bfloat16)
+        without_copies(vae)
+
+
+def route_convolutions(module: nn.Module, winograd: bool, widen: bool) -> None:
+    """Have convolutions computed faster, in place: they become of a subclass without state of its own.
+
+    Args:
+        module: whose convolutions, at any depth, are routed.
         winograd: whether 3 by 3 may be computed with fewer multiplications.
         widen: whether bfloat16 is computed in float32; without it, bfloat16 convolutions stay torch's.
 
     """
-    replaced = 0
-    for name, conv in list(module.named_modules()):
-        if type(conv) is not nn.Conv2d or not (
-            conv.weight.dtype is torch.float32 or (widen and conv.weight.dtype is torch.bfloat16)
-        ):
+    for conv in module.modules():
+        if type(conv) is not nn.Conv2d:
             continue
-        if winograd and _is_plain_3x3(conv):
-            module.set_submodule(name, _sharing(conv, WinogradConv2d))
-        elif conv.weight.dtype is torch.bfloat16:
-            module.set_submodule(name, _sharing(conv, WidenedConv2d))
-        else:
-            continue
-        replaced += 1
-    return replaced
+        half = conv.weight.dtype is torch.bfloat16
+        if winograd and _is_plain_3x3(conv) and (conv.weight.dtype is torch.float32 or (half and widen)):
+            conv.__class__ = WinogradConv2d
+        elif half and widen:
+            conv.__class__ = WidenedConv2d
 
 
 class NormSiLU(nn.GroupNorm):
-    """A group norm and its SiLU, over channels last.
-
-    Args:
-        norm: whose parameters are taken.
-
-    """
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        with torch.device("meta"):
-            super().__init__(norm.num_groups, norm.num_channels, norm.eps)
-        self.weight, self.bias = norm.weight, norm.bias
+    """A group norm and its SiLU, over channels last."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return [B, C, H, W]."""
         return group_norm_silu(pixels, self)
 
 
-def without_copies(vae: Any) -> int:
-    """Replace blocks and last norms of an `AutoencoderKL` by ones that copy less; return how many residual blocks."""
+def without_copies(vae: Any) -> None:
+    """Replace blocks and last norms of an `AutoencoderKL` by ones that copy less."""
     for block in vae.decoder.up_blocks:
         for index, upsampler in enumerate(block.upsamplers or ()):
             if isinstance(upsampler.conv, WinogradConv2d):
                 block.upsamplers[index] = DoublingConv(upsampler.conv).train(vae.training)
     if vae.config.act_fn != "silu":
-        return 0
+        return
     parts = [block for half in (vae.encoder.down_blocks, vae.decoder.up_blocks) for block in half]
     parts += [vae.encoder.mid_block, vae.decoder.mid_block]
     for part in parts:
         part.resnets = nn.ModuleList(InPlaceResidual(block) for block in part.resnets).train(vae.training)
     for half in (vae.encoder, vae.decoder):
-        half.conv_norm_out, half.conv_act = NormSiLU(half.conv_norm_out), nn.Identity()
-    return sum(len(part.resnets) for part in parts)
+        half.conv_norm_out.__class__, half.conv_act = NormSiLU, nn.Identity()
 
 
 def _keeps_size(conv: nn.Conv2d) -> bool:
@@ -185,23 +178,3 @@ def _is_plain_3x3(conv: nn.Conv2d) -> bool:
     """Return whether a convolution is of 3 by 3, makes as many pixels as it is given, and has channels enough."""
     enough = min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
     return _keeps_size(conv) and conv.kernel_size == (3, 3) and conv.groups == 1 and enough
-
-
-def _sharing(conv: nn.Conv2d, cls: type[nn.Conv2d]) -> nn.Conv2d:
-    """Return a convolution of another class over the very parameters of `conv`."""
-    with torch.device("meta"):
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-        )
-    layer.weight = conv.weight
-    if conv.bias is not None:
-        layer.bias = conv.bias
-    return layer.train(conv.training)

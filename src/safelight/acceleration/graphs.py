@@ -24,7 +24,7 @@ from safelight.core.device import is_lost, numbered, on_device
 from safelight.core.model_runner import Forward, Make
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.trees import Tree, leaves, map_tree
-from safelight.errors import InvalidParameterError
+from safelight.errors import InvalidParameterError, in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,6 @@ MAX_SHAPES = 1024
 """Shapes of which it is remembered whether they are bound by launches."""
 BOUND_BY_LAUNCHES = 0.75
 """Share of a call's time that the host needs to launch it, from which it is bound by launches."""
-MAX_REASON = 300
-"""Characters of the reason that a warning repeats."""
 NUM_WARM_UPS = 2
 """Calls before a capture, in which libraries choose algorithms and allocate workspaces."""
 
@@ -107,10 +105,10 @@ class CudaRecorder(Recorder):
         except RuntimeError as error:
             gc.collect()
             torch.cuda.empty_cache()
-            if is_lost_after_capture(self._device):
+            if is_lost(self._device, RuntimeError()):  # of which the capture's own error is no sign
                 raise
             self._begin_anew()
-            raise CaptureError(" ".join(str(error).split())[:MAX_REASON] or type(error).__name__) from error
+            raise CaptureError(in_one_line(error)) from error
         asking.wait_stream(self._stream)
         return graph.replay, result
 
@@ -118,11 +116,6 @@ class CudaRecorder(Recorder):
         pools = {tuple(pool) for pool in self._pools}
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) in pools)
-
-
-def is_lost_after_capture(device: torch.device) -> bool:
-    """Say whether a device is lost after a capture that failed, whose own errors are no sign of that."""
-    return is_lost(device, RuntimeError())
 
 
 @dataclass

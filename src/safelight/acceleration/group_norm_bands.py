@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safelight.layers.bands import Bands, cuts
-from safelight.layers.convolution import channels_last, doubled_conv
+from safelight.layers.convolution import convolve_with_channels_last, doubled_conv
 from safelight.stages.vae import Decoder, Piece, State, Unit
 
 BAND_ROWS, LEAST_BANDS = 32, 16
@@ -47,9 +47,16 @@ class GroupNormBandDecoder(Decoder):
         self.doublings = sum(block.upsamplers is not None for block in self.decoder.up_blocks)
         self.widest: int = self.decoder.up_blocks[-1].resnets[0].in_channels
         self._rows = rows
-        for module in self.decoder.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.data = channels_last(module.weight.data)
+        convolve_with_channels_last(self.decoder)
+
+    @staticmethod
+    def why_not(vae: Any) -> str | None:
+        """Return what an `AutoencoderKL` has that this decoder does not know; None if it can decode with it."""
+        others = sorted(set(vae.config["up_block_types"]) - {"UpDecoderBlock2D"})
+        if others:
+            return f"it has blocks of the kind {', '.join(others)}"
+        activation = vae.config["act_fn"]
+        return None if activation in ("silu", "swish") else f"its activation is {activation!r}"
 
     def output_shape(self, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """Return [C, 1, H, W], for latents [1, C, H, W]."""
@@ -68,8 +75,8 @@ class GroupNormBandDecoder(Decoder):
         _, _, full_height, full_width = self.output_shape(latent_shape)
         rows = self._rows or min(BAND_ROWS, -(-full_height // LEAST_BANDS))
         most = rows * full_width * self.widest
-        decoder, mid = self.decoder, self.decoder.mid_block
-        yield from self._layer(self._conv, decoder.conv_in, height, width, most)
+        decoder, mid, of_doubled = self.decoder, self.decoder.mid_block, partial(doubled_conv, halo=1)
+        yield from self._layer(partial(self._conv, conv_of), decoder.conv_in, height, width, most)
         yield from self._resnet(mid.resnets[0], height, width, most)
         for attention, resnet in zip(mid.attentions, mid.resnets[1:], strict=True):
             if attention is not None:
@@ -80,7 +87,7 @@ class GroupNormBandDecoder(Decoder):
             for resnet in block.resnets:
                 yield from self._resnet(resnet, height, width, most)
             for upsampler in block.upsamplers or ():
-                yield from self._layer(self._doubled_conv, upsampler.conv, height, width, most // 4)
+                yield from self._layer(partial(self._conv, of_doubled), upsampler.conv, height, width, most // 4)
                 height, width = 2 * height, 2 * width
         yield from self._layer(self._last_conv, decoder.conv_out, height, width, most)
 
@@ -98,23 +105,18 @@ class GroupNormBandDecoder(Decoder):
         for half, conv in ((self._first_half, resnet.conv1), (self._second_half, resnet.conv2)):
             yield from self._layer(lambda _, *cut, half=half: half(resnet, *cut), conv, height, width, most)
 
-    def _conv(self, conv: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
-        """Make rows of a convolution of the input."""
+    def _conv(
+        self, convolve: Callable[[Any, Tensor], Tensor], conv: Any, top: int, bottom: int, height: int, state: State
+    ) -> Sequence[Piece]:
+        """Make rows of a convolution of the input: of its pixels, or of those that each of them stands for."""
         (given,) = state[INPUT]
-        made = F.conv2d(padded(given, top, bottom, height), conv.weight, conv.bias, padding=(0, 1))
-        self._append(state, OUTPUT, made)
-        return self._finish(state, OUTPUT, bottom, height)
-
-    def _doubled_conv(self, conv: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
-        """Make rows of a convolution of the input, of which each pixel stands for two by two."""
-        (given,) = state[INPUT]
-        self._append(state, OUTPUT, doubled_conv(conv, padded(given, top, bottom, height), halo=1))
+        self._append(state, OUTPUT, convolve(conv, padded(given, top, bottom, height)))
         return self._finish(state, OUTPUT, bottom, height)
 
     def _last_conv(self, conv: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
         """Make rows of the picture."""
         (given,) = state[INPUT]
-        pixels = normalised_conv(conv, self.decoder.conv_norm_out, given, top, bottom, height)
+        pixels = conv_of(conv, padded(given, top, bottom, height, self.decoder.conv_norm_out))
         given.release(bottom - 1)
         return [Piece(0, top, pixels.transpose(0, 1))]
 
@@ -128,7 +130,7 @@ class GroupNormBandDecoder(Decoder):
     def _first_half(self, resnet: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
         """Make rows of a block's first convolution, and of what its input becomes if it changes its channels."""
         (given,) = state[INPUT]
-        self._append(state, HIDDEN, normalised_conv(resnet.conv1, resnet.norm1, given, top, bottom, height))
+        self._append(state, HIDDEN, conv_of(resnet.conv1, padded(given, top, bottom, height, resnet.norm1)))
         if resnet.conv_shortcut is None:
             return ()
         state.setdefault(SHORTCUT, [Bands()])[0].bands.append(resnet.conv_shortcut(given.rows(top, bottom)))
@@ -137,7 +139,7 @@ class GroupNormBandDecoder(Decoder):
     def _second_half(self, resnet: Any, top: int, bottom: int, height: int, state: State) -> Sequence[Piece]:
         """Add rows of a block's second convolution to its input, in place."""
         (given,), (hidden,) = state[INPUT], state[HIDDEN]
-        made = normalised_conv(resnet.conv2, resnet.norm2, hidden, top, bottom, height)
+        made = conv_of(resnet.conv2, padded(hidden, top, bottom, height, resnet.norm2))
         hidden.release(bottom - 1)
         if top == 0:
             given.moments = None  # those of what it was
@@ -164,34 +166,22 @@ class GroupNormBandDecoder(Decoder):
         return ()
 
 
-def why_not_group_norm(vae: Any) -> str | None:
-    """Return what an `AutoencoderKL` has that this decoder does not know; None if it can decode with it."""
-    others = sorted(set(vae.config["up_block_types"]) - {"UpDecoderBlock2D"})
-    if others:
-        return f"it has blocks of the kind {', '.join(others)}"
-    activation = vae.config["act_fn"]
-    return None if activation in ("silu", "swish") else f"its activation is {activation!r}"
+def padded(given: Bands, top: int, bottom: int, height: int, norm: nn.GroupNorm | None = None) -> Tensor:
+    """Return rows with one neighbour on either side, which is zero beyond the picture, [1, C, bottom - top + 2, W].
 
-
-def padded(given: Bands, top: int, bottom: int, height: int) -> Tensor:
-    """Return rows with one neighbour on either side, which is zero beyond the picture, [1, C, bottom - top + 2, W]."""
+    Where there is a norm, they are of its SiLU.
+    """
     above, below = min(top, 1), min(height - bottom, 1)
-    return with_zeros(given.rows(top - above, bottom + below), above, below)
-
-
-def with_zeros(rows: Tensor, above: int, below: int) -> Tensor:
-    """Put a row of zeros where a neighbour is missing: `above` and `below` count those that there are."""
+    rows = given.rows(top - above, bottom + below)
+    if norm is not None:
+        assert given.moments is not None
+        rows = F.silu(normalised(rows, norm, given.moments), inplace=True)
     return rows if above and below else F.pad(rows, (0, 0, 1 - above, 1 - below))
 
 
-def normalised_conv(conv: Any, norm: nn.GroupNorm, given: Bands, top: int, bottom: int, height: int) -> Tensor:
-    """Return rows of a convolution of SiLU of the norm of an activation, [1, C_out, bottom - top, W]."""
-    above, below = min(top, 1), min(height - bottom, 1)
-    assert given.moments is not None
-    rows = normalised(given.rows(top - above, bottom + below), norm, given.moments)
-    rows = with_zeros(F.silu(rows, inplace=True), above, below)
-    made: Tensor = F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
-    return made
+def conv_of(conv: Any, rows: Tensor) -> Tensor:
+    """Return a convolution of rows that have one neighbour on either side, [1, C_out, rows, W]."""
+    return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
 
 
 def normalised(rows: Tensor, norm: nn.GroupNorm, moments: Tensor) -> Tensor:

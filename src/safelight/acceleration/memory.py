@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -53,41 +52,6 @@ class DeviceMemory(Protocol):
 
     def trim(self) -> None:
         """Give what was freed back to the device."""
-
-
-class HostMemory:
-    """Memory of the host in the place of a device's, for machines without one: every copy is done at once."""
-
-    def free(self) -> int:
-        """Return the bytes of free memory."""
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-    def limit(self, num_bytes: int) -> None:
-        """The host's memory is not limited."""
-
-    def allocate(self, num_bytes: int) -> Tensor:
-        """Return a buffer, uint8 [num_bytes]."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def pin(self, num_bytes: int) -> Tensor:
-        """Return another buffer, uint8 [num_bytes]."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def mark(self) -> None:
-        """Everything is done already."""
-
-    def copy(self, target: Tensor, source: Tensor, after: Any) -> None:
-        """Copy."""
-        target.copy_(source)
-
-    def wait(self, mark: Any) -> None:
-        """Nothing is left to wait for."""
-
-    def synchronize(self, mark: Any) -> None:
-        """Nothing is left to wait for."""
-
-    def trim(self) -> None:
-        """There is nothing to give back."""
 
 
 class CudaMemory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -51,11 +51,6 @@ class Packed:
             views.append(flat.as_strided(tensor.shape, tensor.stride()))
         return views
 
-    def fill(self, views: Sequence[Tensor]) -> None:
-        """Copy the weights from the host to their places in a buffer there."""
-        for view, tensor in zip(views, self._host, strict=True):
-            view.copy_(tensor)
-
     def pairs(self, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Return the weights' places in a buffer, each with where they are on the host."""
         return list(zip(views, self._host, strict=True))
@@ -98,17 +93,16 @@ class WholeModule:
         memory: where it runs.
         copies: bring it there; its own unless given.
 
+    Attributes:
+        num_bytes: that it takes on the device.
+
     """
 
     def __init__(self, packed: Packed, memory: DeviceMemory, copies: PinnedCopies | None = None) -> None:
+        self.num_bytes = packed.num_bytes
         self._packed = packed
         self._memory = memory
         self._copies = copies or PinnedCopies(memory)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it takes on the device."""
-        return self._packed.num_bytes
 
     @torch.inference_mode(False)
     def enter(self) -> None:
@@ -150,7 +144,8 @@ class Stager:
         self._memory.synchronize(self._marks[self._turn])  # the last copy from this buffer
         staged = self._buffers[self._turn][: packed.num_bytes]
         with torch.no_grad():
-            packed.fill(packed.views(staged))
+            for view, tensor in packed.pairs(packed.views(staged)):
+                view.copy_(tensor)
         self._marks[self._turn] = self._memory.copy(target[: packed.num_bytes], staged, after)
         return self._marks[self._turn]
 
@@ -188,6 +183,7 @@ class BlockStream:
         memory: where they run.
 
     Attributes:
+        num_bytes: of the slots.
         num_copies: blocks copied so far.
         bytes_copied: their bytes.
 
@@ -197,6 +193,7 @@ class BlockStream:
         staying = spread(num_resident, len(blocks))
         self.blocks = [block for index, block in enumerate(blocks) if index not in staying]
         self._packed = [Packed(tensors_of(block)) for block in self.blocks]
+        self.num_bytes = NUM_SLOTS * max(packed.num_bytes for packed in self._packed)
         self._stager = stager
         self._memory = memory
         self._slots: list[Slot] = []
@@ -204,11 +201,6 @@ class BlockStream:
         self.num_copies = 0
         self.bytes_copied = 0
         self._hooks: list[RemovableHandle] = []
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the slots."""
-        return NUM_SLOTS * max(packed.num_bytes for packed in self._packed)
 
     @torch.inference_mode(False)
     def open(self) -> None:
@@ -288,6 +280,9 @@ class StreamedModule:
         memory: where it runs.
         copies: bring the rest there; its own unless given.
 
+    Attributes:
+        num_bytes: that it takes on the device.
+
     """
 
     def __init__(
@@ -295,14 +290,9 @@ class StreamedModule:
     ) -> None:
         streamed = {id(tensor) for block in stream.blocks for tensor in tensors_of(block)}
         self._stream = stream
-        self._rest = WholeModule(
-            Packed([tensor for tensor in tensors_of(module) if id(tensor) not in streamed]), memory, copies
-        )
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it takes on the device."""
-        return self._rest.num_bytes + self._stream.num_bytes
+        rest = [tensor for tensor in tensors_of(module) if id(tensor) not in streamed]
+        self._rest = WholeModule(Packed(rest), memory, copies)
+        self.num_bytes = self._rest.num_bytes + stream.num_bytes
 
     def enter(self) -> None:
         """Copy what stays, and begin to copy the first block."""
@@ -319,33 +309,6 @@ class StreamedModule:
         self._rest.leave()
 
 
-def place_components(
-    modules: Mapping[str, nn.Module], resident_blocks: Mapping[str, int], memory: DeviceMemory
-) -> dict[str, Placement]:
-    """Return how components come and go.
-
-    Args:
-        modules: the components, on the host.
-        resident_blocks: of those that stream, how many blocks stay on the device.
-        memory: where they run.
-
-    """
-    blocks = {name: repeated_blocks(modules[name]) for name in resident_blocks}
-    streams: dict[str, BlockStream] = {}
-    if blocks:
-        largest = max(streamed_bytes(blocks[name], count) for name, count in resident_blocks.items())
-        stager = Stager(memory, largest)  # one for all: of alternates one is on the device
-        streams = {name: BlockStream(blocks[name], count, stager, memory) for name, count in resident_blocks.items()}
-    copies = PinnedCopies(memory)  # one for all: components come one after another
-    copies.prepare()
-    return {
-        name: StreamedModule(module, streams[name], memory, copies)
-        if name in streams
-        else WholeModule(Packed(tensors_of(module)), memory, copies)
-        for name, module in modules.items()
-    }
-
-
 def streamed_bytes(blocks: Sequence[nn.Module], num_resident: int) -> int:
     """Return the bytes of the largest block that streams."""
     staying = spread(num_resident, len(blocks))
@@ -358,21 +321,29 @@ def packed_bytes(module: nn.Module) -> int:
 
 
 def offload(
-    modules: Mapping[str, Any],
-    names: Collection[str],
-    rooms: Mapping[str, int],
-    resident_blocks: Mapping[str, int],
-    memory: DeviceMemory,
+    modules: Mapping[str, nn.Module], rooms: Mapping[str, int], resident_blocks: Mapping[str, int], memory: DeviceMemory
 ) -> Residency:
     """Let components wait on the host until they are used.
 
     Args:
-        modules: the pipeline's components, by name.
-        names: those that come and go; they lie on the host.
+        modules: those that come and go, by name; they lie on the host.
         rooms: for each of them, the bytes that they may take together while it runs.
         resident_blocks: of those whose blocks stream, how many stay on the device.
         memory: where they run.
 
     """
-    placements = place_components({name: modules[name] for name in names}, resident_blocks, memory)
+    blocks = {name: repeated_blocks(modules[name]) for name in resident_blocks}
+    streams: dict[str, BlockStream] = {}
+    if blocks:
+        largest = max(streamed_bytes(blocks[name], count) for name, count in resident_blocks.items())
+        stager = Stager(memory, largest)  # one for all: of alternates one is on the device
+        streams = {name: BlockStream(blocks[name], count, stager, memory) for name, count in resident_blocks.items()}
+    copies = PinnedCopies(memory)  # one for all: components come one after another
+    copies.prepare()
+    placements: dict[str, Placement] = {
+        name: StreamedModule(module, streams[name], memory, copies)
+        if name in streams
+        else WholeModule(Packed(tensors_of(module)), memory, copies)
+        for name, module in modules.items()
+    }
     return Residency(placements, rooms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from safelight.acceleration.memory import BUFFER_BYTES, NUM_BUFFERS
 from safelight.acceleration.offload import NUM_SLOTS, spread
@@ -136,9 +136,14 @@ class MemoryPlan:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def fullest(self) -> PlannedStage:
+        """The stage with the most bytes on the device."""
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
     def peak(self) -> int:
         """The most bytes on the device, without what is reserved."""
-        return max(stage.peak for stage in self.stages)
+        return self.fullest.peak
 
     @property
     def fits(self) -> bool:
@@ -150,20 +155,20 @@ class MemoryPlan:
         """Bytes of weights that lie on the host, in mapped files where these have the planned dtypes."""
         return sum(self.footprint.components[name].num_bytes for name in self.placed)
 
-    def seconds_a_step(self, bandwidth: float = HOST_BANDWIDTH) -> float:
-        """Return the least seconds of a step that its copies allow, at so many bytes a second."""
-        return self.bytes_a_step / bandwidth
+    @property
+    def seconds_a_step(self) -> float:
+        """The least seconds of a step that its copies allow, at `HOST_BANDWIDTH`."""
+        return self.bytes_a_step / HOST_BANDWIDTH
 
     def lines(self) -> list[str]:
         """Say in a few lines what was chosen, and why."""
-        at = max(self.stages, key=lambda stage: stage.peak)
         streamed = [
             f"{name} keeps {count} of its {len(self.footprint.components[name].block_bytes)} blocks on the device"
             for name, count in self.resident_blocks.items()
         ]
         return [
             f"offload={self.offload}{', VAE in tiles' if self.tiled else ''}: {shown_size(self.peak)} of "
-            f"{shown_size(self.limit)} for {self.footprint.request}, most in {at.footprint.stage}",
+            f"{shown_size(self.limit)} for {self.footprint.request}, most in {self.fullest.footprint.stage}",
             *(f"not {way}: {why}" for way, why in self.refused.items()),
             *streamed,
             f"copied: {shown_size(self.bytes_a_request)} a request, {shown_size(self.bytes_a_step)} a step; "
@@ -187,13 +192,14 @@ def make_plan(footprint: Footprint, limit: int, offload: str = "auto") -> Memory
     least: MemoryPlan | None = None
     for mode in possible_modes(footprint, offload):
         for tiled in (False, True) if footprint.tiled is not None else (False,):
-            plan = plan_mode(footprint, limit, mode, tiled, refused)
+            plan = plan_mode(footprint, limit, mode, tiled)
             if plan.fits:
-                return plan
-            refused[f"{mode}{' with tiles' if tiled else ''}"] = needs(plan)
+                return replace(plan, refused=refused)
+            at = plan.fullest
+            refused[f"{mode}{' with tiles' if tiled else ''}"] = f"{at.footprint.stage} needs {shown_size(at.peak)}"
             least = plan if least is None or plan.peak < least.peak else least
     assert least is not None
-    at = max(least.stages, key=lambda stage: stage.peak)
+    at = least.fullest
     raise InvalidParameterError(
         "memory_limit",
         shown_size(limit),
@@ -212,28 +218,17 @@ def possible_modes(footprint: Footprint, offload: str) -> Sequence[str]:
 
     """
     components = footprint.components.values()
-    impossible = {
-        "alternates": "none for this model, which has one transformer",
-        "blocks": "none for this model, which has no repeated blocks",
-    }
-    if sum(component.is_alternate for component in components) > 1:
-        del impossible["alternates"]
-    if any(component.block_bytes for component in components):
-        del impossible["blocks"]
+    impossible = {}
+    if sum(component.is_alternate for component in components) < 2:
+        impossible["alternates"] = "none for this model, which has one transformer"
+    if not any(component.block_bytes for component in components):
+        impossible["blocks"] = "none for this model, which has no repeated blocks"
     if offload in impossible:
         raise InvalidParameterError("offload", offload, impossible[offload])
     return [mode for mode in MODES if mode not in impossible and offload in ("auto", mode)]
 
 
-def needs(plan: MemoryPlan) -> str:
-    """Say what a plan needs."""
-    at = max(plan.stages, key=lambda stage: stage.peak)
-    return f"{at.footprint.stage} needs {shown_size(at.peak)}"
-
-
-def plan_mode(
-    footprint: Footprint, limit: int, mode: str, tiled: bool, refused: Mapping[str, str] | None = None
-) -> MemoryPlan:
+def plan_mode(footprint: Footprint, limit: int, mode: str, tiled: bool) -> MemoryPlan:
     """Return the plan of one mode, whether or not it fits."""
     stages = footprint.tiled if tiled else footprint.stages
     assert stages is not None
@@ -245,9 +240,8 @@ def plan_mode(
         rooms = {name: components[name].num_bytes for name in placed}
     streaming = [name for name, component in components.items() if component.block_bytes and mode == "blocks"]
     resident_blocks = {name: most_resident(components[name], rooms[name]) for name in streaming}
-    sizes = {name: component.num_bytes for name, component in components.items()}
     streams = {name: Streamed.of(components[name], count) for name, count in resident_blocks.items()}
-    sizes |= {name: stream.num_bytes for name, stream in streams.items()}
+    sizes = {name: streams.get(name, component).num_bytes for name, component in components.items()}
     planned, brought = simulate(stages, sizes, placed, rooms)
     return MemoryPlan(
         offload=mode,
@@ -262,7 +256,6 @@ def plan_mode(
         bytes_a_step=max((footprint.num_branches * stream.bytes_a_call for stream in streams.values()), default=0),
         pinned=NUM_SLOTS * max((stream.slot_bytes for stream in streams.values()), default=0)
         + (NUM_BUFFERS * BUFFER_BYTES if placed else 0),
-        refused=dict(refused or {}),
     )
 
 

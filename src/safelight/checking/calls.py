@@ -9,15 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from safelight.checking.record import (
-    OUTPUT,
-    Kind,
-    RecordedCall,
-    Recorder,
-    block_names,
-    leaf_names,
-    recording_calls,
-)
+from safelight.checking.record import OUTPUT, Kind, RecordedCall, Recorder, block_names, leaf_names, recording_calls
 from safelight.checking.report import DIVERGES, NOT_COMPARED, OK, Row, compare_recorded, paired, total_difference
 from safelight.layers.fusable import FusableLayer
 

@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safelight.checking.record import (
-    Kind,
-    Recorder,
-    block_names,
-    recording_calls,
-    recording_encoders,
-    tensors_of,
-)
+from safelight.checking.record import Kind, Recorder, block_names, recording_calls, recording_encoders, tensors_of
 from safelight.core.executor import Execution
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline

@@ -90,8 +90,8 @@ class Recorder:
 
     def begin_call(self, component: str, given: Mapping[str, Any]) -> None:
         """Keep a call's arguments; its output is added to it when it has returned."""
-        inputs = {f": {name}": value for name, value in given.items() if isinstance(value, Tensor)}
-        kept = {entry: copied((value,), Kind.INNER) for entry, value in inputs.items()}
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        kept = {f": {name}": copied((tensor,), Kind.INNER) for name, tensor in tensors.items()}
         call = RecordedCall(component, self._count(component), self.step, given, kept)
         self.calls.append(call)
         self.entries[numbered(component, call.number)] = call
@@ -205,9 +205,16 @@ def leaf_names(root: nn.Module, below: str) -> list[str]:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Put `wrap(method)` in the place of an object's method while the block runs."""
-    setattr(owner, name, wrap(getattr(owner, name)))
+def recording_method(owner: Any, name: str, keep: Callable[..., None]) -> Iterator[None]:
+    """Give what an object's method returns, and its arguments behind that, to `keep`, while the block runs."""
+    method = getattr(owner, name)
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        made = method(*args, **kwargs)
+        keep(made, *args, **kwargs)
+        return made
+
+    setattr(owner, name, recorded)
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.backends.signature import takes_tuple
-from safelight.checking.record import (
-    Kind,
-    Recorder,
-    recording_calls,
-    recording_encoders,
-    replaced,
-    tensors_of,
-)
+from safelight.checking.record import Kind, Recorder, recording_calls, recording_encoders, recording_method, tensors_of
 from safelight.core.params import SamplingParams
 from safelight.errors import UsageError
 
@@ -45,6 +38,14 @@ def run_reference(
     recorder = Recorder()
     given = reference_arguments(pipe, params)
 
+    def keep_encoded(encoded: Any, pixels: Tensor, *_args: Any, **_kwargs: Any) -> None:
+        posterior = encoded[0]  # of a tuple, or of an output
+        recorder.add("image for the VAE", pixels)
+        recorder.add("image latents", posterior if isinstance(posterior, Tensor) else posterior.mode())
+
+    def keep_noise(prepared: Any, *_args: Any, **_kwargs: Any) -> None:
+        recorder.add("initial noise", prepared[0] if isinstance(prepared, tuple) else prepared, kind=Kind.EXACT)
+
     def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if step == 0:
             recorder.add("timesteps", running.scheduler.timesteps, kind=Kind.EXACT)
@@ -55,8 +56,8 @@ def run_reference(
 
     with ExitStack() as watched:
         watched.enter_context(recording_encoders(recorder, encoders))
-        watched.enter_context(replaced(pipe.vae, "encode", lambda encode: recording_encode(recorder, encode)))
-        watched.enter_context(replaced(pipe, "prepare_latents", lambda prepare: recording_noise(recorder, prepare)))
+        watched.enter_context(recording_method(pipe.vae, "encode", keep_encoded))
+        watched.enter_context(recording_method(pipe, "prepare_latents", keep_noise))
         for name, names in modules.items():
             watched.enter_context(recording_calls(recorder, name, pipe.components[name], names))
         watched.enter_context(torch.inference_mode())
@@ -82,27 +83,3 @@ def reference_arguments(pipe: Any, params: SamplingParams) -> dict[str, Any]:
         given[theirs] = value
     assert params.seed is not None
     return {**given, "generator": torch.Generator("cpu").manual_seed(params.seed)}
-
-
-def recording_encode(recorder: Recorder, encode: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a VAE's `encode` that keeps pictures, and the mode of their latents."""
-
-    def recorded(pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
-        encoded = encode(pixels, *args, **kwargs)
-        posterior = encoded[0]  # of a tuple, or of an output
-        recorder.add("image for the VAE", pixels)
-        recorder.add("image latents", posterior if isinstance(posterior, Tensor) else posterior.mode())
-        return encoded
-
-    return recorded
-
-
-def recording_noise(recorder: Recorder, prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a pipeline's `prepare_latents` that keeps the noise."""
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        prepared = prepare(*args, **kwargs)
-        recorder.add("initial noise", prepared[0] if isinstance(prepared, tuple) else prepared, kind=Kind.EXACT)
-        return prepared
-
-    return recorded

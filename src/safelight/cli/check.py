@@ -74,7 +74,7 @@ def check_model(
     block by block, latents after each step, and pixels; and calls of two requests, stacked, with each alone. The exit
     code is 0 if all agree, and 1 if something diverges.
     """
-    from safelight.checking import check_model as check
+    from safelight.checking.check import check_model as check
 
     settings = {name: values[name] for name in ENGINE_SETTINGS if values[name] is not None}
     report = check(ServerArgs(path, **settings), asked(ctx.obj, values), tolerance)

@@ -96,7 +96,7 @@ def _show(made: MemoryPlan, console: Console) -> None:
     for line in made.lines():
         console.print(line, highlight=False, soft_wrap=True)
     if made.bytes_a_step:
-        bound = f"at {HOST_BANDWIDTH / 1e9:.0f} GB/s from the host a step takes {made.seconds_a_step():.2f} s or more"
+        bound = f"at {HOST_BANDWIDTH / 1e9:.0f} GB/s from the host a step takes {made.seconds_a_step:.2f} s or more"
         console.print(bound, highlight=False)
 
 
@@ -130,7 +130,7 @@ def _as_json(made: MemoryPlan) -> dict[str, Any]:
         ],
         "bytes_a_request": made.bytes_a_request,
         "bytes_a_step": made.bytes_a_step,
-        "seconds_a_step": made.seconds_a_step(),
+        "seconds_a_step": made.seconds_a_step,
         "host_bytes": made.host_bytes,
         "pinned_bytes": made.pinned,
         "refused": dict(made.refused),

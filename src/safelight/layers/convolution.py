@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 BAND_ROWS = 64
@@ -25,6 +25,13 @@ def channels_last(weight: Tensor) -> Tensor:
     if weight.ndim == 4:
         return weight.contiguous(memory_format=torch.channels_last)
     return weight.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)
+
+
+def convolve_with_channels_last(module: nn.Module) -> None:
+    """Lay the weights of 2-D convolutions as tensor cores read them; what they make is laid so, too."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            part.weight.data = channels_last(part.weight.data)
 
 
 def add_conv(convolved: Tensor, frame: Tensor, weight: Tensor) -> None:

@@ -15,9 +15,8 @@ from torch.nn.modules.module import (
 )
 
 from safelight.errors import ModelIndexError
+from safelight.loading.headers import MAX_TENSORS
 
-MAX_TENSORS = 20_000
-"""Of what is built at one time, a component or a pipeline; the largest models have some thousands."""
 MAX_WIDENING, SPARE_BYTES = 8, 1 << 30
 """A module that a library builds takes at most so many times the bytes of its file, and so many more: a file in
 bfloat16 takes twice its bytes in float32, and embeddings that two modules have in common are counted for both."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from safelight.loading.variants import STEMS, heads
 from safelight.parallel.shards import Shard
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 MAX_NAMED = 5
 """Keys that a message names before it counts the rest."""
 
@@ -91,16 +90,17 @@ def load_weights(
     state: dict[str, Tensor] = {}
     with ExitStack() as stack:
         there = stack.enter_context(carrier(device))
-        files = [(path, stack.enter_context(_opened(path))) for path in checkpoint_files(folder, variant=variant)]
-        for key, path, file in _keys(files):
-            parts = frozenset(key.split("."))
-            if parts & unused:
-                continue
-            _check_key(key, file, expected, state, path)
-            tensor, own = _read(file, key, divided.get(key)), torch.float32 if parts & exact else dtype
-            if tensor.is_floating_point() is not (key in floating):
-                raise CheckpointError(f"{name_of(path)}: {key!r} is of {tensor.dtype}, which the model's is not")
-            state[key] = there.bring(tensor, own if tensor.is_floating_point() else tensor.dtype)
+        for path in checkpoint_files(folder, variant=variant):
+            file = stack.enter_context(_opened(path))
+            for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                parts = frozenset(key.split("."))
+                if parts & unused:
+                    continue
+                _check_key(key, file, expected, state, path)
+                tensor, own = _read(file, key, divided.get(key)), torch.float32 if parts & exact else dtype
+                if tensor.is_floating_point() is not (key in floating):
+                    raise CheckpointError(f"{name_of(path)}: {key!r} is of {tensor.dtype}, which the model's is not")
+                state[key] = there.bring(tensor, own if tensor.is_floating_point() else tensor.dtype)
     missing = sorted(expected.keys() - state.keys())
     if missing:
         raise CheckpointError(f"{folder.name}: missing {listed(missing)}")
@@ -128,12 +128,6 @@ def float32_parts(cls: type[nn.Module]) -> frozenset[str]:
     return frozenset(next((parts for parts in found if parts), ()))
 
 
-def _keys(files: list[tuple[Path, Any]]) -> Iterator[tuple[str, Path, Any]]:
-    for path, file in files:
-        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-            yield key, path, file
-
-
 def _read(file: Any, key: str, shard: Shard | None) -> Tensor:
     """Return a tensor, or this rank's shard of it."""
     if shard is None:
@@ -143,7 +137,7 @@ def _read(file: Any, key: str, shard: Shard | None) -> Tensor:
 
 
 def _check_key(key: str, file: Any, expected: dict[str, tuple[int, ...]], seen: dict[str, Tensor], path: Path) -> None:
-    where = f"{path.parent.name}/{path.name}"
+    where = name_of(path)
     if key not in expected:
         raise CheckpointError(f"{where}: unexpected key {key!r}")
     if key in seen:
@@ -154,7 +148,7 @@ def _check_key(key: str, file: Any, expected: dict[str, tuple[int, ...]], seen: 
 
 
 def _shard_names(index: Path) -> list[str]:
-    where = f"{index.parent.name}/{index.name}"
+    where = name_of(index)
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (ModelIndexError, KeyError, TypeError, AttributeError) as error:
@@ -171,7 +165,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.parent.name}/{path.name}: not a whole safetensors file ({error})") from error
+        raise CheckpointError(f"{name_of(path)}: not a whole safetensors file ({error})") from error
 
 
 def listed(names: list[str]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from safelight.acceleration.memory import carrier
 from safelight.core.registry import resolve_class
-from safelight.errors import CheckpointError, ModelError, ModelIndexError, SafelightError, shown
+from safelight.errors import CheckpointError, ModelError, ModelIndexError, SafelightError, in_one_line, shown
 from safelight.loading.bounds import bounded
 from safelight.loading.checkpoint import checkpoint_files, float32_parts, listed, load_weights
 from safelight.loading.classes import WEIGHTS_FILES, Source, WeightsFile, library_of
@@ -26,8 +26,6 @@ from safelight.parallel.plans import tensor_plan
 from safelight.parallel.tensor import shard_parameters
 
 logger = logging.getLogger(__name__)
-MAX_REASON = 300
-"""Characters of a library's message that ours repeats."""
 
 
 def load_component(source: Source, dtype: torch.dtype, device: torch.device, share: tuple[int, int] = (0, 1)) -> Any:
@@ -44,9 +42,12 @@ def load_component(source: Source, dtype: torch.dtype, device: torch.device, sha
 
     """
     folder, cls = source.folder, resolve_class(source.target)
-    library = library_of(source.target)
-    if library is None:
-        return _load_native(cls, source, dtype, device, share)
+    if library_of(source.target) is None:
+        check_weights(folder, source.stems, source.variant)
+        module = build_native(cls, folder)
+        shards = shard_parameters(module, *share) if tensor_plan(module) is not None else {}
+        load_weights(module, folder, dtype, device, shards, source.variant)
+        return module.eval()
     with in_words(f"{folder.name}: {cls.__name__}"), quiet():
         if issubclass(cls, nn.Module):
             return _load_library_module(cls, source, dtype, device)
@@ -63,27 +64,21 @@ def empty_component(source: Source, dtype: torch.dtype) -> nn.Module:
 
     """
     folder, cls = source.folder, resolve_class(source.target)
-    if library_of(source.target) is None:
+    library, exact = library_of(source.target), float32_parts(cls)
+    if library is None:
         module = build_native(cls, folder)
-        kept = float32_parts(cls)
-        state = {
-            key: tensor.to(torch.float32 if kept & frozenset(key.split(".")) else dtype)
-            if tensor.is_floating_point()
-            else tensor
-            for key, tensor in module.state_dict().items()
-        }
-        module.load_state_dict(state, assign=True)
-        return module.eval().requires_grad_(False)
-    with in_words(f"{folder.name}: {cls.__name__}"), quiet(), torch.device("meta"), bounded(folder.name):
-        if library_of(source.target) == "transformers":
-            built: nn.Module = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
-        else:
-            built = cls.from_config(cls.load_config(folder, local_files_only=True))
-    # Half precision alone has exceptions, in the text encoders that would overflow.
-    exceptions = float32_parts(cls) if dtype == torch.float16 else frozenset()
-    for name, parameter in built.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if exceptions & frozenset(name.split(".")) else dtype)
-    return built.eval().requires_grad_(False)
+    else:
+        with in_words(f"{folder.name}: {cls.__name__}"), quiet(), torch.device("meta"), bounded(folder.name):
+            if library == "transformers":
+                module = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+            else:
+                module = cls.from_config(cls.load_config(folder, local_files_only=True))
+        if dtype != torch.float16:  # of the libraries' classes, text encoders that would overflow
+            exact = frozenset()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if exact & frozenset(name.split(".")) else dtype)
+    return module.eval().requires_grad_(False)
 
 
 def check_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> list[Path]:
@@ -111,13 +106,7 @@ def check_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> 
 
 
 def warn_of_unused(folder: Path, cls: Any) -> None:
-    """Log which settings of a component have no effect, because its class does not know them."""
-    for name in unused_settings(folder, cls):
-        logger.warning("%s: %s does not know %r in its configuration: left out", folder.name, cls.__name__, name)
-
-
-def unused_settings(folder: Path, cls: Any) -> list[str]:
-    """Return the settings of a component that its class does not know, and that are left out: a newer writer's.
+    """Log which settings of a component its class does not know: a newer writer's, which are left out.
 
     Args:
         folder: the component's.
@@ -127,14 +116,15 @@ def unused_settings(folder: Path, cls: Any) -> list[str]:
     import diffusers
     import transformers
 
+    unused: Iterable[str] = ()
     if issubclass(cls, diffusers.ConfigMixin):
-        config = _public(read_json(folder / cls.config_name))
         with quiet():
-            return sorted(cls.extract_init_dict(config)[1])
-    if not issubclass(cls, nn.Module) or issubclass(cls, transformers.PreTrainedModel):
-        return []
-    config = _public(read_json(folder / "config.json"))
-    return sorted(config.keys() - _known(cls, config).keys())
+            unused = cls.extract_init_dict(_public(read_json(folder / cls.config_name)))[1]
+    elif issubclass(cls, nn.Module) and not issubclass(cls, transformers.PreTrainedModel):
+        config = _public(read_json(folder / "config.json"))
+        unused = config.keys() - _known(cls, config).keys()
+    for name in sorted(unused):
+        logger.warning("%s: %s does not know %r in its configuration: left out", folder.name, cls.__name__, name)
 
 
 @contextmanager
@@ -142,23 +132,10 @@ def in_words(what: str) -> Iterator[None]:
     """Turn what a library raises while it loads `what` into a `ModelError`."""
     try:
         yield
-    except SafelightError:
-        raise
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (SafelightError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the libraries' boundary: a panic of compiled code is no Exception
-        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
-        raise ModelError(f"{what} cannot be loaded: {reason}") from error
-
-
-def _load_native(
-    cls: Any, source: Source, dtype: torch.dtype, device: torch.device, share: tuple[int, int]
-) -> nn.Module:
-    check_weights(source.folder, source.stems, source.variant)
-    module = build_native(cls, source.folder)
-    shards = shard_parameters(module, *share) if tensor_plan(module) is not None else {}
-    load_weights(module, source.folder, dtype, device, shards, source.variant)
-    return module.eval()
+        raise ModelError(f"{what} cannot be loaded: {in_one_line(error)}") from error
 
 
 def build_native(cls: Any, folder: Path) -> nn.Module:
@@ -174,7 +151,7 @@ def build_native(cls: Any, folder: Path) -> nn.Module:
             known = {name: tuple(v) if isinstance(v, list) else v for name, v in _known(cls, config).items()}
             module: nn.Module = cls.from_config(known)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelIndexError(f"{folder.name}/config.json: {' '.join(str(error).split())[:MAX_REASON]}") from error
+        raise ModelIndexError(f"{folder.name}/config.json: {in_one_line(error)}") from error
     return module
 
 

@@ -8,7 +8,7 @@ from safelight.core.architecture import Architecture
 from safelight.core.config import PipelineConfig
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
-from safelight.errors import ModelIndexError
+from safelight.errors import ModelIndexError, in_one_line
 from safelight.loading.classes import Source, target_of
 from safelight.loading.repository import Repository
 
@@ -30,8 +30,8 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
         )
         schema = replace(schema, architecture=Architecture.of(configs))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelIndexError(f"{repository.name}: a component's configuration has a wrong value: {reason}") from error
+        wrong = f"{repository.name}: a component's configuration has a wrong value"
+        raise ModelIndexError(f"{wrong}: {in_one_line(error)}") from error
     return config, schema
 
 

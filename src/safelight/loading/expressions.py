@@ -124,9 +124,7 @@ def check_part(part: Any, where: str) -> None:
             check_expression(pattern["Regex"], where)
         if "content" in step and "pattern" in step:
             growth *= _growth(pattern, str(step["content"]))
-        for name in ("prepend", "replacement", "prefix", "suffix", "cls", "sep"):
-            _check_short(step.get(name), f"{where}: {name}")
-        for name in ("single", "pair", "tokens", "ids"):
+        for name in ("prepend", "replacement", "prefix", "suffix", "cls", "sep", "single", "pair", "tokens", "ids"):
             _check_short(step.get(name), f"{where}: {name}")
         if isinstance(step.get("precompiled_charsmap"), str):
             check_charsmap(step["precompiled_charsmap"], where)

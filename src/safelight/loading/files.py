@@ -5,6 +5,7 @@ Every file that Safelight, or a library for it, reads of a model passes here fir
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -198,3 +199,15 @@ def check_holes(path: Path) -> None:
             there += place - begin
     if 2 * there < size:
         raise CheckpointError(f"{name_of(path)}: most of its {size:,} bytes are a hole")
+
+
+def weights_digest(folder: Path) -> str:
+    """Return a digest of a component's files: their names, sizes, times of change, and the whole of the JSON files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            state = path.stat()
+            digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+            if path.suffix == ".json":
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from safelight.acceleration.activations import LiveStorages, Valueless, on_host, on_meta
+from safelight.acceleration.activations import HOST, LiveStorages, Valueless, on_host, on_meta
 from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.offload import packed_bytes, tensors_of
 from safelight.acceleration.plan import ComponentFootprint, Footprint, StageFootprint
-from safelight.acceleration.tiled_vae import BandPlan
 from safelight.core.calls import ModelCall
 from safelight.core.components import Components
 from safelight.core.executor import Execution
@@ -35,7 +34,6 @@ from safelight.loading.description import configure, sources
 from safelight.loading.repository import Repository
 from safelight.loading.vaes import run_vae
 
-HOST = torch.device("cpu")
 TOKEN = re.compile(r"<\|\w+\|>|\S+")
 UNCUT = 4096
 """Tokens of a text that is not cut."""
@@ -139,7 +137,7 @@ def empty_pipeline(repository: Repository, server_args: ServerArgs, in_bands: bo
     for name, module in modules.items():
         if name.startswith("text_encoder"):
             module.register_forward_pre_hook(tokens_alone, with_kwargs=True)
-    vae = run_vae(modules["vae"], bands=BandPlan() if in_bands else None) if "vae" in modules else None
+    vae = run_vae(modules["vae"], in_bands=in_bands) if "vae" in modules else None
     return pipeline_cls(Components(modules, vae=vae), config, schema, args)
 
 

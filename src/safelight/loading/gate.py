@@ -30,10 +30,14 @@ def check_model(root: Path, index: Mapping[str, Any], components: Sequence[str])
     """
     for name in components:
         if Path(name).name == name:
-            entry = index.get(name)
-            class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else ""
+            class_name = index[name][1] if is_class(index.get(name)) else ""
             for path in component_files(root, name):
-                check_file(path, class_name if isinstance(class_name, str) else "")
+                check_file(path, class_name)
+
+
+def is_class(entry: Any) -> bool:
+    """Say whether an entry of `model_index.json` is `[library, class]`."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
 
 
 def check_file(path: Path, class_name: str) -> None:

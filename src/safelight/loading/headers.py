@@ -8,13 +8,13 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from safelight.errors import CheckpointError, shown
+from safelight.errors import CheckpointError, in_one_line, shown
 from safelight.loading.files import check_holes, name_of
 
 MAX_HEADER = 16 << 20
 """Bytes; a header of 20,000 tensors has three million."""
 MAX_TENSORS = 20_000
-"""Of a file; the largest models have some thousands."""
+"""Of a file, a component or a pipeline; the largest models have some thousands."""
 MAX_NAME = 512
 """Characters of a tensor's."""
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
@@ -55,7 +55,7 @@ def _header(path: Path, where: str) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{broken} ({' '.join(str(error).split())})") from error
+        raise CheckpointError(f"{broken} ({in_one_line(error)})") from error
     if len(text) < length or not isinstance(header, dict):
         raise CheckpointError(f"{broken} (its header is cut off, or no object)")
     return header

@@ -5,33 +5,17 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.errors import ModelAccessError, ModelError, ModelIndexError, ModelNotFoundError
 from safelight.loading.variants import choose_variant, kept
 
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+INDEX_NAME = "model_index.json"
+DEFAULTS_NAME = "generation_config.json"
+"""Where a repository may state its own default sampling values, as transformers' repositories do."""
 _CONFIG_SUFFIXES = (".json", ".txt", ".model")
 _WEIGHT_SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What of a repository is downloaded.
-
-    Attributes:
-        components: the folders.
-        files: beside them.
-        weights: whether those of the components are.
-        variant: of the weights, as `open_repository` takes it.
-
-    """
-
-    components: Sequence[str]
-    files: Sequence[str]
-    weights: bool
-    variant: str | None
 
 
 def is_repo_id(name: str) -> bool:
@@ -39,8 +23,8 @@ def is_repo_id(name: str) -> bool:
     return _REPO_ID.fullmatch(name) is not None and ".." not in name
 
 
-def download_file(repo_id: str, filename: str, revision: str | None) -> Path:
-    """Download one file, or find it in the cache.
+def download_index(repo_id: str, revision: str | None) -> Path:
+    """Download `model_index.json`, or find it in the cache.
 
     Raises:
         ModelError: in words, for whatever keeps it from being had.
@@ -48,17 +32,21 @@ def download_file(repo_id: str, filename: str, revision: str | None) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    return Path(_in_words(repo_id, revision, lambda: hf_hub_download(repo_id, filename, revision=revision)))
+    return Path(_in_words(repo_id, revision, lambda: hf_hub_download(repo_id, INDEX_NAME, revision=revision)))
 
 
-def download_components(repo_id: str, revision: str | None, cached: Path, selection: Selection) -> Path:
+def download_components(
+    repo_id: str, revision: str | None, cached: Path, components: Sequence[str], weights: bool, variant: str | None
+) -> Path:
     """Download the folders of the named components, with progress, and return the snapshot's folder.
 
     Args:
         repo_id: the repository.
         revision: branch, tag or commit.
         cached: the snapshot's folder, as far as it is in the cache.
-        selection: what of it.
+        components: their names.
+        weights: whether theirs are downloaded.
+        variant: of the weights, as `open_repository` takes it.
 
     Raises:
         ModelError: in words, for whatever keeps them from being had.
@@ -67,23 +55,23 @@ def download_components(repo_id: str, revision: str | None, cached: Path, select
     """
     from huggingface_hub import snapshot_download
 
-    patterns = _patterns(_listed(repo_id, revision, cached), selection)
+    patterns = _patterns(_listed(repo_id, revision, cached), components, weights, variant)
     return Path(
         _in_words(repo_id, revision, lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     )
 
 
-def _patterns(listed: Sequence[str], selection: Selection) -> list[str]:
+def _patterns(listed: Sequence[str], components: Sequence[str], weights: bool, variant: str | None) -> list[str]:
     """Return the patterns of the files to download."""
-    folders: dict[str, list[str]] = {name: [] for name in selection.components}
+    folders: dict[str, list[str]] = {name: [] for name in components}
     for path in listed:
         folder, _, name = path.rpartition("/")
         if folder in folders and name.endswith((*_CONFIG_SUFFIXES, _WEIGHT_SUFFIX)):
             folders[folder].append(name)
-    chosen = choose_variant(folders, selection.variant) if selection.weights else None
-    names = [name for name in kept(folders, chosen) if selection.weights or not name.endswith(_WEIGHT_SUFFIX)]
-    patterns = [*selection.files, *map(glob.escape, names)]
-    if selection.weights and not any(name.endswith(_WEIGHT_SUFFIX) for name in names):
+    chosen = choose_variant(folders, variant) if weights else None
+    names = [name for name in kept(folders, chosen) if weights or not name.endswith(_WEIGHT_SUFFIX)]
+    patterns = [DEFAULTS_NAME, INDEX_NAME, *map(glob.escape, names)]
+    if weights and not any(name.endswith(_WEIGHT_SUFFIX) for name in names):
         # Of a cache without weights the client says that it is not whole.
         patterns += [f"{folder}/*{_WEIGHT_SUFFIX}" for folder in folders]
     return patterns
@@ -122,9 +110,7 @@ def _in_words(repo_id: str, revision: str | None, download: Callable[[], str]) -
             f"{name} is not, or not wholly, in the cache, and the Hub is out of reach or HF_HUB_OFFLINE is set"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise ModelIndexError(
-            f"{name}: no model_index.json there; a model is a repository in Diffusers layout"
-        ) from error
+        raise ModelIndexError(f"{name}: no {INDEX_NAME} there; a model is a repository in Diffusers layout") from error
     except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]  # httpx's, as bundled there
         reason = " ".join(str(error).split())
         raise ModelError(f"{name} could not be downloaded: {reason}") from error

@@ -6,19 +6,16 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from safelight.acceleration.exclusions import refuse_excluded
+from safelight.acceleration.apply import cpu_routes
 from safelight.acceleration.memory import DeviceMemory
 from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan
-from safelight.acceleration.tiled_vae import SETTING as TILING
-from safelight.acceleration.tiled_vae import BandPlan
 from safelight.backends import components, diffusers
 from safelight.core.architecture import NETWORKS, Architecture
 from safelight.core.components import Components
@@ -31,11 +28,11 @@ from safelight.loading.bounds import bounded
 from safelight.loading.component_plan import plan_components
 from safelight.loading.components import check_weights, in_words, quiet, warn_of_unused
 from safelight.loading.description import configure
-from safelight.loading.digest import weights_digest
-from safelight.loading.planning import device_memory, plan_memory
+from safelight.loading.files import weights_digest
+from safelight.loading.planning import device_memory, plan_memory, refuse_excluded
 from safelight.loading.repository import Repository, open_for
 from safelight.loading.stage_memory import count_memory
-from safelight.loading.trials import check_all_steps, check_tokens_fit
+from safelight.loading.trials import check_steps, check_tokens_fit
 from safelight.loading.vaes import run_vae
 from safelight.parallel.apply import over_ranks, share
 from safelight.parallel.mesh import Mesh, lone_mesh
@@ -44,7 +41,6 @@ from safelight.stages.vae import VAE
 logger = logging.getLogger(__name__)
 memory_logger = logging.getLogger("safelight.memory")
 """Of the plan at start, which the commands print."""
-HOST = torch.device("cpu")
 
 
 def load_pipeline(
@@ -75,7 +71,9 @@ def load_pipeline(
     if (mesh or lone_mesh()).layout.num_devices != server_args.num_devices():
         raise UsageError("a model on several devices is loaded by as many ranks, which this process does not belong to")
     with on_device(server_args.torch_device()):
-        return _LOADERS[repository.pipeline.backend](repository, server_args, memory, mesh or lone_mesh())
+        if repository.pipeline.backend == "native":
+            return _load_native(repository, server_args, memory, mesh or lone_mesh())
+        return _load_diffusers(repository, server_args)
 
 
 def describe(repository: Repository) -> ModelSchema:
@@ -94,9 +92,7 @@ def describe(repository: Repository) -> ModelSchema:
     return dataclasses.replace(schema, architecture=Architecture.of(configs))
 
 
-def _load_diffusers(
-    repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None, mesh: Mesh
-) -> ComposedPipeline:
+def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
     files: list[Path] = []
     for name in repository.component_names():
         folder = repository.path / name
@@ -112,7 +108,8 @@ def _load_diffusers(
     with in_words(repository.pipeline.pipeline_name), quiet(), bounded(repository.name, files):
         pipeline = diffusers.load(repository.path, describe(repository), server_args, repository.variant)
         parts = pipeline.get_module("pipeline").components
-        check_all_steps(parts)
+        for name, component in parts.items():
+            check_steps(component, name)
         check_tokens_fit(parts)
     return pipeline
 
@@ -121,13 +118,15 @@ def _load_native(
     repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None, mesh: Mesh
 ) -> ComposedPipeline:
     pipeline_cls = repository.pipeline.pipeline_cls()
-    _check_component_dtypes(server_args, pipeline_cls.component_names())
+    names = pipeline_cls.component_names()
+    for component in server_args.component_dtypes:
+        if component not in names:
+            raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
     config, schema = configure(repository)
     plan = _plan_for_device(repository, server_args, memory)
     tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
     placed = frozenset(() if plan is None else plan.placed)
-    in_bands = tiled or mesh.layout.vae
-    plans = plan_components(repository, pipeline_cls, config, server_args, mesh, placed, in_bands)
+    plans = plan_components(repository, pipeline_cls, config, server_args, mesh, placed, tiled or mesh.layout.vae)
     modules: dict[str, Any] = {}
     for each in plans:
         begun = time.perf_counter()
@@ -136,10 +135,11 @@ def _load_native(
     empty = {each.name: each.empty for each in plans if isinstance(modules[each.name], nn.Module)}
     check_tokens_fit(modules)
     sharing = share(modules, mesh, server_args.torch_device())
-    vae = _vae(modules, tiled, mesh)
+    vae = _vae(modules, server_args, tiled, mesh)
     residency = None
     if plan is not None and memory is not None:  # last: as the weights lie now, they come and go
-        residency = offload(modules, plan.placed, plan.rooms, plan.resident_blocks, memory)
+        coming = {name: modules[name] for name in plan.placed}
+        residency = offload(coming, plan.rooms, plan.resident_blocks, memory)
     components = Components(
         modules,
         vae=vae,
@@ -153,22 +153,15 @@ def _load_native(
     return pipeline_cls(components, config, schema, server_args)
 
 
-def _vae(modules: Mapping[str, Any], tiled: bool, mesh: Mesh) -> VAE | None:
+def _vae(modules: Mapping[str, Any], server_args: ServerArgs, tiled: bool, mesh: Mesh) -> VAE | None:
     """Return how the VAE is run; None where there is none."""
     if "vae" in modules:
-        return run_vae(
-            modules["vae"], bands=BandPlan() if tiled else None, ranks=mesh.world if mesh.layout.vae else None
-        )
+        routes = cpu_routes(server_args.kernels, server_args.torch_device())
+        ranks = mesh.world if mesh.layout.vae else None
+        return run_vae(modules["vae"], in_bands=tiled, ranks=ranks, cpu_plan=routes)
     if tiled:
-        raise InvalidParameterError(TILING, "exact", "none with this model, which has no VAE")
+        raise InvalidParameterError("vae_tiling", "exact", "none with this model, which has no VAE")
     return None
-
-
-def _check_component_dtypes(server_args: ServerArgs, names: Sequence[str]) -> None:
-    """Refuse the dtype of a component that there is not."""
-    for component in server_args.component_dtypes:
-        if component not in names:
-            raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
 
 
 def _plan_for_device(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> MemoryPlan | None:
@@ -179,9 +172,3 @@ def _plan_for_device(repository: Repository, server_args: ServerArgs, memory: De
     for line in plan.lines():
         memory_logger.info("%s", line)
     return plan
-
-
-_LOADERS: Mapping[str, Callable[[Repository, ServerArgs, DeviceMemory | None, Mesh], ComposedPipeline]] = {
-    "native": _load_native,
-    diffusers.FAMILY: _load_diffusers,
-}

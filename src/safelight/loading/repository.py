@@ -16,11 +16,11 @@ from safelight.errors import InvalidParameterError, ModelIndexError, ModelNotFou
 from safelight.loading import hub
 from safelight.loading.classes import LIBRARY_CLASSES
 from safelight.loading.files import check_inside, read_json
-from safelight.loading.gate import check_model
+from safelight.loading.gate import check_model, is_class
+from safelight.loading.hub import DEFAULTS_NAME, INDEX_NAME
 from safelight.loading.variants import choose_variant, own_variant
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "shapes"
-INDEX_NAME = "model_index.json"
 CONFIG_NAMES = (
     "config.json",
     "scheduler_config.json",
@@ -30,8 +30,6 @@ CONFIG_NAMES = (
 )
 LOOP = "transformer"
 """What the names of the denoising loop's components begin with."""
-DEFAULTS_NAME = "generation_config.json"
-"""Where a repository may state its own default sampling values, as transformers' repositories do."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Repository:
         entry = self.index.get(component)
         if entry is None or entry == [None, None]:
             return None
-        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+        if not is_class(entry):
             raise ModelIndexError(f"{INDEX_NAME}: {component}: got {entry!r}; it takes [library, class]")
         library, class_name = entry
         if library not in ("diffusers", "transformers"):
@@ -162,10 +160,9 @@ def open_repository(
     if tagged and revision not in (None, tagged):
         raise InvalidParameterError("revision", revision, f"nothing beside the {tagged!r} in the model's name")
     revision = tagged or revision
-    index_path = hub.download_file(repo_id, INDEX_NAME, revision)
+    index_path = hub.download_index(repo_id, revision)
     components = _read(name, index_path.parent, backend).component_names()
-    selection = hub.Selection(components, (DEFAULTS_NAME, INDEX_NAME), weights, variant)
-    path = hub.download_components(repo_id, revision, index_path.parent, selection)
+    path = hub.download_components(repo_id, revision, index_path.parent, components, weights, variant)
     return _checked(_read(name, path, backend), weights, variant)
 
 
@@ -189,13 +186,12 @@ def _checked(repository: Repository, weights: bool, variant: str | None) -> Repo
     model, its index names.
     """
     named = {name for name, entry in repository.index.items() if isinstance(entry, list)}
-    check_model(repository.path, repository.index, sorted({*named, *(repository.component_names() if weights else ())}))
-    return _with_variant(repository, variant) if weights else repository
-
-
-def _with_variant(repository: Repository, asked: str | None) -> Repository:
-    files = {name: repository.component_files(name) for name in repository.component_names()}
-    return dataclasses.replace(repository, variant=choose_variant(files, asked))
+    read = repository.component_names() if weights else ()
+    check_model(repository.path, repository.index, sorted({*named, *read}))
+    if not weights:
+        return repository
+    files = {name: repository.component_files(name) for name in read}
+    return dataclasses.replace(repository, variant=choose_variant(files, variant))
 
 
 def existing(name: str) -> Path | None:
@@ -241,8 +237,7 @@ def _with_fallback(entry: PipelineEntry, index: Mapping[str, Any]) -> tuple[Pipe
     The transformer is not looked at: it is what the family is for. Of a class that is neither, the family's pipeline
     says so by name.
     """
-    parts = {name: part for name, part in index.items() if isinstance(part, list) and not name.startswith(LOOP)}
-    named = {name: part for name, part in parts.items() if len(part) == 2 and all(map(_is_text, part))}
+    named = {name: part for name, part in index.items() if is_class(part) and not name.startswith(LOOP)}
     foreign = {name: part for name, part in named.items() if part[1] not in LIBRARY_CLASSES}
     if not foreign:
         return entry, ()
@@ -259,7 +254,3 @@ def _with_fallback(entry: PipelineEntry, index: Mapping[str, Any]) -> tuple[Pipe
     listed = " and ".join(f"{name} {class_name}" for name, (_, class_name) in foreign.items())
     note = f"{entry.pipeline_name} has no {listed} here: it runs through the diffusers package"
     return diffusers.pipeline_entry(entry.pipeline_name), (note,)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)

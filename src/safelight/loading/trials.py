@@ -41,8 +41,8 @@ def try_out(component: Any, where: str) -> None:
         component(images=Image.new("RGB", (SIDE, SIDE), (128, 96, 64)), return_tensors="pt")
 
 
-def check_all_steps(components: Mapping[str, Any]) -> None:
-    """Check the steps of every tokenizer among a model's components, by their names.
+def check_steps(component: Any, where: str) -> None:
+    """Check the steps of a component that is a tokenizer as they are in the end: from its files, and from its class.
 
     Raises:
         ModelIndexError: as `check_part`.
@@ -50,21 +50,9 @@ def check_all_steps(components: Mapping[str, Any]) -> None:
     """
     import transformers
 
-    for name, component in components.items():
-        if isinstance(component, transformers.PreTrainedTokenizerBase):
-            check_steps(component, name)
-
-
-def check_steps(tokenizer: Any, where: str) -> None:
-    """Check the steps of a tokenizer as they are in the end: from its files, and from its class.
-
-    Raises:
-        ModelIndexError: as `check_part`.
-
-    """
-    if not tokenizer.is_fast:
+    if not isinstance(component, transformers.PreTrainedTokenizerBase) or not component.is_fast:
         return
-    backend = tokenizer.backend_tokenizer
+    backend = component.backend_tokenizer
     steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
     for name, step in zip(PARTS, steps, strict=True):
         if step is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 from safelight.errors import InvalidParameterError
 
@@ -11,7 +11,7 @@ STEMS = ("diffusion_pytorch_model", "model")
 """Names of a checkpoint, without ending: diffusers' and transformers'."""
 _SHARD = r"-\d{5}-of-\d{5}"
 _WEIGHTS = re.compile(
-    rf"(?P<stem>{'|'.join(STEMS)})"
+    rf"(?:{'|'.join(STEMS)})"
     rf"(?:(?:\.(?P<v1>\w+))?(?P<shard>{_SHARD})?\.safetensors"
     rf"|(?P<old_shard>{_SHARD})\.(?P<v2>\w+)\.safetensors"
     r"|\.safetensors(?:\.(?P<v3>\w+))?\.index\.json"
@@ -31,16 +31,15 @@ def heads(stem: str, variant: str | None) -> tuple[str, ...]:
     )
 
 
-def variants_in(names: Iterable[str], stems: Sequence[str] = STEMS) -> set[str | None]:
+def variants_in(names: Iterable[str]) -> set[str | None]:
     """Return the variants that a component's files are of; None is for weights without one."""
     matches = filter(None, map(_WEIGHTS.fullmatch, names))
-    found = {(match["stem"], _variant(match)) for match in matches if not match["shard"] and not match["old_shard"]}
-    return {variant for stem, variant in found if stem in stems}
+    return {_variant(match) for match in matches if not match["shard"] and not match["old_shard"]}
 
 
-def own_variant(names: Collection[str], chosen: str | None, stems: Sequence[str] = STEMS) -> str | None:
+def own_variant(names: Collection[str], chosen: str | None) -> str | None:
     """Return what is read of a component's files: the chosen variant if they have it, or else those without one."""
-    return chosen if chosen in variants_in(names, stems) else None
+    return chosen if chosen in variants_in(names) else None
 
 
 def choose_variant(components: Mapping[str, Collection[str]], asked: str | None) -> str | None:

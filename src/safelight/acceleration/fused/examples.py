@@ -17,7 +17,7 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Source:
+class RandomTensors:
     """Random tensors: activations in `dtype`, what steers them in `steering_dtype`; `gated`: whether sums have gates.
 
     They are drawn in one order, so that a check sees the same numbers each time.
@@ -59,42 +59,42 @@ class Source:
         return None if self.num_groups == 1 else NUM_TOKENS // self.num_groups
 
 
-def norm_modulate_example(source: Source, dim: int) -> tuple[Any, ...]:
+def norm_modulate_example(random: RandomTensors, dim: int) -> tuple[Any, ...]:
     """Return arguments of `norm_modulate`."""
-    scale, shift, _ = source.steering(dim)
-    return source.tokens(dim), scale, shift, EPS, source.group_size()
+    scale, shift, _ = random.steering(dim)
+    return random.tokens(dim), scale, shift, EPS, random.group_size()
 
 
-def gated_residual_example(source: Source, dim: int) -> tuple[Any, ...]:
+def gated_residual_example(random: RandomTensors, dim: int) -> tuple[Any, ...]:
     """Return arguments of `gated_residual`."""
-    return source.tokens(dim), source.steering(dim)[0], source.tokens(dim), source.group_size()
+    return random.tokens(dim), random.steering(dim)[0], random.tokens(dim), random.group_size()
 
 
-def residual_norm_example(source: Source, dim: int, affine: int) -> tuple[Any, ...]:
+def residual_norm_example(random: RandomTensors, dim: int, affine: int) -> tuple[Any, ...]:
     """Return arguments of `residual_norm`; where the norm has weights, the sum has a gate."""
-    gate, scale, shift = source.steering(dim)
-    residual, update, group_size = source.tokens(dim), source.tokens(dim), source.group_size()
+    gate, scale, shift = random.steering(dim)
+    residual, update, group_size = random.tokens(dim), random.tokens(dim), random.group_size()
     if affine:
-        weight, bias = (source.values(dim, dtype=source.steering_dtype) for _ in range(2))
+        weight, bias = (random.values(dim, dtype=random.steering_dtype) for _ in range(2))
         return residual, gate, update, weight, bias, None, None, EPS, group_size
-    return residual, gate if source.gated else None, update, None, None, scale, shift, EPS, group_size
+    return residual, gate if random.gated else None, update, None, None, scale, shift, EPS, group_size
 
 
-def qk_norm_rotary_example(source: Source, num_heads: int, head_dim: int, across_heads: int) -> tuple[Any, ...]:
+def qk_norm_rotary_example(random: RandomTensors, num_heads: int, head_dim: int, across_heads: int) -> tuple[Any, ...]:
     """Return arguments of `qk_norm_rotary`."""
     width = num_heads * head_dim if across_heads else head_dim
-    query, key = (source.heads(NUM_TOKENS, num_heads, head_dim) for _ in range(2))
-    weights = (1 + source.values(width) / 4 for _ in range(2))
-    return query, key, *weights, source.rotations(NUM_TOKENS, head_dim), EPS
+    query, key = (random.heads(NUM_TOKENS, num_heads, head_dim) for _ in range(2))
+    weights = (1 + random.values(width) / 4 for _ in range(2))
+    return query, key, *weights, random.rotations(NUM_TOKENS, head_dim), EPS
 
 
-def joint_qk_norm_rotary_example(source: Source, num_heads: int, head_dim: int) -> tuple[Any, ...]:
+def joint_qk_norm_rotary_example(random: RandomTensors, num_heads: int, head_dim: int) -> tuple[Any, ...]:
     """Return arguments of `joint_qk_norm_rotary`."""
     text, image = (
-        [source.heads(num_tokens, num_heads, head_dim) for _ in range(3)] for num_tokens in (NUM_TEXT, NUM_TOKENS)
+        [random.heads(num_tokens, num_heads, head_dim) for _ in range(3)] for num_tokens in (NUM_TEXT, NUM_TOKENS)
     )
-    weights = (1 + source.values(head_dim) / 4 for _ in range(4))
-    return *text, *image, *weights, source.rotations(NUM_TEXT + NUM_TOKENS, head_dim), EPS
+    weights = (1 + random.values(head_dim) / 4 for _ in range(4))
+    return *text, *image, *weights, random.rotations(NUM_TEXT + NUM_TOKENS, head_dim), EPS
 
 
 EXAMPLES: Mapping[Callable[..., Any], Callable[..., tuple[Any, ...]]] = {
@@ -104,7 +104,7 @@ EXAMPLES: Mapping[Callable[..., Any], Callable[..., tuple[Any, ...]]] = {
     rotary.qk_norm_rotary: qk_norm_rotary_example,
     rotary.joint_qk_norm_rotary: joint_qk_norm_rotary_example,
 }
-"""For each operation in its plain form, what makes its arguments from a source and a layer's sizes."""
+"""For each operation in its plain form, what makes its arguments from random tensors and a layer's sizes."""
 
 
 def examples(
@@ -126,5 +126,5 @@ def examples(
     for steering_dtype in sorted({dtype, torch.float32}, key=str):
         for batch, num_groups in ((1, 1), (2, 1), (1, 3), (2, 3)):
             for gated in (True, False) if plain is modulation.residual_norm else (True,):
-                source = Source(generator, device, dtype, steering_dtype, batch, num_groups, gated)
-                yield EXAMPLES[plain](source, *sizes)
+                random = RandomTensors(generator, device, dtype, steering_dtype, batch, num_groups, gated)
+                yield EXAMPLES[plain](random, *sizes)

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from safelight.acceleration.fused.examples import examples
 from safelight.acceleration.fused.operations import OPERATIONS, FusedOperation, kernel_errors
 from safelight.core.device import is_lost, is_out_of_memory
+from safelight.errors import in_one_line
 from safelight.layers.fusable import FusableLayer
 
 logger = logging.getLogger(__name__)
 
 SLACK = 1.5
 """A fused result may be off by the plain form's largest error times this, and one unit in the last place."""
-MAX_REASON = 300
-"""Characters of the reason why a kernel does not run."""
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
@@ -113,19 +112,6 @@ def fuse(module: nn.Module, device: torch.device, dtype: torch.dtype) -> FusionR
     return report
 
 
-def use_operators(module: nn.Module) -> None:
-    """Let every layer that has a fused form use its operator, unchecked; without a kernel it is the plain form."""
-    for layer in fusable_layers(module):
-        if layer.plain.__name__ in OPERATIONS:
-            layer.operation = OPERATIONS[layer.plain.__name__].fused
-
-
-def unfuse(module: nn.Module) -> None:
-    """Let every layer use the plain form."""
-    for layer in fusable_layers(module):
-        layer.operation = layer.plain
-
-
 def fusable_layers(module: nn.Module) -> Iterator[FusableLayer]:
     """Yield the layers below a module whose operation can be exchanged."""
     return (layer for layer in module.modules() if isinstance(layer, FusableLayer))
@@ -160,8 +146,8 @@ def compare(
             except kernel_errors() as reason:
                 if is_out_of_memory(reason) or is_lost(device, reason):
                     raise
-                told = " ".join(str(reason).split())[:MAX_REASON]
-                return FusionCheck(name, sizes, num_layers, refusal=f"the kernel does not run: {told}")
+                refusal = f"the kernel does not run: {in_one_line(reason)}"
+                return FusionCheck(name, sizes, num_layers, refusal=refusal)
             plain = as_tuple(operation.plain(*arguments))
             exact = as_tuple(operation.plain(*map(in_float64, arguments)))
             for result, usual, reference in zip(fused, plain, exact, strict=True):

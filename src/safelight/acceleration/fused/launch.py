@@ -6,16 +6,13 @@ It needs Triton, which comes with torch's builds for CUDA.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from safelight.acceleration.fused.kernels import qk_norm_rotary_kernel, residual_norm_kernel
-
-
-def next_power_of_2(number: int) -> int:
-    """Return the least power of two that is not below a positive number: Triton's blocks are no other."""
-    return 1 << (number - 1).bit_length()
 
 
 def num_warps(block: int) -> int:
@@ -61,7 +58,7 @@ def launch_residual_norm(
         for vectors in (gate, scale, shift)
     )
     strided = (*rows, gate_rows, scale_rows, shift_rows)
-    block = next_power_of_2(dim)
+    block = triton.next_power_of_2(dim)
     with torch.cuda.device_of(residual):  # type: ignore[no-untyped-call]
         residual_norm_kernel[(batch * num_tokens,)](
             rows[0], gate_rows, rows[1], scale_rows, shift_rows, total, normed,
@@ -95,7 +92,7 @@ def launch_qk_norm_rotary(
 
     """
     batch, num_tokens, num_heads, head_dim = joint[0].shape
-    block_heads, block_dim = next_power_of_2(num_heads), next_power_of_2(head_dim)
+    block_heads, block_dim = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
     with torch.cuda.device_of(joint[0]):  # type: ignore[no-untyped-call]
         qk_norm_rotary_kernel[(num_tokens, batch, num_roles)](
             *(tensor.contiguous() for tensor in (*text, *image, *weights)),
@@ -159,32 +156,10 @@ def qk_norm_rotary(
     return turned_query, turned_key
 
 
-def joint_qk_norm_rotary(
-    text_query: Tensor,
-    text_key: Tensor,
-    text_value: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    text_query_weight: Tensor,
-    text_key_weight: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    freqs_cis: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def joint_qk_norm_rotary(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return query, key and value; arguments as in `layers.rotary.joint_qk_norm_rotary`."""
-    num_text = text_query.shape[1]
-    shape = (query.shape[0], num_text + query.shape[1], *query.shape[2:])
-    joint_query, joint_key, joint_value = (query.new_empty(shape) for _ in range(3))
-    launch_qk_norm_rotary(
-        (text_query, text_key, text_value),
-        (query, key, value),
-        (text_query_weight, text_key_weight, query_weight, key_weight),
-        freqs_cis,
-        (joint_query, joint_key, joint_value),
-        num_text,
-        3,
-        eps,
-    )
-    return joint_query, joint_key, joint_value
+    text, image, weights, (freqs_cis, eps) = arguments[:3], arguments[3:6], arguments[6:10], arguments[10:]
+    batch, num_text, *heads = text[0].shape
+    query, key, value = (text[0].new_empty(batch, num_text + image[0].shape[1], *heads) for _ in range(3))
+    launch_qk_norm_rotary(text, image, weights, freqs_cis, (query, key, value), num_text, 3, eps)
+    return query, key, value

@@ -20,10 +20,8 @@ from safelight.acceleration.cpu_products import (
     FusedGELUProjection,
     OneDNNLinear,
     WidenedLinear,
-    sharing,
 )
 from safelight.acceleration.cpu_vae import DoublingConv, InPlaceResidual, NormSiLU, WidenedConv2d, WinogradConv2d
-from safelight.acceleration.cpu_vae import _sharing as sharing_conv
 from safelight.attention.backends import BACKENDS
 from safelight.layers.linear import FeedForward, GELUProjection
 from safelight.loading.alignment import ALIGNMENT, DEPENDENT, align_weights, is_aligned
@@ -85,11 +83,7 @@ def rows_of(channels: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
 
 
 def linear(cls: type[nn.Linear] | None, channels: int, out_channels: int, bias: bool) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        plain = nn.Linear(channels, out_channels, bias=bias)
-        return plain if cls is None else sharing(plain, cls)
-
-    return build
+    return lambda: (cls or nn.Linear)(channels, out_channels, bias=bias)
 
 
 def heads(queries: int, keys: int, size: int, num_heads: int = 2) -> tuple[tuple[int, ...], ...]:
@@ -108,11 +102,7 @@ def attention(name: str, masked: bool) -> Callable[[], nn.Module]:
 
 
 def conv(cls: type[nn.Conv2d] | None, *sizes: int, **details: int) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        plain = nn.Conv2d(*sizes, **details)  # type: ignore[arg-type]
-        return plain if cls is None else sharing_conv(plain, cls)
-
-    return build
+    return lambda: (cls or nn.Conv2d)(*sizes, **details)  # type: ignore[arg-type]
 
 
 class Normed(nn.Module):
@@ -121,7 +111,7 @@ class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(8, 128)
-        self.conv = sharing_conv(nn.Conv2d(128, 128, 3, padding=1), WinogradConv2d)
+        self.conv = WinogradConv2d(128, 128, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         made: Tensor = self.conv(pixels, self.norm)
@@ -145,7 +135,7 @@ ROUTES: dict[str, Route] = {
     },
     **{
         f"GELU, {approximate}, {name}": Route(
-            (lambda a, f: lambda: FusedGELUProjection(GELUProjection(40, 96, a)) if f else GELUProjection(40, 96, a))(
+            (lambda a, f: lambda: FusedGELUProjection(40, 96, a) if f else GELUProjection(40, 96, a))(
                 approximate, fused
             ),
             rows_of(40),
@@ -187,12 +177,12 @@ ROUTES: dict[str, Route] = {
     ),
     "Winograd's convolution of a norm": Route(Normed, PICTURES, (FLOAT32, torch.bfloat16), **LAST),
     "doubling convolution": Route(
-        lambda: DoublingConv(sharing_conv(nn.Conv2d(128, 128, 3, padding=1), WinogradConv2d)),  # type: ignore[arg-type]
+        lambda: DoublingConv(WinogradConv2d(128, 128, 3, padding=1)),
         (((1, 128, 40, 33),),),
         (FLOAT32, torch.bfloat16),
         **LAST,
     ),
-    "group norm and SiLU": Route(lambda: NormSiLU(nn.GroupNorm(4, 32)), (((1, 32, 9, 7),), ((1, 32, 70, 65),)), **LAST),
+    "group norm and SiLU": Route(lambda: NormSiLU(4, 32), (((1, 32, 9, 7),), ((1, 32, 70, 65),)), **LAST),
     "group norm": Route(lambda: nn.GroupNorm(4, 32), (((2, 32, 9, 7),),)),
     "layer norm": Route(lambda: nn.LayerNorm(40), (((1, 40),), ((3, 40),))),
     "RMS norm": Route(lambda: nn.RMSNorm(33), (((1, 33),), ((5, 33),))),

@@ -3,60 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import subprocess
 
 import pytest
 import torch
 from torch import nn
-from torch.library import opcheck
 
 from benchmarks.operations import blocks_and_rest, fused_transformer, mean_block
-from benchmarks.stacks import STACKS
-from safelight.acceleration.fused import examples, fuse, fusion, unfuse, use_operators
-from safelight.acceleration.fused.fusion import compare, fusable_layers
+from benchmarks.stacks import STACKS, use_operators
+from safelight.acceleration.fused import fusion
+from safelight.acceleration.fused.fusion import compare, fusable_layers, fuse
 from safelight.acceleration.fused.operations import OPERATIONS, FusedOperation
 from safelight.layers import modulation, rotary
 from safelight.layers.fusable import FusableLayer
 from safelight.layers.modulation import NormModulate
+from tests.acceleration.fused.transformers import tiny_transformer
 
+pytestmark = pytest.mark.usefixtures("few_tokens")
 CPU = torch.device("cpu")
-SIZES: dict[str, list[tuple[int, ...]]] = {
-    "norm_modulate": [(40,)],
-    "gated_residual": [(40,)],
-    "residual_norm": [(40, 0), (40, 1)],
-    "qk_norm_rotary": [(3, 8, 0), (3, 8, 1)],
-    "joint_qk_norm_rotary": [(3, 8)],
-}
-KINDS = [(name, sizes) for name, kinds in SIZES.items() for sizes in kinds]
-
-
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch):
-    monkeypatch.setattr(examples, "NUM_TOKENS", 9)
-    monkeypatch.setattr(examples, "NUM_TEXT", 4)
-
-
-def test_every_operation_is_tested():
-    assert SIZES.keys() == OPERATIONS.keys()
-
-
-@pytest.mark.parametrize(("name", "sizes"), KINDS)
-def test_operators_keep_torchs_rules(name, sizes):
-    """Schema, autograd registration, results' shapes on fake tensors, and tracing with sizes unknown."""
-    operation = OPERATIONS[name]
-    for arguments in itertools.islice(examples.examples(operation.plain, sizes, torch.float32, CPU), 1, 3):
-        opcheck(getattr(torch.ops.safelight, name).default, arguments)
-
-
-@pytest.mark.parametrize(("name", "sizes"), KINDS)
-def test_an_operator_without_a_kernel_is_the_plain_form(name, sizes):
-    operation = OPERATIONS[name]
-    for arguments in examples.examples(operation.plain, sizes, torch.bfloat16, CPU):
-        results, expected = operation.fused(*arguments), operation.plain(*arguments)
-        for result, plain in zip(fusion.as_tuple(results), fusion.as_tuple(expected), strict=True):
-            assert torch.equal(result, plain)
 
 
 def without_gate(residual, gate, update, group_size=None):
@@ -159,40 +124,6 @@ def test_a_device_that_fails_in_the_check_is_no_kernel_that_cannot_run(failure):
 
     with pytest.raises(type(failure)):
         compare(FusedOperation(modulation.norm_modulate, broken), (40,), 2, CPU, torch.float32)
-
-
-def tiny_transformer(stack, dtype):
-    size, grid = stack.tiny, next(iter(stack.tiny.grids.values()))
-    torch.manual_seed(1)
-    transformer = stack.random_transformer(size.architecture, dtype, "cpu")
-    for parameter in transformer.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return transformer, stack.inputs(size, grid, dtype).for_safelight()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
-def test_models_give_equal_bytes_with_operators(stack, dtype):
-    transformer, inputs = tiny_transformer(stack, dtype)
-    with torch.inference_mode():
-        expected = transformer(**inputs)
-        use_operators(transformer)
-        layers = list(fusable_layers(transformer))
-        assert layers and all(layer.operation is not layer.plain for layer in layers)
-        assert torch.equal(transformer(**inputs), expected)
-        unfuse(transformer)
-        assert all(layer.operation is layer.plain for layer in layers)
-
-
-@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS.keys())
-def test_both_forms_are_part_of_one_graph(stack, fused):
-    transformer, inputs = tiny_transformer(stack, torch.float32)
-    if fused:
-        use_operators(transformer)
-    with torch.no_grad():
-        compiled = torch.compile(transformer, fullgraph=True, backend="eager")
-        assert torch.equal(compiled(**inputs), transformer(**inputs))
 
 
 @pytest.mark.parametrize(
