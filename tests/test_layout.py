@@ -90,8 +90,7 @@ LAYERS = {
     "results": {"errors", "core", "media", "video"},
     "preparation": {"errors", "core", "media"},
     "client": {"errors", "core", "results", "runtime"},
-    "group_engine": {"errors", "core", "results", "runtime"},
-    "generator": {"errors", "client", "core", "group_engine", "loading", "preparation", "results", "runtime"},
+    "generator": {"errors", "client", "core", "loading", "preparation", "results", "runtime"},
     "runtime": {
         "encoded",
         "errors",
@@ -103,6 +102,7 @@ LAYERS = {
         "loading",
         "media",
         "preparation",
+        "results",
         "runtime",
     },
     "serving": {"errors", "version", "core", "loading", "media", "video", "parallel", "preparation", "runtime"}
@@ -124,6 +124,14 @@ def test_imports_point_one_way(module):
     allowed = LAYERS[part(module)]
     wrong = {target for target in GRAPH[module] if target != "safelight" and part(target) not in allowed}
     assert not wrong
+
+
+def test_a_worker_and_what_watches_it_know_each_other_by_messages():
+    """Neither folder imports the other: what both need lies beside them."""
+    sides = ("safelight.runtime.worker", "safelight.runtime.supervisor")
+    for own, other in (sides, sides[::-1]):
+        for name, targets in GRAPH.items():
+            assert not name.startswith(own) or not [target for target in targets if target.startswith(other)], name
 
 
 def test_core_stages_import_only_the_contracts():
@@ -221,7 +229,8 @@ TORCHLESS = [
     "safelight.preparation",
     "safelight.client",
     "safelight.runtime.client",
-    "safelight.runtime.supervisor",
+    "safelight.runtime.supervisor.replicas",
+    "safelight.runtime.supervisor.supervisor",
     "safelight.serving.server",
     "safelight.cli.serve",
     "safelight.core.options",
@@ -393,15 +402,15 @@ acceleration/group_norm_bands.py acceleration/memory.py acceleration/winograd.py
 backends/refusals.py backends/signature.py backends/step_thread.py
 checking/check.py checking/ours.py checking/record.py checking/reference.py checking/report.py
 cli/check.py
-client.py errors.py group_engine.py preparation.py results.py version.py
+client.py errors.py preparation.py results.py version.py
 loading/alignment.py loading/classes.py loading/components.py loading/description.py loading/digest.py
 loading/files.py loading/footprint.py loading/gate.py loading/headers.py loading/loader.py loading/planning.py
 loading/stage_memory.py
 parallel/apply.py parallel/attention.py parallel/collectives.py parallel/layout.py parallel/mesh.py parallel/plans.py
 parallel/sequence.py parallel/shards.py parallel/torchrun.py parallel/vae.py
-runtime/background.py runtime/client.py runtime/cost.py runtime/durations.py runtime/live.py runtime/messages.py
-runtime/policy.py runtime/scheduler.py runtime/sockets.py runtime/transport.py runtime/worker.py
-runtime/worker_process.py
+runtime/worker/background.py runtime/client.py runtime/cost.py runtime/worker/durations.py runtime/supervisor/live.py
+runtime/messages.py runtime/supervisor/group_engine.py runtime/transport.py runtime/worker/gpu_worker.py
+runtime/worker/process.py runtime/worker/watch.py
 serving/bodies.py serving/images_api.py serving/input_pictures.py serving/large_json.py serving/videos_api.py
 serving/jobs/acceptance.py serving/jobs/events.py serving/jobs/job.py serving/jobs/limits.py serving/jobs/run.py
 serving/jobs/store.py serving/jobs/submission.py serving/addresses.py serving/app.py serving/auth.py serving/clocks.py
@@ -413,8 +422,8 @@ serving/models_api.py serving/openapi.py serving/origins.py serving/spool.py ser
 HELPERS_IN_TESTS = {
     "tests.acceleration.test_cpu",
     "tests.loading.test_checkpoint",
-    "tests.runtime.test_engine",
-    "tests.runtime.test_supervisor",
+    "tests.runtime.worker.test_engine",
+    "tests.runtime.supervisor.test_supervisor",
     "tests.serving.test_api",
 }
 """Test modules from which others import, as they were when the rule was made."""

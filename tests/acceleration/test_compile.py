@@ -24,8 +24,8 @@ from safelight.core.executor import Execution, SyncExecutor
 from safelight.core.form import EAGER, Form
 from safelight.core.model_runner import ModelRunner
 from safelight.errors import CompilationError, InvalidParameterError
-from safelight.runtime.background import BackgroundCompiler, job_of
-from safelight.runtime.model_runner import PipelineRunner
+from safelight.runtime.worker.background import BackgroundCompiler, job_of
+from safelight.runtime.worker.model_runner import PipelineRunner
 from safelight.testing.models import requests
 from tests.calls import through
 from tests.recipes import all_recipes

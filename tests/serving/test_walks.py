@@ -24,7 +24,7 @@ from PIL import Image
 
 from safelight.core.config import PipelineConfig
 from safelight.errors import OutOfMemoryError
-from safelight.runtime import supervisor
+from safelight.runtime.supervisor import supervisor
 from tests.recipes.flux import KONTEXT
 from tests.serving.walks import Counts, Walk, answers, start_thread
 

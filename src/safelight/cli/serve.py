@@ -41,7 +41,7 @@ def serve(model: str | None, config: Path | None, **values: Any) -> None:
     server_args, http_args = _settings({**values, "model": model}, config)
     place = launched(server_args.num_devices())
     if place is not None and place.rank > 0:
-        from safelight.runtime.worker import follow
+        from safelight.runtime.worker.gpu_worker import follow
 
         start = engine_settings(server_args, http_args).start(None)
         places = {"rank": place.rank, "local_rank": place.local_rank}

@@ -23,7 +23,7 @@ from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage_memory import StageMemory
 from safelight.encoded import EncodedImage
-from safelight.runtime.watch import UnitLimits
+from safelight.runtime.unit_board import UnitLimits
 
 SCHEMA_KEY = "x-safelight"
 """Where the JSON Schema of a request's body holds what our own client is told of a model."""

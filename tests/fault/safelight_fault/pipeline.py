@@ -20,7 +20,7 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
 from safelight.errors import InvalidParameterError
-from safelight.runtime.room import Room
+from safelight.runtime.worker.forward_estimator import Room
 from safelight.stages.decoding import check_finite
 from safelight.stages.denoising import DenoisingStage
 from safelight_fault.config import FaultConfig

@@ -1,0 +1,260 @@
+"""A unit that does not fit is refused before it begins, whatever stage it is of; what fits is taken."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from safelight import ServerArgs
+from safelight.acceleration.activations import LiveStorages
+from safelight.core.executor import Execution
+from safelight.core.stage_memory import StageMemory
+from safelight.errors import InvalidParameterError, OutOfMemoryError
+from safelight.loading.loader import load_pipeline
+from safelight.loading.repository import SHIPPED_MODEL
+from safelight.loading.stage_memory import fit
+from safelight.runtime.messages import Submit, split_images
+from safelight.runtime.worker import stage_estimator
+from safelight.runtime.worker.engine import Engine
+from safelight.runtime.worker.forward_estimator import Gauge
+from safelight.runtime.worker.plan import Plan
+from safelight.runtime.worker.ranks import Ranks
+from safelight.runtime.worker.scheduler import Intake
+from safelight.runtime.worker.stage_estimator import LEAST, SHARES, Budget, held_by
+from safelight.testing.models import requests
+from tests.calls import loaded_as
+from tests.recipes import all_recipes
+from tests.runtime.conftest import request
+from tests.runtime.worker.test_engine import drive as run
+
+STAGES = ("encoding", "denoising", "decoding")
+GIB = 1 << 30
+A_TOKEN = GIB // 64
+"""A request of 64 tokens, 64x64 pixels, takes a gibibyte."""
+
+
+class FakeGauge(Gauge):
+    """Where as much is left as a test says."""
+
+    def __init__(self, left=2**60, ceiling=2**60):
+        self.left, self.most, self.took = left, ceiling, GIB
+
+    def free(self):
+        return self.left
+
+    def ceiling(self):
+        return self.most
+
+    def begin(self):
+        return 500
+
+    def peak(self):
+        return 500 + self.took
+
+
+@pytest.fixture
+def counted(fault_pipeline):
+    """Return a function: an engine and its gauge, where one stage takes a gibibyte for 64 tokens."""
+
+    def make(stage, a_token=A_TOKEN, **more):
+        counted = (StageMemory(stage, 0, 0, a_token),)
+        pipeline = loaded_as(fault_pipeline(name="counted"), count_memory=lambda: counted)
+        gauge = FakeGauge(**more)
+        budget = Budget(pipeline, gauge)
+        budget.count()
+        return Engine(pipeline, ranks=Ranks(budget=budget), max_running=4), gauge
+
+    return make
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("num_others", [0, 2])
+def test_a_stage_that_does_not_fit_ends_that_request_alone(counted, expected, stage, num_others):
+    engine, _ = counted(stage, left=GIB)
+    bad = engine.add(request(engine.pipeline, height=128, width=64))
+    others = [engine.add(request(engine.pipeline, request_id=f"other{index}")) for index in range(num_others)]
+    run(engine)
+    assert isinstance(bad.error, OutOfMemoryError)
+    assert re.fullmatch(rf"{stage} needs about 2.0[01] GiB of memory .* and 1.00 GiB are free; .*", str(bad.error))
+    assert not bad.execution.req.outputs
+    assert bad.execution.req.step_index == (4 if stage == "decoding" else 0), "it came as far as it could"
+    for other in others:
+        assert other.error is None
+        assert np.array_equal(other.execution.req.outputs[0].numpy(), expected())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_fits_to_the_byte_is_taken(counted, stage):
+    engine, gauge = counted(stage, left=GIB)
+    task = engine.add(request(engine.pipeline))
+    run(engine)
+    assert task.error is None
+    gauge.left = GIB - (1 << 20)
+    task = engine.add(request(engine.pipeline))
+    run(engine)
+    assert isinstance(task.error, OutOfMemoryError)
+
+
+def test_what_others_hold_is_not_there(counted):
+    """Three are in turn between two steps, and each holds a kibibyte: there is room for what two hold."""
+    engine, gauge = counted("denoising")
+    tasks = [engine.add(request(engine.pipeline, request_id=f"r{index}")) for index in range(3)]
+
+    def free():
+        return capacity - sum(held_by(task.execution.req, engine.pipeline.device) for task in engine.tasks)
+
+    gauge.free, capacity = free, 2 * GIB
+    for task in tasks:
+        while not task.calls:
+            engine.carry_out(Plan([task]))
+    held = [held_by(task.execution.req, engine.pipeline.device) for task in tasks]
+    assert min(held) >= 1024 and max(held) == min(held)
+    capacity = GIB + 5 * held[0] // 2
+    for task in tasks:
+        engine.carry_out(Plan([task]))
+    assert [task.error is not None for task in tasks] == [True, False, False]
+    run(engine)
+    assert [task.error is not None for task in tasks] == [True, False, False]
+
+
+@pytest.mark.parametrize("took", [0.5, 1.0, 1.5, 4.0])
+def test_what_was_measured_corrects_what_was_counted(counted, took):
+    engine, gauge = counted("denoising")
+    gauge.took = int(took * GIB)
+    task = engine.add(request(engine.pipeline))
+    run(engine)
+    share = min(max(took, SHARES[0]), SHARES[1])
+    needed = engine.ranks._budget.needed(task.execution.req)
+    assert needed == 0  # its stage is over: nothing is known of decoding
+    task.execution.req.stage = "denoising"
+    assert engine.ranks._budget.needed(task.execution.req) == pytest.approx(share * GIB, rel=1e-3)
+
+
+@pytest.mark.parametrize(("num_bytes", "learns"), [(LEAST - 64, False), (LEAST, True)])
+def test_large_units_alone_are_measured(counted, num_bytes, learns):
+    """What small ones take is lost in what the libraries take now and then; looking would cost more than they."""
+    engine, gauge = counted("denoising", num_bytes / 64)
+    gauge.took = 2 * num_bytes
+    task = engine.add(request(engine.pipeline))
+    run(engine)
+    task.execution.req.stage = "denoising"
+    assert engine.ranks._budget.needed(task.execution.req) == (2 * num_bytes if learns else num_bytes)
+
+
+def test_what_can_never_fit_is_told_by_its_size(counted):
+    engine, _ = counted("decoding", ceiling=4 * GIB)
+    fits, never = (request(engine.pipeline, height=height, width=64).params for height in (256, 264))
+    assert engine.ranks.refusal(fits) is None
+    refusal = engine.ranks.refusal(never)
+    assert isinstance(refusal, InvalidParameterError) and refusal.param == "size"
+    assert "decoding needs about 4.13 GiB of memory, and the model leaves 4.00 GiB" in str(refusal)
+
+
+def test_what_can_never_fit_is_no_task(counted):
+    engine, _ = counted("decoding", ceiling=4 * GIB)
+    for height, tasks in ((264, 0), (256, 1)):
+        params = request(engine.pipeline, height=height, width=64).params
+        ended = Intake(engine).take(Submit("r0", split_images(params)[0], []), [])
+        assert len(ended) == 1 - tasks == 1 - len(engine.tasks)
+
+
+def counting(calls):
+    """Return a counting of nothing that is counted itself."""
+
+    def count():
+        calls.append(1)
+        return ()
+
+    return count
+
+
+@pytest.mark.parametrize(("height", "counts"), [(64, 0), (4096, 1)])
+def test_a_model_is_counted_for_the_first_request_that_may_matter(fault_pipeline, height, counts):
+    calls: list[int] = []
+    pipeline = loaded_as(fault_pipeline(), count_memory=counting(calls))
+    budget = Budget(pipeline, FakeGauge(left=4 * GIB))
+    for _ in range(2):
+        budget.refusal(request(pipeline, height=height, width=64).params)
+    assert len(calls) == counts
+
+
+def test_a_large_model_is_counted_when_it_is_loaded(fault_pipeline, monkeypatch):
+    calls: list[int] = []
+    pipeline = loaded_as(fault_pipeline(), count_memory=counting(calls))
+    monkeypatch.setattr(stage_estimator, "WORTH", 80)  # bytes of its one layer
+    Budget(pipeline, FakeGauge())
+    assert calls
+
+
+def test_a_model_that_cannot_be_counted_refuses_nothing(fault_pipeline):
+    def fail():
+        raise ValueError("not without weights")
+
+    pipeline = loaded_as(fault_pipeline(), count_memory=fail)
+    budget = Budget(pipeline, FakeGauge(0, 1))
+    assert budget.refusal(request(pipeline, height=4096, width=64).params) is None
+
+
+def test_a_plane_goes_through_what_was_counted():
+    def taken(pixels, tokens):
+        return 1000 + 3 * pixels + 500 * tokens
+
+    sizes = [(65536, 256), (262144, 1024), (65536, 512)]
+    (fitted,) = fit([(size, {"decoding": taken(*size)}) for size in sizes])
+    for size in ((1024, 4), (2**22, 2**14), (2**18, 2**15)):
+        assert fitted.of(*size) == pytest.approx(taken(*size), rel=1e-6)
+    (constant,) = fit([(size, {"text_encoding": 7 << 20}) for size in sizes])
+    assert constant.of(2**24, 2**16) == pytest.approx(7 << 20, rel=1e-6)
+
+
+def peaks(pipeline, req):
+    """Return the most bytes that were alive in each stage of a request that was really run."""
+    most: dict[str, int] = {}
+    with Execution(pipeline, req) as execution, LiveStorages() as live:
+        more = True
+        while more:
+            stage, live.peak = req.stage, 0
+            more = execution.advance()
+            most[stage] = max(most.get(stage, 0), live.peak)
+    return most
+
+
+def hold_to_what_is_taken(pipeline, fields):
+    memory = {stage.stage: stage for stage in pipeline.components.count_memory()}
+    compared = 0
+    for asked in fields:
+        (req, *_) = requests(pipeline, asked)
+        size = (req.params.num_pixels(pipeline.schema), req.params.num_sequence_tokens(pipeline.schema))
+        largest = max(stage.of(*size) for stage in memory.values())
+        for stage, taken in peaks(pipeline, req).items():
+            assert stage in memory or taken < largest, "what no component does is less than what one does"
+            if stage in memory and taken > 4 << 20:  # a text is counted at its full length
+                assert 0.8 * taken < memory[stage].of(*size) < 1.5 * taken, (asked, stage, taken)
+                compared += 1
+    assert compared >= len(fields)
+
+
+SIZES = ({"height": 320, "width": 448}, {"height": 384, "width": 192})
+
+
+def test_what_is_counted_is_what_the_shipped_model_takes():
+    pipeline = load_pipeline(ServerArgs(str(SHIPPED_MODEL), device="cpu"))
+    hold_to_what_is_taken(pipeline, [{"num_inference_steps": 1, "prompt": "a", **size} for size in SIZES])
+
+
+FAMILIES = ["FluxPipeline", "FluxKontextPipeline", "QwenImagePipeline", "QwenImageEditPipeline", "WanPipeline"]
+FAMILIES += ["WanImageToVideoPipeline"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline_name", FAMILIES)
+def test_what_is_counted_is_what_tiny_models_take(tmp_path, pipeline_name):
+    recipe = all_recipes()[pipeline_name]
+    recipe.build(tmp_path, "default")
+    pipeline = load_pipeline(ServerArgs(str(tmp_path), device="cpu", kernels="plain"))
+    case = next(case for case in recipe.cases if case.variant == "default")
+    fields = [{**case.fields, **size, "max_area": size["height"] * size["width"]} for size in SIZES]
+    known = pipeline.schema.params_cls.options()
+    hold_to_what_is_taken(pipeline, [{name: entry[name] for name in entry if name in known} for entry in fields])
