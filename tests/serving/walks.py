@@ -72,11 +72,10 @@ class ThreadProcess:
 async def start_thread(folder: Path, number: int, settings: EngineSettings) -> WorkerGroup:
     """Start a worker as `runtime.supervisor.group` does, with a thread in the place of the process."""
     board, path = folder / f"{number}.unit", folder / f"{number}.ipc"
-    group, start = WorkerGroup([], UnitBoard(board)), settings.start(None)
-    group.outgoing.put_nowait((start, ()))
-    channel = ServerChannel(path)
+    group, channel = WorkerGroup([], UnitBoard(board)), ServerChannel(path)
+    channel.send(settings.start(None))
     worker = GPUWorker(WorkerChannel(str(path), os.getppid()), str(board))
-    group.ranks.append(Rank(ThreadProcess(worker.run), channel, start))  # type: ignore[arg-type]
+    group.ranks.append(Rank(ThreadProcess(worker.run), channel))  # type: ignore[arg-type]
     return group
 
 

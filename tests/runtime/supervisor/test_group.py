@@ -36,7 +36,7 @@ def test_the_likely_cause_of_a_death_is_told(number, killed, told):
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(60)")
         nobody: Any = SimpleNamespace()
         memory: Any = SimpleNamespace(kills=lambda: next(counts))
-        rank = Rank(process, nobody, nobody, memory=memory)
+        rank = Rank(process, nobody, memory=memory)
         process.send_signal(number)
         assert await rank.end() == told
 

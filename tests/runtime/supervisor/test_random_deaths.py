@@ -55,7 +55,7 @@ class Worker:
 
     # As a socket
 
-    async def send(self, message, arrays=()):
+    def send(self, message, arrays=()):
         self.inbox.put_nowait(message)
 
     async def receive(self):
@@ -135,9 +135,8 @@ class World:
         self.count += 1
         board = UnitBoard(self.folder / f"{self.count}.unit")
         worker: Any = Worker(self, board)
-        group = WorkerGroup([Rank(worker, worker, engine_settings.start(None))], board)
-        group.outgoing.put_nowait((engine_settings.start(None), ()))
-        return group
+        worker.send(engine_settings.start(None))
+        return WorkerGroup([Rank(worker, worker)], board)
 
 
 async def drive(world, engine, num_requests):

@@ -108,7 +108,7 @@ def test_what_is_done_does_not_count():
         put(replicas, "short", 20)
         put(replicas, "next", 1)
         assert held(replicas) == [["long"], ["next", "short"]]
-        replicas.replicas[0]._take(Progressed("long", 0, "denoising", 30, 40, 1.0), ())
+        replicas.replicas[0]._take_progress(Progressed("long", 0, "denoising", 30, 40, 1.0), ())
         assert ticket.progress.step == 30
         put(replicas, "later", 1)
         assert held(replicas) == [["later", "long"], ["next", "short"]]

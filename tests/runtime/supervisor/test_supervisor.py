@@ -280,14 +280,15 @@ def test_a_server_that_was_held_up_does_not_blame_its_worker(tmp_path):
 def test_a_message_that_cannot_be_understood_ends_its_request_alone(fault_family, fault_folder, expected, kind):
     async def test():
         async with running(fault_folder(name="served")) as supervisor:
-            pid, take = await pid_of(supervisor), supervisor._take
+            name = "_take_output" if kind is OutputMade else "_take_progress"
+            pid, take = await pid_of(supervisor), getattr(supervisor, name)
 
             def confused(message, frames):
-                if isinstance(message, kind) and message.request_id == "bad":
+                if message.request_id == "bad":
                     raise ValueError("cannot reshape")
                 take(message, frames)
 
-            supervisor._take = confused
+            setattr(supervisor, name, confused)
             bad, good = ask(supervisor, request_id="bad"), ask(supervisor, request_id="good")
             with pytest.raises(SafelightError, match="cannot be understood"):
                 await answer(bad)
@@ -300,15 +301,15 @@ def test_a_message_that_cannot_be_understood_ends_its_request_alone(fault_family
 def test_a_worker_that_sends_nonsense_is_replaced(fault_family, fault_folder, expected):
     async def test():
         async with running(fault_folder(name="served")) as supervisor:
-            pid, take = await pid_of(supervisor), supervisor._take
+            pid, take = await pid_of(supervisor), supervisor._take_heartbeat
             nonsense = [ValueError("not a heartbeat")]
 
-            def confused(message, frames):
-                if isinstance(message, Heartbeat) and nonsense:
+            def confused(message):
+                if nonsense:
                     raise nonsense.pop()
-                take(message, frames)
+                take(message)
 
-            supervisor._take = confused
+            supervisor._take_heartbeat = confused
             while nonsense or await pid_of(supervisor) == pid:
                 await asyncio.sleep(0.01)
             assert np.array_equal((await answer(ask(supervisor)))[0].media[0], expected())

@@ -10,6 +10,7 @@ import torch
 from safelight.core.executor import SyncExecutor
 from safelight.errors import CancelledError, DeadlineError, NonFiniteOutputError
 from safelight.runtime.worker.engine import Engine
+from safelight.runtime.worker.plan import Plan
 from safelight.runtime.worker.policy import Policy
 from tests.runtime.conftest import request
 
@@ -276,7 +277,7 @@ def test_what_is_resident_goes_before_its_equals(fault_pipeline, monkeypatch):
     engine = Engine(fault_pipeline(), max_running=4, clock=Clock())
     tasks = [engine.add(request(engine.pipeline, request_id=f"r{index}")) for index in range(2)]
     while not all(task.calls for task in tasks):
-        engine._resume([next(task for task in tasks if not task.calls)])
+        engine.carry_out(Plan([next(task for task in tasks if not task.calls)]))
     assert engine.policy.order(tasks, engine.clock())[0] is tasks[0]
     object.__setattr__(tasks[0].calls[0], "component", "elsewhere")
     monkeypatch.setattr(engine.pipeline.residency, "is_resident", lambda name: name != "elsewhere")

@@ -256,7 +256,7 @@ def test_the_way_is_one_list_in_the_order_in_which_it_happens(folder):
     """Rows are joined before a component is brought, and it is there before it runs."""
     loaded = load_pipeline(ServerArgs(str(folder), device="cpu"))
     names = [getattr(wrapper, "__qualname__", type(wrapper).__name__) for wrapper in PipelineRunner(loaded, True).way]
-    assert names == ["Stacking", "one_by_one.<locals>.wrapper"]
+    assert names == ["Stacking", "resident.<locals>.bring"]
     order: list[str] = []
 
     def noting(name):

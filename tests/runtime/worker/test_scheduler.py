@@ -21,7 +21,7 @@ from safelight.runtime.messages import Cancel, Failed, OutputMade, Progressed, S
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.policy import Policy
 from safelight.runtime.worker.ranks import Ranks
-from safelight.runtime.worker.scheduler import Follower, Scheduler
+from safelight.runtime.worker.scheduler import PlanExecutor, Scheduler
 
 FAILURES = {
     "": None,
@@ -161,7 +161,7 @@ def serve(script, engine):
     channel: Any = script
     scheduler = Scheduler(engine, channel)
     scheduler.run()
-    assert not scheduler._intake.outputs and not engine.tasks
+    assert not scheduler._inputs.tasks and not engine.tasks
     assert script.most_on_device <= engine.max_running
 
 
@@ -271,7 +271,7 @@ def test_two_ranks_stay_together_whatever_fails_on_one(fault_pipeline, clock, mo
         def follow():
             here.rank = 1
             try:
-                Follower(engines[1]).run()
+                PlanExecutor(engines[1]).run()
             finally:
                 between.meeting.abort()  # nobody waits for who is gone
 

@@ -21,7 +21,7 @@ from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.forward_estimator import Gauge
 from safelight.runtime.worker.plan import Plan
 from safelight.runtime.worker.ranks import Ranks
-from safelight.runtime.worker.scheduler import Intake
+from safelight.runtime.worker.scheduler import InputProcessor
 from safelight.runtime.worker.stage_estimator import LEAST, SHARES, Budget, held_by
 from safelight.testing.models import requests
 from tests.calls import loaded_as
@@ -156,8 +156,8 @@ def test_what_can_never_fit_is_no_task(counted):
     engine, _ = counted("decoding", ceiling=4 * GIB)
     for height, tasks in ((264, 0), (256, 1)):
         params = request(engine.pipeline, height=height, width=64).params
-        ended = Intake(engine).take(Submit("r0", split_images(params)[0], []), [])
-        assert len(ended) == 1 - tasks == 1 - len(engine.tasks)
+        ended = InputProcessor(engine).process(Submit("r0", split_images(params)[0], []), [])
+        assert (ended is None) == bool(tasks) and len(engine.tasks) == tasks
 
 
 def counting(calls):

@@ -19,7 +19,7 @@ from safelight.errors import PortError, WorkerStartError
 from safelight.runtime.host_memory import HostMemory, Kills
 from safelight.runtime.messages import LoadFailed, Start, Stop
 from safelight.runtime.processes import python_command, safe_environment
-from safelight.runtime.transport import Parcel, ServerChannel
+from safelight.runtime.transport import ServerChannel
 from safelight.runtime.unit_board import UnitBoard, UnitLimits
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,6 @@ class Rank:
 
     process: asyncio.subprocess.Process
     channel: ServerChannel
-    start: Start
     heard: float = field(default_factory=time.monotonic)
     has_begun: bool = False
     memory: HostMemory = field(default_factory=HostMemory)
@@ -121,8 +120,7 @@ class Rank:
         return f"killed by {signal_name}{by_kernel and f', {by_kernel}'}"
 
     async def hear(self) -> LoadFailed:
-        """Tell it to start, as a rank beside the first, and hear that it runs until it says that it cannot load."""
-        await self.channel.send(self.start)
+        """Hear that it runs, as a rank beside the first, until it says that it cannot load."""
         while True:
             message, _ = await self.channel.receive()
             self.was_heard()
@@ -137,7 +135,6 @@ class WorkerGroup:
     ranks: list[Rank]
     board: UnitBoard
     store: Path | None = None
-    outgoing: asyncio.Queue[Parcel] = field(default_factory=asyncio.Queue)
     ready: bool = False
 
     @property
@@ -179,7 +176,7 @@ class WorkerGroup:
         """End the worker's processes: kindly, if they are to finish what they do, or at once."""
         if kindly and self.process.returncode is None:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(self.channel.send(Stop()), 1)
+                self.channel.send(Stop())
                 await asyncio.wait_for(asyncio.gather(*(rank.process.wait() for rank in self.ranks)), STOP_SECONDS)
         for rank in self.ranks:
             if rank.process.returncode is None:
@@ -193,7 +190,7 @@ class WorkerGroup:
 
 
 async def start_worker(folder: Path, number: int, settings: EngineSettings) -> WorkerGroup:
-    """Start a worker's processes; they load when their messages are sent.
+    """Start a worker's processes, and tell each what to load.
 
     Args:
         folder: of their sockets.
@@ -215,7 +212,6 @@ async def start_worker(folder: Path, number: int, settings: EngineSettings) -> W
         worker = WorkerGroup([], UnitBoard(board), store)
     except OSError as error:
         raise PortError(f"TMPDIR: {str(folder)!r} cannot be written: {error.strerror or error}") from error
-    worker.outgoing.put_nowait((first, ()))
     try:
         for start in starts:
             worker.ranks.append(await start_rank(folder / f"{number}.{start.rank}.ipc", board, start))
@@ -242,4 +238,5 @@ async def start_rank(socket: Path, board: Path, start: Start) -> Rank:
     except BaseException:
         channel.close()
         raise
-    return Rank(process, channel, start)
+    channel.send(start)
+    return Rank(process, channel)

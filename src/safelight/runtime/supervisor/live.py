@@ -67,7 +67,7 @@ class LiveRequest:
         )
         self.ticket.advance(progress)
 
-    def parcel(self) -> tuple[Submit, list[Array]]:
+    def message(self) -> tuple[Submit, list[Array]]:
         """Return the message that gives it to a worker, with the files, or pixels, of its images."""
         request = self.ticket.request
         fields, images = split_images(request.params)

@@ -38,17 +38,14 @@ from safelight.runtime.client import (
 )
 from safelight.runtime.cost import request_cost, step_cost
 from safelight.runtime.messages import (
-    Array,
     Cancel,
     Compiled,
     Failed,
-    FromWorker,
     Heartbeat,
     Loaded,
     LoadFailed,
     OutputMade,
     Progressed,
-    ToWorker,
     schema_from_wire,
 )
 from safelight.runtime.sockets import LIBRARY, make_folder, remove_folder, require_private
@@ -91,7 +88,7 @@ class Supervisor(EngineClient):
         self._state: State = "loading"
         self._stats = EngineStats()
         self._live: dict[str, LiveRequest] = {}
-        self._worker: WorkerGroup | None = None
+        self._worker: WorkerGroup | None = None  # that is ready; without one, the next is sent every live request
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._ready: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -172,14 +169,16 @@ class Supervisor(EngineClient):
         assert self._schema is not None, "it has been loaded once"
         cost = request_cost(request.params, self._schema)
         live = LiveRequest(Ticket(request), time.monotonic(), cost, request.form)
+        if self._worker is not None:
+            self._worker.channel.send(*live.message())
         self._live[request.request_id] = live
-        self._send(*live.parcel())
         return live.ticket
 
     def adopt(self, live: LiveRequest) -> None:
         """Take a request that was taken before, whatever waits here: it has its ticket."""
+        if self._worker is not None:
+            self._worker.channel.send(*live.message())
         self._live[live.ticket.request.request_id] = live
-        self._send(*live.parcel())
 
     def withdraw(self) -> list[LiveRequest]:
         """Return the requests that wait for the next worker, and answer for them no more."""
@@ -192,7 +191,8 @@ class Supervisor(EngineClient):
         """End a request within one step, with `CancelledError`; nothing happens if it is done, or unknown."""
         live = self._live.pop(request_id, None)
         if live is not None:
-            self._send(Cancel(request_id))
+            if self._worker is not None:
+                self._worker.channel.send(Cancel(request_id))
             live.ticket.fail(CancelledError("the request was cancelled"))
 
     # The worker's life
@@ -226,7 +226,6 @@ class Supervisor(EngineClient):
             self._lose(set(), error)
             await self._pause()
             return
-        self._worker = worker
         try:
             reason = await self._serve(worker)
             if self._state == "ready":
@@ -252,7 +251,6 @@ class Supervisor(EngineClient):
         hearing += [asyncio.create_task(self._hear(rank)) for rank in worker.ranks[1:]]
         parts: dict[asyncio.Task[Any], str] = {
             **dict.fromkeys(hearing, "gave up"),
-            asyncio.create_task(self._send_all(worker)): "cannot be reached",
             asyncio.create_task(worker.watch(self.settings)): "hung",
             **{asyncio.create_task(rank.end()): "died" for rank in worker.ranks},
         }
@@ -275,26 +273,32 @@ class Supervisor(EngineClient):
         """Hear a rank beside the first until it says that it cannot load."""
         self._load_failed(await rank.hear())
 
-    async def _send_all(self, worker: WorkerGroup) -> None:
-        while True:
-            message, arrays = await worker.outgoing.get()
-            await worker.channel.send(message, arrays)
-
     async def _receive_all(self, worker: WorkerGroup) -> None:
         """Take messages until the worker says that it cannot load."""
         while True:
             message, arrays = await worker.channel.receive()
             worker.ranks[0].was_heard()
-            if isinstance(message, LoadFailed):
-                self._load_failed(message)
-                return
             try:
-                self._take(message, arrays)
+                match message:
+                    case Loaded():
+                        self._take_loaded(message, worker)
+                    case LoadFailed():
+                        return self._load_failed(message)
+                    case Heartbeat():
+                        self._take_heartbeat(message)
+                    case Compiled():
+                        self._take_compiled(message)
+                    case Progressed():
+                        self._take_progress(message, arrays)
+                    case OutputMade():
+                        self._take_output(message, arrays)
+                    case Failed() if live := self._live.pop(message.request_id, None):
+                        live.ticket.fail(by_code(message.code).rebuilt(message.message, message.param))
             except Exception:  # a request's boundary: what is said of one ends that one
                 if not isinstance(message, Progressed | OutputMade | Failed):
                     raise
                 logger.exception("a message about request %s cannot be understood", message.request_id)
-                self._send(Cancel(message.request_id))
+                worker.channel.send(Cancel(message.request_id))
                 self._fail(message.request_id, SafelightError("the request's result cannot be understood"))
 
     def _lose(self, culprits: set[str], error: SafelightError) -> None:
@@ -351,31 +355,16 @@ class Supervisor(EngineClient):
 
     # Messages
 
-    def _take(self, message: FromWorker, arrays: Sequence[Media]) -> None:
-        if isinstance(message, Heartbeat):
-            self._take_heartbeat(message)
-        elif isinstance(message, Loaded):
-            self._take_loaded(message)
-        elif isinstance(message, Compiled):
-            self._take_compiled(message)
-        elif isinstance(message, Progressed):
-            self._take_progress(message, arrays)
-        elif isinstance(message, OutputMade):
-            self._take_output(message, arrays)
-        elif isinstance(message, Failed):
-            self._fail(message.request_id, by_code(message.code).rebuilt(message.message, message.param))
-
-    def _take_loaded(self, message: Loaded) -> None:
+    def _take_loaded(self, message: Loaded, worker: WorkerGroup) -> None:
         schema = schema_from_wire(message.schema)
         self._schema = replace(schema, model=self.settings.model_name or schema.model)
         load, warm_up = message.load_seconds, message.warm_up_seconds
         self._stats = replace(self._stats, load_seconds=load, warm_up_seconds=warm_up)
-        if self._worker is not None:
-            self._worker.ready = True
+        worker.ready, self._worker = True, worker
         if self._state != "draining":
             self._state = "ready"
         for live in self._live.values():
-            self._send(*live.parcel())
+            worker.channel.send(*live.message())
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
@@ -420,11 +409,6 @@ class Supervisor(EngineClient):
         if len(live.outputs) == live.ticket.progress.num_outputs:
             del self._live[message.request_id]
             live.ticket.finish([live.outputs[index] for index in sorted(live.outputs)])
-
-    def _send(self, message: ToWorker, arrays: Sequence[Array] = ()) -> None:
-        """Queue a message for the worker that is ready; without one, the next is sent every live request."""
-        if self._worker is not None and self._worker.ready:
-            self._worker.outgoing.put_nowait((message, arrays))
 
     def _fail(self, request_id: str, error: SafelightError) -> None:
         live = self._live.pop(request_id, None)

@@ -115,7 +115,6 @@ class Engine:
         }
         self.runner = self.runners[""]
         self.tasks: list[Task] = []
-        self._given_span = begin
         self._begin_span = begin or partial(begin_span, pipeline.device, clock)
         self._issued: deque[Issued] = deque()
         self._num_added = 0
@@ -134,7 +133,7 @@ class Engine:
         """
         now, params, runner = self.clock(), req.params, self.runners[req.model]
         cost = step_cost(params, runner.pipeline.schema)
-        execution = Execution(runner.pipeline, req, runner, self._given_span)
+        execution = Execution(runner.pipeline, req, runner, self._begin_span)
         task = Task(execution, cost, params.num_steps(), now, self._num_added, priority)
         self._num_added += 1
         if deadline is not None:
@@ -156,15 +155,29 @@ class Engine:
         return self.carry_out(self.plan())
 
     def carry_out(self, plan: Plan) -> Sequence[Task]:
-        """Do what a plan says; return the tasks that something happened to."""
+        """Do what a plan says; return the tasks that something happened to.
+
+        Of tasks that do not fit together, the first alone does its unit.
+        """
         if plan.compiles:
             self._compile()
         for task in plan.dropped:
             self._end(task, self._refusal(task))
         self._catch_up(plan.resumed)
         lost = self._move(plan.evicted, HOST)
-        resumed = self._resume(plan.resumed) if plan.resumed else ()
-        return [*plan.dropped, *lost, *resumed]
+        if not plan.resumed:
+            return [*plan.dropped, *lost]
+        kind, span = plan.resumed[0].kind, self._begin_span()
+        tasks, without_room = self._admit(plan.resumed)
+        steps_left = [task.steps_left for task in tasks]
+        if tasks:
+            with self.ranks.measured_unit(tasks):
+                self._advance(tasks)
+            span.end()
+            parts = [part_of(task, before) for task, before in zip(tasks, steps_left, strict=True)]
+            self._issued.append(Issued(tasks, parts, kind, span))
+        self._learn(1 if tasks and all(task.calls for task in tasks) else 0)
+        return [*plan.dropped, *lost, *without_room, *tasks]
 
     @property
     def busy(self) -> bool:
@@ -222,51 +235,39 @@ class Engine:
         assert task.form is not None
         task.execution.form = task.form
 
-    def _resume(self, tasks: Sequence[Task]) -> Sequence[Task]:
-        """Do a unit of each, the model calls of several in common, or of the first where those do not fit.
-
-        Returns:
-            the tasks that did a unit, or that ended because there is no room for them on the device.
-
-        """
-        kind, span = tasks[0].kind, self._begin_span()
-        self.watch.begin(kind, [task.request_id for task in tasks])
+    def _admit(self, tasks: Sequence[Task]) -> tuple[Sequence[Task], Sequence[Task]]:
+        """Announce a unit of tasks, and have them on the device; return who has room for it, and who ended for want."""
+        self.watch.begin(tasks[0].kind, [task.request_id for task in tasks])
         for task in tasks:
             if not task.execution.started:
                 self._begin(task)
         if lost := self._move([task for task in tasks if not task.on_device], self.pipeline.device):
-            self.watch.rest()
-            return lost
+            return (), lost
         no_room = self.ranks.check_room(tasks)
         if no_room is not None and len(tasks) > 1:
             tasks = tasks[:1]
-            self.watch.begin(kind, [tasks[0].request_id])
+            self.watch.begin(tasks[0].kind, [tasks[0].request_id])
             no_room = self.ranks.check_room(tasks)
-        steps_left = [task.steps_left for task in tasks]
         if no_room is None:
-            with self.ranks.measured_unit(tasks):
-                given = zip(tasks, self._results(tasks), strict=True)
-                self._conclude(tasks, [self._advance(task, results) for task, results in given])
-        else:
-            self._end(tasks[0], no_room)
-        span.end()
-        parts = [part_of(task, before) for task, before in zip(tasks, steps_left, strict=True)]
-        self._issued.append(Issued(tasks, parts, kind, span))
-        self._learn(0 if any(task.done or not task.calls for task in tasks) else 1)
-        return tasks
+            return tasks, ()
+        self._end(tasks[0], no_room)
+        return (), tasks
 
-    def _conclude(self, tasks: Sequence[Task], ended: Sequence[tuple[bool, Exception | None]]) -> None:
-        """Vote on what became of each task in a unit, and end those that are over.
-
-        Args:
-            tasks: that did it.
-            ended: for each, whether it is over, and what it raised.
-
-        """
-        errors = self.ranks.agree([error for _, error in ended])
-        for task, (is_over, _), error in zip(tasks, ended, errors, strict=True):
-            if is_over or error is not None:
-                self._end(task, error)
+    def _advance(self, tasks: Sequence[Task]) -> None:
+        """Do the unit of each task, their calls in common; vote on what became of each, and end those that are over."""
+        over: list[bool] = []
+        errors: list[Exception | None] = []
+        for task, results in zip(tasks, self._results(tasks), strict=True):
+            try:
+                over.append(not task.execution.advance(results))
+                errors.append(None)
+            except Exception as error:  # a request's boundary: nothing else holds its state
+                self._check_fatal(error)
+                over.append(True)
+                errors.append(error)
+        for task, is_over, agreed in zip(tasks, over, self.ranks.agree(errors), strict=True):
+            if is_over or agreed is not None:
+                self._end(task, agreed)
 
     def _catch_up(self, tasks: Sequence[Task]) -> None:
         """Wait for what the device was given of other tasks than these."""
@@ -302,31 +303,22 @@ class Engine:
             try:
                 made = iter(tasks[0].execution.runner.run([each for own in forwards for each in own]))
                 return [[next(made) for _ in own] for own in forwards]
-            except DesynchronisedError:
-                raise
             except Exception as error:  # a request's boundary: apart, only the one at fault fails
-                self._check_device(error)
+                self._check_fatal(error)
                 logger.warning("a stacked forward failed; its %d calls are made apart", len(tasks), exc_info=True)
                 free_memory()
         return [None] * len(tasks)
 
-    def _advance(self, task: Task, results: list[Tree] | None) -> tuple[bool, Exception | None]:
-        """Do a task's unit; return whether the task is over, and what it raised."""
-        try:
-            return not task.execution.advance(results), None
-        except DesynchronisedError:
-            raise
-        except Exception as error:  # a request's boundary: nothing else holds its state
-            self._check_device(error)
-            return True, error
-
-    def _check_device(self, error: Exception) -> None:
-        """End the process where an error leaves it without its device.
+    def _check_fatal(self, error: Exception) -> None:
+        """Let an error end the process that leaves it without its device, or without the other ranks.
 
         Raises:
-            DeviceLostError: if it does.
+            DeviceLostError: for the first.
+            DesynchronisedError: for the second.
 
         """
+        if isinstance(error, DesynchronisedError):
+            raise error
         if is_lost(self.pipeline.device, error):
             raise DeviceLostError("the device has failed, and takes no more work from this process") from error
 
@@ -346,7 +338,7 @@ class Engine:
             with torch.inference_mode():
                 move(task.execution.req, device)
         except Exception as error:  # a request's boundary: what has no room ends alone
-            self._check_device(error)
+            self._check_fatal(error)
             return error
         return None
 

@@ -41,7 +41,7 @@ from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.forward_estimator import Room, gauge_of
 from safelight.runtime.worker.policy import Policy
 from safelight.runtime.worker.ranks import Ranks
-from safelight.runtime.worker.scheduler import Follower, Scheduler
+from safelight.runtime.worker.scheduler import PlanExecutor, Scheduler
 from safelight.runtime.worker.stage_estimator import Budget
 from safelight.runtime.worker.watch import Watch
 
@@ -68,7 +68,7 @@ class GPUWorker:
     """
 
     def __init__(self, channel: WorkerChannel, board_path: str) -> None:
-        self.scheduler: Scheduler | Follower | None = None
+        self.scheduler: Scheduler | PlanExecutor | None = None
         self.board = UnitBoard(Path(board_path))
         self.channel = channel
         channel.heartbeat = self._heartbeat
@@ -114,7 +114,7 @@ class GPUWorker:
         is_warm = start.warm_up and warm_up(engine)
         compile_in_background(engine, start.limits.first)
         self.board.write(None)
-        self.scheduler = Scheduler(engine, self.channel) if engine.ranks.leads else Follower(engine)
+        self.scheduler = Scheduler(engine, self.channel) if engine.ranks.leads else PlanExecutor(engine)
         warm_up_seconds = time.perf_counter() - begun if is_warm else 0.0
         schema = with_memory(engine, start)
         return Loaded(schema_to_wire(schema), load_seconds, warm_up_seconds)
@@ -239,7 +239,7 @@ def follow(start: Start) -> int:
     adopt_libraries()
     if start.warm_up:
         warm_up(engine)
-    Follower(engine).run()
+    PlanExecutor(engine).run()
     return 0
 
 

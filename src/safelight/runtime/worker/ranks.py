@@ -12,13 +12,14 @@ from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import OutOfMemoryError, RankFailedError, SafelightError
 from safelight.parallel.collectives import Communicator
-from safelight.runtime.messages import ToWorker
+from safelight.runtime.messages import Cancel, Submit
 from safelight.runtime.worker.forward_estimator import Room
 from safelight.runtime.worker.plan import Plan
 from safelight.runtime.worker.policy import Task
 from safelight.runtime.worker.stage_estimator import Budget
 
-ToWorkerParcel = tuple[ToWorker, list[bytes]]
+RequestMessage = tuple[Submit | Cancel, list[bytes]]
+"""What the API process says of a request, with the arrays' bytes."""
 
 FINE, FAILED, OUT_OF_MEMORY = 0, 1, 2
 """A rank's vote on a task."""
@@ -28,21 +29,17 @@ class Order(msgspec.Struct, frozen=True):
     """What one tick does, as rank 0 tells the others.
 
     Attributes:
-        messages: what came from the API process since the last tick, encoded, each with its arrays' bytes.
+        messages: what came from the API process since the last tick.
         resumed, evicted, dropped: numbers of tasks, as in `Plan`.
         stops: whether this is the last.
 
     """
 
-    messages: list[tuple[bytes, list[bytes]]] = []
+    messages: Sequence[RequestMessage] = ()
     resumed: list[int] = []
     evicted: list[int] = []
     dropped: list[int] = []
     stops: bool = False
-
-    def parcels(self) -> list[ToWorkerParcel]:
-        """Return the messages, each with its arrays."""
-        return [(_MESSAGE.decode(message), arrays) for message, arrays in self.messages]
 
     def plan(self, tasks: Sequence[Task]) -> Plan:
         """Return what is done to the tasks of this rank."""
@@ -54,7 +51,6 @@ class Order(msgspec.Struct, frozen=True):
 
 
 _ORDER = msgspec.msgpack.Decoder(Order)
-_MESSAGE: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 
 
 class Ranks:
@@ -89,10 +85,9 @@ class Ranks:
         """Whether this rank plans, and speaks for all."""
         return self._control.rank == 0
 
-    def lead(self, plan: Plan, parcels: Sequence[ToWorkerParcel] = ()) -> None:
+    def lead(self, plan: Plan, messages: Sequence[RequestMessage] = ()) -> None:
         """Tell the other ranks what this tick does, and what came before it."""
         if self.size > 1:
-            messages = [(msgspec.msgpack.encode(message), arrays) for message, arrays in parcels]
             tasks = (plan.resumed, plan.evicted, plan.dropped)
             resumed, evicted, dropped = ([task.number for task in group] for group in tasks)
             self._send(Order(messages, resumed, evicted, dropped))

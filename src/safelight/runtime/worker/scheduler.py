@@ -22,7 +22,6 @@ from safelight.runtime.messages import (
     Progressed,
     Stop,
     Submit,
-    ToWorker,
     array_to_image,
     join_images,
     split_images,
@@ -30,7 +29,7 @@ from safelight.runtime.messages import (
 from safelight.runtime.transport import WorkerChannel
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.policy import Task
-from safelight.runtime.worker.ranks import ToWorkerParcel
+from safelight.runtime.worker.ranks import RequestMessage
 
 logger = logging.getLogger(__name__)
 
@@ -38,40 +37,37 @@ IDLE_SECONDS = 1.0
 SNAPSHOT_SECONDS = 0.2
 
 
-class Intake:
-    """Gives an engine what comes from the API process.
+class InputProcessor:
+    """Gives an engine what comes from the API process, a task for each output of a request.
 
     Args:
         engine: whose pipeline is loaded.
+
+    Attributes:
+        tasks: of each request that lives, by its id.
 
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.outputs: dict[str, list[Task]] = {}
+        self.tasks: dict[str, list[Task]] = {}
 
-    def take(self, message: ToWorker, arrays: Sequence[bytes]) -> list[tuple[str, SafelightError]]:
-        """Take a message; return the requests that it ends, each with its error.
-
-        The engine is given a task for each output of a request.
-        """
+    def process(self, message: Submit | Cancel, arrays: Sequence[bytes]) -> SafelightError | None:
+        """Begin a request, or end it; return with what it ends."""
         if isinstance(message, Cancel):
             self._forget(message.request_id)
-            cancelled = self.engine.cancel(message.request_id)
-            return [(message.request_id, CancelledError("the request was cancelled"))] if cancelled else []
-        assert isinstance(message, Submit)
-        schema = self.engine.pipeline.schema
+            return CancelledError("the request was cancelled") if self.engine.cancel(message.request_id) else None
         images = [
             (field, array_to_image(data, mode, width, height, kind))
             for (field, mode, width, height, kind), data in zip(message.images, arrays, strict=True)
         ]
         try:
-            params = join_images(schema.params_cls, message.fields, images)
+            params = join_images(self.engine.pipeline.schema.params_cls, message.fields, images)
         except SafelightError as error:
-            return [(message.request_id, error)]
+            return error
         if (refusal := self.engine.ranks.refusal(params)) is not None:
-            return [(message.request_id, refusal)]
-        self.outputs[message.request_id] = [
+            return refusal
+        self.tasks[message.request_id] = [
             self.engine.add(
                 Req(message.request_id, single, index),
                 priority=message.priority,
@@ -80,26 +76,26 @@ class Intake:
             )
             for index, single in enumerate(params.split())
         ]
-        return []
+        return None
 
     def end(self, task: Task) -> Exception | None:
         """Forget a task's request when it is over, its other outputs too where one failed; return what ended it."""
         error, task.error = task.error, None  # its traceback would keep what the unit held
         if error is not None:
             self.engine.cancel(task.request_id)
-        if error is not None or all(other.done for other in self.outputs.get(task.request_id, ())):
+        if error is not None or all(other.done for other in self.tasks.get(task.request_id, ())):
             self._forget(task.request_id)
         return error
 
     def _forget(self, request_id: str) -> None:
         """Let go of a request; large pictures' pixels go back to the system."""
-        for task in self.outputs.pop(request_id, ()):
+        for task in self.tasks.pop(request_id, ()):
             for _, image in split_images(task.execution.req.params)[1]:
                 if isinstance(image, EncodedImage):
                     image.let_go()
 
 
-class Follower:
+class PlanExecutor:
     """Carries out on another rank what rank 0 plans.
 
     Args:
@@ -109,16 +105,16 @@ class Follower:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._intake = Intake(engine)
+        self._inputs = InputProcessor(engine)
 
     def run(self) -> None:
         """Follow until told to stop."""
         while (order := self.engine.ranks.follow()) is not None:
-            for parcel in order.parcels():
-                self._intake.take(*parcel)
+            for message, arrays in order.messages:
+                self._inputs.process(message, arrays)
             for task in self.engine.carry_out(order.plan(self.engine.tasks)):
                 if task.done:
-                    self._intake.end(task)
+                    self._inputs.end(task)
 
 
 class Scheduler:
@@ -134,15 +130,18 @@ class Scheduler:
         self.engine = engine
         self.channel = channel
         self.snapshot = Heartbeat(0, 0, 0, {})
-        self._intake = Intake(engine)
+        self._inputs = InputProcessor(engine)
         self._snapshot_at = 0.0
         self._told_compiled = False
 
     def run(self) -> None:
         """Work until told to stop."""
-        while (parcels := self._take_all()) is not None:
+        while (messages := self._receive()) is not None:
+            for message, arrays in messages:
+                if (error := self._inputs.process(message, arrays)) is not None:
+                    self.channel.send(failed(message.request_id, error))
             plan = self.engine.plan()
-            self.engine.ranks.lead(plan, parcels)
+            self.engine.ranks.lead(plan, messages)
             touched = self.engine.carry_out(plan)
             for task in touched:
                 self._report(task, len(touched))
@@ -150,32 +149,33 @@ class Scheduler:
             self._take_snapshot()
         self.engine.ranks.stop()
 
-    def _take_all(self) -> list[ToWorkerParcel] | None:
-        """Take every message that is there, and wait for one where there is nothing to do; None to stop."""
-        parcels: list[ToWorkerParcel] = []
+    def _receive(self) -> list[RequestMessage] | None:
+        """Return every message that is there, and wait for one where there is nothing to do; None to stop."""
+        messages: list[RequestMessage] = []
         timeout = 0.0 if self.engine.busy else IDLE_SECONDS
-        while (parcel := self.channel.receive(timeout)) is not None:
-            if isinstance(parcel[0], Stop):
+        while (received := self.channel.receive(timeout)) is not None:
+            message, arrays = received
+            if isinstance(message, Stop):
                 return None
-            parcels.append(parcel)
-            for request_id, error in self._intake.take(*parcel):
-                self.channel.send(Failed(request_id, error.code, str(error), error.param))
+            assert isinstance(message, Submit | Cancel), "a worker starts once"
+            messages.append((message, arrays))
             timeout = 0.0
-        return parcels
+        return messages
 
     def _report(self, task: Task, batch_size: int) -> None:
         """Tell what a tick did to a task, which shared it with others."""
-        if task.request_id not in self._intake.outputs:  # another output of its request failed in the same tick
+        if task.request_id not in self._inputs.tasks:  # another output of its request failed in the same tick
             return
         if task.error is not None:
             self._fail(task)
-            return
-        req = task.execution.req
-        index = req.output_index
-        if not task.done:
+        elif task.done:
+            self._send_output(task.execution.req)
+            self._inputs.end(task)
+        else:
+            req = task.execution.req
             progress = Progressed(
                 request_id=req.request_id,
-                output_index=index,
+                output_index=req.output_index,
                 stage=req.stage,
                 step=req.step_index,
                 num_inference_steps=req.num_inference_steps,
@@ -185,15 +185,16 @@ class Scheduler:
                 form=task.form or EAGER,
             )
             self.channel.send(progress)
-            return
+
+    def _send_output(self, req: Req) -> None:
+        """Send a finished output's media, and what is known of it."""
         arrays = [(output.float() if output.is_floating_point() else output).numpy() for output in req.outputs]
-        shapes = [array.shape for array in arrays]
+        shapes, dtypes = [array.shape for array in arrays], [str(array.dtype) for array in arrays]
         params, seed = req.params.described(), req.params.seed
         assert seed is not None
-        dtypes = [str(array.dtype) for array in arrays]
-        made = OutputMade(req.request_id, index, shapes, dtypes, seed, params, req.timings, req.warnings)
+        index, timings = req.output_index, req.timings
+        made = OutputMade(req.request_id, index, shapes, dtypes, seed, params, timings, req.warnings)
         self.channel.send(made, arrays)
-        self._intake.end(task)
 
     def _report_compiled(self) -> None:
         """Tell once that the compiled form is there, or why it will not be."""
@@ -205,12 +206,9 @@ class Scheduler:
 
     def _fail(self, task: Task) -> None:
         """End the task's request: its other outputs too, with one answer."""
-        error = self._intake.end(task)
+        error = self._inputs.end(task)
         assert error is not None
-        known = answerable(error)
-        if not isinstance(error, SafelightError):
-            logger.error("request %s failed", task.request_id, exc_info=error)
-        self.channel.send(Failed(task.request_id, known.code, str(known), known.param))
+        self.channel.send(failed(task.request_id, error))
 
     def _take_snapshot(self) -> None:
         """Remember what the heartbeat says, which another thread sends."""
@@ -226,10 +224,12 @@ class Scheduler:
         self.snapshot = Heartbeat(len(order) - len(waiting), len(waiting), memory, positions)
 
 
-def answerable(error: Exception) -> SafelightError:
-    """Return an error as the server may answer it: by name, and without internals."""
-    if isinstance(error, SafelightError):
-        return error
-    if is_out_of_memory(error):
-        return OutOfMemoryError("this request needs more memory than there is; ask for less at once")
-    return SafelightError("the request failed inside the server; its log says more")
+def failed(request_id: str, error: Exception) -> Failed:
+    """Return what may be said of an error that ended a request: its name, and no internals, which the log has."""
+    if not isinstance(error, SafelightError):
+        logger.error("request %s failed", request_id, exc_info=error)
+        if is_out_of_memory(error):
+            error = OutOfMemoryError("this request needs more memory than there is; ask for less at once")
+        else:
+            error = SafelightError("the request failed inside the server; its log says more")
+    return Failed(request_id, error.code, str(error), error.param)
