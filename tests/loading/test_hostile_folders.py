@@ -19,7 +19,7 @@ from safelight.loading.files import MAX_CONTAINERS, MAX_ENTRIES, MAX_SETTINGS, r
 from safelight.loading.headers import MAX_HEADER, MAX_TENSORS, check_header
 from safelight.loading.repository import open_repository
 from safelight.loading.settings import ELSEWHERE
-from safelight.runtime.worker.forward_estimator import HostGauge
+from safelight.runtime.worker.memory_gauge import HostGauge
 from tests.loading.conftest import edit_json
 
 FILES = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import mmap
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from safelight.acceleration.activations import count_peak
 from safelight.core.calls import CallKey, ModelCall
 from safelight.core.executor import Execution
 from safelight.loading.loader import load_pipeline
-from safelight.runtime.worker.forward_estimator import Gauge, HostGauge, Room
+from safelight.runtime.worker.forward_estimator import ForwardEstimator
+from safelight.runtime.worker.memory_gauge import Gauge
 from safelight.testing.models import requests
 from tests.calls import through
 from tests.recipes import all_recipes
@@ -49,10 +49,10 @@ class FakeGauge(Gauge):
     def peak(self):
         return 500 + self.own + int(self.share * BYTES * self.elements)
 
-    def measured(self, room, elements):
-        """Let the room learn from a forward."""
+    def measured(self, estimator, elements):
+        """Let the estimator learn from a forward."""
         self.elements = elements
-        return through(room.measured, lambda call: call.kwargs["hidden_states"])(call_of(elements))
+        return through(estimator.measured, lambda call: call.kwargs["hidden_states"])(call_of(elements))
 
 
 def call_of(elements, component="transformer"):
@@ -63,33 +63,33 @@ def call_of(elements, component="transformer"):
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_a_share_is_learnt_from_what_forwards_took(share):
     gauge = FakeGauge(share)
-    room = Room(gauge, {"transformer": Tenfold})
-    assert room.has_room(call_of(10**6)), "nothing is known before the first"
-    made = gauge.measured(room, 50)
+    estimator = ForwardEstimator(gauge, {"transformer": Tenfold})
+    assert estimator.fits(call_of(10**6)), "nothing is known before the first"
+    made = gauge.measured(estimator, 50)
     assert made.shape == (1, 50)
     gauge.left = int(share * BYTES * 100)
-    assert room.has_room(call_of(100)) and not room.has_room(call_of(101))
-    assert room.has_room(call_of(50), num_stacked=2) and not room.has_room(call_of(51), num_stacked=2)
+    assert estimator.fits(call_of(100)) and not estimator.fits(call_of(101))
+    assert estimator.fits(call_of(50), num_stacked=2) and not estimator.fits(call_of(51), num_stacked=2)
 
 
 def test_what_a_small_first_forward_takes_besides_is_not_held_against_a_large_one():
     gauge = FakeGauge(0.5, own=10**6)
-    room = Room(gauge, {"transformer": Tenfold})
-    gauge.measured(room, 50)
+    estimator = ForwardEstimator(gauge, {"transformer": Tenfold})
+    gauge.measured(estimator, 50)
     gauge.left = BYTES * 1000
-    assert room.has_room(call_of(1000)) and not room.has_room(call_of(1001)), "at most what is counted"
+    assert estimator.fits(call_of(1000)) and not estimator.fits(call_of(1001)), "at most what is counted"
     gauge.own = 0
-    gauge.measured(room, 40)
-    assert not room.has_room(call_of(1001)), "a smaller one says less"
-    gauge.measured(room, 60)
-    assert room.has_room(call_of(2000)) and not room.has_room(call_of(2001))
+    gauge.measured(estimator, 40)
+    assert not estimator.fits(call_of(1001)), "a smaller one says less"
+    gauge.measured(estimator, 60)
+    assert estimator.fits(call_of(2000)) and not estimator.fits(call_of(2001))
 
 
 def test_of_what_cannot_be_counted_nothing_is_refused():
     gauge = FakeGauge(1.0)
-    room = Room(gauge, {})
-    gauge.measured(room, 50)
-    assert room.has_room(call_of(10**6))
+    estimator = ForwardEstimator(gauge, {})
+    gauge.measured(estimator, 50)
+    assert estimator.fits(call_of(10**6))
 
 
 @pytest.mark.parametrize("pipeline_name", ["FluxPipeline", "QwenImagePipeline", "QwenImageEditPipeline", "WanPipeline"])
@@ -98,7 +98,7 @@ def test_what_is_counted_is_what_the_loaded_model_takes(tmp_path, pipeline_name)
     recipe = all_recipes()[pipeline_name]
     recipe.build(tmp_path, "default")
     pipeline = load_pipeline(ServerArgs(str(tmp_path), device="cpu", kernels="plain"))
-    room = Room(FakeGauge(1.0), pipeline.components.empty)
+    estimator = ForwardEstimator(FakeGauge(1.0), pipeline.components.empty)
     cases = [case for case in recipe.cases if case.variant == "default" and not case.slow]
     for case in cases[:3]:
         (req, *_) = requests(pipeline, case.fields)
@@ -107,14 +107,4 @@ def test_what_is_counted_is_what_the_loaded_model_takes(tmp_path, pipeline_name)
                 execution.advance()
             for call in req.pending:
                 taken = count_peak(functools.partial(pipeline.forward, call))
-                assert taken <= room.count(call) <= 1.1 * taken, "attention lays its result out as the device does"
-
-
-def test_the_hosts_memory_is_what_linux_says():
-    gauge = HostGauge()
-    before = gauge.begin()
-    with mmap.mmap(-1, 64 << 20) as held:  # pages of its own: an allocator could give ones that are there already
-        for page in range(0, len(held), mmap.PAGESIZE):
-            held[page] = 1
-        assert 60 << 20 < gauge.peak() - before < 200 << 20
-        assert gauge.free() > 0
+                assert taken <= estimator.count(call) <= 1.1 * taken, "attention lays its result out as the device does"

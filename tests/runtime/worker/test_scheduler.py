@@ -229,7 +229,7 @@ class SmallRoom:
     def __init__(self, most):
         self.most = most
 
-    def has_room(self, call, num_stacked):
+    def fits(self, call, num_stacked):
         return num_stacked <= self.most
 
     def measured(self, call, make):

@@ -18,11 +18,11 @@ from safelight.loading.stage_memory import fit
 from safelight.runtime.messages import Submit, split_images
 from safelight.runtime.worker import stage_estimator
 from safelight.runtime.worker.engine import Engine
-from safelight.runtime.worker.forward_estimator import Gauge
+from safelight.runtime.worker.memory_gauge import Gauge
 from safelight.runtime.worker.plan import Plan
 from safelight.runtime.worker.ranks import Ranks
 from safelight.runtime.worker.scheduler import InputProcessor
-from safelight.runtime.worker.stage_estimator import LEAST, SHARES, Budget, held_by
+from safelight.runtime.worker.stage_estimator import LEAST, SHARES, StageEstimator, held_by
 from safelight.testing.models import requests
 from tests.calls import loaded_as
 from tests.recipes import all_recipes
@@ -62,9 +62,9 @@ def counted(fault_pipeline):
         counted = (StageMemory(stage, 0, 0, a_token),)
         pipeline = loaded_as(fault_pipeline(name="counted"), count_memory=lambda: counted)
         gauge = FakeGauge(**more)
-        budget = Budget(pipeline, gauge)
-        budget.count()
-        return Engine(pipeline, ranks=Ranks(budget=budget), max_running=4), gauge
+        estimator = StageEstimator(pipeline, gauge)
+        estimator.count()
+        return Engine(pipeline, ranks=Ranks(stage_estimator=estimator), max_running=4), gauge
 
     return make
 
@@ -126,10 +126,10 @@ def test_what_was_measured_corrects_what_was_counted(counted, took):
     task = engine.add(request(engine.pipeline))
     run(engine)
     share = min(max(took, SHARES[0]), SHARES[1])
-    needed = engine.ranks._budget.needed(task.execution.req)
+    needed = engine.ranks._stages.needed(task.execution.req)
     assert needed == 0  # its stage is over: nothing is known of decoding
     task.execution.req.stage = "denoising"
-    assert engine.ranks._budget.needed(task.execution.req) == pytest.approx(share * GIB, rel=1e-3)
+    assert engine.ranks._stages.needed(task.execution.req) == pytest.approx(share * GIB, rel=1e-3)
 
 
 @pytest.mark.parametrize(("num_bytes", "learns"), [(LEAST - 64, False), (LEAST, True)])
@@ -140,7 +140,7 @@ def test_large_units_alone_are_measured(counted, num_bytes, learns):
     task = engine.add(request(engine.pipeline))
     run(engine)
     task.execution.req.stage = "denoising"
-    assert engine.ranks._budget.needed(task.execution.req) == (2 * num_bytes if learns else num_bytes)
+    assert engine.ranks._stages.needed(task.execution.req) == (2 * num_bytes if learns else num_bytes)
 
 
 def test_what_can_never_fit_is_told_by_its_size(counted):
@@ -174,9 +174,9 @@ def counting(calls):
 def test_a_model_is_counted_for_the_first_request_that_may_matter(fault_pipeline, height, counts):
     calls: list[int] = []
     pipeline = loaded_as(fault_pipeline(), count_memory=counting(calls))
-    budget = Budget(pipeline, FakeGauge(left=4 * GIB))
+    estimator = StageEstimator(pipeline, FakeGauge(left=4 * GIB))
     for _ in range(2):
-        budget.refusal(request(pipeline, height=height, width=64).params)
+        estimator.refusal(request(pipeline, height=height, width=64).params)
     assert len(calls) == counts
 
 
@@ -184,7 +184,7 @@ def test_a_large_model_is_counted_when_it_is_loaded(fault_pipeline, monkeypatch)
     calls: list[int] = []
     pipeline = loaded_as(fault_pipeline(), count_memory=counting(calls))
     monkeypatch.setattr(stage_estimator, "WORTH", 80)  # bytes of its one layer
-    Budget(pipeline, FakeGauge())
+    StageEstimator(pipeline, FakeGauge())
     assert calls
 
 
@@ -193,8 +193,8 @@ def test_a_model_that_cannot_be_counted_refuses_nothing(fault_pipeline):
         raise ValueError("not without weights")
 
     pipeline = loaded_as(fault_pipeline(), count_memory=fail)
-    budget = Budget(pipeline, FakeGauge(0, 1))
-    assert budget.refusal(request(pipeline, height=4096, width=64).params) is None
+    estimator = StageEstimator(pipeline, FakeGauge(0, 1))
+    assert estimator.refusal(request(pipeline, height=4096, width=64).params) is None
 
 
 def test_a_plane_goes_through_what_was_counted():

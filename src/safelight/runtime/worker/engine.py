@@ -110,7 +110,7 @@ class Engine:
         self.watch = watch or Watch()
         self.ranks = ranks or Ranks()
         self.runners = {
-            name: PipelineRunner(each, batching == "throughput", self.ranks.room)
+            name: PipelineRunner(each, batching == "throughput", self.ranks.forward_estimator)
             for name, each in {"": pipeline, **(others or {})}.items()
         }
         self.runner = self.runners[""]

@@ -38,11 +38,12 @@ from safelight.runtime.transport import WorkerChannel
 from safelight.runtime.unit_board import Unit, UnitBoard
 from safelight.runtime.worker.background import BackgroundCompiler
 from safelight.runtime.worker.engine import Engine
-from safelight.runtime.worker.forward_estimator import Room, gauge_of
+from safelight.runtime.worker.forward_estimator import ForwardEstimator
+from safelight.runtime.worker.memory_gauge import gauge_of
 from safelight.runtime.worker.policy import Policy
 from safelight.runtime.worker.ranks import Ranks
 from safelight.runtime.worker.scheduler import PlanExecutor, Scheduler
-from safelight.runtime.worker.stage_estimator import Budget
+from safelight.runtime.worker.stage_estimator import StageEstimator
 from safelight.runtime.worker.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -159,8 +160,8 @@ def ranks_of(pipeline: ComposedPipeline, mesh: Mesh, args: ServerArgs) -> Ranks:
     if gauge is None:
         return Ranks(mesh.control)
     if mesh.layout.num_devices > 1:
-        return Ranks(mesh.control, room=Room(gauge, pipeline.components.empty))
-    return Ranks(mesh.control, budget=Budget(pipeline, gauge))
+        return Ranks(mesh.control, forward_estimator=ForwardEstimator(gauge, pipeline.components.empty))
+    return Ranks(mesh.control, stage_estimator=StageEstimator(pipeline, gauge))
 
 
 def with_memory(engine: Engine, start: Start) -> ModelSchema:

@@ -7,7 +7,7 @@ from safelight.acceleration.graphs import StepGraphs, refuse_graphs
 from safelight.core.form import Form
 from safelight.core.model_runner import ModelRunner, resident
 from safelight.core.pipeline import ComposedPipeline
-from safelight.runtime.worker.forward_estimator import Room
+from safelight.runtime.worker.forward_estimator import ForwardEstimator
 from safelight.runtime.worker.stacking import Stacking
 
 
@@ -17,7 +17,7 @@ class PipelineRunner(ModelRunner):
     Args:
         pipeline: the loaded model, with its settings.
         stacked: whether calls of several requests are made as one.
-        room: of several ranks, learns what forwards take; None without.
+        estimator: of several ranks, learns what forwards take; None without.
 
     Attributes:
         compilation: the compiled form; None where the settings have none.
@@ -27,7 +27,9 @@ class PipelineRunner(ModelRunner):
 
     """
 
-    def __init__(self, pipeline: ComposedPipeline, stacked: bool = False, room: Room | None = None) -> None:
+    def __init__(
+        self, pipeline: ComposedPipeline, stacked: bool = False, estimator: ForwardEstimator | None = None
+    ) -> None:
         args, components = pipeline.server_args, pipeline.components
         self.compilation = Compilation(pipeline, stacked) if args.compile == "blocks" else None
         if args.cuda_graphs == "steps":
@@ -35,7 +37,7 @@ class PipelineRunner(ModelRunner):
         way = (
             Stacking(apart=components.shares_branches) if stacked else None,  # rows of several requests: one call
             components.over_ranks,  # one call: on which ranks it is made, and how each has its result
-            None if room is None else room.measured,  # on this rank: what it takes
+            None if estimator is None else estimator.measured,  # on this rank: what it takes
             resident(pipeline),  # the component is on the device
             StepGraphs(pipeline.device) if args.cuda_graphs == "steps" else None,  # replayed, or recorded
             self.compilation,  # by compiled blocks, or eagerly

@@ -13,10 +13,10 @@ from safelight.core.schema import ModelSchema
 from safelight.errors import OutOfMemoryError, RankFailedError, SafelightError
 from safelight.parallel.collectives import Communicator
 from safelight.runtime.messages import Cancel, Submit
-from safelight.runtime.worker.forward_estimator import Room
+from safelight.runtime.worker.forward_estimator import ForwardEstimator
 from safelight.runtime.worker.plan import Plan
 from safelight.runtime.worker.policy import Task
-from safelight.runtime.worker.stage_estimator import Budget
+from safelight.runtime.worker.stage_estimator import StageEstimator
 
 RequestMessage = tuple[Submit | Cancel, list[bytes]]
 """What the API process says of a request, with the arrays' bytes."""
@@ -58,17 +58,20 @@ class Ranks:
 
     Args:
         control: all ranks, over the host, in a process group of its own; None for one rank.
-        room: of several, whether a forward fits into this rank's memory; None says that each does.
-        budget: of one, whether any unit fits; None says that each does.
+        forward_estimator: of several, whether a forward fits into this rank's memory; None says that each does.
+        stage_estimator: of one, whether any unit fits; None says that each does.
 
     """
 
     def __init__(
-        self, control: Communicator | None = None, room: Room | None = None, budget: Budget | None = None
+        self,
+        control: Communicator | None = None,
+        forward_estimator: ForwardEstimator | None = None,
+        stage_estimator: StageEstimator | None = None,
     ) -> None:
         self._control = control or Communicator("control")
-        self.room = room
-        self._budget = budget
+        self.forward_estimator = forward_estimator
+        self._stages = stage_estimator
 
     @property
     def size(self) -> int:
@@ -78,7 +81,7 @@ class Ranks:
     @property
     def schema(self) -> ModelSchema | None:
         """What the model takes, with what is known of its memory; None where nothing is."""
-        return None if self._budget is None else self._budget.schema
+        return None if self._stages is None else self._stages.schema
 
     @property
     def leads(self) -> bool:
@@ -123,21 +126,21 @@ class Ranks:
 
         On several ranks the model calls are looked at, which they share; on one whatever the unit does.
         """
-        if self._budget is not None:
-            return self._budget.check(tasks)
+        if self._stages is not None:
+            return self._stages.check(tasks)
         calls = [call for task in tasks for call in task.calls if call.signature is not None]
         if self.size == 1 or not calls:
             return None
-        fits = self.room is None or all(self.room.has_room(call, len(tasks)) for call in calls)
+        fits = self.forward_estimator is None or all(self.forward_estimator.fits(call, len(tasks)) for call in calls)
         return self.agree([None if fits else failure_of(OUT_OF_MEMORY)])[0]
 
     def refusal(self, params: SamplingParams) -> SafelightError | None:
         """Return why a request can never fit into memory; None where it may, or nobody knows."""
-        return None if self._budget is None else self._budget.refusal(params)
+        return None if self._stages is None else self._stages.refusal(params)
 
     def measured_unit(self, tasks: Sequence[Task]) -> AbstractContextManager[None]:
         """Return a context for a unit of tasks, from which `check_room` learns on one rank."""
-        return nullcontext() if self._budget is None else self._budget.measured(tasks)
+        return nullcontext() if self._stages is None else self._stages.measured(tasks)
 
 
 def vote_of(error: Exception | None) -> int:

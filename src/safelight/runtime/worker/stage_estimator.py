@@ -17,7 +17,7 @@ from safelight.core.request import Req, map_tensors
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, OutOfMemoryError
 from safelight.runtime.cost import OF_A_STEP, largest, memory_excess
-from safelight.runtime.worker.forward_estimator import Gauge
+from safelight.runtime.worker.memory_gauge import Gauge
 from safelight.runtime.worker.policy import Task
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ SHARES = (0.75, 2.0)
 """Between which what was measured corrects what was counted."""
 
 
-class Budget:
+class StageEstimator:
     """Knows what the stages of a pipeline's requests take, and what there is.
 
     What they take is counted on components without weights, at a few sizes, once; and corrected, for each stage, by
