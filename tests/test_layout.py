@@ -409,8 +409,8 @@ loading/stage_memory.py
 parallel/apply.py parallel/attention.py parallel/collectives.py parallel/layout.py parallel/mesh.py parallel/plans.py
 parallel/sequence.py parallel/shards.py parallel/torchrun.py parallel/vae.py
 runtime/worker/background.py runtime/client.py runtime/cost.py runtime/worker/durations.py runtime/supervisor/live.py
-runtime/messages.py runtime/supervisor/group_engine.py runtime/transport.py runtime/worker/gpu_worker.py
-runtime/worker/process.py runtime/worker/watch.py
+runtime/supervisor/group_engine.py runtime/transport.py runtime/worker/gpu_worker.py runtime/worker/process.py
+runtime/worker/watch.py
 serving/bodies.py serving/images_api.py serving/input_pictures.py serving/large_json.py serving/videos_api.py
 serving/jobs/acceptance.py serving/jobs/events.py serving/jobs/job.py serving/jobs/limits.py serving/jobs/run.py
 serving/jobs/store.py serving/jobs/submission.py serving/addresses.py serving/app.py serving/auth.py serving/clocks.py

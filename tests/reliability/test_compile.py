@@ -17,7 +17,7 @@ from safelight.core.form import Form, Mode
 from safelight.core.request import Req
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
-from safelight.runtime.supervisor.group import EngineSettings
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor.supervisor import Supervisor
 from safelight.runtime.worker.model_runner import PipelineRunner
 from safelight.serving.jobs.folder import FolderFiles

@@ -24,8 +24,10 @@ from PIL import Image
 
 from safelight import ServerArgs
 from safelight.encoded import EncodedImage
+from safelight.runtime.messages import Start
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor import supervisor
-from safelight.runtime.supervisor.group import EngineSettings, Rank, WorkerGroup
+from safelight.runtime.supervisor.group import Rank, WorkerGroup
 from safelight.runtime.supervisor.replicas import ReplicaSet
 from safelight.runtime.transport import ServerChannel, WorkerChannel
 from safelight.runtime.unit_board import UnitBoard
@@ -73,7 +75,7 @@ async def start_thread(folder: Path, number: int, settings: EngineSettings) -> W
     """Start a worker as `runtime.supervisor.group` does, with a thread in the place of the process."""
     board, path = folder / f"{number}.unit", folder / f"{number}.ipc"
     group, channel = WorkerGroup([], UnitBoard(board)), ServerChannel(path)
-    channel.send(settings.start(None))
+    channel.send(Start(settings))
     worker = GPUWorker(WorkerChannel(str(path), os.getppid()), str(board))
     group.ranks.append(Rank(ThreadProcess(worker.run), channel))  # type: ignore[arg-type]
     return group

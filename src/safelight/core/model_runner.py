@@ -80,15 +80,6 @@ def behind(wrapper: Wrapper, make: Make) -> Make:
     return lambda forwards: wrapper(forwards, make) if forwards else []
 
 
-def one_by_one(wrap: Callable[[Forward, Callable[[Forward], Tree]], Tree]) -> Wrapper:
-    """Return a wrapper of what is done to each forward by itself."""
-
-    def wrapper(forwards: Sequence[Forward], make: Make) -> list[Tree]:
-        return [wrap(forward, lambda each: make([each])[0]) for forward in forwards]
-
-    return wrapper
-
-
 def resident(pipeline: ComposedPipeline) -> Wrapper:
     """Return a wrapper that has a model's components on the device before they run."""
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from safelight.errors import CancelledError, NotReadyError, WorkerLostError
 from safelight.runtime.client import GenerationRequest
-from safelight.runtime.messages import Cancel, Loaded, OutputMade, Progressed, Stop, Submit, schema_to_wire
+from safelight.runtime.messages import Cancel, Loaded, OutputMade, Progressed, Start, Stop, Submit, schema_to_wire
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor import supervisor as supervisor_module
-from safelight.runtime.supervisor.group import EngineSettings, Rank, WorkerGroup
+from safelight.runtime.supervisor.group import Rank, WorkerGroup
 from safelight.runtime.supervisor.replicas import ReplicaSet
 from safelight.runtime.supervisor.supervisor import MAX_DEATHS, Supervisor
 from safelight.runtime.unit_board import Unit, UnitBoard
@@ -135,7 +136,7 @@ class World:
         self.count += 1
         board = UnitBoard(self.folder / f"{self.count}.unit")
         worker: Any = Worker(self, board)
-        worker.send(engine_settings.start(None))
+        worker.send(Start(engine_settings))
         return WorkerGroup([Rank(worker, worker)], board)
 
 

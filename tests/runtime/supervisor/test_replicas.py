@@ -25,9 +25,8 @@ from safelight.errors import (
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest
 from safelight.runtime.messages import Progressed, Start
-from safelight.runtime.supervisor.group import EngineSettings
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor.replicas import ReplicaSet
-from safelight.runtime.unit_board import UnitLimits
 from safelight.runtime.worker.gpu_worker import local_args
 from tests.live_server import fault_model, generate, serving
 from tests.runtime.supervisor.test_supervisor import answer, ask, drive
@@ -275,8 +274,9 @@ def test_one_that_cannot_be_loaded_is_said_at_once_and_ends_all(tmp_path):
 
 
 def start_of(device, **fields):
-    args = {"model": "m", "device": device}
-    return Start(args, 1, "exact", 0.1, UnitLimits(), False, store="0.store", **fields)
+    ranks = {"cfg_parallel_size": fields.pop("num_ranks", 1)}
+    settings = EngineSettings(ServerArgs("m", device=device, **ranks), first_device=fields.pop("first_device", 0))
+    return Start(settings, store="0.store", **fields)
 
 
 def test_each_replica_has_devices_of_its_own(monkeypatch):

@@ -19,8 +19,8 @@ from safelight import DiffusionGenerator
 from safelight.core.server_args import ServerArgs
 from safelight.errors import PortError, SafelightError, WorkerStartError
 from safelight.runtime import sockets
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor import group, supervisor
-from safelight.runtime.supervisor.group import EngineSettings
 from safelight.runtime.supervisor.replicas import ReplicaSet
 from safelight.runtime.supervisor.supervisor import Supervisor
 from tests.live_server import command, environment, fault_model, free_port, generate, serving

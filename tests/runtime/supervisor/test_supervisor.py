@@ -30,7 +30,8 @@ from safelight.errors import (
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest, Ticket
 from safelight.runtime.messages import Heartbeat, OutputMade, Progressed
-from safelight.runtime.supervisor.group import EngineSettings, WorkerGroup
+from safelight.runtime.settings import EngineSettings
+from safelight.runtime.supervisor.group import WorkerGroup
 from safelight.runtime.supervisor.live import LiveRequest
 from safelight.runtime.supervisor.supervisor import Supervisor, shaped
 from safelight.runtime.transport import ServerChannel, WorkerChannel

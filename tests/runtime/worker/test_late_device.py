@@ -13,8 +13,8 @@ from safelight.core.device import is_lost, is_out_of_memory
 from safelight.core.server_args import ServerArgs
 from safelight.errors import DeviceLostError, ModelError, WorkerLostError
 from safelight.runtime.messages import Start
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor.group import worker_environment
-from safelight.runtime.unit_board import UnitLimits
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.watch import Watch
 from tests.runtime.conftest import request
@@ -239,8 +239,7 @@ def test_a_worker_works_on_its_own_device(fault_family, fault_folder, monkeypatc
         raise ModelError("far enough")
 
     monkeypatch.setattr(gpu_worker, "load_pipeline", load)
-    asked = {"model": str(fault_folder(name="served")), "device": device}
-    start = Start(asked, max_running=1, batching="exact", share=0.1, limits=UnitLimits(), warm_up=False)
+    start = Start(EngineSettings(ServerArgs(str(fault_folder(name="served")), device=device), warm_up=False))
     with pytest.raises(ModelError, match="far enough"):
         gpu_worker.build_engine(start, tmp_path, None)
 

@@ -13,13 +13,14 @@ from safetensors.torch import load, save
 from safelight import ServerArgs
 from safelight.core.calls import ModelCall
 from safelight.core.executor import Execution
-from safelight.core.model_runner import ModelRunner, one_by_one, resident
+from safelight.core.model_runner import ModelRunner, resident
 from safelight.core.request import map_tensors
 from safelight.loading.loader import load_pipeline
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.model_runner import PipelineRunner
 from safelight.runtime.worker.stacking import Stacking
 from safelight.testing.models import requests
+from tests.calls import one_by_one
 from tests.recipes import all_recipes
 
 GUIDED = {"negative_prompt": "blurry", "true_cfg_scale": 3.0, "num_inference_steps": 4, "n": 2, "seed": 5}

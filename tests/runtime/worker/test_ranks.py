@@ -17,6 +17,7 @@ from safelight.errors import InvalidParameterError, OutOfMemoryError, RankFailed
 from safelight.parallel.calls import CallsOverRanks
 from safelight.parallel.collectives import DesynchronisedError
 from safelight.parallel.mesh import lone_mesh
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor import group
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.ranks import Ranks, reason_of, vote_of
@@ -218,7 +219,7 @@ def test_a_start_that_ends_in_the_middle_leaves_nothing(fault_folder, tmp_path, 
         folder.mkdir()
         args = ServerArgs(str(fault_folder(name="served")), device="cpu", cfg_parallel_size=2)
         with pytest.raises(type(error)):
-            await group.start_worker(folder, 0, group.EngineSettings(args))
+            await group.start_worker(folder, 0, EngineSettings(args))
         assert started[0].process.returncode == -signal.SIGKILL
         assert list(folder.iterdir()) == []
 

@@ -9,18 +9,16 @@ import math
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
-from safelight.core.server_args import ServerArgs
 from safelight.errors import PortError, WorkerStartError
 from safelight.runtime.host_memory import HostMemory, Kills
 from safelight.runtime.messages import LoadFailed, Start, Stop
 from safelight.runtime.processes import python_command, safe_environment
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.transport import ServerChannel
-from safelight.runtime.unit_board import UnitBoard, UnitLimits
+from safelight.runtime.unit_board import UnitBoard
 
 logger = logging.getLogger(__name__)
 
@@ -43,52 +41,6 @@ def worker_environment() -> dict[str, str]:
     if ALLOCATOR not in known and ALLOCATOR_BEFORE not in known:
         known[ALLOCATOR] = "expandable_segments:True"
     return known
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What a supervisor needs to know.
-
-    Attributes:
-        server_args: the engine's settings.
-        model_name: what the model is called in schema and files; None leaves it the name that it was loaded by.
-        max_running: outputs that hold device memory at most.
-        max_waiting: requests that may wait.
-        batching: `exact` or `throughput`.
-        share: of device time that the longest request and the oldest get at least, each.
-        warm_up: whether the worker runs one small request before it is ready.
-        unit_limits: how long units of work may take.
-        heartbeat_limit: seconds of silence after which a worker counts as stopped.
-        is_first_of_torchrun: whether `torchrun` starts the other ranks, on this machine and on others.
-        first_device: of the GPUs, counted from the one that `server_args` names.
-
-    """
-
-    server_args: ServerArgs = field(default_factory=ServerArgs)
-    model_name: str | None = None
-    max_running: int = 4
-    max_waiting: int = 64
-    batching: str = "exact"
-    share: float = 0.1
-    warm_up: bool = True
-    unit_limits: UnitLimits = field(default_factory=UnitLimits)
-    heartbeat_limit: float = 10.0
-    is_first_of_torchrun: bool = False
-    first_device: int = 0
-
-    def start(self, store: str | None) -> Start:
-        """Return what the first rank is told; `store` names the file through which ranks of one machine meet."""
-        return Start(
-            server_args=asdict(self.server_args),
-            max_running=self.max_running,
-            batching=self.batching,
-            share=self.share,
-            limits=self.unit_limits,
-            warm_up=self.warm_up,
-            num_ranks=self.server_args.num_devices(),
-            first_device=self.first_device,
-            store=store,
-        )
 
 
 @dataclass(eq=False)
@@ -202,19 +154,18 @@ async def start_worker(folder: Path, number: int, settings: EngineSettings) -> W
         PortError: if a socket cannot be made.
 
     """
-    num_ranks, board = settings.server_args.num_devices(), folder / f"{number}.unit"
+    num_ranks, board = settings.num_ranks, folder / f"{number}.unit"
     # The ranks of other machines are started there; this process has the first one's alone.
     local = 1 if settings.is_first_of_torchrun else num_ranks
     store = None if local < num_ranks or num_ranks == 1 else folder / f"{number}.store"
-    first = settings.start(None if store is None else store.name)
-    starts = [msgspec.structs.replace(first, rank=rank, local_rank=rank) for rank in range(local)]
     try:
         worker = WorkerGroup([], UnitBoard(board), store)
     except OSError as error:
         raise PortError(f"TMPDIR: {str(folder)!r} cannot be written: {error.strerror or error}") from error
     try:
-        for start in starts:
-            worker.ranks.append(await start_rank(folder / f"{number}.{start.rank}.ipc", board, start))
+        for rank in range(local):
+            start = Start(settings, rank, rank, None if store is None else store.name)
+            worker.ranks.append(await start_rank(folder / f"{number}.{rank}.ipc", board, start))
     except BaseException:
         await worker.stop(kindly=False)
         worker.board.remove()

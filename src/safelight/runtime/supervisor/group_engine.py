@@ -19,7 +19,7 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import SafelightError
 from safelight.results import GenerationEvent, GenerationOutput, output_from_media
 from safelight.runtime.client import GenerationRequest, Output, Progress
-from safelight.runtime.supervisor.group import EngineSettings
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor.supervisor import Supervisor
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from safelight.core.schema import ModelSchema
 from safelight.errors import NotReadyError, QueueFullError
 from safelight.runtime.client import EngineClient, EngineStats, GenerationRequest, State, Ticket
-from safelight.runtime.supervisor.group import EngineSettings
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor.supervisor import Supervisor
 
 

@@ -48,8 +48,9 @@ from safelight.runtime.messages import (
     Progressed,
     schema_from_wire,
 )
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.sockets import LIBRARY, make_folder, remove_folder, require_private
-from safelight.runtime.supervisor.group import EngineSettings, Rank, WorkerGroup, start_worker
+from safelight.runtime.supervisor.group import Rank, WorkerGroup, start_worker
 from safelight.runtime.supervisor.live import LiveRequest
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 import torch
@@ -70,14 +70,14 @@ class Job(msgspec.Struct, frozen=True):
     """What is compiled.
 
     Attributes:
-        server_args: fields of `ServerArgs`.
+        server_args: the engine's settings.
         num_threads: of a kernel.
         dtypes: of each component's weights, by their names, those of other blocks left out.
         calls: canonical.
 
     """
 
-    server_args: dict[str, Any]
+    server_args: ServerArgs
     num_threads: int
     dtypes: dict[str, dict[str, str]]
     calls: list[CallLayout]
@@ -152,7 +152,7 @@ def job_of(compilation: Compilation) -> Job:
         for call in compilation.calls
     ]
     dtypes = {name: dtypes_of(module) for name, module in own_modules(pipeline).items() if repeated_blocks(module)}
-    return Job(msgspec.to_builtins(pipeline.server_args), torch.get_num_threads(), dtypes, calls)
+    return Job(pipeline.server_args, torch.get_num_threads(), dtypes, calls)
 
 
 def dtypes_of(module: nn.Module) -> dict[str, str]:
@@ -168,7 +168,7 @@ def fill_cache(job: Job) -> None:
         SafelightError: if that cannot be done.
 
     """
-    args = ServerArgs(**job.server_args)
+    args = job.server_args
     use_cache()
     torch.set_num_threads(job.num_threads)
     modules = {name: skeleton(args, name, dtypes) for name, dtypes in job.dtypes.items()}

@@ -98,7 +98,7 @@ class GPUWorker:
             logger.exception("this process ends, because its device has failed")
             os._exit(DEVICE_LOST)  # what the interpreter frees at its end would ask the device again
         except Exception:
-            if start.num_ranks == 1:
+            if start.settings.num_ranks == 1:
                 raise
             logger.exception("this rank cannot go on with the others")
             os._exit(GROUP_LOST)  # what waits in a collective would hold the process
@@ -106,14 +106,14 @@ class GPUWorker:
         return 0
 
     def _load(self, start: Start) -> Loaded:
-        self.board.write(Unit("load", (), time.monotonic(), start.limits.first))
+        self.board.write(Unit("load", (), time.monotonic(), start.settings.unit_limits.first))
         begun = time.perf_counter()
         engine = build_engine(start, self.channel.path.parent, self.board if start.rank == 0 else None)
         adopt_libraries()
         load_seconds = time.perf_counter() - begun
         begun = time.perf_counter()
-        is_warm = start.warm_up and warm_up(engine)
-        compile_in_background(engine, start.limits.first)
+        is_warm = start.settings.warm_up and warm_up(engine)
+        compile_in_background(engine, start.settings.unit_limits.first)
         self.board.write(None)
         self.scheduler = Scheduler(engine, self.channel) if engine.ranks.leads else PlanExecutor(engine)
         warm_up_seconds = time.perf_counter() - begun if is_warm else 0.0
@@ -141,15 +141,15 @@ def build_engine(start: Start, folder: Path, board: UnitBoard | None) -> Engine:
     args = local_args(start)
     if args.torch_device().type == "cuda":
         torch.cuda.set_device(numbered(args.torch_device()))  # for the whole process, and everything in it
-    mesh = join(start, args, folder) if start.num_ranks > 1 else lone_mesh()
+    mesh = join(start, args, folder) if start.settings.num_ranks > 1 else lone_mesh()
     pipeline = load_pipeline(args, mesh=mesh)
-    batching: Any = start.batching
+    batching: Any = start.settings.batching
     return Engine(
         pipeline,
-        Policy(share=start.share),
-        max_running=start.max_running,
+        Policy(share=start.settings.share),
+        max_running=start.settings.max_running,
         batching=batching,
-        watch=Watch(board, start.limits),
+        watch=Watch(board, start.settings.unit_limits),
         ranks=ranks_of(pipeline, mesh, args),
     )
 
@@ -170,11 +170,11 @@ def with_memory(engine: Engine, start: Start) -> ModelSchema:
     schema = engine.ranks.schema or pipeline.schema
     if schema.architecture is None:
         return schema
-    itemsize = start.args().component_dtype("transformer").itemsize
+    itemsize = start.settings.server_args.component_dtype("transformer").itemsize
     schema = dataclasses.replace(schema, token_bytes=schema.architecture.values_per_token * itemsize)
     if schema.device_bytes or (gauge := gauge_of(pipeline.device)) is None:
         return schema
-    return dataclasses.replace(schema, device_bytes=gauge.ceiling() * start.num_ranks)
+    return dataclasses.replace(schema, device_bytes=gauge.ceiling() * start.settings.num_ranks)
 
 
 def local_args(start: Start) -> ServerArgs:
@@ -184,11 +184,11 @@ def local_args(start: Start) -> ServerArgs:
         InvalidParameterError: where there is no such device.
 
     """
-    args = start.args()
+    args = start.settings.server_args
     device = args.torch_device()
-    if device.type != "cuda" or (start.num_ranks == 1 and not start.first_device):
+    if device.type != "cuda" or (start.settings.num_ranks == 1 and not start.settings.first_device):
         return args
-    index = (device.index or 0) + start.first_device + start.local_rank
+    index = (device.index or 0) + start.settings.first_device + start.local_rank
     if index >= torch.cuda.device_count():
         takes = f"as many as there are: {torch.cuda.device_count()}, and a replica or rank is to have number {index}"
         raise InvalidParameterError("device", args.device, takes)
@@ -207,12 +207,12 @@ def join(start: Start, args: ServerArgs, folder: Path) -> Mesh:
     else:
         meeting = f"file://{folder / start.store}"
         dist.init_process_group(
-            backend, init_method=meeting, rank=start.rank, world_size=start.num_ranks, timeout=MEETING
+            backend, init_method=meeting, rank=start.rank, world_size=start.settings.num_ranks, timeout=MEETING
         )
     choice = layout_for(args)
     if start.rank == 0:
         layout_logger.info("%s", choice)
-    return build_mesh(choice.layout, device.type, timedelta(seconds=start.limits.first))
+    return build_mesh(choice.layout, device.type, timedelta(seconds=start.settings.unit_limits.first))
 
 
 def compile_in_background(engine: Engine, limit: float) -> None:
@@ -238,7 +238,7 @@ def follow(start: Start) -> int:
     """Be a rank beside the first, where `torchrun` starts all; return when the first one stops."""
     engine = build_engine(start, Path(), None)
     adopt_libraries()
-    if start.warm_up:
+    if start.settings.warm_up:
         warm_up(engine)
     PlanExecutor(engine).run()
     return 0
