@@ -422,8 +422,6 @@ serving/models_api.py serving/openapi.py serving/origins.py serving/spool.py ser
 HELPERS_IN_TESTS = {
     "tests.acceleration.test_cpu",
     "tests.loading.test_checkpoint",
-    "tests.runtime.worker.test_engine",
-    "tests.runtime.supervisor.test_supervisor",
     "tests.serving.test_api",
 }
 """Test modules from which others import, as they were when the rule was made."""

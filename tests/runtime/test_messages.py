@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -59,7 +60,11 @@ def test_a_familys_schema_is_the_same_in_the_other_process():
 
 def test_parameters_that_no_family_wrote_are_made_again():
     own = {"strength": Option("number", "How much changes.", minimum=0.0)}
-    given = {"defaults": {"strength": 0.5}, "excluded": frozenset({"fps"}), "refused": {"generator": "seed"}}
+    given: dict[str, Any] = {
+        "defaults": {"strength": 0.5},
+        "excluded": frozenset({"fps"}),
+        "refused": {"generator": "seed"},
+    }
     params_cls = make_params_cls("Foreign", own, **given)
     found = crossed(schema_of("SomebodysPipeline", params_cls))
     assert found.params_cls.options() == params_cls.options() and found.params_cls.__name__ == "Foreign"
@@ -76,5 +81,6 @@ def test_images_keep_their_fields_and_pixels(mode):
     sent = [(described_image(*each), image_to_array(each[1]).tobytes()) for each in images]
     made = [(described[0], array_to_image(data, *described[1:])) for described, data in sent]
     again = join_images(params_cls, fields, made)
+    assert again.image is not None
     assert [np.array(each).tolist() for each in again.image] == [np.array(each).tolist() for each in pictures]
     assert dataclasses.replace(again, image=None) == dataclasses.replace(params, image=None)

@@ -13,7 +13,7 @@ import pytest
 
 from safelight.runtime.host_memory import Kills
 from safelight.runtime.supervisor.group import Rank
-from tests.runtime.supervisor.test_supervisor import drive, pid_of, running
+from tests.runtime.workers import drive, pid_of, running
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor.replicas import ReplicaSet
 from safelight.runtime.worker.gpu_worker import local_args
 from tests.live_server import fault_model, generate, serving
-from tests.runtime.supervisor.test_supervisor import answer, ask, drive
+from tests.runtime.workers import answer, ask, drive
 from tests.serving.stub_engine import IMAGE_SCHEMA
 
 

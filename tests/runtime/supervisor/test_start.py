@@ -24,7 +24,7 @@ from safelight.runtime.supervisor import group, supervisor
 from safelight.runtime.supervisor.replicas import ReplicaSet
 from safelight.runtime.supervisor.supervisor import Supervisor
 from tests.live_server import command, environment, fault_model, free_port, generate, serving
-from tests.runtime.supervisor.test_supervisor import answer, ask, drive, pid_of, running
+from tests.runtime.workers import answer, ask, drive, pid_of, running
 
 SOON = 5.0
 """Seconds from a failure to the reason. What comes before it, the interpreter and its imports, takes a second here."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import stat
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 
 from safelight.core.params import SamplingParams
-from safelight.core.server_args import ServerArgs
 from safelight.errors import (
     CancelledError,
     InvalidParameterError,
@@ -27,7 +25,6 @@ from safelight.errors import (
     SafelightError,
     WorkerLostError,
 )
-from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest, Ticket
 from safelight.runtime.messages import Heartbeat, OutputMade, Progressed
 from safelight.runtime.settings import EngineSettings
@@ -36,42 +33,7 @@ from safelight.runtime.supervisor.live import LiveRequest
 from safelight.runtime.supervisor.supervisor import Supervisor, shaped
 from safelight.runtime.transport import ServerChannel, WorkerChannel
 from safelight.runtime.unit_board import UnitBoard, UnitLimits
-
-ANSWER = 20.0
-"""Seconds after which a test gives up waiting."""
-
-
-@contextlib.asynccontextmanager
-async def running(folder, **settings):
-    settings = {"server_args": ServerArgs(str(folder), device="cpu"), "warm_up": False, **settings}
-    supervisor = Supervisor(EngineSettings(**settings))
-    await asyncio.wait_for(supervisor.start(), 60)
-    try:
-        yield supervisor
-    finally:
-        folder = supervisor._folder
-        await supervisor.close()
-        assert not folder.exists(), "no socket or file is left over"
-
-
-def ask(supervisor, prompt="a cat", request_id="r0", **fields):
-    params, _ = prepare(supervisor.schema, {"prompt": prompt, "seed": 0, **fields})
-    return supervisor.submit(GenerationRequest(request_id, params))
-
-
-async def answer(ticket):
-    return await asyncio.wait_for(ticket.result(), ANSWER)
-
-
-async def pid_of(supervisor):
-    while supervisor.state != "ready":
-        await asyncio.sleep(0.01)
-    return supervisor._worker.process.pid
-
-
-def drive(test):
-    """Run a coroutine to its end."""
-    asyncio.run(asyncio.wait_for(test, 120))
+from tests.runtime.workers import answer, ask, drive, pid_of, running
 
 
 def test_outputs_progress_and_images_cross_the_socket(fault_family, fault_folder, expected):

@@ -13,17 +13,13 @@ from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.plan import Plan
 from safelight.runtime.worker.policy import Policy
 from tests.runtime.conftest import request
+from tests.runtime.engines import Clock, drive
 
 
 def alone(pipeline, req):
     for _ in SyncExecutor(pipeline).execute(req):
         pass
     return req.outputs[0]
-
-
-def drive(engine, until=None):
-    while engine.tasks and not (until and until()):
-        assert engine.tick()
 
 
 @pytest.mark.parametrize("units", range(1, 9))
@@ -185,19 +181,6 @@ def test_a_request_past_its_deadline_never_begins(fault_pipeline):
     drive(engine)
     assert isinstance(late.error, DeadlineError) and not late.execution.started
     assert busy.error is None and in_time.error is None
-
-
-class Clock:
-    """A clock that only what is simulated moves."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
 
 
 @pytest.fixture

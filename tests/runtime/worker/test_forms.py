@@ -14,7 +14,7 @@ from safelight.runtime.unit_board import UnitBoard, UnitLimits
 from safelight.runtime.worker.engine import COMPILE_PATIENCE, Engine
 from safelight.runtime.worker.watch import Watch
 from tests.runtime.conftest import request
-from tests.runtime.worker.test_engine import Clock, drive
+from tests.runtime.engines import Clock, drive
 
 NUM_UNITS = 2
 COMPILED = Form("compiled")

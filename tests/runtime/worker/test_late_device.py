@@ -18,7 +18,7 @@ from safelight.runtime.supervisor.group import worker_environment
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.watch import Watch
 from tests.runtime.conftest import request
-from tests.runtime.supervisor.test_supervisor import answer, ask, drive, pid_of, running
+from tests.runtime.workers import answer, ask, drive, pid_of, running
 
 STEP = 1.0
 

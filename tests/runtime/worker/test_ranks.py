@@ -23,7 +23,7 @@ from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.ranks import Ranks, reason_of, vote_of
 from tests.calls import loaded_as
 from tests.runtime.conftest import request
-from tests.runtime.supervisor.test_supervisor import answer, ask, drive, pid_of, running
+from tests.runtime.workers import answer, ask, drive, pid_of, running
 
 
 def on_two(folder, **settings):

@@ -27,7 +27,7 @@ from safelight.testing.models import requests
 from tests.calls import loaded_as
 from tests.recipes import all_recipes
 from tests.runtime.conftest import request
-from tests.runtime.worker.test_engine import drive as run
+from tests.runtime.engines import drive as run
 
 STAGES = ("encoding", "denoising", "decoding")
 GIB = 1 << 30
