@@ -22,8 +22,8 @@ from safelight.acceleration.compile import compile_blocks, compiling, in_form, u
 from safelight.core.server_args import ServerArgs
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest
-from safelight.runtime.group import EngineSettings
-from safelight.runtime.supervisor import Supervisor
+from safelight.runtime.settings import EngineSettings
+from safelight.runtime.supervisor.supervisor import Supervisor
 
 QUICK: Grid = (1, 8, 8)
 TARGET = 1.1

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelight.runtime.group import worker_environment
 from safelight.runtime.processes import SAFE_PATH
+from safelight.runtime.supervisor.group import worker_environment
 
 TESTS = (
     *(sys.executable, "-m", "pytest", "-q", "-W", "default", "--tb=short"),
@@ -82,7 +82,7 @@ TESTED = (
     "tests/acceleration/test_on_device.py",
     "tests/families/test_on_device.py",
     "tests/features/test_features.py",
-    "tests/runtime/test_on_device.py",
+    "tests/runtime/worker/test_on_device.py",
 )
 """Kernels; graphs; attention, offload, compiled blocks and memory; every pipeline; graphs with all else; failures."""
 SECTIONS = (

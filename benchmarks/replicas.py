@@ -25,9 +25,9 @@ from benchmarks.common import begin, print_table
 from safelight import ServerArgs
 from safelight.preparation import prepare
 from safelight.runtime.client import GenerationRequest
-from safelight.runtime.group import EngineSettings
-from safelight.runtime.replicas import ReplicaSet
-from safelight.runtime.supervisor import Supervisor
+from safelight.runtime.settings import EngineSettings
+from safelight.runtime.supervisor.replicas import ReplicaSet
+from safelight.runtime.supervisor.supervisor import Supervisor
 from tests.live_server import FAULT, fault_model
 
 NUM_REPLICAS = 3

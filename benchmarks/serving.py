@@ -40,8 +40,8 @@ from safelight.core.stage import PipelineStage
 from safelight.families.flux.transformer import FluxArchitecture, FluxTransformer2DModel
 from safelight.layers.rotary import rotary_table
 from safelight.loading.loader import load_pipeline
-from safelight.runtime.engine import Engine
-from safelight.runtime.policy import Policy, Task
+from safelight.runtime.worker.engine import Engine
+from safelight.runtime.worker.policy import Policy, Task
 from safelight.stages.denoising import DenoisingStage
 from tests.live_server import FAULT, fault_model, generate, serving
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from safelight.core.calls import ModelCall
 from safelight.core.form import EAGER, Form
-from safelight.core.model_runner import Forward, Wrapper
+from safelight.core.model_runner import Forward, Make, Wrapper
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.stage import Steps
 from safelight.core.trees import Tree
@@ -22,6 +22,15 @@ def through(wrapper: Wrapper, compute: Callable[[ModelCall], Tree], form: Form =
         return made
 
     return make
+
+
+def one_by_one(wrap: Callable[[Forward, Callable[[Forward], Tree]], Tree]) -> Wrapper:
+    """Return a wrapper of what is done to each forward by itself."""
+
+    def wrapper(forwards: Sequence[Forward], make: Make) -> list[Tree]:
+        return [wrap(forward, lambda each: make([each])[0]) for forward in forwards]
+
+    return wrapper
 
 
 def driven(pipeline: ComposedPipeline, steps: Steps) -> Iterator[list[ModelCall]]:

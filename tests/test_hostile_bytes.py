@@ -21,7 +21,7 @@ from safelight.errors import CheckpointError, InvalidParameterError, ModelIndexE
 from safelight.loading.checkpoint import load_weights
 from safelight.loading.loader import describe, load_pipeline
 from safelight.loading.repository import open_repository
-from safelight.runtime.room import HostGauge
+from safelight.runtime.worker.memory_gauge import HostGauge
 from safelight.serving.input_pictures import decode_picture
 from safelight.serving.limits import Limits
 from tests.backends import builders

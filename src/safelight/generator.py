@@ -19,11 +19,11 @@ from safelight.core.request import Req
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
-from safelight.group_engine import GroupEngine
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
 from safelight.results import GenerationEvent, GenerationOutput, GenerationResult, output_from_media
-from safelight.runtime.model_runner import PipelineRunner
+from safelight.runtime.supervisor.group_engine import GroupEngine
+from safelight.runtime.worker.model_runner import PipelineRunner
 
 
 class DiffusionGenerator:

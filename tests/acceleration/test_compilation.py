@@ -19,8 +19,8 @@ from safelight.core.form import EAGER
 from safelight.core.model_runner import ModelRunner
 from safelight.errors import CompilationError, InvalidParameterError
 from safelight.loading.loader import load_pipeline
-from safelight.runtime.background import job_of
-from safelight.runtime.model_runner import PipelineRunner
+from safelight.runtime.worker.background import job_of
+from safelight.runtime.worker.model_runner import PipelineRunner
 from safelight.testing.models import requests
 from tests.acceleration.compiled import COMPILED, alone, cases_of
 from tests.calls import through

@@ -17,8 +17,8 @@ from safelight.acceleration import compile as compile_module
 from safelight.acceleration.compilation import Compilation
 from safelight.acceleration.compile import missing_for_launchers, missing_toolchain
 from safelight.errors import CompilationError, InvalidParameterError
-from safelight.runtime.background import BackgroundCompiler
-from safelight.runtime.model_runner import PipelineRunner
+from safelight.runtime.worker.background import BackgroundCompiler
+from safelight.runtime.worker.model_runner import PipelineRunner
 from tests.acceleration.compiled import alone, cases_of
 
 NEAR = 1e-5

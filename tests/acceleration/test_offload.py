@@ -21,7 +21,7 @@ from safelight.errors import InvalidParameterError
 from safelight.loading.footprint import measure
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
-from safelight.runtime.engine import Engine
+from safelight.runtime.worker.engine import Engine
 from safelight.testing.models import TinyModels, requests
 from safelight.testing.recipes import shake
 from tests.acceleration.memories import UNLIMITED, CountingMemory, FailingMemory, HostMemory, LateMemory

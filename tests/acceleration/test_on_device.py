@@ -24,7 +24,7 @@ from safelight.core.form import Form
 from safelight.loading.footprint import measure
 from safelight.loading.loader import load_pipeline
 from safelight.loading.repository import open_repository
-from safelight.runtime.model_runner import PipelineRunner
+from safelight.runtime.worker.model_runner import PipelineRunner
 from safelight.testing.models import requests
 from tests.acceleration.memories import LateMemory
 from tests.calls import through

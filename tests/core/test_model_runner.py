@@ -10,7 +10,8 @@ import torch
 
 from safelight.core.calls import CallKey, ModelCall
 from safelight.core.form import EAGER, Form
-from safelight.core.model_runner import Forward, ModelRunner, one_by_one, resident
+from safelight.core.model_runner import Forward, ModelRunner, resident
+from tests.calls import one_by_one
 
 
 def forward(component="double", value=1.0):

@@ -10,7 +10,7 @@ from safelight import ServerArgs
 from safelight.core.executor import Execution
 from safelight.core.request import move
 from safelight.loading.loader import load_pipeline
-from safelight.runtime.engine import Engine
+from safelight.runtime.worker.engine import Engine
 from safelight.testing.models import alone, cases_of, requests, same
 from safelight.testing.reference import call_reference, run_ours
 from safelight.testing.suites import Suite

@@ -25,11 +25,11 @@ from safelight.loading.planning import layout_for
 from safelight.loading.repository import open_repository
 from safelight.parallel.layout import ParallelLayout
 from safelight.parallel.mesh import Mesh, build_mesh
-from safelight.runtime.engine import Batching, Engine
-from safelight.runtime.model_runner import PipelineRunner
-from safelight.runtime.plan import Plan
-from safelight.runtime.policy import Task
-from safelight.runtime.ranks import Ranks
+from safelight.runtime.worker.engine import Batching, Engine
+from safelight.runtime.worker.model_runner import PipelineRunner
+from safelight.runtime.worker.plan import Plan
+from safelight.runtime.worker.policy import Task
+from safelight.runtime.worker.ranks import Ranks
 from safelight.testing.models import requests
 from tests.acceleration.memories import LateMemory
 from tests.features.table import FEATURE, OFF, Driver, Pair

@@ -14,7 +14,7 @@ import pytest
 from safelight.errors import CheckpointError, ModelError, ModelIndexError
 from safelight.loading.files import MAX_CONTAINERS, MAX_ENTRIES, MAX_SETTINGS, read_json
 from safelight.loading.repository import open_repository
-from safelight.runtime.room import HostGauge
+from safelight.runtime.worker.memory_gauge import HostGauge
 
 FILES = [
     "model_index.json",

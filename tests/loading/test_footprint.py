@@ -58,8 +58,15 @@ def counted_peaks(repository, plan, fields):
     resident = [name for name in modules if name not in plan.placed]
     fixed = sum(tensor.nbytes for name in resident for tensor in tensors_of(modules[name]))
     placed = {name: modules[name] for name in plan.placed}
-    pipeline.residency = offload(placed, plan.rooms, plan.resident_blocks, MetaMemory())
-    with LiveStorages() as live:
+    residency = offload(placed, plan.rooms, plan.resident_blocks, MetaMemory())
+    forward = pipeline.forward
+
+    def brought(call):
+        residency.bring([call.component])
+        return forward(call)
+
+    with LiveStorages() as live, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "forward", brought)
         peaks = Peaks(live)
         for _ in range(2):
             rehearse(pipeline, request(pipeline.schema, fields), peaks)

@@ -44,7 +44,7 @@ from safelight.parallel.mesh import Mesh, build_mesh, lone_mesh
 from safelight.parallel.sequence import apply_sequence_parallel, piece_of
 from safelight.parallel.tensor import connect_shards, library_plan, shard_parameters
 from safelight.parallel.vae import BandedCausalDecoder, RowBands, divide_decoder
-from safelight.runtime.stacking import Stacking
+from safelight.runtime.worker.stacking import Stacking
 from safelight.testing.models import requests
 from safelight.testing.recipes import shake
 from tests.calls import loaded_as

@@ -17,9 +17,9 @@ from safelight.core.form import Form, Mode
 from safelight.core.request import Req
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
-from safelight.runtime.group import EngineSettings
-from safelight.runtime.model_runner import PipelineRunner
-from safelight.runtime.supervisor import Supervisor
+from safelight.runtime.settings import EngineSettings
+from safelight.runtime.supervisor.supervisor import Supervisor
+from safelight.runtime.worker.model_runner import PipelineRunner
 from safelight.serving.admission import Admission
 from safelight.serving.jobs.folder import FolderFiles
 from safelight.serving.jobs.inputs import new_job

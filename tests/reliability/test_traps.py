@@ -11,7 +11,9 @@ import pytest
 
 from safelight.acceleration.compile import CACHE_VARIABLE
 from safelight.loading.repository import SHIPPED_MODEL
-from safelight.runtime import background, group, processes
+from safelight.runtime import processes
+from safelight.runtime.supervisor import group
+from safelight.runtime.worker import background
 from tests.live_server import environment, fault_model, generate, serving
 from tests.reliability.conftest import until
 from tests.reliability.traps import set_traps
@@ -84,7 +86,7 @@ def test_a_command_guards_what_it_starts():
     assert ended.stdout.splitlines()[-1] == "1", ended.stderr
 
 
-@pytest.mark.parametrize("module", ["safelight.runtime.background", "safelight.runtime.worker_process"])
+@pytest.mark.parametrize("module", ["safelight.runtime.worker.background", "safelight.runtime.worker.process"])
 def test_a_process_of_ours_in_a_folder_of_traps(tmp_path, monkeypatch, module):
     """They import what they need, and end because they are told nothing."""
     told = set_traps(tmp_path)

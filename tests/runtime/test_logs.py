@@ -61,18 +61,19 @@ LIBRARIES = """
 import logging, sys, warnings
 from pathlib import Path
 from safelight.core.server_args import ServerArgs
-from safelight.runtime import worker
-from safelight.runtime.group import EngineSettings
+from safelight.runtime.worker import gpu_worker
+from safelight.runtime.settings import EngineSettings
 from safelight.runtime.logs import LIBRARIES, configure
-from safelight.runtime.watch import UnitBoard
+from safelight.runtime.messages import Start
+from safelight.runtime.unit_board import UnitBoard
 
 class Channel:
     path = Path(sys.argv[1]) / "socket"
 
 configure(logging.WARNING, "%(name)s: %(message)s")
-process = worker.GPUWorker.__new__(worker.GPUWorker)
+process = gpu_worker.GPUWorker.__new__(gpu_worker.GPUWorker)
 process.channel, process.board = Channel(), UnitBoard(Path(sys.argv[1]) / "board")
-process._load(EngineSettings(ServerArgs(device="cpu"), warm_up=False).start(None))
+process._load(Start(EngineSettings(ServerArgs(device="cpu"), warm_up=False)))
 assert {"diffusers", "transformers"} <= set(sys.modules)
 for name in LIBRARIES:
     for number in range(50):

@@ -38,11 +38,11 @@ def test_what_stays_is_not_looked_at(enabled, fails):
 def test_a_worker_looks_at_none_of_its_imports():
     script = (
         "import gc\n"
-        "from safelight.runtime import worker_process\n"
+        "from safelight.runtime.worker import process\n"
         "class Channel:\n"
         "    def send(self, message): pass\n"
         "    def close(self): pass\n"
-        "worker_process.run(Channel(), '/nowhere/board')\n"  # it ends there, once everything has been imported
+        "process.run(Channel(), '/nowhere/board')\n"  # it ends there, once everything has been imported
         "assert gc.isenabled() and 'torch' in __import__('sys').modules\n"
         "print(len(gc.get_objects()), gc.get_freeze_count())\n"
     )

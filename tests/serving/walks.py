@@ -24,13 +24,15 @@ from PIL import Image
 
 from safelight import ServerArgs
 from safelight.encoded import EncodedImage
-from safelight.runtime import supervisor
-from safelight.runtime.group import EngineSettings, Rank, WorkerGroup
-from safelight.runtime.replicas import ReplicaSet
-from safelight.runtime.scheduler import Scheduler
+from safelight.runtime.messages import Start
+from safelight.runtime.settings import EngineSettings
+from safelight.runtime.supervisor import supervisor
+from safelight.runtime.supervisor.group import Rank, WorkerGroup
+from safelight.runtime.supervisor.replicas import ReplicaSet
 from safelight.runtime.transport import ServerChannel, WorkerChannel
-from safelight.runtime.watch import UnitBoard
-from safelight.runtime.worker import GPUWorker
+from safelight.runtime.unit_board import UnitBoard
+from safelight.runtime.worker.gpu_worker import GPUWorker
+from safelight.runtime.worker.scheduler import Scheduler
 from safelight.serving import bodies
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
@@ -38,7 +40,7 @@ from safelight.serving.jobs.folder import FolderFiles
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.sqlite import SqliteJobStore
 
-SOURCE = str(Path(supervisor.__file__).parents[1]) + os.sep
+SOURCE = str(Path(supervisor.__file__).parents[2]) + os.sep
 DATA = (
     *("Body", "Asked", "Resolved", "Upload", "Repeated", "Stored", "LongText", "Spool"),
     *("LiveRequest", "Ticket", "Task", "Execution", "Req"),
@@ -70,13 +72,12 @@ class ThreadProcess:
 
 
 async def start_thread(folder: Path, number: int, settings: EngineSettings) -> WorkerGroup:
-    """Start a worker as `runtime.group` does, with a thread in the place of the process."""
+    """Start a worker as `runtime.supervisor.group` does, with a thread in the place of the process."""
     board, path = folder / f"{number}.unit", folder / f"{number}.ipc"
-    group, start = WorkerGroup([], UnitBoard(board)), settings.start(None)
-    group.outgoing.put_nowait((start, ()))
-    channel = ServerChannel(path)
+    group, channel = WorkerGroup([], UnitBoard(board)), ServerChannel(path)
+    channel.send(Start(settings))
     worker = GPUWorker(WorkerChannel(str(path), os.getppid()), str(board))
-    group.ranks.append(Rank(ThreadProcess(worker.run), channel, start))  # type: ignore[arg-type]
+    group.ranks.append(Rank(ThreadProcess(worker.run), channel))  # type: ignore[arg-type]
     return group
 
 

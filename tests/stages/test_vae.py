@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safelight.stages.vae import INPUT, VAE, Decoder, Piece, Unit, WholeEncoder, whole
+from safelight.stages.vae import INPUT, VAE, Decoder, Piece, Unit, whole
 
 
 class Rows(Decoder):
@@ -33,7 +33,7 @@ class Rows(Decoder):
 
 
 def vae(costs, unit_cost):
-    return VAE(WholeEncoder(None), Rows(costs), unit_cost=unit_cost)
+    return VAE(None, Rows(costs), unit_cost=unit_cost)
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_the_librarys_own_way_is_one_unit():
     run = whole(library)
     assert list(run.calls((2, 1, 4, 4))) == [(0, 1)]
     assert run.decoded({INPUT: torch.ones(2)}, (2,), (0, 1))["pieces"].tolist() == [2, 2]
-    assert run.encoder.num_units((1, 3, 8, 8)) == 1
+    assert run.num_encodes((1, 3, 8, 8)) == 1
     assert run.encoded({INPUT: torch.ones(2)}, 0)["mode"].tolist() == [2, 2]

@@ -17,7 +17,7 @@ from safelight.core.executor import Execution
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req
-from safelight.runtime.stacking import split, stack
+from safelight.runtime.worker.stacking import split, stack
 
 SHARED = "`shared_kwargs` of the config"
 

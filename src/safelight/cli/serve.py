@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from safelight.cli.config_file import read_config
 from safelight.cli.options import API_KEY_FILE_VARIABLE, given_settings, setting_options
@@ -41,11 +40,11 @@ def serve(model: str | None, config: Path | None, **values: Any) -> None:
     server_args, http_args = _settings({**values, "model": model}, config)
     place = launched(server_args.num_devices())
     if place is not None and place.rank > 0:
-        from safelight.runtime.worker import follow
+        from safelight.runtime.messages import Start
+        from safelight.runtime.worker.gpu_worker import follow
 
-        start = engine_settings(server_args, http_args).start(None)
-        places = {"rank": place.rank, "local_rank": place.local_rank}
-        click.get_current_context().exit(follow(msgspec.structs.replace(start, **places)))
+        start = Start(engine_settings(server_args, http_args), place.rank, place.local_rank)
+        click.get_current_context().exit(follow(start))
     logging.getLogger().setLevel(min(logging.getLogger().level, logging.WARNING))
 
     async def run() -> int:

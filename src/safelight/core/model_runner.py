@@ -48,14 +48,18 @@ class ModelRunner:
         pipeline: the model.
         way: what happens to its calls, the outermost first; then the component runs.
 
+    Attributes:
+        run: makes calls, and returns the result of each, or raises what one of them raised.
+
     """
 
     def __init__(self, pipeline: ComposedPipeline, way: Sequence[Wrapper]) -> None:
         self.pipeline = pipeline
         self.way = tuple(way)
-        self._make: Make = self._forward_each
+        self.run: Make = lambda forwards: [pipeline.forward(forward.call) for forward in forwards]
         for wrapper in reversed(self.way):
-            self._make = behind(wrapper, self._make)
+            self.run = behind(wrapper, self.run)
+        self.run = torch.inference_mode()(self.run)
 
     @property
     def form(self) -> Form:
@@ -70,39 +74,20 @@ class ModelRunner:
         """Say whether calls of a form can be made now, or may be later."""
         return self.has(form)
 
-    def run(self, forwards: Sequence[Forward]) -> list[Tree]:
-        """Make calls; return the result of each.
-
-        Raises:
-            Exception: whatever one of them raised.
-
-        """
-        with torch.inference_mode():
-            return self._make(forwards)
-
-    def _forward_each(self, forwards: Sequence[Forward]) -> list[Tree]:
-        return [self.pipeline.forward(forward.call) for forward in forwards]
-
 
 def behind(wrapper: Wrapper, make: Make) -> Make:
     """Return what makes forwards in a wrapper."""
     return lambda forwards: wrapper(forwards, make) if forwards else []
 
 
-def one_by_one(wrap: Callable[[Forward, Callable[[Forward], Tree]], Tree]) -> Wrapper:
-    """Return a wrapper of what is done to each forward by itself."""
-
-    def wrapper(forwards: Sequence[Forward], make: Make) -> list[Tree]:
-        return [wrap(forward, lambda each: make([each])[0]) for forward in forwards]
-
-    return wrapper
-
-
 def resident(pipeline: ComposedPipeline) -> Wrapper:
     """Return a wrapper that has a model's components on the device before they run."""
 
-    def bring(forward: Forward, make: Callable[[Forward], Tree]) -> Tree:
-        pipeline.residency.bring([forward.call.component])
-        return make(forward)
+    def bring(forwards: Sequence[Forward], make: Make) -> list[Tree]:
+        results = []
+        for forward in forwards:
+            pipeline.residency.bring([forward.call.component])
+            results += make([forward])
+        return results
 
-    return one_by_one(bring)
+    return bring

@@ -16,7 +16,7 @@ from safelight.layers.causal_vae import CausalDecoder
 from safelight.parallel.collectives import Communicator
 from safelight.parallel.vae import BandedCausalDecoder, RowBands, decode_at_once, divide_decoder
 from safelight.stages.causal_vae import CausalFrameDecoder, CausalFrameEncoder
-from safelight.stages.vae import VAE, Decoder, WholeEncoder, whole
+from safelight.stages.vae import VAE, Decoder, whole
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def layers_over_ranks(vae: Any, ranks: Communicator) -> VAE:
 
 def frames_at_once_over_ranks(vae: Any, ranks: Communicator) -> VAE:
     """Decode some rows of all frames."""
-    return VAE(WholeEncoder(vae), None, partial(decode_at_once, BandedCausalDecoder(vae, ranks)))
+    return replace(whole(vae), decode=partial(decode_at_once, BandedCausalDecoder(vae, ranks)))
 
 
 TREATMENTS: Mapping[str, Treatment] = {

@@ -1,1 +1,1 @@
-"""Many requests on one device, a step at a time: engine, policy, worker process, and its supervisor."""
+"""Many requests on one device, a step at a time: workers, what watches them, and what goes between the two."""

@@ -20,10 +20,9 @@ from safelight.core.options import Option
 from safelight.core.params import SamplingParams, make_params_cls
 from safelight.core.registry import get_pipeline, pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
-from safelight.core.server_args import ServerArgs
 from safelight.core.stage_memory import StageMemory
 from safelight.encoded import EncodedImage
-from safelight.runtime.watch import UnitLimits
+from safelight.runtime.settings import EngineSettings
 
 SCHEMA_KEY = "x-safelight"
 """Where the JSON Schema of a request's body holds what our own client is told of a model."""
@@ -38,34 +37,17 @@ class Start(Message, frozen=True):
     """To the worker, first: load the model.
 
     Attributes:
-        server_args: fields of `ServerArgs`.
-        max_running: tasks that hold device memory at most.
-        batching: `exact` or `throughput`.
-        share: of device time that the longest task and the oldest get at least, each.
-        limits: how long units may take.
-        warm_up: whether one small request is run before the worker calls itself ready.
-        rank, num_ranks: which of the processes this is that share every request.
+        settings: the engine's.
+        rank: which of the processes this is that share every request.
         local_rank: which of those on this machine.
         store: name of the file through which they meet; None where `torchrun` started them.
-        first_device: of the GPUs, counted from the one that the settings name.
 
     """
 
-    server_args: dict[str, Any]
-    max_running: int
-    batching: str
-    share: float
-    limits: UnitLimits
-    warm_up: bool
+    settings: EngineSettings
     rank: int = 0
     local_rank: int = 0
-    num_ranks: int = 1
     store: str | None = None
-    first_device: int = 0
-
-    def args(self) -> ServerArgs:
-        """Return the settings."""
-        return ServerArgs(**self.server_args)
 
 
 class Submit(Message, frozen=True):
@@ -227,18 +209,18 @@ class WireSchema(msgspec.Struct, frozen=True):
 
     model: str
     pipeline_name: str
-    task: str
+    task: ModelTaskType
     params: WireParams | None
     defaults: dict[str, Any]
     size_multiple: int
     num_input_images: tuple[int, int]
     frame_step: int
-    notes: list[str]
+    notes: tuple[str, ...]
     capabilities: list[str]
     architecture: Architecture | None = None
     token_bytes: int = 0
     device_bytes: int = 0
-    stage_memory: list[StageMemory] = []
+    stage_memory: tuple[StageMemory, ...] = ()
 
 
 ToWorker = Start | Submit | Cancel | Stop
@@ -288,44 +270,20 @@ def array_to_image(data: bytes, mode: str, width: int, height: int, kind: str = 
 
 def schema_to_wire(schema: ModelSchema) -> WireSchema:
     """Return what of a schema another process needs."""
-    return WireSchema(
-        model=schema.model,
-        pipeline_name=schema.pipeline_name,
-        task=schema.task.value,
-        params=None if schema.pipeline_name in pipelines() else _params_to_wire(schema.params_cls),
-        defaults=dict(schema.defaults),
-        size_multiple=schema.size_multiple,
-        num_input_images=schema.num_input_images,
-        frame_step=schema.frame_step,
-        notes=list(schema.notes),
-        capabilities=sorted(schema.capabilities),
-        architecture=schema.architecture,
-        token_bytes=schema.token_bytes,
-        device_bytes=schema.device_bytes,
-        stage_memory=list(schema.stage_memory),
-    )
+    shared = {name: value for name, value in vars(schema).items() if name != "params_cls"}
+    shared |= {"defaults": dict(schema.defaults), "capabilities": sorted(schema.capabilities)}
+    known = schema.pipeline_name in pipelines()
+    return WireSchema(params=None if known else _params_to_wire(schema.params_cls), **shared)
 
 
 def schema_from_wire(wire: WireSchema) -> ModelSchema:
     """Return the schema that the worker published."""
     params_cls = get_pipeline(wire.pipeline_name).sampling_param_cls() if wire.params is None else _made(wire.params)
     options = params_cls.options()
-    return ModelSchema(
-        model=wire.model,
-        pipeline_name=wire.pipeline_name,
-        task=ModelTaskType(wire.task),
-        params_cls=params_cls,
-        defaults={name: options[name].check(name, value) for name, value in wire.defaults.items()},
-        size_multiple=wire.size_multiple,
-        num_input_images=wire.num_input_images,
-        frame_step=wire.frame_step,
-        notes=tuple(wire.notes),
-        capabilities=frozenset(wire.capabilities),
-        architecture=wire.architecture,
-        token_bytes=wire.token_bytes,
-        device_bytes=wire.device_bytes,
-        stage_memory=tuple(wire.stage_memory),
-    )
+    shared = {name: value for name, value in msgspec.structs.asdict(wire).items() if name != "params"}
+    shared["defaults"] = {name: options[name].check(name, value) for name, value in wire.defaults.items()}
+    shared["capabilities"] = frozenset(wire.capabilities)
+    return ModelSchema(params_cls=params_cls, **shared)
 
 
 def _params_to_wire(params_cls: type[SamplingParams]) -> WireParams:

@@ -6,6 +6,7 @@ bytes, or the name of its file in the socket's directory.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -14,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -34,8 +34,6 @@ _ENCODER = msgspec.msgpack.Encoder()
 _TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _SPOOLED = msgspec.msgpack.Decoder(list[int])
 _FROM_WORKER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
-
-Parcel = tuple[Any, Sequence[Array]]
 
 
 def to_frames(message: ToWorker | FromWorker, arrays: Sequence[Array] = ()) -> list[bytes | memoryview]:
@@ -94,10 +92,12 @@ class ServerChannel:
             self.close()
             raise PortError(f"TMPDIR: a socket cannot be made in {str(path.parent)!r}: {error.strerror}") from error
 
-    async def send(self, message: ToWorker, arrays: Sequence[Array] = ()) -> None:
-        """Queue a message; the socket keeps what the worker has not taken yet."""
+    def send(self, message: ToWorker, arrays: Sequence[Array] = ()) -> None:
+        """Give a message to the socket, which keeps what the worker has not taken yet."""
         assert self._socket is not None
-        await self._socket.send_multipart(to_frames(message, arrays), copy=len(arrays) == 0)
+        sending = asyncio.ensure_future(self._socket.send_multipart(to_frames(message, arrays), copy=len(arrays) == 0))
+        if sending.done():  # as it is where a worker is connected
+            sending.result()
 
     async def receive(self) -> tuple[FromWorker, list[Media]]:
         """Wait for the next message, with its arrays: their bytes, [N] uint8."""
@@ -113,7 +113,7 @@ class ServerChannel:
                 raise
             found = StorageError.of(error, "the video on its way to be encoded")
             logger.error("%s: %s", found, error)
-            return Failed(message.request_id, found.code, str(found), None), []
+            return Failed(message.request_id, found.code, str(found)), []
         return message, arrays
 
     def close(self) -> None:
@@ -189,43 +189,38 @@ class WorkerChannel:
             poller.register(socket, zmq.POLLIN)
             poller.register(self._wake_read, zmq.POLLIN)
             beat = time.monotonic()
-            while self._send_queued(socket):
+            while self._send(socket):
                 ready = dict(poller.poll(timeout=max(0, int(1000 * (beat - time.monotonic())))))
                 if self._wake_read in ready:
                     os.read(self._wake_read, 65536)
                 if socket in ready:
                     self._receive(socket)
                 if time.monotonic() >= beat:
-                    self._beat(socket)
+                    self._beat()
                     beat = time.monotonic() + HEARTBEAT_SECONDS
 
-    def _send_queued(self, socket: zmq.Socket[bytes]) -> bool:
+    def _send(self, socket: zmq.Socket[bytes]) -> bool:
         """Send what is queued; False when the channel was closed."""
-        while True:
-            try:
-                parcel = self._outgoing.get_nowait()
-            except queue.Empty:
-                return True
-            if parcel is None:
+        while not self._outgoing.empty():
+            queued = self._outgoing.get()
+            if queued is None:
                 return False
-            self._send(socket, *parcel)
+            message, arrays = queued
+            try:
+                frames = spooled_frames(message, arrays, self.path.parent)
+            except StorageError as error:
+                assert isinstance(message, OutputMade), "no other message has arrays so large that they lie in a file"
+                logger.error("%s: %s", error, error.__cause__)
+                frames = spooled_frames(Failed(message.request_id, error.code, str(error)), (), self.path.parent)
+            socket.send_multipart(frames, copy=len(arrays) == 0)
+        return True
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         while socket.poll(0):
             first, *others = socket.recv_multipart()
             self._incoming.put((_TO_WORKER.decode(first), others))
 
-    def _beat(self, socket: zmq.Socket[bytes]) -> None:
+    def _beat(self) -> None:
         if os.getppid() != self._parent:
             os._exit(1)  # nobody is there to work for; an orphan would hold the device
-        self._send(socket, self.heartbeat(), ())
-
-    def _send(self, socket: zmq.Socket[bytes], message: FromWorker, arrays: Sequence[Array]) -> None:
-        folder = self.path.parent
-        try:
-            frames = spooled_frames(message, arrays, folder)
-        except StorageError as error:
-            assert isinstance(message, OutputMade), "no other message has arrays so large that they lie in a file"
-            logger.error("%s: %s", error, error.__cause__)
-            frames = spooled_frames(Failed(message.request_id, error.code, str(error), None), (), folder)
-        socket.send_multipart(frames, copy=not arrays)
+        self._outgoing.put((self.heartbeat(), ()))

@@ -16,9 +16,9 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, PortError, SafelightError
 from safelight.loading.repository import existing
 from safelight.parallel.torchrun import launched
-from safelight.runtime.group import EngineSettings
-from safelight.runtime.replicas import ReplicaSet
-from safelight.runtime.watch import UnitLimits
+from safelight.runtime.settings import EngineSettings
+from safelight.runtime.supervisor.replicas import ReplicaSet
+from safelight.runtime.unit_board import UnitLimits
 from safelight.serving.addresses import read_address_key
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings

@@ -55,7 +55,7 @@ class ImageVAEEncodingStage(PipelineStage):
         dtype = server_args.component_dtype(COMPONENT, self.config.precisions.get(COMPONENT))
         pixels = self.config.prepare_vae_input(batch, index).to(server_args.torch_device(), dtype)
         batch.stage_state = EncodingState({INPUT: pixels})
-        return self.vae.encoder.num_units(pixels.shape)
+        return self.vae.num_encodes(pixels.shape)
 
     def _call(self, batch: Req, unit: int) -> ModelCall:
         """Return the call of a unit, which takes the VAE's state with it."""

@@ -86,45 +86,22 @@ class Encoder(ABC):
         """Do a unit; return the mode of the posterior, [1, C, ...], of the frames that it is of."""
 
 
-class WholeEncoder(Encoder):
-    """The library's own way, at once.
-
-    Args:
-        vae: the library's module.
-
-    """
-
-    def __init__(self, vae: Any) -> None:
-        self.vae = vae
-
-    def begin(self, pixels: Tensor) -> State:
-        """Return the state of pixels [1, C, ...]."""
-        return {INPUT: pixels}
-
-    def num_units(self, pixel_shape: Sequence[int]) -> int:
-        """Return 1."""
-        return 1
-
-    def encode(self, state: State, index: int) -> Tensor:
-        """Return the mode of the posterior, [1, C, ...]."""
-        mode: Tensor = self.vae.encode(state.pop(INPUT)).latent_dist.mode()
-        return mode
-
-
 @dataclass(frozen=True)
 class VAE:
     """How a model's VAE is run.
 
     Attributes:
-        encoder: of input images and clips.
+        encoder: of input images and clips, in units; None where `encode` encodes each at once.
         decoder: in units; None where `decode` decodes all pictures of a request at once.
+        encode: the mode of the posterior of pixels, both [1, C, ...]; None where there is an encoder.
         decode: pixels [B, C, ...] of latents [B, C, ...]; None where there is a decoder.
         unit_cost: multiplications of a model call, unless one unit has more.
 
     """
 
-    encoder: Encoder
+    encoder: Encoder | None
     decoder: Decoder | None
+    encode: Callable[[Tensor], Tensor] | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     unit_cost: int = UNIT_COST
 
@@ -158,6 +135,10 @@ class VAE:
         work = islice(self.decoder.units(latent_shape), first, stop)
         return {"pieces": [piece for unit in work for piece in unit.run(state)], "state": state}
 
+    def num_encodes(self, pixel_shape: Sequence[int]) -> int:
+        """Return the number of units of an encode, each a model call, for pixels of this shape."""
+        return 1 if self.encoder is None else self.encoder.num_units(pixel_shape)
+
     def encoded(self, state: State, index: int) -> dict[str, Any]:
         """Do a unit of an encode: return the state behind it, and the mode of the posterior of its frames.
 
@@ -166,10 +147,18 @@ class VAE:
             index: of the unit.
 
         """
+        if self.encoder is None:
+            assert self.encode is not None, "a VAE encodes in one of two ways"
+            return {"mode": self.encode(state.pop(INPUT)), "state": {}}
         state = state if index else self.encoder.begin(state.pop(INPUT))
         return {"mode": self.encoder.encode(state, index), "state": state}
 
 
 def whole(vae: Any) -> VAE:
     """Return the library's own way of running one of its VAEs."""
-    return VAE(WholeEncoder(vae), None, lambda latents: vae.decode(latents, return_dict=False)[0])
+    return VAE(
+        encoder=None,
+        decoder=None,
+        encode=lambda pixels: vae.encode(pixels).latent_dist.mode(),
+        decode=lambda latents: vae.decode(latents, return_dict=False)[0],
+    )

@@ -20,7 +20,7 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
 from safelight.errors import InvalidParameterError
-from safelight.runtime.room import Room
+from safelight.runtime.worker.forward_estimator import ForwardEstimator
 from safelight.stages.decoding import check_finite
 from safelight.stages.denoising import DenoisingStage
 from safelight_fault.config import FaultConfig
@@ -72,7 +72,7 @@ def refuse(batch: Any, value: str) -> None:
 
 def fill(batch: Any, value: str) -> None:
     """Leave no room for the forward that comes."""
-    mock.patch.object(Room, "has_room", lambda *_: mock.patch.stopall()).start()  # once
+    mock.patch.object(ForwardEstimator, "fits", lambda *_: mock.patch.stopall()).start()  # once
 
 
 def spin(batch: Any, value: str) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from safelight.core.executor import Execution
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req, map_tensors, move
-from safelight.runtime.engine import Engine
-from safelight.runtime.worker import warm_up
+from safelight.runtime.worker.engine import Engine
+from safelight.runtime.worker.gpu_worker import warm_up
 from safelight.testing.models import TinyModels, alone, cases_of, requests, same
 from safelight.testing.recipes import Recipe
 from safelight.testing.suites.suite import Suite

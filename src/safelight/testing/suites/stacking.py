@@ -6,7 +6,7 @@ import torch
 
 from safelight.checking.report import OK
 from safelight.checking.stacking import stacking_rows
-from safelight.runtime.engine import Engine
+from safelight.runtime.worker.engine import Engine
 from safelight.testing.models import TinyModels, alone, cases_of, requests
 from safelight.testing.recipes import Recipe
 from safelight.testing.suites.suite import Suite
