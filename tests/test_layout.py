@@ -402,12 +402,13 @@ parallel/sequence.py parallel/shards.py parallel/torchrun.py parallel/vae.py
 runtime/background.py runtime/client.py runtime/cost.py runtime/durations.py runtime/live.py runtime/messages.py
 runtime/policy.py runtime/scheduler.py runtime/sockets.py runtime/transport.py runtime/worker.py
 runtime/worker_process.py
-serving/bodies.py serving/images_api.py serving/input_pictures.py serving/large_json.py serving/videos_api.py
 serving/jobs/acceptance.py serving/jobs/events.py serving/jobs/job.py serving/jobs/limits.py serving/jobs/run.py
-serving/jobs/store.py serving/jobs/submission.py serving/addresses.py serving/app.py serving/auth.py serving/clocks.py
-serving/context.py serving/envelope.py serving/errors.py serving/events.py serving/fields.py serving/forms.py
-serving/health.py serving/jobs_api.py serving/limits.py serving/listening.py serving/long_texts.py serving/metrics.py
-serving/models_api.py serving/openapi.py serving/origins.py serving/spool.py serving/trial.py
+serving/jobs/store.py serving/jobs/submission.py serving/events.py serving/jobs_api.py
+serving/http/bodies.py serving/images_api.py serving/input_pictures.py serving/http/large_json.py
+serving/videos_api.py serving/addresses.py serving/app.py serving/auth.py serving/clocks.py serving/context.py
+serving/http/envelope.py serving/http/errors.py serving/fields.py serving/http/forms.py serving/health.py
+serving/limits.py serving/http/listening.py serving/http/long_texts.py serving/metrics.py serving/models_api.py
+serving/openapi.py serving/http/origins.py serving/http/spool.py serving/trial.py
 """
 """Source files without a test at their path, as they were when the rule was made."""
 HELPERS_IN_TESTS = {

@@ -24,16 +24,17 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from safelight.errors import InvalidParameterError, QueueFullError, SafelightError, StorageFullError
-from safelight.serving import bodies, long_texts, pieces, spool, trial
-from safelight.serving.bodies import HeldBytes, read_body
+from safelight.serving import trial
 from safelight.serving.context import Settings
 from safelight.serving.events import EventStream
 from safelight.serving.fields import sort_fields
+from safelight.serving.http import bodies, long_texts, pieces, spool
+from safelight.serving.http.bodies import HeldBytes, read_body
+from safelight.serving.http.large_json import JsonResponse, LargeJson
+from safelight.serving.http.spool import IN_MEMORY, Spool
 from safelight.serving.images_api import image_fields
 from safelight.serving.input_pictures import open_picture
-from safelight.serving.large_json import JsonResponse, LargeJson
 from safelight.serving.limits import Limits
-from safelight.serving.spool import IN_MEMORY, Spool
 from tests.serving.greedy_clients import chunk, picture_of
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.large_bodies import KINDS

@@ -11,9 +11,9 @@ import pytest
 from safelight.core.server_args import ServerArgs
 from safelight.errors import SafelightError
 from safelight.serving import server
+from safelight.serving.http.listening import bound
 from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
-from safelight.serving.listening import bound
 from safelight.serving.server import Server
 from tests.live_server import free_port
 

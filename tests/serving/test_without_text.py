@@ -13,8 +13,8 @@ from safelight.cli.main import main
 from safelight.errors import UnknownParameterError
 from safelight.loading.loader import describe
 from safelight.loading.repository import open_repository
-from safelight.serving.bodies import Body
 from safelight.serving.fields import resolve, sort_fields
+from safelight.serving.http.bodies import Body
 from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
 from safelight.serving.models_api import own_fields, request_schema

@@ -19,7 +19,7 @@ from starlette.types import Scope
 
 from safelight.errors import SafelightError, StateDirectoryError
 from safelight.serving.directories import sync, write_private
-from safelight.serving.errors import AddressError, ExpiredAddressError
+from safelight.serving.http.errors import AddressError, ExpiredAddressError
 
 KEY_NAME = "address_key"
 KEY_BYTES = 32

@@ -19,8 +19,8 @@ from starlette.requests import Request
 from safelight.errors import QueueFullError, RateLimitError
 from safelight.runtime.client import EngineClient
 from safelight.serving.cost import check_cost
-from safelight.serving.errors import PriorityError
 from safelight.serving.fields import Resolved
+from safelight.serving.http.errors import PriorityError
 from safelight.serving.limits import Limits
 from safelight.serving.principals import Keys, Principal, principal_of
 

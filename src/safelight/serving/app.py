@@ -19,11 +19,11 @@ from safelight.runtime.client import EngineClient
 from safelight.serving import health, images_api, jobs_api, models_api, openapi, videos_api
 from safelight.serving.auth import KeyCheck
 from safelight.serving.context import Context, Settings
-from safelight.serving.envelope import Envelope
-from safelight.serving.errors import GONE, error_response, from_status
-from safelight.serving.hosts import Hosts
+from safelight.serving.http.envelope import Envelope
+from safelight.serving.http.errors import GONE, error_response, from_status
+from safelight.serving.http.hosts import Hosts
+from safelight.serving.http.origins import Origins, Preflight
 from safelight.serving.jobs.manager import JobManager
-from safelight.serving.origins import Origins, Preflight
 
 
 def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> FastAPI:
@@ -31,7 +31,7 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
 
     Its lifespan tells the allocator to keep no large blocks, starts the job manager, and closes that with
     `closing_seconds` to go. The engine's life is the caller's.
-    It must run under `safelight.serving.http.uvicorn_config`, which has the deadlines.
+    It must run under `safelight.serving.http.protocol.uvicorn_config`, which has the deadlines.
 
     Args:
         engine: where requests run.

@@ -7,9 +7,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safelight.errors import SafelightError
 from safelight.serving.addresses import Addresses
-from safelight.serving.errors import AuthenticationError, ForeignHostError, ForeignOriginError, error_response
-from safelight.serving.hosts import Hosts
-from safelight.serving.origins import Origins
+from safelight.serving.http.errors import AuthenticationError, ForeignHostError, ForeignOriginError, error_response
+from safelight.serving.http.hosts import Hosts
+from safelight.serving.http.origins import Origins
 from safelight.serving.principals import ANYONE, BY_ADDRESS, Keys, Principal
 
 LIVE_PATH = "/livez"

@@ -20,16 +20,16 @@ from safelight.errors import NotReadyError, SafelightError, UsageError, by_code,
 from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket, total_timings
 from safelight.serving.addresses import KEY_BYTES, Addresses
 from safelight.serving.admission import Admission, AdmissionControl, Queue
-from safelight.serving.bodies import HeldBytes
-from safelight.serving.disconnects import unless_gone
-from safelight.serving.errors import ModelNameError, NotFoundError, is_internal
 from safelight.serving.fields import Resolved
+from safelight.serving.http.bodies import HeldBytes
+from safelight.serving.http.disconnects import unless_gone
+from safelight.serving.http.errors import ModelNameError, NotFoundError, is_internal
+from safelight.serving.http.spool import LongText
 from safelight.serving.jobs.job import Job, Kind
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.limits import Limits
 from safelight.serving.metrics import Metrics
 from safelight.serving.principals import Keys, principal_of
-from safelight.serving.spool import LongText
 from safelight.serving.trial import check_all
 
 logger = logging.getLogger(__name__)

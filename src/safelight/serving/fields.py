@@ -17,12 +17,12 @@ from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.preparation import prepare
-from safelight.serving.bodies import Body, read_number
-from safelight.serving.forms import Repeated, about
+from safelight.serving.http.bodies import Body, read_number
+from safelight.serving.http.forms import Repeated, about
+from safelight.serving.http.spool import Stored
 from safelight.serving.input_pictures import open_picture, picture_bytes
 from safelight.serving.limits import Limits
 from safelight.serving.principals import LEAST_PRIORITY, MOST_PRIORITY
-from safelight.serving.spool import Stored
 
 QUALITIES: Mapping[str, float] = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0}
 """Steps, in the model's default number of them."""

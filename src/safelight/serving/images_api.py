@@ -16,11 +16,8 @@ from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
 from safelight.runtime.client import Ticket, total_timings
-from safelight.serving.bodies import aside, read_fields
 from safelight.serving.context import Context, Finished, job_error, json_response
-from safelight.serving.disconnects import unless_gone
 from safelight.serving.encoding import encode_image
-from safelight.serving.errors import GONE, error_body
 from safelight.serving.events import EventStream, event, event_pieces
 from safelight.serving.fields import (
     EFFECTLESS,
@@ -35,11 +32,14 @@ from safelight.serving.fields import (
     resolve,
     sort_fields,
 )
+from safelight.serving.http.bodies import aside, read_fields
+from safelight.serving.http.disconnects import unless_gone
+from safelight.serving.http.errors import GONE, error_body
+from safelight.serving.http.large_json import JsonResponse, LargeJson, in_thread
+from safelight.serving.http.spool import Spool
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs_api import content_url, job_object, submit
-from safelight.serving.large_json import JsonResponse, LargeJson, in_thread
 from safelight.serving.limits import Limits
-from safelight.serving.spool import Spool
 
 FORMATS = ("png", "jpeg", "webp")
 _BYTES_PER_TOKEN = 4

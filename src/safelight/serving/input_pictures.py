@@ -16,11 +16,11 @@ from PIL import Image
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.file_kinds import HEAD_BYTES, kind_of
-from safelight.serving.errors import TooLargeError
-from safelight.serving.forms import Upload
+from safelight.serving.http.errors import TooLargeError
+from safelight.serving.http.forms import Upload
+from safelight.serving.http.pieces import from_base64, from_percent, pieces
+from safelight.serving.http.spool import LongText, Stored
 from safelight.serving.limits import Limits
-from safelight.serving.pieces import from_base64, from_percent, pieces
-from safelight.serving.spool import LongText, Stored
 
 _DATA_URL = re.compile(rb'data:((?:[^,"]|"[^"]{0,1000}"){0,1000}),', re.IGNORECASE)
 """RFC 2397: a media type, its parameters, whose values may be quoted, and perhaps `;base64`."""

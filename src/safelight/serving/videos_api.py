@@ -13,9 +13,7 @@ from starlette.responses import Response
 from safelight.core.options import Option
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
-from safelight.serving.bodies import Body, aside, read_fields
 from safelight.serving.context import Context, json_response, timestamp
-from safelight.serving.errors import ConflictStateError, ModelNameError
 from safelight.serving.fields import (
     EFFECTLESS,
     INPUT_REFERENCE,
@@ -27,10 +25,12 @@ from safelight.serving.fields import (
     sort_fields,
     typed,
 )
+from safelight.serving.http.bodies import Body, aside, read_fields
+from safelight.serving.http.errors import ConflictStateError, ModelNameError
+from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs_api import content_response, error_object, page_response, percent, submit
 from safelight.serving.limits import Limits
-from safelight.serving.spool import Stored
 
 VIDEO_FIELDS: Mapping[str, Option] = {
     "prompt": Option("string", "what to generate", group="basic"),

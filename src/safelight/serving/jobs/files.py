@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
 from safelight.errors import OutputError, SafelightError, StorageError
+from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.job import StoredFile, StoredOutput, files_of
 from safelight.serving.jobs.store import Kept
-from safelight.serving.spool import Stored
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError, StorageError
 from safelight.serving.admission import Admission
 from safelight.serving.clocks import Moment
+from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.job import Job, Kind, StoredFile, new_id
-from safelight.serving.spool import Stored
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 
-from safelight.serving import forms, long_texts, pieces, spool
-from safelight.serving.bodies import _parse_json
-from safelight.serving.errors import MalformedRequestError
-from safelight.serving.forms import Upload, parse_form
+from safelight.serving.http import forms, long_texts, pieces, spool
+from safelight.serving.http.bodies import _parse_json
+from safelight.serving.http.errors import MalformedRequestError
+from safelight.serving.http.forms import Upload, parse_form
+from safelight.serving.http.long_texts import LongTexts
+from safelight.serving.http.pieces import from_percent, has_more, is_blank, to_base64
+from safelight.serving.http.spool import LongText, Spool, Stored
 from safelight.serving.limits import Limits
-from safelight.serving.long_texts import LongTexts
-from safelight.serving.pieces import from_percent, has_more, is_blank, to_base64
-from safelight.serving.spool import LongText, Spool, Stored
 
 
 @pytest.fixture(autouse=True)

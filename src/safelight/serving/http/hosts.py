@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
-from safelight.serving.errors import MalformedRequestError
+from safelight.serving.http.errors import MalformedRequestError
 
 _LONGEST = 255
 """Characters of a host's name (RFC 1035), which are looked at."""

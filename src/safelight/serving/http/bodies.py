@@ -19,13 +19,13 @@ from starlette.requests import Request
 
 from safelight.encoded import give_back_memory
 from safelight.errors import QueueFullError, SafelightError
-from safelight.serving.disconnects import unless_gone
-from safelight.serving.errors import MalformedRequestError, MediaTypeError, TimedOutError, TooLargeError
-from safelight.serving.forms import CHARSETS, about, parse_form
+from safelight.serving.http.disconnects import unless_gone
+from safelight.serving.http.errors import MalformedRequestError, MediaTypeError, TimedOutError, TooLargeError
+from safelight.serving.http.forms import CHARSETS, about, parse_form
+from safelight.serving.http.long_texts import LongTexts
+from safelight.serving.http.pieces import ControlError, has_more, is_blank
+from safelight.serving.http.spool import IN_MEMORY, Spool, Stored
 from safelight.serving.limits import Limits
-from safelight.serving.long_texts import LongTexts
-from safelight.serving.pieces import ControlError, has_more, is_blank
-from safelight.serving.spool import IN_MEMORY, Spool, Stored
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from safelight.errors import SafelightError
-from safelight.serving.envelope import new_request_id
-from safelight.serving.errors import HeadersTooLargeError, MalformedRequestError, TimedOutError, error_body
+from safelight.serving.http.envelope import new_request_id
+from safelight.serving.http.errors import HeadersTooLargeError, MalformedRequestError, TimedOutError, error_body
 from safelight.serving.limits import Limits
 
 _FREE_CHUNKS = 1000

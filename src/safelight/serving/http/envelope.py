@@ -15,9 +15,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from safelight.errors import SafelightError
-from safelight.serving.errors import error_response
-from safelight.serving.hosts import malformed
-from safelight.serving.origins import Origins
+from safelight.serving.http.errors import error_response
+from safelight.serving.http.hosts import malformed
+from safelight.serving.http.origins import Origins
 
 logger = logging.getLogger(__name__)
 

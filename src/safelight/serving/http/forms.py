@@ -11,10 +11,10 @@ from typing import Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from safelight.serving.errors import MalformedRequestError
+from safelight.serving.http.errors import MalformedRequestError
+from safelight.serving.http.pieces import is_utf8
+from safelight.serving.http.spool import IN_MEMORY, LongText, Spool, Stored
 from safelight.serving.limits import Limits
-from safelight.serving.pieces import is_utf8
-from safelight.serving.spool import IN_MEMORY, LongText, Spool, Stored
 
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 _PIECE = 1 << 16

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safelight.errors import QueueFullError, StorageFullError
-from safelight.serving.pieces import PIECE, pieces, turn
+from safelight.serving.http.pieces import PIECE, pieces, turn
 
 IN_MEMORY = 1 << 16
 """Bytes of a spool that stay in memory where that has room; what is longer is in its file."""

@@ -8,8 +8,8 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from safelight.serving.errors import ForeignHostError, ForeignOriginError, error_response
-from safelight.serving.hosts import Hosts
+from safelight.serving.http.errors import ForeignHostError, ForeignOriginError, error_response
+from safelight.serving.http.hosts import Hosts
 
 ANY = "*"
 _CROSS_SITE = "cross-site"

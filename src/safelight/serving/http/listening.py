@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from safelight.errors import QueueFullError
-from safelight.serving.errors import error_body
+from safelight.serving.http.errors import error_body
 
 logger = logging.getLogger(__name__)
 

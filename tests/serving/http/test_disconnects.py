@@ -12,7 +12,8 @@ import weakref
 import pytest
 from PIL import Image
 
-from safelight.serving import bodies, context, spool
+from safelight.serving import context
+from safelight.serving.http import bodies, spool
 from tests.serving.http_server import PROMPT, running
 from tests.serving.stub_engine import EDIT_SCHEMA
 

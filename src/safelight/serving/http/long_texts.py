@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from safelight.serving.pieces import check_json_text, find, has_slashes_alone, pieces, turn, with_slashes
-from safelight.serving.spool import LongText, Spool
+from safelight.serving.http.pieces import check_json_text, find, has_slashes_alone, pieces, turn, with_slashes
+from safelight.serving.http.spool import LongText, Spool
 
 _LONG = 1 << 16
 """Bytes of a text that is left where it is. No field takes as many, but for a picture's data URL."""
