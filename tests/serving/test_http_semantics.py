@@ -20,6 +20,7 @@ from openai import OpenAI
 from safelight.client import RemoteEngine
 from safelight.errors import InvalidParameterError, StateDirectoryError
 from safelight.serving.addresses import KEY_NAME, Addresses, read_address_key
+from safelight.serving.http.errors import ExpiredAddressError
 from safelight.serving.http_args import HTTPArgs
 from tests.live_server import fault_model, serving
 from tests.serving.http_server import PROMPT, assert_error, next_answer, running
@@ -185,8 +186,11 @@ def test_what_is_signed_is_let_in_until_its_end(query, end, now):
     signed = addresses.signed(path, taken, end).partition("?")[2]
     scope = {"path": path, "query_string": signed.encode("ascii"), "method": "GET"}
     assert addresses.judges(scope)
-    refusal = addresses.refusal(scope)
-    assert (None if refusal is None else refusal.code) == (None if now < end else "address_expired")
+    if now < end:
+        addresses.check(scope)
+    else:
+        with pytest.raises(ExpiredAddressError):
+            addresses.check(scope)
 
 
 def test_addresses_outlive_the_server(tmp_path):

@@ -29,7 +29,10 @@ from safelight.serving.context import Settings
 from safelight.serving.events import EventStream
 from safelight.serving.fields import sort_fields
 from safelight.serving.http import bodies, long_texts, pieces, spool
-from safelight.serving.http.bodies import HeldBytes, read_body
+from safelight.serving.http.bodies import Body, read_body
+from safelight.serving.http.forms import parse_form
+from safelight.serving.http.held_bytes import HeldBytes
+from safelight.serving.http.json_body import parse_json
 from safelight.serving.http.large_json import JsonResponse, LargeJson
 from safelight.serving.http.spool import IN_MEMORY, Spool
 from safelight.serving.images_api import image_fields
@@ -54,6 +57,12 @@ QUICK = (
 SLOW = [kind for kind in KINDS if kind not in QUICK and not kind.startswith(("nothing", "25 mega", "ten large"))]
 
 
+def body_of(found, limits, media_type):
+    boundary = parse_options_header(media_type)[1].get(b"boundary")
+    fields, files = parse_json(found, limits) if boundary is None else parse_form(found, limits, boundary)
+    return Body(found, boundary is not None, True, fields, files)
+
+
 @pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
 def test_a_large_body_is_looked_at_in_small_pieces(kind, monkeypatch, tmp_path):
     """Between two turns of the event loop there is little work, by the thread's own clock, and memory for one body."""
@@ -72,11 +81,10 @@ def test_a_large_body_is_looked_at_in_small_pieces(kind, monkeypatch, tmp_path):
 
     for module in (pieces, spool, long_texts):
         monkeypatch.setattr(module, "turn", turn)
-    boundary = parse_options_header(media_type)[1].get(b"boundary")
 
     def look(found):
         with contextlib.suppress(SafelightError):
-            parsed = bodies._parse_json(found, LIMITS) if boundary is None else bodies._form(found, LIMITS, boundary)
+            parsed = body_of(found, LIMITS, media_type)
             tracemalloc.reset_peak()
             sort_fields(parsed, image_fields(LIMITS), EDIT_SCHEMA, LIMITS)
 
@@ -101,8 +109,7 @@ def test_pictures_stay_on_disk(kind, monkeypatch, tmp_path):
     found.keep(body)
     found.flush()
     limits = Limits(image_bytes=32 << 20)
-    boundary = parse_options_header(media_type)[1].get(b"boundary")
-    parsed = bodies._parse_json(found, limits) if boundary is None else bodies._form(found, limits, boundary)
+    parsed = body_of(found, limits, media_type)
     del body
     gc.collect()
     tracemalloc.start()
@@ -138,11 +145,11 @@ def test_what_is_received_is_counted_and_given_back(sizes, memory, tmp_path):
     got = asyncio.run(read_body(request, limits, held))
     assert got.all().read() == b"".join(chunks) == b"".join(got.all().pieces(size=1000))
     assert got.in_file == (sum(sizes) > IN_MEMORY or sum(sizes) > memory)
-    assert held._held == sum(sizes)
-    assert held._in_memory == (0 if got.in_file else sum(sizes))
+    assert held.num_bytes == sum(sizes)
+    assert held.in_memory == (0 if got.in_file else sum(sizes))
     for end in request.scope["state"]["at_end"]:
         end()
-    assert (held._held, held._in_memory) == (0, 0)
+    assert (held.num_bytes, held.in_memory) == (0, 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,12 +159,12 @@ def test_what_takes_more_than_a_moment_is_not_looked_at_in_the_event_loops_threa
     num_bytes, aside, is_form, monkeypatch, tmp_path
 ):
     """Sixteen bodies of 64 KB that are all fields, at once, were a tenth of a second for everybody else."""
-    name = "_form" if is_form else "_parse_json"
+    name = "parse_form" if is_form else "parse_json"
     parse, threads = getattr(bodies, name), list[threading.Thread]()
 
-    def noted(*args):
+    def noted(*args, **kwargs):
         threads.append(threading.current_thread())
-        return parse(*args)
+        return parse(*args, **kwargs)
 
     monkeypatch.setattr(bodies, name, noted)
     with running(tmp_path) as server, server.http() as http:
@@ -174,7 +181,7 @@ def test_bodies_that_wait_are_in_memory_as_far_as_there_is_room(tmp_path):
         limits = Limits(memory_bytes=1 << 20)
         held = HeldBytes(limits, tmp_path)
         got = [await read_body(request_of([b"x" * 60_000]), limits, held) for _ in range(50)]
-        assert sum(body.num_kept for body in got) <= 1 << 20 and held._held == 3_000_000
+        assert sum(body.num_kept for body in got) <= 1 << 20 and held.num_bytes == 3_000_000
 
     asyncio.run(use())
 

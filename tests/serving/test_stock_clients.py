@@ -20,8 +20,8 @@ from safelight.core.options import Option
 from safelight.errors import InvalidParameterError
 from safelight.serving import fields as fields_module
 from safelight.serving import jobs_api
-from safelight.serving.http.bodies import read_number
 from safelight.serving.http.forms import Upload
+from safelight.serving.http.json_body import read_number
 from safelight.serving.images_api import image_fields
 from safelight.serving.input_pictures import picture_bytes
 from safelight.serving.limits import Limits

@@ -15,6 +15,7 @@ from safelight.loading.loader import describe
 from safelight.loading.repository import open_repository
 from safelight.serving.fields import resolve, sort_fields
 from safelight.serving.http.bodies import Body
+from safelight.serving.http.spool import Spool
 from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
 from safelight.serving.models_api import own_fields, request_schema
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 
 def asked(folder, **fields):
     schema, limits = describe(open_repository(folder)), Limits()
-    body = Body(fields=fields, is_form=False)
+    body = Body(Spool(folder), is_form=False, is_long=False, fields=fields)
     return resolve(sort_fields(body, own_fields(schema, limits), schema, limits), limits)
 
 

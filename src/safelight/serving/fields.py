@@ -17,8 +17,9 @@ from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.preparation import prepare
-from safelight.serving.http.bodies import Body, read_number
+from safelight.serving.http.bodies import Body
 from safelight.serving.http.forms import Repeated, about
+from safelight.serving.http.json_body import read_number
 from safelight.serving.http.spool import Stored
 from safelight.serving.input_pictures import open_picture, picture_bytes
 from safelight.serving.limits import Limits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,8 +16,8 @@ from safelight.core.options import Option
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
-from safelight.runtime.client import Ticket, total_timings
-from safelight.serving.context import Context, Finished, job_error, json_response
+from safelight.runtime.client import GenerationRequest, Output, Ticket, total_timings
+from safelight.serving.context import Context, job_error, json_response, request_id
 from safelight.serving.encoding import encode_image
 from safelight.serving.events import EventStream, event, event_pieces
 from safelight.serving.fields import (
@@ -34,12 +35,13 @@ from safelight.serving.fields import (
 )
 from safelight.serving.http.bodies import aside, read_fields
 from safelight.serving.http.disconnects import unless_gone
-from safelight.serving.http.errors import GONE, error_body
+from safelight.serving.http.errors import GONE, answerable, error_body
 from safelight.serving.http.large_json import JsonResponse, LargeJson, in_thread
 from safelight.serving.http.spool import Spool
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs_api import content_url, job_object, submit
 from safelight.serving.limits import Limits
+from safelight.serving.trial import try_pictures
 
 FORMATS = ("png", "jpeg", "webp")
 _BYTES_PER_TOKEN = 4
@@ -123,12 +125,15 @@ def routes(context: Context) -> APIRouter:
             raise InvalidParameterError("stream", True, "false, with Prefer: respond-async")
         as_urls = asked.own.get("response_format", context.settings.response_format) == "url" and not streams
         admission = context.admission.admit(request, resolved, is_job=as_job or as_urls)
-        await context.try_pictures(request, resolved)
+        await try_pictures(request.receive, resolved.pictures)
         if as_job or as_urls:
             echo = {"quality": resolved.quality, "background": resolved.background}
             job = await submit(request, context, body, resolved, admission, echo)
             return _accepted(request, context, job) if as_job else await _urls(request, context, resolved, job)
-        ticket = context.submit(request, resolved, admission)
+        context.admission.check_place(admission)
+        asked_for = GenerationRequest(request_id(request), resolved.params, admission.priority, admission.deadline)
+        ticket = context.engine.submit(asked_for)
+        context.admission.wait(admission, ticket)
         if streams:
             return _as_stream(request, context, resolved, ticket, "image_edit" if edits else "image_generation")
         return await _at_once(request, context, resolved, ticket)
@@ -142,10 +147,28 @@ def prefers_async(request: Request) -> bool:
     return "respond-async" in [preference.partition(";")[0].strip().lower() for preference in preferences]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What the engine made of a synchronous request, and how long it took, in seconds."""
+
+    outputs: list[Output]
+    seconds: float
+    queue_seconds: float
+
+
+async def _follow(ticket: Ticket) -> Finished:
+    """Wait for a request's outputs."""
+    began, queue_seconds = time.perf_counter(), 0.0
+    async for progress in ticket.changes():
+        if progress.state == "running" and not queue_seconds:
+            queue_seconds = time.perf_counter() - began
+    return Finished(await ticket.result(), time.perf_counter() - began, queue_seconds)
+
+
 async def _at_once(request: Request, context: Context, resolved: Resolved, ticket: Ticket) -> Response:
     """Answer with the pictures, and end the request within one step if its client goes away."""
     try:
-        finished = await unless_gone(request.receive, context.follow(ticket))
+        finished = await unless_gone(request.receive, _follow(ticket))
     finally:
         context.engine.cancel(ticket.request.request_id)
     pictures = await _pictures(context, resolved, finished)
@@ -156,7 +179,8 @@ async def _at_once(request: Request, context: Context, resolved: Resolved, ticke
 async def _pictures(context: Context, resolved: Resolved, finished: Finished) -> list[dict[str, Any]]:
     """Return what was made, encoded, and count it."""
     pictures = await context.jobs.outputs.run(_encode, resolved, finished, Spool(context.jobs.outputs.directory))
-    context.count(resolved, finished, len(pictures))
+    task, timings = resolved.schema.task.value, total_timings(finished.outputs)
+    context.metrics.completed(task, finished.seconds, finished.queue_seconds, timings, len(pictures))
     return pictures
 
 
@@ -223,11 +247,11 @@ async def _stream(
 ) -> AsyncGenerator[bytes, None]:
     """Yield one completed event a picture, or an error: the answer has begun, so that it is an event too."""
     try:
-        finished = await context.follow(ticket)
+        finished = await _follow(ticket)
         pictures = await _pictures(context, resolved, finished)
     except Exception as error:  # the boundary of a request whose answer has begun
-        known = context.answered(request, error)
-        context.metrics.ended(resolved.schema.task.value, known.status)
+        known = answerable(error, request_id(request))
+        context.metrics.failed(resolved.schema.task.value, known)
         yield event("error", error_body(known))
         return
     response = _response(resolved, pictures, finished)

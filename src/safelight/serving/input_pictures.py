@@ -157,31 +157,6 @@ def damaged(kind: str, param: str) -> InvalidParameterError:
     return InvalidParameterError(param, f"a damaged {kind} file", _TAKES)
 
 
-def check_decodes(image: EncodedImage, param: str) -> None:
-    """Decode a picture, and let its pixels go. It takes a while: run it in a thread, and one at a time.
-
-    Raises:
-        InvalidParameterError: if it is damaged.
-
-    """
-    try:
-        image.check()
-    except UNREADABLE as error:
-        raise damaged(image.kind, param) from error
-
-
-def decode_picture(data: bytes, param: str, limits: Limits) -> EncodedImage:
-    """Return a picture that has been decoded once, and can be again.
-
-    Raises:
-        InvalidParameterError: if it is damaged, of another format, or has more pixels than are taken.
-
-    """
-    image = open_picture(data, param, limits)
-    check_decodes(image, param)
-    return image
-
-
 def _check_size(size: Size, param: str, limits: Limits) -> None:
     width, height = size
     if max(size) > limits.image_side or width * height > limits.image_pixels:

@@ -31,6 +31,7 @@ from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs_api import content_response, error_object, page_response, percent, submit
 from safelight.serving.limits import Limits
+from safelight.serving.trial import try_pictures
 
 VIDEO_FIELDS: Mapping[str, Option] = {
     "prompt": Option("string", "what to generate", group="basic"),
@@ -94,7 +95,7 @@ async def _create(request: Request, context: Context, source_id: str | None = No
         body = dataclasses.replace(body, is_long=True)  # with its source's pictures
     resolved = await aside(body, resolve, asked, context.limits)
     admission = context.admission.admit(request, resolved, is_job=True)
-    await context.try_pictures(request, resolved)
+    await try_pictures(request.receive, resolved.pictures)
     echo = {**_echo(resolved), "remixed_from_video_id": source_id}
     job = await submit(request, context, body, resolved, admission, echo)
     context.count_job(job, resolved.schema.task.value)

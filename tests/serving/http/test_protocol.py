@@ -13,7 +13,7 @@ import pytest
 from starlette.requests import Request
 
 from safelight.errors import QueueFullError
-from safelight.serving.http.bodies import HeldBytes
+from safelight.serving.http.held_bytes import HeldBytes
 from safelight.serving.limits import Limits
 from tests.serving.http_server import PROMPT, next_answer, read_answer, running
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from starlette.responses import JSONResponse
-
 from safelight.errors import MAX_NAME, NotReadyError, QueueFullError, SafelightError, UsageError, without_objects
+
+logger = logging.getLogger(__name__)
 
 
 class MalformedRequestError(UsageError):
@@ -115,10 +115,19 @@ class NotFoundError(UsageError):
 
 
 class MethodError(UsageError):
-    """The path exists, and takes other methods."""
+    """The path exists, and takes other methods.
+
+    Attributes:
+        allowed: which.
+
+    """
 
     status = 405
     code = "method_not_allowed"
+
+    def __init__(self, allowed: str) -> None:
+        self.allowed = allowed
+        super().__init__(f"this route takes {allowed}")
 
 
 class ConflictStateError(UsageError):
@@ -159,6 +168,18 @@ def is_internal(error: SafelightError) -> bool:
     return error.code == SafelightError.code
 
 
+def answerable(error: Exception, request_id: str) -> SafelightError:
+    """Return what ended a request as it may be answered.
+
+    A mistake of ours is told to the log alone, under the id that the client is told.
+    """
+    known = error if isinstance(error, SafelightError) else SafelightError("this was not foreseen")
+    if is_internal(known):
+        cause = error.__cause__ if known is error else error
+        logger.error("request %s failed: %s", request_id, known, exc_info=cause)
+    return known
+
+
 def error_type(status: int) -> str:
     """Return the kind of error that SDKs sort by."""
     special = {401: "authentication_error", 429: "rate_limit_error"}
@@ -193,18 +214,6 @@ def error_headers(error: SafelightError) -> dict[str, str]:
         return {"retry-after": str(math.ceil(error.retry_after))}
     if isinstance(error, RangeError):
         return {"content-range": f"bytes */{error.size}"}
+    if isinstance(error, MethodError):
+        return {"allow": error.allowed}
     return {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
-
-
-def error_response(error: SafelightError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return an error as a response; `headers` come on top of its own."""
-    return JSONResponse(error_body(error), error.status, {**error_headers(error), **(headers or {})})
-
-
-def from_status(status: int, allowed: str = "") -> SafelightError:
-    """Return the error for what the router refuses by itself; `allowed` are the methods that the path takes."""
-    if status == HTTPStatus.NOT_FOUND:
-        return NotFoundError("there is no such route")
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:
-        return MethodError(f"this route takes {allowed}")
-    return SafelightError(f"the router answers {status}")

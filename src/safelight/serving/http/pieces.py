@@ -34,11 +34,6 @@ def pieces(data: bytes | bytearray | memoryview, size: int = PIECE) -> Iterator[
         yield bytes(view[at : at + size])
 
 
-def is_blank(data: bytearray) -> bool:
-    """Say whether nothing but blanks is in it."""
-    return all(piece.isspace() for piece in pieces(data))
-
-
 def has_more(data: bytearray, most: int) -> bool:
     """Say whether JSON has more than `most` items and escapes; no further than the first that is too many.
 
