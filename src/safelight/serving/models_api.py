@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.core.options import KINDS, Option
+from safelight.core.options import Option
 from safelight.core.schema import ModelSchema
 from safelight.runtime.messages import SCHEMA_KEY, schema_to_wire
 from safelight.serving.context import Context, json_response
@@ -55,27 +55,20 @@ def request_schema(context: Context) -> dict[str, Any]:
     """Return a JSON Schema (2020-12) of a request's body: the API's fields and the model's, with its defaults."""
     schema = context.schema()
     whole = schema.json_schema()
-    properties = {name: whole["properties"][name] for name in model_fields(schema)}
+    properties: dict[str, Any] = {}
     for name, option in model_fields(schema).items():
-        properties[name] = {**_described(option), **properties[name], **dict(KINDS[option.kind].json_schema)}
-        properties[name].pop("anyOf", None)
+        properties[name] = {**whole["properties"][name], **option.json_schema()}
+        properties[name].pop("anyOf", None)  # of texts, of which a request here has one
     defaults = {name: entry["default"] for name, entry in properties.items() if "default" in entry}
     defaults["response_format"] = context.settings.response_format
     for name, option in own_fields(schema, context.limits).items():
-        properties[name] = {**_described(option), **({"default": defaults[name]} if name in defaults else {})}
+        properties[name] = option.json_schema() | ({"default": defaults[name]} if name in defaults else {})
     required = [name for name in whole["required"] if name == "prompt" or INPUT_REFERENCE not in properties]
     return {
         **whole,
         "properties": {name: _nullable(entry) for name, entry in properties.items()},
         "required": required,
     }
-
-
-def _described(option: Option) -> dict[str, Any]:
-    found = {**KINDS[option.kind].json_schema, "description": option.help, "x-group": option.group}
-    bounds = {"minimum": option.minimum, "maximum": option.maximum}
-    found |= {name: value for name, value in bounds.items() if value is not None}
-    return found | ({"enum": [*option.choices]} if option.choices else {})
 
 
 def _nullable(entry: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Envelope:
                     self._metrics.ended(state.get("task"), GONE)
                     response = Response(status_code=GONE)
                 else:
-                    error = answerable(error, request_id)  # under the same name, which ends here: it leads to this frame
+                    error = answerable(error, request_id)  # it leads to this frame, and its name ends here
                     if "principal" in state:
                         self._metrics.failed(state.get("task"), error)
                     response = JSONResponse(error_body(error), error.status, error_headers(error))
