@@ -17,8 +17,8 @@ from PIL import Image
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.families.flux.params import FluxKontextSamplingParams
-from safelight.serving.images_api import image_fields
 from safelight.serving.limits import Limits
+from safelight.serving.own_fields import image_fields
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
 from tests.uploads import decode_picture

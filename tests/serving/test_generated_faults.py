@@ -18,9 +18,8 @@ from PIL import Image
 
 from safelight.core.schema import ModelSchema
 from safelight.errors import SafelightError, by_code
-from safelight.serving.images_api import image_fields
 from safelight.serving.limits import Limits
-from safelight.serving.videos_api import VIDEO_FIELDS
+from safelight.serving.own_fields import VIDEO_FIELDS, image_fields
 from tests.serving.http_server import INSIDE, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
 from tests.serving.test_api import ASYNC, GENERATIONS, finished_job, flat

@@ -35,7 +35,6 @@ from safelight.serving.http.held_bytes import HeldBytes
 from safelight.serving.http.json_body import parse_json
 from safelight.serving.http.large_json import JsonResponse, LargeJson
 from safelight.serving.http.spool import IN_MEMORY, Spool
-from safelight.serving.images_api import image_fields
 from safelight.serving.input_pictures import open_picture
 from safelight.serving.limits import Limits
 from tests.serving.greedy_clients import chunk, picture_of
@@ -86,7 +85,7 @@ def test_a_large_body_is_looked_at_in_small_pieces(kind, monkeypatch, tmp_path):
         with contextlib.suppress(SafelightError):
             parsed = body_of(found, LIMITS, media_type)
             tracemalloc.reset_peak()
-            sort_fields(parsed, image_fields(LIMITS), EDIT_SCHEMA, LIMITS)
+            sort_fields(parsed, EDIT_SCHEMA, LIMITS)
 
     gc.collect()
     found, last = spooled(), time.thread_time()
@@ -113,7 +112,7 @@ def test_pictures_stay_on_disk(kind, monkeypatch, tmp_path):
     del body
     gc.collect()
     tracemalloc.start()
-    asked = sort_fields(parsed, image_fields(limits), EDIT_SCHEMA, limits)
+    asked = sort_fields(parsed, EDIT_SCHEMA, limits)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(len(file) for files in asked.pictures.values() for file in files) > 6_000_000

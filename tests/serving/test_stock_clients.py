@@ -22,10 +22,9 @@ from safelight.serving import fields as fields_module
 from safelight.serving import jobs_api
 from safelight.serving.http.forms import Upload
 from safelight.serving.http.json_body import read_number
-from safelight.serving.images_api import image_fields
 from safelight.serving.input_pictures import picture_bytes
 from safelight.serving.limits import Limits
-from safelight.serving.videos_api import VIDEO_FIELDS
+from safelight.serving.own_fields import VIDEO_FIELDS, image_fields
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
 

@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from safelight import media
-from safelight.core.options import Option
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
@@ -20,19 +19,7 @@ from safelight.runtime.client import GenerationRequest, Output, Ticket, total_ti
 from safelight.serving.context import Context, job_error, json_response, request_id
 from safelight.serving.encoding import encode_image
 from safelight.serving.events import EventStream, event, event_pieces
-from safelight.serving.fields import (
-    EFFECTLESS,
-    IMAGES,
-    INPUT_FIDELITY,
-    PRIORITY,
-    PRIORITY_OPTION,
-    QUALITIES,
-    QUALITY_NAMES,
-    Asked,
-    Resolved,
-    resolve,
-    sort_fields,
-)
+from safelight.serving.fields import Asked, Resolved, resolve, sort_fields
 from safelight.serving.http.bodies import aside, read_fields
 from safelight.serving.http.disconnects import unless_gone
 from safelight.serving.http.errors import GONE, answerable, error_body
@@ -40,41 +27,11 @@ from safelight.serving.http.large_json import JsonResponse, LargeJson, in_thread
 from safelight.serving.http.spool import Spool
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs_api import content_url, job_object, submit
-from safelight.serving.limits import Limits
+from safelight.serving.own_fields import IMAGES, takes_pictures
 from safelight.serving.trial import try_pictures
 
-FORMATS = ("png", "jpeg", "webp")
 _BYTES_PER_TOKEN = 4
 """Of text, roughly: only the worker has the tokenizer, and usage is no bill here."""
-
-
-def image_fields(limits: Limits, edits: bool = True) -> dict[str, Option]:
-    """Return the API's own fields for pictures, by name; those of edits are for models that take pictures."""
-    of_edits = {
-        IMAGES: Option("images", "the input images: data URLs, or objects with image_url", group="basic"),
-        INPUT_FIDELITY: Option("string", "accepted, without effect"),
-    }
-    return {
-        "prompt": Option("string", "what to generate", group="basic"),
-        "model": Option("string", "the served model's name, or another name of it"),
-        "n": Option("integer", "pictures, with seeds seed, seed+1 and so on", "basic", 1, limits.outputs),
-        "size": Option("string", "auto, or WxH in pixels", group="basic"),
-        "quality": Option("string", "a preset of steps", choices=(*QUALITIES, *QUALITY_NAMES, "auto")),
-        "output_format": Option("string", "of the picture's file", choices=FORMATS),
-        "output_compression": Option("integer", "quality of jpeg and webp; png has 100", "advanced", 0, 100),
-        "background": Option("string", "of the picture", choices=("transparent", "opaque", "auto")),
-        "response_format": Option("string", "how pictures are returned", choices=("b64_json", "url")),
-        "stream": Option("boolean", "answer with server-sent events"),
-        "partial_images": Option("integer", "previews in a stream", "advanced", 0, 3),
-        PRIORITY: PRIORITY_OPTION,
-        **{name: Option("string", "accepted, without effect") for name in EFFECTLESS},
-        **(of_edits if edits else {}),
-    }
-
-
-def takes_pictures(schema: ModelSchema) -> bool:
-    """Say whether there is a field for input pictures."""
-    return "image" in schema.params_cls.options()
 
 
 def check_image_fields(asked: Asked, edits: bool) -> None:
@@ -116,8 +73,7 @@ def routes(context: Context) -> APIRouter:
         if edits and not takes_pictures(schema):
             error = "image: this model takes no input picture; use /v1/images/generations"
             raise UsageError.rebuilt(error, "image")
-        own = image_fields(context.limits, takes_pictures(schema))
-        asked = await aside(body, sort_fields, body, own, schema, context.limits)
+        asked = await aside(body, sort_fields, body, schema, context.limits)
         check_image_fields(asked, edits)
         resolved = await aside(body, resolve, asked, context.limits)
         as_job, streams = prefers_async(request), asked.own.get("stream")

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.core.options import Option
-from safelight.core.schema import ModelSchema
 from safelight.runtime.messages import SCHEMA_KEY, schema_to_wire
 from safelight.serving.context import Context, json_response
-from safelight.serving.fields import INPUT_REFERENCE, model_fields
-from safelight.serving.images_api import image_fields, takes_pictures
-from safelight.serving.limits import Limits
-from safelight.serving.videos_api import VIDEO_FIELDS
+from safelight.serving.fields import model_fields
+from safelight.serving.own_fields import INPUT_REFERENCE, own_fields
 
 
 def routes(context: Context) -> APIRouter:
@@ -44,11 +39,6 @@ def routes(context: Context) -> APIRouter:
 
 def _model(name: str, context: Context) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": context.started_at, "owned_by": "safelight"}
-
-
-def own_fields(schema: ModelSchema, limits: Limits) -> Mapping[str, Option]:
-    """Return the API's own fields for what a model makes."""
-    return VIDEO_FIELDS if schema.task.makes_video else image_fields(limits, takes_pictures(schema))
 
 
 def request_schema(context: Context) -> dict[str, Any]:
