@@ -31,8 +31,26 @@ def routes(context: Context) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/videos")
+    @router.post("/v1/videos/{video_id}/remix")
     async def create(request: Request) -> Response:
-        return await _create(request, context)
+        """Begin a video: of what is asked alone, or of another one's parameters beneath."""
+        source_id = request.path_params.get("video_id")
+        body = await read_fields(request, context.limits, context.held, forms=True)
+        schema = context.schema_for(request, makes_video=True)
+        source = None if source_id is None else await context.job(request, source_id, "video")
+        if source is None:
+            context.check_model(body.fields.get("model"))
+        asked = await aside(body, sort_video_fields, body, schema, context.limits)
+        if source is not None:
+            asked = await _remixed(source, asked, context)
+            body = dataclasses.replace(body, is_long=True)  # with its source's pictures
+        resolved = await aside(body, resolve, asked, context.limits)
+        admission = context.admission.admit(request, resolved, is_job=True)
+        await try_pictures(request.receive, resolved.pictures)
+        echo = {**_echo(resolved), "remixed_from_video_id": source_id}
+        job = await submit(request, context, body, resolved, admission, echo)
+        context.count_job(job, resolved.schema.task.value)
+        return _answer(job, context)
 
     @router.get("/v1/videos")
     async def page(request: Request) -> Response:
@@ -54,31 +72,7 @@ def routes(context: Context) -> APIRouter:
         job = await context.job(request, request.path_params["video_id"], "video")
         return await content_response(request, context, job)
 
-    @router.post("/v1/videos/{video_id}/remix")
-    async def remix(request: Request) -> Response:
-        return await _create(request, context, source_id=request.path_params["video_id"])
-
     return router
-
-
-async def _create(request: Request, context: Context, source_id: str | None = None) -> Response:
-    """Begin a video: of what is asked alone, or of another one's parameters beneath."""
-    body = await read_fields(request, context.limits, context.held, forms=True)
-    schema = context.schema_for(request, makes_video=True)
-    source = None if source_id is None else await context.job(request, source_id, "video")
-    if source is None:
-        context.check_model(body.fields.get("model"))
-    asked = await aside(body, sort_video_fields, body, schema, context.limits)
-    if source is not None:
-        asked = await _remixed(source, asked, context)
-        body = dataclasses.replace(body, is_long=True)  # with its source's pictures
-    resolved = await aside(body, resolve, asked, context.limits)
-    admission = context.admission.admit(request, resolved, is_job=True)
-    await try_pictures(request.receive, resolved.pictures)
-    echo = {**_echo(resolved), "remixed_from_video_id": source_id}
-    job = await submit(request, context, body, resolved, admission, echo)
-    context.count_job(job, resolved.schema.task.value)
-    return _answer(job, context)
 
 
 def sort_video_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:

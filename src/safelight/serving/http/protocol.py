@@ -246,20 +246,18 @@ class HttpProtocol(H11Protocol):
         return here + int(in_kernel)
 
 
-def uvicorn_config(app: ASGIApp, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
     """Return how uvicorn is to run the application: one process, this protocol, no websockets.
 
     Args:
         app: what `create_app` returns.
         limits: bounds of time and size.
-        host, port: where to listen; port 0 is one that is free.
 
     """
     protocol = type("LimitedHttpProtocol", (HttpProtocol,), {"limits": limits})
     return uvicorn.Config(
         app,
-        host=host,
-        port=port,
+        port=0,  # one that is free, unless there is a socket already
         http=protocol,
         ws="none",
         lifespan="on",
