@@ -22,7 +22,7 @@ from safelight.serving.limits import Limits
 from safelight.serving.own_fields import VIDEO_FIELDS, image_fields
 from tests.serving.http_server import INSIDE, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
-from tests.serving.test_api import ASYNC, GENERATIONS, finished_job, flat
+from tests.serving.wire import ASYNC, GENERATIONS, finished_job, flat
 
 KEY = "sk-a key of many characters"
 SERVERS: dict[str, tuple[ModelSchema, dict[str, Any]]] = {

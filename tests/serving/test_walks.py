@@ -53,8 +53,8 @@ def walked(walk: Walk, monkeypatch, model: Path, folder: Path, send):
 
 
 MOST = {
-    "prompt": Counts(20, 11, 33, 18, 1),
-    "picture": Counts(23, 11, 36, 17, 2),
+    "prompt": Counts(19, 10, 31, 17, 1),
+    "picture": Counts(22, 10, 34, 16, 2),
     "error": Counts(11, 6, 19, 9, 3),
 }
 """What each walk has at most."""
