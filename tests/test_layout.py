@@ -404,9 +404,6 @@ runtime/policy.py runtime/scheduler.py runtime/sockets.py runtime/transport.py r
 runtime/worker_process.py
 serving/jobs/acceptance.py serving/jobs/events.py serving/jobs/job.py serving/jobs/limits.py serving/jobs/run.py
 serving/jobs/store.py serving/jobs/submission.py serving/events.py serving/jobs_api.py
-serving/http/bodies.py serving/input_pictures.py serving/http/large_json.py serving/videos_api.py serving/clocks.py
-serving/context.py serving/http/errors.py serving/fields.py serving/http/forms.py serving/http/listening.py
-serving/http/long_texts.py serving/http/spool.py serving/trial.py
 """
 """Source files without a test at their path, as they were when the rule was made."""
 HELPERS_IN_TESTS = {
