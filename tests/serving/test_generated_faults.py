@@ -86,7 +86,7 @@ class Fed:
             assert set(error) == {"message", "type", "param", "code"}, said
             assert by_code(error["code"]) is not SafelightError, said
             assert not INSIDE.search(error["message"]), said
-        assert status != 503 or error["code"] == "not_ready", said
+            assert status != 503 or error["code"] == "not_ready", said
         assert b"internal_error" not in answer, said
         assert not self.records, (said, [record.getMessage() for record in self.records])
         return status
