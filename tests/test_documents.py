@@ -20,7 +20,7 @@ from safelight import errors
 from safelight.cli.config_file import read_config
 from safelight.cli.main import COMMANDS, cli
 from safelight.core.server_args import ServerArgs
-from safelight.serving import errors as serving_errors
+from safelight.serving.http import errors as serving_errors
 from safelight.serving.http_args import HTTPArgs
 from safelight.serving.principals import read_keys
 from tests.attribution import STRICT

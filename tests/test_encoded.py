@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from safelight.encoded import LEAST_KEPT, Decoded, EncodedImage
 from safelight.media import open_image
 from safelight.runtime.messages import array_to_image, described_image, image_to_array
-from safelight.serving.input_pictures import decode_picture
 from safelight.serving.limits import Limits
+from tests.uploads import decode_picture
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SOFTWARE, SUB_IFD, ORIENTATION = 0x0131, 0x8769, 0x0112
@@ -148,7 +148,7 @@ def test_pictures_that_wait_take_as_much_as_their_files():
         from PIL import Image
         from safelight.runtime.messages import image_to_array
         from safelight.serving.limits import Limits
-        from safelight.serving.input_pictures import decode_picture
+        from tests.uploads import decode_picture
         def kib(name): return int(open("/proc/self/status").read().partition(name + ":")[2].split()[0])
         def file(kind):
             made = io.BytesIO()

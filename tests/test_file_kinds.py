@@ -12,8 +12,8 @@ from PIL import Image, features
 from safelight import media
 from safelight.errors import InvalidParameterError
 from safelight.file_kinds import kind_of
-from safelight.serving.input_pictures import decode_picture
 from safelight.serving.limits import Limits
+from tests.uploads import decode_picture
 
 
 def written(kind, frames=1, **options):

@@ -22,10 +22,10 @@ from safelight.loading.checkpoint import load_weights
 from safelight.loading.loader import describe, load_pipeline
 from safelight.loading.repository import open_repository
 from safelight.runtime.worker.memory_gauge import HostGauge
-from safelight.serving.input_pictures import decode_picture
 from safelight.serving.limits import Limits
 from tests.backends import builders
 from tests.recipes import all_recipes
+from tests.uploads import decode_picture
 
 TRIED = settings(
     max_examples=150,

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from safelight.runtime.client import Progress
-from safelight.serving import jobs_api, listening
+from safelight.serving import jobs_api
+from safelight.serving.http import listening
 from safelight.serving.jobs.run import JobEvent
 from tests import live_server
 from tests.live_server import fault_model, serving
@@ -25,7 +26,7 @@ from tests.reliability.attack_rows import Range, Row, at_any_time, judged, quant
 BROKEN = """
 import os, sys, time
 from safelight.cli.main import main
-from safelight.serving import hosts
+from safelight.serving.http import hosts
 
 kept, whole = [], hosts.Hosts.is_foreign
 

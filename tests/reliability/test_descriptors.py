@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from safelight.serving import listening
+from safelight.serving.http import listening
 from tests.live_server import fault_model, generate, serving
 from tests.reliability.conftest import until
 
@@ -81,7 +81,7 @@ def test_no_connection_above_the_bound_is_given_out():
 def test_the_soft_limit_is_raised():
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300));"
-        "from safelight.serving.listening import raise_limit;"
+        "from safelight.serving.http.listening import raise_limit;"
         "print(raise_limit(), resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)

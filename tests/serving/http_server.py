@@ -24,7 +24,7 @@ from safelight.core.schema import ModelSchema
 from safelight.serving import videos_api
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
-from safelight.serving.http import uvicorn_config
+from safelight.serving.http.protocol import uvicorn_config
 from safelight.serving.jobs.folder import FolderFiles
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.manager import JobManager

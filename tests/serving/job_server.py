@@ -15,13 +15,13 @@ from safelight.preparation import prepare
 from safelight.serving.admission import Admission
 from safelight.serving.clocks import Clocks, Moment
 from safelight.serving.directories import MARKER
+from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.folder import FolderFiles
 from safelight.serving.jobs.inputs import new_job
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.sqlite import SqliteJobStore
-from safelight.serving.spool import Stored
 from tests.serving.stub_engine import StubEngine
 
 SECONDS = 20.0

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from safelight.serving.listening import raise_limit
+from safelight.serving.http.listening import raise_limit
 from tests.serving.http_server import running
 from tests.serving.stub_engine import EDIT_SCHEMA
 

@@ -16,8 +16,8 @@ from safelight.errors import InvalidParameterError, QueueFullError, RateLimitErr
 from safelight.preparation import prepare
 from safelight.runtime.client import EngineStats
 from safelight.serving.admission import Admission, AdmissionControl, Queue, client_of
-from safelight.serving.errors import PriorityError
 from safelight.serving.fields import Asked, Resolved
+from safelight.serving.http.errors import PriorityError
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.limits import Limits
 from safelight.serving.principals import ANYONE, Keys, Principal, owner_of

@@ -6,8 +6,8 @@ import asyncio
 import base64
 
 from safelight.serving.events import EventStream, event, event_pieces
-from safelight.serving.large_json import LargeJson
-from safelight.serving.spool import Spool
+from safelight.serving.http.large_json import LargeJson
+from safelight.serving.http.spool import Spool
 
 
 def test_an_event_is_a_name_and_one_line_of_json():

@@ -18,12 +18,11 @@ from PIL import Image
 
 from safelight.core.schema import ModelSchema
 from safelight.errors import SafelightError, by_code
-from safelight.serving.images_api import image_fields
 from safelight.serving.limits import Limits
-from safelight.serving.videos_api import VIDEO_FIELDS
+from safelight.serving.own_fields import VIDEO_FIELDS, image_fields
 from tests.serving.http_server import INSIDE, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, IMAGE_TO_VIDEO_SCHEMA, VIDEO_SCHEMA
-from tests.serving.test_api import ASYNC, GENERATIONS, finished_job, flat
+from tests.serving.wire import ASYNC, GENERATIONS, finished_job, flat
 
 KEY = "sk-a key of many characters"
 SERVERS: dict[str, tuple[ModelSchema, dict[str, Any]]] = {
@@ -87,7 +86,7 @@ class Fed:
             assert set(error) == {"message", "type", "param", "code"}, said
             assert by_code(error["code"]) is not SafelightError, said
             assert not INSIDE.search(error["message"]), said
-        assert status != 503 or error["code"] == "not_ready", said
+            assert status != 503 or error["code"] == "not_ready", said
         assert b"internal_error" not in answer, said
         assert not self.records, (said, [record.getMessage() for record in self.records])
         return status

@@ -18,7 +18,7 @@ import safelight
 from safelight.errors import InvalidParameterError, UnknownParameterError, shown, without_objects
 from safelight.file_kinds import kind_of
 from safelight.serving.context import Context, Settings
-from safelight.serving.errors import MalformedRequestError, ModelNameError, error_body
+from safelight.serving.http.errors import MalformedRequestError, ModelNameError, error_body
 from tests.serving.hostile_words import WORDS, word
 
 FREE_SECONDS = 0.1

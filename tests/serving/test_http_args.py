@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from safelight.client import RemoteEngine
 from safelight.errors import InvalidParameterError, UsageError
 from safelight.serving.http_args import HTTPArgs
 
@@ -48,3 +49,70 @@ def test_the_state_directory_is_in_the_home_directory_unless_named(monkeypatch, 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert HTTPArgs().state_path() == tmp_path / ".local/state/safelight"
     assert HTTPArgs(state_dir="/var/lib/x").state_path() == Path("/var/lib/x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "*",
+        "https://app.example.com",
+        " https://app.example.com , http://localhost:3000 ",
+        "http://127.0.0.1:5173,http://[::1]:5173",
+        "chrome-extension://abcdefgh",
+        "https://xn--bcher-kva.example",
+    ],
+)
+def test_origins_that_a_setting_takes(text):
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    assert list(HTTPArgs(allowed_origins=text).origins()) == names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "app.example.com",
+        "https://app.example.com/",
+        "https://app.example.com/page",
+        "https://App.example.com",
+        "https://*.example.com",
+        "https://app.example.com:443",
+        "http://app.example.com:80",
+        "https://user@app.example.com",
+        "https://app.example.com?x",
+        "https://",
+        "https://a..b",
+        "https://app.example.com:port",
+        "https://b\u00fccher.example",
+        "null",
+        "**",
+        "https://a.example https://b.example",
+    ],
+)
+def test_origins_that_no_browser_writes_are_refused_at_start(name):
+    for text in (name, f"https://fine.example,{name}"):
+        with pytest.raises(
+            InvalidParameterError, match=r"allowed_origins: got .* it takes origins as browsers"
+        ) as caught:
+            HTTPArgs(allowed_origins=text)
+        assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["[::1]", "[::]"])
+def test_brackets_are_for_addresses(host):
+    with pytest.raises(InvalidParameterError, match=r"host: got .* without brackets"):
+        HTTPArgs(host=host)
+    assert HTTPArgs(host=host[1:-1]).host == host[1:-1]
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://::1:8000", "http://::1", "http://h:port", "http://\x00"])
+def test_addresses_that_a_client_cannot_use(url):
+    with pytest.raises(InvalidParameterError, match="url: got"):
+        RemoteEngine(url)
+
+
+@pytest.mark.parametrize("key", ["k\u00e9y", "key\n", "key\r\nx: y"])
+def test_keys_that_a_client_cannot_send(key):
+    with pytest.raises(InvalidParameterError, match="api_key: got") as caught:
+        RemoteEngine("http://127.0.0.1:1", api_key=key)
+    assert key not in str(caught.value)

@@ -13,11 +13,12 @@ from safelight.cli.main import main
 from safelight.errors import UnknownParameterError
 from safelight.loading.loader import describe
 from safelight.loading.repository import open_repository
-from safelight.serving.bodies import Body
 from safelight.serving.fields import resolve, sort_fields
+from safelight.serving.http.bodies import Body
+from safelight.serving.http.spool import Spool
 from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
-from safelight.serving.models_api import own_fields, request_schema
+from safelight.serving.models_api import request_schema
 from tests.backends import builders
 
 
@@ -31,8 +32,8 @@ def folder(tmp_path_factory):
 
 def asked(folder, **fields):
     schema, limits = describe(open_repository(folder)), Limits()
-    body = Body(fields=fields, is_form=False)
-    return resolve(sort_fields(body, own_fields(schema, limits), schema, limits), limits)
+    body = Body(Spool(folder), is_form=False, is_long=False, fields=fields)
+    return resolve(sort_fields(body, schema, limits), limits)
 
 
 def test_no_prompt_is_asked_for(folder):

@@ -33,9 +33,9 @@ from safelight.runtime.transport import ServerChannel, WorkerChannel
 from safelight.runtime.unit_board import UnitBoard
 from safelight.runtime.worker.gpu_worker import GPUWorker
 from safelight.runtime.worker.scheduler import Scheduler
-from safelight.serving import bodies
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
+from safelight.serving.http import bodies
 from safelight.serving.jobs.folder import FolderFiles
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.sqlite import SqliteJobStore

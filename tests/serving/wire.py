@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 from PIL import Image
 
+from tests.serving.http_server import PROMPT
+
 JSON = {"content-type": "application/json"}
 ASYNC = {"prefer": "respond-async"}
 GENERATIONS = "/v1/images/generations"
@@ -61,3 +63,10 @@ def raw_request(server, target, key=None, method="GET", **more):
     request = httpx.Request(method, server.url, headers=headers, **more)
     request.url = request.url.copy_with(raw_path=target.encode())
     return request
+
+
+def control(http):
+    """A request that succeeds, and makes what it always makes."""
+    answer = http.post("/v1/images/generations", json={"prompt": PROMPT, "seed": 1})
+    assert answer.status_code == 200
+    return answer.json()["data"][0]["b64_json"]

@@ -17,9 +17,9 @@ from urllib.parse import parse_qsl, urlencode
 
 from starlette.types import Scope
 
-from safelight.errors import SafelightError, StateDirectoryError
+from safelight.errors import StateDirectoryError
 from safelight.serving.directories import sync, write_private
-from safelight.serving.errors import AddressError, ExpiredAddressError
+from safelight.serving.http.errors import AddressError, ExpiredAddressError
 
 KEY_NAME = "address_key"
 KEY_BYTES = 32
@@ -47,21 +47,25 @@ class Addresses:
         return f"{path}?{urlencode([*pairs, (SIGNATURE, self._signature(path, pairs))])}"
 
     def judges(self, scope: Scope) -> bool:
-        """Say whether a request bears a signature, so that `refusal` decides on it and no key does."""
+        """Say whether a request bears a signature, so that `check` decides on it and no key does."""
         opened = scope["method"] == "GET" and _PATHS.fullmatch(scope["path"]) is not None
         return opened and SIGNATURE in dict(_pairs(scope))
 
-    def refusal(self, scope: Scope) -> SafelightError | None:
-        """Return why a request with a signature is not let in; None if this server signed it, and it has not ended."""
+    def check(self, scope: Scope) -> None:
+        """Refuse a request with a signature, unless this server signed it, and it has not ended.
+
+        Raises:
+            AddressError: saying which.
+
+        """
         pairs = _pairs(scope)
         others = [pair for pair in pairs if pair[0] != SIGNATURE]
         given = dict(pairs).get(SIGNATURE, "").encode("utf-8", "surrogateescape")
         is_ours = hmac.compare_digest(given, self._signature(scope["path"], others).encode())
         if not is_ours or len(pairs) != len(others) + 1:
-            return AddressError("this address is forged, altered or cut: its signature is not of what it names")
+            raise AddressError("this address is forged, altered or cut: its signature is not of what it names")
         if self._clock() >= int(dict(others)[EXPIRES]):
-            return ExpiredAddressError("this address has expired; the job's description has another while it is kept")
-        return None
+            raise ExpiredAddressError("this address has expired; the job's description has another while it is kept")
 
     def _signature(self, path: str, pairs: list[tuple[str, str]]) -> str:
         signed = json.dumps(["safelight-address", path, sorted(pairs)]).encode()

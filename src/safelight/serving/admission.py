@@ -10,6 +10,7 @@ import dataclasses
 import ipaddress
 import math
 import time
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from safelight.errors import QueueFullError, RateLimitError
-from safelight.runtime.client import EngineClient
+from safelight.runtime.client import EngineClient, Ticket
 from safelight.serving.cost import check_cost
-from safelight.serving.errors import PriorityError
 from safelight.serving.fields import Resolved
+from safelight.serving.http.errors import PriorityError
 from safelight.serving.limits import Limits
 from safelight.serving.principals import Keys, Principal, principal_of
 
@@ -104,6 +105,7 @@ class AdmissionControl:
         self._engine, self._limits, self._clock = engine, limits, clock
         self._shares = {each.owner or "": each.share for each in keys.principals if each.share}
         self._begun: defaultdict[Principal, deque[float]] = defaultdict(deque)
+        self._clients: weakref.WeakKeyDictionary[Ticket, str] = weakref.WeakKeyDictionary()
 
     def admit(self, request: Request, resolved: Resolved, is_job: bool) -> Admission:
         """Answer as what a request may be run, or why not.
@@ -135,6 +137,20 @@ class AdmissionControl:
             deadline=None if is_job else self._limits.deadline_seconds,
             shares=self._shares,
         )
+
+    def check_place(self, admission: Admission) -> None:
+        """Refuse a request that somebody waits for where its client has its share of the engine's queue already.
+
+        Raises:
+            QueueFullError: if it has.
+
+        """
+        clients = [client for ticket, client in self._clients.items() if ticket.waits]
+        admission.check_place(Queue(self._limits.waiting, self._engine.stats.num_waiting, clients))
+
+    def wait(self, admission: Admission, ticket: Ticket) -> None:
+        """Count a request that was put into the engine's queue, for as long as it waits there."""
+        self._clients[ticket] = admission.client
 
     def _check_rate(self, principal: Principal) -> None:
         """Count a request, unless its key has had as many in the last minute as it may."""

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
@@ -19,11 +19,11 @@ from safelight.runtime.client import EngineClient
 from safelight.serving import health, images_api, jobs_api, models_api, openapi, videos_api
 from safelight.serving.auth import KeyCheck
 from safelight.serving.context import Context, Settings
-from safelight.serving.envelope import Envelope
-from safelight.serving.errors import GONE, error_response, from_status
-from safelight.serving.hosts import Hosts
+from safelight.serving.http.envelope import Envelope
+from safelight.serving.http.errors import MethodError, NotFoundError
+from safelight.serving.http.hosts import Hosts
+from safelight.serving.http.origins import Origins
 from safelight.serving.jobs.manager import JobManager
-from safelight.serving.origins import Origins, Preflight
 
 
 def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> FastAPI:
@@ -31,7 +31,7 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
 
     Its lifespan tells the allocator to keep no large blocks, starts the job manager, and closes that with
     `closing_seconds` to go. The engine's life is the caller's.
-    It must run under `safelight.serving.http.uvicorn_config`, which has the deadlines.
+    It must run under `safelight.serving.http.protocol.uvicorn_config`, which has the deadlines.
 
     Args:
         engine: where requests run.
@@ -48,13 +48,9 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
             yield
         finally:
             await jobs.close(settings.closing_seconds)
-            context.close()
 
-    context, origins, hosts = (
-        Context(engine, jobs, settings),
-        Origins(settings.allowed_origins),
-        Hosts(settings.allowed_hosts),
-    )
+    context, origins = Context(engine, jobs, settings), Origins(settings.allowed_origins)
+    hosts = Hosts(settings.allowed_hosts)
     app = FastAPI(
         title="Safelight",
         lifespan=lifespan,
@@ -63,47 +59,23 @@ def create_app(engine: EngineClient, jobs: JobManager, settings: Settings) -> Fa
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(Envelope, origins=origins),
-            Middleware(Preflight, origins=origins, hosts=None if settings.keys else hosts),
-            Middleware(
-                KeyCheck,
-                keys=settings.keys,
-                origins=origins,
-                hosts=hosts,
-                addresses=context.addresses,
-            ),
+            Middleware(Envelope, origins=origins, metrics=context.metrics),
+            Middleware(KeyCheck, keys=settings.keys, origins=origins, hosts=hosts, addresses=context.addresses),
         ],
     )
     for part in (health, images_api, videos_api, jobs_api, models_api, openapi):
         app.include_router(part.routes(context))
-    _answer_errors(app, context)
-    return app
-
-
-def _answer_errors(app: FastAPI, context: Context) -> None:
-    """Answer every error in the API's form, and count it."""
-
-    def ended(request: Request, status: int) -> None:
-        task = request.scope["state"].get("task")
-        if task is not None:
-            context.metrics.ended(task, status)
-
-    @app.exception_handler(SafelightError)
-    async def answer(request: Request, error: SafelightError, headers: dict[str, str] | None = None) -> Response:
-        ended(request, error.status)
-        context.answered(request, error)
-        return error_response(error, headers)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
-        allowed = _allowed(app, request)
-        headers = {"allow": allowed} if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else {}
-        return await answer(request, from_status(error.status_code, allowed), headers)
+        """Raise what the router refuses by itself as the API says it."""
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            raise NotFoundError("there is no such route")
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            raise MethodError(_allowed(app, request))
+        raise SafelightError(f"the router answers {error.status_code}")
 
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
-        ended(request, GONE)
-        return Response(status_code=GONE)
+    return app
 
 
 def _allowed(app: FastAPI, request: Request) -> str:

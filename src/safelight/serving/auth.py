@@ -7,13 +7,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from safelight.errors import SafelightError
 from safelight.serving.addresses import Addresses
-from safelight.serving.errors import AuthenticationError, ForeignHostError, ForeignOriginError, error_response
-from safelight.serving.hosts import Hosts
-from safelight.serving.origins import Origins
+from safelight.serving.http.errors import AuthenticationError, ForeignHostError, ForeignOriginError
+from safelight.serving.http.hosts import Hosts
+from safelight.serving.http.origins import Origins, is_preflight, preflight_answer
 from safelight.serving.principals import ANYONE, BY_ADDRESS, Keys, Principal
 
 LIVE_PATH = "/livez"
 """The one route that needs no key."""
+_MAY_NOT_ASK = "pages of this origin may not use the server; its setting allowed_origins names who may"
+_MAY_NOT_SEND = "without a key, web pages of another origin are answered if the setting allowed_origins names it"
 
 
 class KeyCheck:
@@ -38,35 +40,47 @@ class KeyCheck:
         self._app, self._keys, self._origins, self._hosts, self._addresses = app, keys, origins, hosts, addresses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401 or 403, or pass the request on."""
-        found = None if scope["type"] == "lifespan" else self._principal(scope)
-        if found is None:
+        """Pass a request on, or raise why not; answer a browser that asks whether it may send one (CORS)."""
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif isinstance(found, Principal):
-            await self._app({**scope, "state": {**scope.get("state", {}), "principal": found}}, receive, send)
-        elif scope["type"] == "http":
-            await error_response(found)(scope, receive, send)
-        else:
+            return
+        headers = Headers(scope=scope)
+        if is_preflight(scope, headers):
+            self._check_page(headers, _MAY_NOT_ASK)
+            await preflight_answer(headers)(scope, receive, send)
+            return
+        try:
+            principal = self._principal(scope, headers)
+        except SafelightError:
+            if scope["type"] == "http":
+                raise
             await send({"type": "websocket.close", "code": 1008})
+        else:
+            scope["state"]["principal"] = principal
+            await self._app(scope, receive, send)
 
-    def _principal(self, scope: Scope) -> Principal | SafelightError:
-        """Return who sends a request, or why it is not let in."""
-        headers, is_http = Headers(scope=scope), scope["type"] == "http"
+    def _principal(self, scope: Scope, headers: Headers) -> Principal:
+        """Return who sends a request that is let in."""
+        is_http = scope["type"] == "http"
         if is_http and self._addresses.judges(scope):
-            return self._addresses.refusal(scope) or BY_ADDRESS
+            self._addresses.check(scope)
+            return BY_ADDRESS
         if not self._keys:
-            return self._foreign(headers) or ANYONE
+            self._check_page(headers, _MAY_NOT_SEND)
+            return ANYONE
         if is_http and scope["path"] == LIVE_PATH:
             return ANYONE
-        refusal = AuthenticationError("a key is needed: Authorization: Bearer KEY")
-        return self._keys.principal(_token(headers)) or refusal
+        principal = self._keys.principal(_token(headers))
+        if principal is None:
+            raise AuthenticationError("a key is needed: Authorization: Bearer KEY")
+        return principal
 
-    def _foreign(self, headers: Headers) -> SafelightError | None:
-        """Return why a browser's request is not let in without a key."""
-        if self._hosts.is_foreign(headers):
-            return ForeignHostError()
-        message = "without a key, web pages of another origin are answered if the setting allowed_origins names it"
-        return ForeignOriginError(message) if self._origins.is_foreign(headers) else None
+    def _check_page(self, headers: Headers, message: str) -> None:
+        """Refuse a web page that may not use the server; without a key, one too that has the server by another name."""
+        if not self._keys and self._hosts.is_foreign(headers):
+            raise ForeignHostError
+        if self._origins.is_foreign(headers):
+            raise ForeignOriginError(message)
 
 
 def _token(headers: Headers) -> str:

@@ -7,7 +7,6 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,20 +16,17 @@ from starlette.responses import Response
 
 from safelight.core.schema import ModelSchema
 from safelight.errors import NotReadyError, SafelightError, UsageError, by_code, nearest, shown
-from safelight.runtime.client import EngineClient, GenerationRequest, Output, Progress, Ticket, total_timings
+from safelight.runtime.client import EngineClient, Progress
 from safelight.serving.addresses import KEY_BYTES, Addresses
-from safelight.serving.admission import Admission, AdmissionControl, Queue
-from safelight.serving.bodies import HeldBytes
-from safelight.serving.disconnects import unless_gone
-from safelight.serving.errors import ModelNameError, NotFoundError, is_internal
-from safelight.serving.fields import Resolved
+from safelight.serving.admission import AdmissionControl
+from safelight.serving.http.errors import ModelNameError, NotFoundError, is_internal
+from safelight.serving.http.held_bytes import HeldBytes
+from safelight.serving.http.spool import LongText
 from safelight.serving.jobs.job import Job, Kind
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.limits import Limits
 from safelight.serving.metrics import Metrics
 from safelight.serving.principals import Keys, principal_of
-from safelight.serving.spool import LongText
-from safelight.serving.trial import check_all
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +59,6 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """What the engine made of a synchronous request, and how long it took, in seconds."""
-
-    outputs: list[Output]
-    seconds: float
-    queue_seconds: float
-
-
 class Context:
     """One application's parts. Only for the event loop's thread.
 
@@ -94,10 +81,7 @@ class Context:
         self.admission = AdmissionControl(engine, settings.keys, settings.limits)
         self.started_at = int(time.time())
         self.event_turn = asyncio.Lock()
-        # One thread: a picture of 25 megapixels takes 200 MB while it is tried, and no more than one does.
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="safelight-decoding")
         self._followers: set[asyncio.Task[None]] = set()
-        self._waiting: list[tuple[str, Ticket]] = []
 
     @property
     def limits(self) -> Limits:
@@ -142,54 +126,6 @@ class Context:
         if isinstance(name, str) and name not in names:
             raise ModelNameError(f"model: {shown(name)} is not served here: {nearest(name, names)}")
 
-    async def try_pictures(self, request: Request, resolved: Resolved) -> None:
-        """See that a request's pictures can be decoded: in a thread, one at a time. They are kept as files.
-
-        Raises:
-            InvalidParameterError: naming the field of one that is damaged.
-            ClientDisconnect: if the client goes away; pictures whose turn has not come are not tried then.
-
-        """
-        if resolved.pictures:
-            loop = asyncio.get_running_loop()
-            await unless_gone(request.receive, loop.run_in_executor(self._decoder, check_all, resolved.pictures))
-
-    def submit(self, request: Request, resolved: Resolved, admission: Admission) -> Ticket:
-        """Put a request into the engine's queue that somebody waits for; there too it has the id that they are told.
-
-        Raises:
-            ServingError: if it cannot be taken now.
-
-        """
-        self._waiting = [(client, ticket) for client, ticket in self._waiting if ticket.waits]
-        clients = [client for client, _ in self._waiting]
-        admission.check_place(Queue(self.limits.waiting, self.engine.stats.num_waiting, clients))
-        asked = GenerationRequest(request_id(request), resolved.params, admission.priority, admission.deadline)
-        ticket = self.engine.submit(asked)
-        self._waiting.append((admission.client, ticket))
-        return ticket
-
-    async def follow(self, ticket: Ticket) -> Finished:
-        """Wait for a request's outputs.
-
-        Raises:
-            SafelightError: what ended it instead.
-
-        """
-        began, queue_seconds = time.perf_counter(), 0.0
-        async for progress in ticket.changes():
-            if progress.state == "running" and not queue_seconds:
-                queue_seconds = time.perf_counter() - began
-        outputs = await ticket.result()
-        # One that is done has its pictures, which go with the answer.
-        self._waiting = [(client, other) for client, other in self._waiting if other.waits]
-        return Finished(outputs, time.perf_counter() - began, queue_seconds)
-
-    def count(self, resolved: Resolved, finished: Finished, made: int) -> None:
-        """Count what a synchronous request came to, and the pictures that were made."""
-        task, timings = resolved.schema.task.value, total_timings(finished.outputs)
-        self.metrics.completed(task, finished.seconds, finished.queue_seconds, timings, made)
-
     def count_job(self, job: Job, task_name: str) -> None:
         """Count what a job will have come to, once it has."""
         task = asyncio.create_task(self._follow(job, task_name), name=f"count {job.id}")
@@ -200,9 +136,7 @@ class Context:
         job = await self.finished(job)
         self.count_completed(job, task)
         if job.error is not None:
-            error = job_error(job)
-            self.metrics.ended(task, error.status)
-            self.metrics.answered(error)
+            self.metrics.failed(task, job_error(job))
 
     async def finished(self, job: Job) -> Job:
         """Wait for a job's end, and return it as it is then."""
@@ -227,25 +161,9 @@ class Context:
             raise NotFoundError(f"there is no {kind or 'job'} of that id")
         return job
 
-    def answered(self, request: Request, error: Exception) -> SafelightError:
-        """Count what ended a request, and return it as it may be answered.
-
-        A mistake of ours is told to the log alone, under the id that the client is told.
-        """
-        known = error if isinstance(error, SafelightError) else SafelightError("this was not foreseen")
-        self.metrics.answered(known)
-        if is_internal(known):
-            cause = error.__cause__ if known is error else error
-            logger.error("request %s failed: %s", request_id(request), known, exc_info=cause)
-        return known
-
     def progress(self, job: Job) -> Progress:
         """Return how far an unfinished job is."""
         return self.jobs.progress(job.id) or Progress(num_outputs=0)
-
-    def close(self) -> None:
-        """End the thread that decodes pictures; what waits for it is not decoded any more."""
-        self._decoder.shutdown(wait=False, cancel_futures=True)
 
     def base_url(self, request: Request) -> str:
         """Return where this client reaches the server, without a slash at the end."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError
 from safelight.runtime.cost import OF_A_STEP, largest, memory_excess, request_cost, step_cost
 from safelight.serving.limits import Limits
+
+_OF_A_REQUEST = (*OF_A_STEP, "num_inference_steps", "n")
 
 
 def check_cost(
@@ -32,29 +33,28 @@ def check_cost(
         InvalidParameterError: naming what is largest beside the model's own default.
 
     """
-    for reason in _too_large_steps(params, schema, limits, cost_seconds):
-        name, value = largest(params, schema, OF_A_STEP)
-        raise InvalidParameterError(name, value, f"less: {reason}")
-    for reason in _too_large(request_cost(params, schema), limits, cost_seconds, max_seconds):
-        name, value = largest(params, schema, (*OF_A_STEP, "num_inference_steps", "n"))
-        raise InvalidParameterError(name, value, f"less: {reason}")
-
-
-def _too_large(cost: int, limits: Limits, cost_seconds: float, max_seconds: float) -> Iterator[str]:
-    """Yield why a request is too large."""
-    if cost > limits.max_cost:
-        yield f"steps x tokens x branches x outputs are {cost:,}, and at most {limits.max_cost:,.0f} are done"
-    if cost * cost_seconds > max_seconds:
-        yield f"it would take about {cost * cost_seconds:,.1f} s here, and this key may ask for {max_seconds:,.1f} s"
-
-
-def _too_large_steps(params: SamplingParams, schema: ModelSchema, limits: Limits, cost_seconds: float) -> Iterator[str]:
-    """Yield why one step of a request, which cannot be interrupted, is too large."""
     tokens = params.num_sequence_tokens(schema)
     if tokens > limits.max_tokens:
-        yield f"a step has {tokens:,} tokens, and at most {limits.max_tokens:,} are done at once"
+        takes = f"a step has {tokens:,} tokens, and at most {limits.max_tokens:,} are done at once"
+        raise _too_large(params, schema, OF_A_STEP, takes)
     if excess := memory_excess(params, schema):
-        yield excess
+        raise _too_large(params, schema, OF_A_STEP, excess)
     seconds = step_cost(params, schema) * cost_seconds
     if seconds > limits.unit_seconds:
-        yield f"a step would take about {seconds:,.0f} s here, and may take {limits.unit_seconds:,.0f} s"
+        takes = f"a step would take about {seconds:,.0f} s here, and may take {limits.unit_seconds:,.0f} s"
+        raise _too_large(params, schema, OF_A_STEP, takes)
+    cost = request_cost(params, schema)
+    if cost > limits.max_cost:
+        takes = f"steps x tokens x branches x outputs are {cost:,}, and at most {limits.max_cost:,.0f} are done"
+        raise _too_large(params, schema, _OF_A_REQUEST, takes)
+    seconds = cost * cost_seconds
+    if seconds > max_seconds:
+        takes = f"it would take about {seconds:,.1f} s here, and this key may ask for {max_seconds:,.1f} s"
+        raise _too_large(params, schema, _OF_A_REQUEST, takes)
+
+
+def _too_large(
+    params: SamplingParams, schema: ModelSchema, names: tuple[str, ...], takes: str
+) -> InvalidParameterError:
+    name, value = largest(params, schema, names)
+    return InvalidParameterError(name, value, f"less: {takes}")

@@ -51,34 +51,32 @@ def encode_image(
         InvalidParameterError: for an unknown format, or for an alpha channel in jpeg, which has none.
 
     """
-    if output_format not in _IMAGE_ENCODERS:
-        raise InvalidParameterError("output_format", output_format, f"one of {', '.join(_IMAGE_ENCODERS)}")
+    if output_format not in _IMAGE_OPTIONS:
+        raise InvalidParameterError("output_format", output_format, f"one of {', '.join(_IMAGE_OPTIONS)}")
     if output_format == "jpeg" and array.shape[-1] == 4:
         raise InvalidParameterError("output_format", "jpeg", "png or webp: this picture has an alpha channel")
     file = io.BytesIO()
+    options = _IMAGE_OPTIONS[output_format](compression, metadata)
     with _ONE_LARGE if array.size > _LARGE_PICTURE else contextlib.nullcontext():
-        _IMAGE_ENCODERS[output_format](Image.fromarray(array), file, compression, metadata)
+        Image.fromarray(array).save(file, format=output_format, **options)
     return file.getvalue()
 
 
-def _png(image: Image.Image, file: io.BytesIO, compression: int | None, metadata: Mapping[str, Any] | None) -> None:
+def _png(compression: int | None, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     text = PngImagePlugin.PngInfo()
     if metadata is not None:
         text.add_text(media.METADATA_KEY, json.dumps(metadata))
     # zlib's level 1: level 6 takes several times as long for files that are little smaller.
-    image.save(file, format="PNG", compress_level=1, pnginfo=text)
+    return {"compress_level": 1, "pnginfo": text}
 
 
-def _jpeg(image: Image.Image, file: io.BytesIO, compression: int | None, metadata: Mapping[str, Any] | None) -> None:
-    quality = 95 if compression is None else compression
-    image.save(file, format="JPEG", quality=quality, subsampling=0, **_exif(metadata, _MAX_EXIF_TEXT))
+def _jpeg(compression: int | None, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"quality": 95 if compression is None else compression, "subsampling": 0, **_exif(metadata, _MAX_EXIF_TEXT)}
 
 
-def _webp(image: Image.Image, file: io.BytesIO, compression: int | None, metadata: Mapping[str, Any] | None) -> None:
-    if compression is None:
-        image.save(file, format="WEBP", lossless=True, method=0, **_exif(metadata))
-    else:
-        image.save(file, format="WEBP", quality=compression, **_exif(metadata))
+def _webp(compression: int | None, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    quality = {"lossless": True, "method": 0} if compression is None else {"quality": compression}
+    return {**quality, **_exif(metadata)}
 
 
 def _exif(metadata: Mapping[str, Any] | None, limit: float = math.inf) -> dict[str, Image.Exif]:
@@ -92,11 +90,12 @@ def _exif(metadata: Mapping[str, Any] | None, limit: float = math.inf) -> dict[s
     return {"exif": media.exif(text)}
 
 
-_IMAGE_ENCODERS: Mapping[str, Callable[[Image.Image, io.BytesIO, int | None, Mapping[str, Any] | None], None]] = {
+_IMAGE_OPTIONS: Mapping[str, Callable[[int | None, Mapping[str, Any] | None], dict[str, Any]]] = {
     "png": _png,
     "jpeg": _jpeg,
     "webp": _webp,
 }
+"""What Pillow is told, by output format."""
 
 
 def thumbnail(frames: Media) -> bytes:

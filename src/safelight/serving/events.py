@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from safelight.serving.disconnects import unless_gone
-from safelight.serving.large_json import LargeJson
+from safelight.serving.http.disconnects import unless_gone
+from safelight.serving.http.large_json import LargeJson
 
 _PING = b": ping\n\n"
 

@@ -17,34 +17,27 @@ from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.preparation import prepare
-from safelight.serving.bodies import Body, read_number
-from safelight.serving.forms import Repeated, about
+from safelight.serving.http.bodies import Body
+from safelight.serving.http.forms import Repeated, about
+from safelight.serving.http.json_body import read_number
+from safelight.serving.http.spool import Stored
 from safelight.serving.input_pictures import open_picture, picture_bytes
 from safelight.serving.limits import Limits
-from safelight.serving.principals import LEAST_PRIORITY, MOST_PRIORITY
-from safelight.serving.spool import Stored
+from safelight.serving.own_fields import (
+    EFFECTLESS,
+    IMAGES,
+    INPUT_FIDELITY,
+    INPUT_REFERENCE,
+    QUALITIES,
+    QUALITY_NAMES,
+    own_fields,
+)
 
-QUALITIES: Mapping[str, float] = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0}
-"""Steps, in the model's default number of them."""
-QUALITY_NAMES: Mapping[str, str] = {"standard": "medium", "hd": "high"}
-"""Other names of qualities, from before there were these."""
-EFFECTLESS = ("moderation", "style", "user", "safety_identifier")
-"""Accepted, so that clients written for other servers work, and named in the warnings."""
-INPUT_FIDELITY = "input_fidelity"
-"""Likewise, where pictures are edited: a model here keeps of them what it keeps."""
 NOT_OFFERED: Mapping[str, str] = {"output_type": "use output_format"}
 OUTPUT_TYPE = "pil"
 """What the engine gives, whatever the model's default is: pixels of 8 bits."""
 REFUSED: Mapping[str, str] = {**NOT_OFFERED, "mask": "this model cannot use a mask"}
 """What is not taken, and what to say of it."""
-INPUT_REFERENCE = "input_reference"
-"""The API's name for the picture that a video begins with."""
-PRIORITY = "priority"
-PRIORITY_OPTION = Option(
-    "integer", "higher goes first; a key has its highest", minimum=LEAST_PRIORITY, maximum=MOST_PRIORITY
-)
-IMAGES = "images"
-"""The API's name for the pictures to edit, in JSON."""
 _LISTS = ("image", "images", "numbers", "integers")
 """Kinds of fields that parts of one name may fill together."""
 MAX_NUMBER = 1e6
@@ -104,7 +97,7 @@ class Resolved:
     @property
     def priority(self) -> int:
         """Higher goes first."""
-        return int(self.asked.own.get(PRIORITY, 0))
+        return int(self.asked.own.get("priority", 0))
 
     @property
     def output_format(self) -> str:
@@ -136,12 +129,11 @@ def model_fields(schema: ModelSchema) -> dict[str, Option]:
     }
 
 
-def sort_fields(body: Body, own: Mapping[str, Option], schema: ModelSchema, limits: Limits) -> Asked:
+def sort_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
     """Check each field by itself, and sort the API's from the model's. Of a large body: run it in a thread.
 
     Args:
         body: as it was parsed.
-        own: the route's own fields; they go before the model's of the same name.
         schema: of the loaded model.
         limits: the bounds.
 
@@ -149,6 +141,7 @@ def sort_fields(body: Body, own: Mapping[str, Option], schema: ModelSchema, limi
         UsageError: naming the field.
 
     """
+    own = own_fields(schema, limits)
     known = {**model_fields(schema), **own}
     cls = schema.params_cls
     asked = Asked(schema)

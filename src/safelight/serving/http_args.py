@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from safelight.core.options import check_settings, option
 from safelight.errors import InvalidParameterError, StateDirectoryError, UsageError
-from safelight.serving.hosts import host_name, is_loopback
+from safelight.serving.http.hosts import host_name, is_loopback
 from safelight.serving.principals import Keys, read_keys
 
 RESPONSE_FORMATS = ("b64_json", "url")

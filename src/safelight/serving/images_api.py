@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,68 +12,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from safelight import media
-from safelight.core.options import Option
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
-from safelight.runtime.client import Ticket, total_timings
-from safelight.serving.bodies import aside, read_fields
-from safelight.serving.context import Context, Finished, job_error, json_response
-from safelight.serving.disconnects import unless_gone
+from safelight.runtime.client import GenerationRequest, Output, Ticket, total_timings
+from safelight.serving.context import Context, job_error, json_response, request_id
 from safelight.serving.encoding import encode_image
-from safelight.serving.errors import GONE, error_body
 from safelight.serving.events import EventStream, event, event_pieces
-from safelight.serving.fields import (
-    EFFECTLESS,
-    IMAGES,
-    INPUT_FIDELITY,
-    PRIORITY,
-    PRIORITY_OPTION,
-    QUALITIES,
-    QUALITY_NAMES,
-    Asked,
-    Resolved,
-    resolve,
-    sort_fields,
-)
+from safelight.serving.fields import Asked, Resolved, resolve, sort_fields
+from safelight.serving.http.bodies import aside, read_fields
+from safelight.serving.http.disconnects import unless_gone
+from safelight.serving.http.errors import GONE, answerable, error_body
+from safelight.serving.http.large_json import JsonResponse, LargeJson, in_thread
+from safelight.serving.http.spool import Spool
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs_api import content_url, job_object, submit
-from safelight.serving.large_json import JsonResponse, LargeJson, in_thread
-from safelight.serving.limits import Limits
-from safelight.serving.spool import Spool
+from safelight.serving.own_fields import IMAGES, takes_pictures
+from safelight.serving.trial import try_pictures
 
-FORMATS = ("png", "jpeg", "webp")
 _BYTES_PER_TOKEN = 4
 """Of text, roughly: only the worker has the tokenizer, and usage is no bill here."""
-
-
-def image_fields(limits: Limits, edits: bool = True) -> dict[str, Option]:
-    """Return the API's own fields for pictures, by name; those of edits are for models that take pictures."""
-    of_edits = {
-        IMAGES: Option("images", "the input images: data URLs, or objects with image_url", group="basic"),
-        INPUT_FIDELITY: Option("string", "accepted, without effect"),
-    }
-    return {
-        "prompt": Option("string", "what to generate", group="basic"),
-        "model": Option("string", "the served model's name, or another name of it"),
-        "n": Option("integer", "pictures, with seeds seed, seed+1 and so on", "basic", 1, limits.outputs),
-        "size": Option("string", "auto, or WxH in pixels", group="basic"),
-        "quality": Option("string", "a preset of steps", choices=(*QUALITIES, *QUALITY_NAMES, "auto")),
-        "output_format": Option("string", "of the picture's file", choices=FORMATS),
-        "output_compression": Option("integer", "quality of jpeg and webp; png has 100", "advanced", 0, 100),
-        "background": Option("string", "of the picture", choices=("transparent", "opaque", "auto")),
-        "response_format": Option("string", "how pictures are returned", choices=("b64_json", "url")),
-        "stream": Option("boolean", "answer with server-sent events"),
-        "partial_images": Option("integer", "previews in a stream", "advanced", 0, 3),
-        PRIORITY: PRIORITY_OPTION,
-        **{name: Option("string", "accepted, without effect") for name in EFFECTLESS},
-        **(of_edits if edits else {}),
-    }
-
-
-def takes_pictures(schema: ModelSchema) -> bool:
-    """Say whether there is a field for input pictures."""
-    return "image" in schema.params_cls.options()
 
 
 def check_image_fields(asked: Asked, edits: bool) -> None:
@@ -114,8 +73,7 @@ def routes(context: Context) -> APIRouter:
         if edits and not takes_pictures(schema):
             error = "image: this model takes no input picture; use /v1/images/generations"
             raise UsageError.rebuilt(error, "image")
-        own = image_fields(context.limits, takes_pictures(schema))
-        asked = await aside(body, sort_fields, body, own, schema, context.limits)
+        asked = await aside(body, sort_fields, body, schema, context.limits)
         check_image_fields(asked, edits)
         resolved = await aside(body, resolve, asked, context.limits)
         as_job, streams = prefers_async(request), asked.own.get("stream")
@@ -123,12 +81,15 @@ def routes(context: Context) -> APIRouter:
             raise InvalidParameterError("stream", True, "false, with Prefer: respond-async")
         as_urls = asked.own.get("response_format", context.settings.response_format) == "url" and not streams
         admission = context.admission.admit(request, resolved, is_job=as_job or as_urls)
-        await context.try_pictures(request, resolved)
+        await try_pictures(request.receive, resolved.pictures)
         if as_job or as_urls:
             echo = {"quality": resolved.quality, "background": resolved.background}
             job = await submit(request, context, body, resolved, admission, echo)
             return _accepted(request, context, job) if as_job else await _urls(request, context, resolved, job)
-        ticket = context.submit(request, resolved, admission)
+        context.admission.check_place(admission)
+        asked_for = GenerationRequest(request_id(request), resolved.params, admission.priority, admission.deadline)
+        ticket = context.engine.submit(asked_for)
+        context.admission.wait(admission, ticket)
         if streams:
             return _as_stream(request, context, resolved, ticket, "image_edit" if edits else "image_generation")
         return await _at_once(request, context, resolved, ticket)
@@ -142,10 +103,28 @@ def prefers_async(request: Request) -> bool:
     return "respond-async" in [preference.partition(";")[0].strip().lower() for preference in preferences]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What the engine made of a synchronous request, and how long it took, in seconds."""
+
+    outputs: list[Output]
+    seconds: float
+    queue_seconds: float
+
+
+async def _follow(ticket: Ticket) -> Finished:
+    """Wait for a request's outputs."""
+    began, queue_seconds = time.perf_counter(), 0.0
+    async for progress in ticket.changes():
+        if progress.state == "running" and not queue_seconds:
+            queue_seconds = time.perf_counter() - began
+    return Finished(await ticket.result(), time.perf_counter() - began, queue_seconds)
+
+
 async def _at_once(request: Request, context: Context, resolved: Resolved, ticket: Ticket) -> Response:
     """Answer with the pictures, and end the request within one step if its client goes away."""
     try:
-        finished = await unless_gone(request.receive, context.follow(ticket))
+        finished = await unless_gone(request.receive, _follow(ticket))
     finally:
         context.engine.cancel(ticket.request.request_id)
     pictures = await _pictures(context, resolved, finished)
@@ -156,7 +135,8 @@ async def _at_once(request: Request, context: Context, resolved: Resolved, ticke
 async def _pictures(context: Context, resolved: Resolved, finished: Finished) -> list[dict[str, Any]]:
     """Return what was made, encoded, and count it."""
     pictures = await context.jobs.outputs.run(_encode, resolved, finished, Spool(context.jobs.outputs.directory))
-    context.count(resolved, finished, len(pictures))
+    task, timings = resolved.schema.task.value, total_timings(finished.outputs)
+    context.metrics.completed(task, finished.seconds, finished.queue_seconds, timings, len(pictures))
     return pictures
 
 
@@ -223,11 +203,11 @@ async def _stream(
 ) -> AsyncGenerator[bytes, None]:
     """Yield one completed event a picture, or an error: the answer has begun, so that it is an event too."""
     try:
-        finished = await context.follow(ticket)
+        finished = await _follow(ticket)
         pictures = await _pictures(context, resolved, finished)
     except Exception as error:  # the boundary of a request whose answer has begun
-        known = context.answered(request, error)
-        context.metrics.ended(resolved.schema.task.value, known.status)
+        known = answerable(error, request_id(request))
+        context.metrics.failed(resolved.schema.task.value, known)
         yield event("error", error_body(known))
         return
     response = _response(resolved, pictures, finished)

@@ -16,11 +16,11 @@ from PIL import Image
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.file_kinds import HEAD_BYTES, kind_of
-from safelight.serving.errors import TooLargeError
-from safelight.serving.forms import Upload
+from safelight.serving.http.errors import TooLargeError
+from safelight.serving.http.forms import Upload
+from safelight.serving.http.pieces import from_base64, from_percent, pieces
+from safelight.serving.http.spool import LongText, Stored
 from safelight.serving.limits import Limits
-from safelight.serving.pieces import from_base64, from_percent, pieces
-from safelight.serving.spool import LongText, Stored
 
 _DATA_URL = re.compile(rb'data:((?:[^,"]|"[^"]{0,1000}"){0,1000}),', re.IGNORECASE)
 """RFC 2397: a media type, its parameters, whose values may be quoted, and perhaps `;base64`."""
@@ -155,31 +155,6 @@ def open_picture(file: bytes | Stored, param: str, limits: Limits) -> EncodedIma
 def damaged(kind: str, param: str) -> InvalidParameterError:
     """Return the error for a file of a format that is no whole picture."""
     return InvalidParameterError(param, f"a damaged {kind} file", _TAKES)
-
-
-def check_decodes(image: EncodedImage, param: str) -> None:
-    """Decode a picture, and let its pixels go. It takes a while: run it in a thread, and one at a time.
-
-    Raises:
-        InvalidParameterError: if it is damaged.
-
-    """
-    try:
-        image.check()
-    except UNREADABLE as error:
-        raise damaged(image.kind, param) from error
-
-
-def decode_picture(data: bytes, param: str, limits: Limits) -> EncodedImage:
-    """Return a picture that has been decoded once, and can be again.
-
-    Raises:
-        InvalidParameterError: if it is damaged, of another format, or has more pixels than are taken.
-
-    """
-    image = open_picture(data, param, limits)
-    check_decodes(image, param)
-    return image
 
 
 def _check_size(size: Size, param: str, limits: Limits) -> None:

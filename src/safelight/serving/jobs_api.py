@@ -15,13 +15,13 @@ from starlette.types import Receive, Scope, Send
 from safelight.core.options import Option
 from safelight.errors import InvalidParameterError, StorageError, UnknownParameterError
 from safelight.serving.admission import Admission
-from safelight.serving.bodies import Body, aside
 from safelight.serving.context import Context, json_response, request_id, timestamp
-from safelight.serving.disconnects import unless_gone
 from safelight.serving.encoding import MEDIA_TYPES
-from safelight.serving.errors import ConflictStateError, MalformedRequestError, NotFoundError, RangeError
 from safelight.serving.events import EventStream, event
 from safelight.serving.fields import Resolved, typed
+from safelight.serving.http.bodies import Body, aside
+from safelight.serving.http.disconnects import unless_gone
+from safelight.serving.http.errors import ConflictStateError, MalformedRequestError, NotFoundError, RangeError
 from safelight.serving.jobs.inputs import new_job
 from safelight.serving.jobs.job import Job, Kind, StoredFile, request_digest
 from safelight.serving.principals import principal_of

@@ -77,12 +77,14 @@ class Metrics:
         self._step.observe(seconds)
         self._batch_size.observe(batch_size)
 
-    def ended(self, task: str, status: int) -> None:
-        """Count a generation that did not end well, by its HTTP status."""
-        self._requests.labels(task, str(status)).inc()
+    def ended(self, task: str | None, status: int) -> None:
+        """Count a generation that did not end well, by its HTTP status; what had no task was none."""
+        if task is not None:
+            self._requests.labels(task, str(status)).inc()
 
-    def answered(self, error: SafelightError) -> None:
-        """Count an error."""
+    def failed(self, task: str | None, error: SafelightError) -> None:
+        """Count an error, and the generation that it ended."""
+        self.ended(task, error.status)
         self._errors.labels(error.code).inc()
 
     def exposition(self) -> bytes:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.core.options import KINDS, Option
-from safelight.core.schema import ModelSchema
 from safelight.runtime.messages import SCHEMA_KEY, schema_to_wire
 from safelight.serving.context import Context, json_response
-from safelight.serving.fields import INPUT_REFERENCE, model_fields
-from safelight.serving.images_api import image_fields, takes_pictures
-from safelight.serving.limits import Limits
-from safelight.serving.videos_api import VIDEO_FIELDS
+from safelight.serving.fields import model_fields
+from safelight.serving.own_fields import INPUT_REFERENCE, own_fields
 
 
 def routes(context: Context) -> APIRouter:
@@ -46,36 +41,24 @@ def _model(name: str, context: Context) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": context.started_at, "owned_by": "safelight"}
 
 
-def own_fields(schema: ModelSchema, limits: Limits) -> Mapping[str, Option]:
-    """Return the API's own fields for what a model makes."""
-    return VIDEO_FIELDS if schema.task.makes_video else image_fields(limits, takes_pictures(schema))
-
-
 def request_schema(context: Context) -> dict[str, Any]:
     """Return a JSON Schema (2020-12) of a request's body: the API's fields and the model's, with its defaults."""
     schema = context.schema()
     whole = schema.json_schema()
-    properties = {name: whole["properties"][name] for name in model_fields(schema)}
+    properties: dict[str, Any] = {}
     for name, option in model_fields(schema).items():
-        properties[name] = {**_described(option), **properties[name], **dict(KINDS[option.kind].json_schema)}
-        properties[name].pop("anyOf", None)
+        properties[name] = {**whole["properties"][name], **option.json_schema()}
+        properties[name].pop("anyOf", None)  # of texts, of which a request here has one
     defaults = {name: entry["default"] for name, entry in properties.items() if "default" in entry}
     defaults["response_format"] = context.settings.response_format
     for name, option in own_fields(schema, context.limits).items():
-        properties[name] = {**_described(option), **({"default": defaults[name]} if name in defaults else {})}
+        properties[name] = option.json_schema() | ({"default": defaults[name]} if name in defaults else {})
     required = [name for name in whole["required"] if name == "prompt" or INPUT_REFERENCE not in properties]
     return {
         **whole,
         "properties": {name: _nullable(entry) for name, entry in properties.items()},
         "required": required,
     }
-
-
-def _described(option: Option) -> dict[str, Any]:
-    found = {**KINDS[option.kind].json_schema, "description": option.help, "x-group": option.group}
-    bounds = {"minimum": option.minimum, "maximum": option.maximum}
-    found |= {name: value for name, value in bounds.items() if value is not None}
-    return found | ({"enum": [*option.choices]} if option.choices else {})
 
 
 def _nullable(entry: dict[str, Any]) -> dict[str, Any]:

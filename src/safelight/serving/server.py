@@ -22,14 +22,14 @@ from safelight.runtime.unit_board import UnitLimits
 from safelight.serving.addresses import read_address_key
 from safelight.serving.app import create_app
 from safelight.serving.context import Settings
-from safelight.serving.http import uvicorn_config
+from safelight.serving.http.listening import Listener, bound, raise_limit
+from safelight.serving.http.protocol import uvicorn_config
 from safelight.serving.http_args import HTTPArgs
 from safelight.serving.jobs.folder import FolderFiles
 from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.sqlite import SqliteJobStore
 from safelight.serving.limits import Limits
-from safelight.serving.listening import Listener, bound, raise_limit
 
 logger = logging.getLogger(__name__)
 

@@ -7,17 +7,23 @@ whatever a file does to a decoder.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import IO
+
+from starlette.types import Receive
 
 from safelight.encoded import EncodedImage
 from safelight.runtime.processes import python_command, safe_environment
-from safelight.serving.input_pictures import UNREADABLE, check_decodes, damaged
+from safelight.serving.http.disconnects import unless_gone
+from safelight.serving.input_pictures import UNREADABLE, damaged
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +32,25 @@ SMALL_PIXELS = 1 << 21
 _MOST_MEMORY = 2 << 30
 """Of addresses in the other process."""
 _SECONDS = 60.0
+_DECODER = ThreadPoolExecutor(1, thread_name_prefix="safelight-decoding")
+"""A picture of 25 megapixels takes 200 MB while it is tried, and no more than one does."""
 _GOOD, _DAMAGED = b"1", b"0"
 
 
-def check_all(pictures: Iterable[tuple[str, EncodedImage]]) -> None:
+async def try_pictures(receive: Receive, pictures: Sequence[tuple[str, EncodedImage]]) -> None:
+    """See that a request's pictures can be decoded: in a thread, one at a time. They are kept as files.
+
+    Raises:
+        InvalidParameterError: naming the field of one that is damaged.
+        ClientDisconnect: if the client goes away; pictures whose turn has not come are not tried then.
+
+    """
+    if pictures:
+        loop = asyncio.get_running_loop()
+        await unless_gone(receive, loop.run_in_executor(_DECODER, check_all, pictures))
+
+
+def check_all(pictures: Sequence[tuple[str, EncodedImage]]) -> None:
     """Decode pictures one at a time, and let their pixels go. It takes a while: run it in a thread, one at a time.
 
     Args:
@@ -41,17 +62,25 @@ def check_all(pictures: Iterable[tuple[str, EncodedImage]]) -> None:
     """
     large = []
     for param, image in pictures:
-        if image.width * image.height <= SMALL_PIXELS:
-            check_decodes(image, param)
-        else:
+        if image.width * image.height > SMALL_PIXELS:
             large.append((param, image))
+        elif not decodes(image):
+            raise damaged(image.kind, param)
     if large:
         _check_apart(large)
 
 
-def _check_apart(pictures: list[tuple[str, EncodedImage]]) -> None:
-    command = python_command(__name__)
-    pipe = subprocess.PIPE
+def decodes(image: EncodedImage) -> bool:
+    """Say whether a picture can be decoded, in this process."""
+    try:
+        image.check()
+    except (*UNREADABLE, MemoryError):
+        return False
+    return True
+
+
+def _check_apart(pictures: Sequence[tuple[str, EncodedImage]]) -> None:
+    command, pipe = python_command(__name__), subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=safe_environment()) as process:
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(_SECONDS, process.kill)
@@ -66,6 +95,8 @@ def _check_apart(pictures: list[tuple[str, EncodedImage]]) -> None:
         finally:
             timer.cancel()
             process.kill()
+            with suppress(BrokenPipeError):  # what it has not read is not written any more
+                process.stdin.close()
 
 
 def _asked(to: IO[bytes], back: IO[bytes], image: EncodedImage) -> bytes:
@@ -86,12 +117,7 @@ def main() -> None:
     while line := sys.stdin.buffer.readline():
         kind, mode, width, height, length = line.decode("ascii").split()
         image = EncodedImage(sys.stdin.buffer.read(int(length)), kind, mode, (int(width), int(height)))
-        try:
-            image.check()
-            answer = _GOOD
-        except (*UNREADABLE, MemoryError):
-            answer = _DAMAGED
-        sys.stdout.buffer.write(answer)
+        sys.stdout.buffer.write(_GOOD if decodes(image) else _DAMAGED)
         sys.stdout.buffer.flush()
 
 

@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from safelight.core.options import Option
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
-from safelight.serving.bodies import Body, aside, read_fields
 from safelight.serving.context import Context, json_response, timestamp
-from safelight.serving.errors import ConflictStateError, ModelNameError
-from safelight.serving.fields import (
-    EFFECTLESS,
-    INPUT_REFERENCE,
-    PRIORITY,
-    PRIORITY_OPTION,
-    Asked,
-    Resolved,
-    resolve,
-    sort_fields,
-    typed,
-)
+from safelight.serving.fields import Asked, Resolved, resolve, sort_fields, typed
+from safelight.serving.http.bodies import Body, aside, read_fields
+from safelight.serving.http.errors import ConflictStateError, ModelNameError
+from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs_api import content_response, page_response, percent, submit
 from safelight.serving.limits import Limits
-from safelight.serving.spool import Stored
+from safelight.serving.own_fields import INPUT_REFERENCE, takes_pictures
+from safelight.serving.trial import try_pictures
 
-VIDEO_FIELDS: Mapping[str, Option] = {
-    "prompt": Option("string", "what to generate", group="basic"),
-    "model": Option("string", "the served model's name, or another name of it"),
-    "seconds": Option("number", "length; fitted to the model's rule for frames", "basic", 0.01, 3600.0),
-    "size": Option("string", "auto, or WxH in pixels", group="basic"),
-    "n": Option("integer", "videos of one request", "advanced", 1, 1),
-    INPUT_REFERENCE: Option("image", "the picture that the video begins with", group="basic"),
-    PRIORITY: PRIORITY_OPTION,
-    **{name: Option("string", "accepted, without effect") for name in EFFECTLESS},
-}
 POLL_AFTER_MS = 1000
 """What clients that poll a video are told to wait."""
 
@@ -51,8 +31,26 @@ def routes(context: Context) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/videos")
+    @router.post("/v1/videos/{video_id}/remix")
     async def create(request: Request) -> Response:
-        return await _create(request, context)
+        """Begin a video: of what is asked alone, or of another one's parameters beneath."""
+        source_id = request.path_params.get("video_id")
+        body = await read_fields(request, context.limits, context.held, forms=True)
+        schema = context.schema_for(request, makes_video=True)
+        source = None if source_id is None else await context.job(request, source_id, "video")
+        if source is None:
+            context.check_model(body.fields.get("model"))
+        asked = await aside(body, sort_video_fields, body, schema, context.limits)
+        if source is not None:
+            asked = await _remixed(source, asked, context)
+            body = dataclasses.replace(body, is_long=True)  # with its source's pictures
+        resolved = await aside(body, resolve, asked, context.limits)
+        admission = context.admission.admit(request, resolved, is_job=True)
+        await try_pictures(request.receive, resolved.pictures)
+        echo = {**_echo(resolved), "remixed_from_video_id": source_id}
+        job = await submit(request, context, body, resolved, admission, echo)
+        context.count_job(job, resolved.schema.task.value)
+        return _answer(job, context)
 
     @router.get("/v1/videos")
     async def page(request: Request) -> Response:
@@ -74,31 +72,7 @@ def routes(context: Context) -> APIRouter:
         job = await context.job(request, request.path_params["video_id"], "video")
         return await content_response(request, context, job)
 
-    @router.post("/v1/videos/{video_id}/remix")
-    async def remix(request: Request) -> Response:
-        return await _create(request, context, source_id=request.path_params["video_id"])
-
     return router
-
-
-async def _create(request: Request, context: Context, source_id: str | None = None) -> Response:
-    """Begin a video: of what is asked alone, or of another one's parameters beneath."""
-    body = await read_fields(request, context.limits, context.held, forms=True)
-    schema = context.schema_for(request, makes_video=True)
-    source = None if source_id is None else await context.job(request, source_id, "video")
-    if source is None:
-        context.check_model(body.fields.get("model"))
-    asked = await aside(body, sort_video_fields, body, schema, context.limits)
-    if source is not None:
-        asked = await _remixed(source, asked, context)
-        body = dataclasses.replace(body, is_long=True)  # with its source's pictures
-    resolved = await aside(body, resolve, asked, context.limits)
-    admission = context.admission.admit(request, resolved, is_job=True)
-    await context.try_pictures(request, resolved)
-    echo = {**_echo(resolved), "remixed_from_video_id": source_id}
-    job = await submit(request, context, body, resolved, admission, echo)
-    context.count_job(job, resolved.schema.task.value)
-    return _answer(job, context)
 
 
 def sort_video_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
@@ -111,8 +85,8 @@ def sort_video_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
     seconds = body.fields.get("seconds")
     if isinstance(seconds, str):  # as the SDK has it, in JSON too
         body = dataclasses.replace(body, fields={**body.fields, "seconds": typed("number", seconds)})
-    asked = sort_fields(body, VIDEO_FIELDS, schema, limits)
-    if INPUT_REFERENCE in asked.pictures and "image" not in schema.params_cls.options():
+    asked = sort_fields(body, schema, limits)
+    if INPUT_REFERENCE in asked.pictures and not takes_pictures(schema):
         raise UsageError.rebuilt(f"{INPUT_REFERENCE}: this model takes no picture to begin with", INPUT_REFERENCE)
     if "seconds" in asked.own:
         if "num_frames" in asked.model:

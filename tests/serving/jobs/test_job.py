@@ -10,8 +10,8 @@ import pytest
 
 from safelight.core.form import Form
 from safelight.serving.clocks import Moment
+from safelight.serving.http.spool import LongText, Spool
 from safelight.serving.jobs.job import MAX_ATTEMPTS, Job, JobError, StoredFile, StoredOutput, read_job, request_digest
-from safelight.serving.spool import LongText, Spool
 
 QUEUED = Job(id="image_1", kind="image", model="m", params={}, created_at=1.0, lease=3)
 FORMS = {

@@ -9,11 +9,11 @@ import msgspec
 
 from safelight.errors import NotReadyError, QueueFullError, SafelightError
 from safelight.serving.admission import Admission, Queue
+from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.job import Job, check_same
 from safelight.serving.jobs.leases import Lease
 from safelight.serving.jobs.run import Run
 from safelight.serving.jobs.runner import Runner
-from safelight.serving.spool import Stored
 
 JOBS_A_TRIM = 64
 """Jobs after which the bound on records is looked at."""

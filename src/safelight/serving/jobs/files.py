@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, ParamSpec, Protocol, TypeVar
 
 from safelight.errors import OutputError, SafelightError, StorageError
+from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.store import Kept
-from safelight.serving.spool import Stored
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, ModelNotFoundError, SafelightError, StorageError
+from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.job import Job, Kind, StoredFile, new_id
-from safelight.serving.spool import Stored
 
 
 def new_job(

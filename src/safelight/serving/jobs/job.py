@@ -22,7 +22,7 @@ import msgspec
 from safelight.core.form import Form, Mode
 from safelight.errors import ConflictError
 from safelight.serving.clocks import Moment
-from safelight.serving.spool import LongText, Stored, parts
+from safelight.serving.http.spool import LongText, Stored, parts
 
 Kind = Literal["image", "video"]
 JobState = Literal["queued", "in_progress", "completed", "failed"]

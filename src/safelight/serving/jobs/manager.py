@@ -13,6 +13,7 @@ from safelight.errors import StateDirectoryError, StorageError
 from safelight.runtime.client import EngineClient, Progress
 from safelight.serving.admission import Admission
 from safelight.serving.clocks import Clocks
+from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.acceptance import Acceptance
 from safelight.serving.jobs.events import Events
 from safelight.serving.jobs.files import Files
@@ -22,7 +23,6 @@ from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.run import JobEvent
 from safelight.serving.jobs.runner import CANCELLED, Runner
 from safelight.serving.jobs.store import JobStore
-from safelight.serving.spool import Stored
 
 logger = logging.getLogger(__name__)
 

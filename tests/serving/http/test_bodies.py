@@ -5,36 +5,31 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import errno
 import gc
 import json
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 
-import msgspec
 import pytest
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from safelight.errors import InvalidParameterError, QueueFullError, SafelightError, StorageFullError
-from safelight.serving import bodies, long_texts, pieces, spool, trial
-from safelight.serving.bodies import HeldBytes, read_body
+from safelight.errors import SafelightError
 from safelight.serving.context import Settings
 from safelight.serving.fields import sort_fields
-from safelight.serving.images_api import image_fields
-from safelight.serving.input_pictures import open_picture
-from safelight.serving.large_json import JsonResponse, LargeJson
+from safelight.serving.http import bodies, long_texts, pieces, spool
+from safelight.serving.http.bodies import Body, read_body
+from safelight.serving.http.forms import parse_form
+from safelight.serving.http.held_bytes import HeldBytes
+from safelight.serving.http.json_body import parse_json
+from safelight.serving.http.spool import IN_MEMORY, Spool
 from safelight.serving.limits import Limits
-from safelight.serving.spool import IN_MEMORY, Spool
 from tests.serving.greedy_clients import chunk, picture_of
-from tests.serving.http_server import PROMPT, assert_error, running
+from tests.serving.http_server import PROMPT, running
 from tests.serving.large_bodies import KINDS
 from tests.serving.stub_engine import EDIT_SCHEMA
 
@@ -50,6 +45,12 @@ QUICK = (
     "hyphens in a form",
 )
 SLOW = [kind for kind in KINDS if kind not in QUICK and not kind.startswith(("nothing", "25 mega", "ten large"))]
+
+
+def body_of(found, limits, media_type):
+    boundary = parse_options_header(media_type)[1].get(b"boundary")
+    fields, files = parse_json(found, limits) if boundary is None else parse_form(found, limits, boundary)
+    return Body(found, boundary is not None, True, fields, files)
 
 
 @pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
@@ -70,13 +71,12 @@ def test_a_large_body_is_looked_at_in_small_pieces(kind, monkeypatch, tmp_path):
 
     for module in (pieces, spool, long_texts):
         monkeypatch.setattr(module, "turn", turn)
-    boundary = parse_options_header(media_type)[1].get(b"boundary")
 
     def look(found):
         with contextlib.suppress(SafelightError):
-            parsed = bodies._parse_json(found, LIMITS) if boundary is None else bodies._form(found, LIMITS, boundary)
+            parsed = body_of(found, LIMITS, media_type)
             tracemalloc.reset_peak()
-            sort_fields(parsed, image_fields(LIMITS), EDIT_SCHEMA, LIMITS)
+            sort_fields(parsed, EDIT_SCHEMA, LIMITS)
 
     gc.collect()
     found, last = spooled(), time.thread_time()
@@ -99,12 +99,11 @@ def test_pictures_stay_on_disk(kind, monkeypatch, tmp_path):
     found.keep(body)
     found.flush()
     limits = Limits(image_bytes=32 << 20)
-    boundary = parse_options_header(media_type)[1].get(b"boundary")
-    parsed = bodies._parse_json(found, limits) if boundary is None else bodies._form(found, limits, boundary)
+    parsed = body_of(found, limits, media_type)
     del body
     gc.collect()
     tracemalloc.start()
-    asked = sort_fields(parsed, image_fields(limits), EDIT_SCHEMA, limits)
+    asked = sort_fields(parsed, EDIT_SCHEMA, limits)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(len(file) for files in asked.pictures.values() for file in files) > 6_000_000
@@ -136,11 +135,11 @@ def test_what_is_received_is_counted_and_given_back(sizes, memory, tmp_path):
     got = asyncio.run(read_body(request, limits, held))
     assert got.all().read() == b"".join(chunks) == b"".join(got.all().pieces(size=1000))
     assert got.in_file == (sum(sizes) > IN_MEMORY or sum(sizes) > memory)
-    assert held._held == sum(sizes)
-    assert held._in_memory == (0 if got.in_file else sum(sizes))
+    assert held.num_bytes == sum(sizes)
+    assert held.in_memory == (0 if got.in_file else sum(sizes))
     for end in request.scope["state"]["at_end"]:
         end()
-    assert (held._held, held._in_memory) == (0, 0)
+    assert (held.num_bytes, held.in_memory) == (0, 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -150,12 +149,12 @@ def test_what_takes_more_than_a_moment_is_not_looked_at_in_the_event_loops_threa
     num_bytes, aside, is_form, monkeypatch, tmp_path
 ):
     """Sixteen bodies of 64 KB that are all fields, at once, were a tenth of a second for everybody else."""
-    name = "_form" if is_form else "_parse_json"
+    name = "parse_form" if is_form else "parse_json"
     parse, threads = getattr(bodies, name), list[threading.Thread]()
 
-    def noted(*args):
+    def noted(*args, **kwargs):
         threads.append(threading.current_thread())
-        return parse(*args)
+        return parse(*args, **kwargs)
 
     monkeypatch.setattr(bodies, name, noted)
     with running(tmp_path) as server, server.http() as http:
@@ -172,112 +171,9 @@ def test_bodies_that_wait_are_in_memory_as_far_as_there_is_room(tmp_path):
         limits = Limits(memory_bytes=1 << 20)
         held = HeldBytes(limits, tmp_path)
         got = [await read_body(request_of([b"x" * 60_000]), limits, held) for _ in range(50)]
-        assert sum(body.num_kept for body in got) <= 1 << 20 and held._held == 3_000_000
+        assert sum(len(body._data) for body in got) <= 1 << 20 and held.num_bytes == 3_000_000
 
     asyncio.run(use())
-
-
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [(errno.ENOSPC, StorageFullError), (errno.EDQUOT, StorageFullError), (errno.EMFILE, QueueFullError)],
-)
-def test_a_disk_that_fails_is_named(number, expected, monkeypatch, tmp_path):
-    def fail(*args):
-        raise OSError(number, "no")
-
-    found = Spool(tmp_path)
-    found.keep(b"x")
-    monkeypatch.setattr(os, "pwrite", fail)
-    with pytest.raises(expected):
-        found.flush()
-    open_files = len(list(Path("/proc/self/fd").iterdir()))
-    del found
-    assert len(list(Path("/proc/self/fd").iterdir())) == open_files - 1
-
-
-def test_a_full_disk_ends_the_large_request_alone(monkeypatch, tmp_path):
-    def full(*args):
-        raise OSError(errno.ENOSPC, "full")
-
-    with running(tmp_path) as server, server.http() as http:
-        monkeypatch.setattr(os, "pwrite", full)
-        large = json.dumps({"prompt": PROMPT, "user": "x" * 100_000})
-        sent = http.post("/v1/images/generations", content=large, headers={"content-type": "application/json"})
-        assert assert_error(sent, 507)["code"] == "storage_full"
-        assert http.post("/v1/images/generations", json={"prompt": PROMPT}).status_code == 200
-
-
-CHECK = """
-import resource, sys
-from safelight.serving.limits import Limits
-from safelight.serving.input_pictures import open_picture
-from safelight.serving import trial
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-file = open(sys.argv[1], "rb").read()
-image = open_picture(file, "image", Limits())
-before = peak()
-trial.check_all([("image", image.converted("RGB"))])
-print(peak() - before)
-"""
-
-
-@pytest.mark.parametrize("kind", ["25 megapixels of PNG", "25 megapixels of JPEG", "25 megapixels of WebP"])
-@pytest.mark.slow
-def test_large_pictures_are_tried_elsewhere(kind, tmp_path):
-    body = KINDS[kind]()[1]
-    path = tmp_path / "picture"
-    path.write_bytes(body.rpartition(b'filename="a"\r\n\r\n')[2].removesuffix(b"\r\n--b--\r\n"))
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(path)], capture_output=True, text=True, check=True, timeout=100
-    )
-    assert int(done.stdout) < 40 * 1024
-
-
-def test_large_pictures_whole_and_damaged():
-    whole = picture_of(2000, 1500)
-    at = whole.index(b"IDAT")
-    length = int.from_bytes(whole[at - 4 : at])
-    assert trial.SMALL_PIXELS < 2000 * 1500
-    good = open_picture(whole, "image", LIMITS).converted("RGB")
-    trial.check_all([("image", good)] * 2)
-    for kept in (0, length // 2, length - 5):
-        cut = whole[: at - 4] + chunk(b"IDAT", whole[at + 4 :][:kept]) + chunk(b"IEND", b"")
-        bad = open_picture(cut, "image", LIMITS)
-        with pytest.raises(InvalidParameterError, match=r"images: got .a damaged PNG"):
-            trial.check_all([("image", good), ("images", bad)])
-
-
-@pytest.mark.parametrize("what", ["import os; os.abort()", "pass", "import time; time.sleep(60)"])
-def test_whatever_happens_to_who_tries_a_picture_the_picture_is_damaged(what, monkeypatch):
-    """A decoder that is overrun ends its own process; one that never ends is ended."""
-    monkeypatch.setattr(trial, "python_command", lambda module: [sys.executable, "-c", what])
-    monkeypatch.setattr(trial, "_SECONDS", 1.0)
-    image = open_picture(picture_of(2000, 1500), "image", LIMITS)
-    with pytest.raises(InvalidParameterError, match="damaged PNG"):
-        trial.check_all([("image", image)])
-
-
-def test_answers_are_what_msgspec_makes_of_them(tmp_path):
-    for length in (0, 1, 2, 3, 100_000, 300_001):
-        store = Spool(tmp_path)
-        data = os.urandom(length)
-        content = {"a": 'é"', "data": [{"b64_json": store.add(data), "n": 1}, {"b64_json": store.add(b"x" + data)}]}
-        whole = msgspec.json.encode({**content, "data": [{"b64_json": data, "n": 1}, {"b64_json": b"x" + data}]})
-        sent = list(LargeJson(content).pieces())
-        assert b"".join(sent) == whole and LargeJson(content).num_bytes == len(whole)
-        assert max(map(len, sent)) <= 1 << 16
-        assert JsonResponse(content).headers["content-length"] == str(len(whole))
-
-
-def test_a_slow_reader_of_a_large_answer_holds_little(tmp_path):
-    """Ten pictures of noise are 30 MB; what is not taken is not in memory."""
-    body = json.dumps({"prompt": f"{PROMPT} [noise]", "n": 10, "size": "512x512"}).encode()
-    with running(tmp_path) as server:
-        head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-        with server.connect(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body) as sock:
-            assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
-            (connection,) = server.server.server_state.connections
-            assert server.call(connection.transport.get_write_buffer_size) < 1 << 18
 
 
 def test_legal_bodies_of_the_largest_size_pass(tmp_path):

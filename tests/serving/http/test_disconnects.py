@@ -12,7 +12,8 @@ import weakref
 import pytest
 from PIL import Image
 
-from safelight.serving import bodies, context, spool
+from safelight.serving import trial
+from safelight.serving.http import bodies, spool
 from tests.serving.http_server import PROMPT, running
 from tests.serving.stub_engine import EDIT_SCHEMA
 
@@ -43,7 +44,7 @@ def test_work_that_waits_its_turn_is_dropped_when_its_client_leaves(tmp_path, he
     """Pictures are tried, and bodies looked at, one after another: those of clients who are gone held up all others."""
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "PNG")
-    begun, release = held(*{"pictures": (context, "check_all"), "bodies": (bodies, "_parse_json")}[work])
+    begun, release = held(*{"pictures": (trial, "check_all"), "bodies": (bodies, "parse_json")}[work])
     body = b'{"prompt": "%s", "image": "data:image/png;base64,%s"%s}' % (
         PROMPT.encode(),
         base64.b64encode(file.getvalue()),

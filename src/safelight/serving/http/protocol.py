@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import struct
 import sys
 import termios
 from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import h11
 import uvicorn
@@ -18,8 +17,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from safelight.errors import SafelightError
-from safelight.serving.envelope import new_request_id
-from safelight.serving.errors import HeadersTooLargeError, MalformedRequestError, TimedOutError, error_body
+from safelight.serving.http.envelope import new_request_id
+from safelight.serving.http.errors import HeadersTooLargeError, MalformedRequestError, TimedOutError, raw_answer
 from safelight.serving.limits import Limits
 
 _FREE_CHUNKS = 1000
@@ -45,6 +44,9 @@ class Connection(h11.Connection):
         super().__init__(h11.SERVER, max_header_bytes)
         self.refusal: SafelightError = MalformedRequestError("this is not HTTP/1.1")
         self._max_header_bytes, self._max_headers = max_header_bytes, max_headers
+        self._too_large = HeadersTooLargeError(
+            f"at most {max_headers} headers of {max_header_bytes} bytes in all are taken"
+        )
         self._chunks = self._bytes = 0
 
     def next_event(self) -> Any:
@@ -60,23 +62,20 @@ class Connection(h11.Connection):
             event = super().next_event()
         except h11.RemoteProtocolError as error:
             if error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
-                self._refuse_headers()
+                self.refusal = self._too_large
             raise
         if isinstance(event, h11.Request):
             self._chunks = self._bytes = 0
             names = [name for name, _ in event.headers]
             if b"content-length" in names and b"transfer-encoding" in names:
-                self.refusal = MalformedRequestError("the body has a Content-Length and a Transfer-Encoding")
-                raise h11.RemoteProtocolError("two lengths")
+                self._refuse(MalformedRequestError("the body has a Content-Length and a Transfer-Encoding"))
         elif isinstance(event, h11.EndOfMessage) and self._are_too_many(event.headers):
-            self._refuse_headers()
-            raise h11.RemoteProtocolError("too many trailers")
+            self._refuse(self._too_large)
         elif isinstance(event, h11.Data):
             self._chunks += event.chunk_end
             self._bytes += len(event.data)
             if self._chunks > _FREE_CHUNKS and self._bytes < self._chunks * _SMALLEST_CHUNK:
-                self.refusal = MalformedRequestError("the body comes in too many small chunks")
-                raise h11.RemoteProtocolError("chunks too small")
+                self._refuse(MalformedRequestError("the body comes in too many small chunks"))
         return event
 
     def _look_at_head(self, data: bytes) -> None:
@@ -84,16 +83,15 @@ class Connection(h11.Connection):
         ends = [end for mark in (b"\n\r\n", b"\n\n") if (end := data.find(mark)) >= 0]
         end = min(ends, default=len(data))
         if end > self._max_header_bytes or data.count(b"\n", 0, end) > self._max_headers:
-            self._refuse_headers()
-            raise h11.RemoteProtocolError("headers too large")
+            self._refuse(self._too_large)
 
     def _are_too_many(self, trailers: Iterable[tuple[bytes, bytes]]) -> bool:
         sizes = [len(name) + len(value) for name, value in trailers]
         return len(sizes) > self._max_headers or sum(sizes) > self._max_header_bytes
 
-    def _refuse_headers(self) -> None:
-        takes = f"at most {self._max_headers} headers of {self._max_header_bytes} bytes in all are taken"
-        self.refusal = HeadersTooLargeError(takes)
+    def _refuse(self, refusal: SafelightError) -> NoReturn:
+        self.refusal = refusal
+        raise h11.RemoteProtocolError(str(refusal))
 
 
 class HttpProtocol(H11Protocol):
@@ -214,7 +212,7 @@ class HttpProtocol(H11Protocol):
             return
         in_body = self._awaited == (self.cycle, h11.SEND_BODY)
         if not (self.cycle is not None and in_body and self.cycle.response_started):
-            self.transport.write(_response(error))
+            self.transport.write(raw_answer(error, {"x-request-id": new_request_id()}))
         if self.cycle is not None:
             self.cycle.disconnected = True  # what the application still sends goes nowhere
             self.cycle.message_event.set()
@@ -248,32 +246,18 @@ class HttpProtocol(H11Protocol):
         return here + int(in_kernel)
 
 
-def _response(error: SafelightError) -> bytes:
-    body = json.dumps(error_body(error)).encode()
-    head = [
-        f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
-        "content-type: application/json",
-        f"content-length: {len(body)}",
-        f"x-request-id: {new_request_id()}",
-        "connection: close",
-    ]
-    return "\r\n".join(head).encode("ascii") + b"\r\n\r\n" + body
-
-
-def uvicorn_config(app: ASGIApp, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
     """Return how uvicorn is to run the application: one process, this protocol, no websockets.
 
     Args:
         app: what `create_app` returns.
         limits: bounds of time and size.
-        host, port: where to listen; port 0 is one that is free.
 
     """
     protocol = type("LimitedHttpProtocol", (HttpProtocol,), {"limits": limits})
     return uvicorn.Config(
         app,
-        host=host,
-        port=port,
+        port=0,  # one that is free, unless there is a socket already
         http=protocol,
         ws="none",
         lifespan="on",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from starlette.responses import JSONResponse
-
 from safelight.errors import MAX_NAME, NotReadyError, QueueFullError, SafelightError, UsageError, without_objects
+
+logger = logging.getLogger(__name__)
 
 
 class MalformedRequestError(UsageError):
@@ -21,43 +23,37 @@ class MalformedRequestError(UsageError):
 class TooLargeError(UsageError):
     """More was sent than is taken."""
 
-    status = 413
-    code = "too_large"
+    status, code = 413, "too_large"
 
 
 class MediaTypeError(UsageError):
     """A content type or encoding that the route does not take."""
 
-    status = 415
-    code = "unsupported_media_type"
+    status, code = 415, "unsupported_media_type"
 
 
 class HeadersTooLargeError(UsageError):
     """More headers than are taken."""
 
-    status = 431
-    code = "headers_too_large"
+    status, code = 431, "headers_too_large"
 
 
 class TimedOutError(UsageError):
     """The request did not arrive in time."""
 
-    status = 408
-    code = "request_timeout"
+    status, code = 408, "request_timeout"
 
 
 class ForeignOriginError(SafelightError):
     """A web page of another origin sent the request, to a server that asks for no key."""
 
-    status = 403
-    code = "foreign_origin"
+    status, code = 403, "foreign_origin"
 
 
 class ForeignHostError(SafelightError):
     """The server was asked for under another name than its own, and asks for no key."""
 
-    status = 403
-    code = "foreign_host"
+    status, code = 403, "foreign_host"
 
     def __init__(self) -> None:
         super().__init__(
@@ -68,8 +64,7 @@ class ForeignHostError(SafelightError):
 class AddressError(UsageError):
     """The signature of an address is not this server's, or not of this address."""
 
-    status = 403
-    code = "invalid_signature"
+    status, code = 403, "invalid_signature"
 
 
 class ExpiredAddressError(AddressError):
@@ -81,15 +76,13 @@ class ExpiredAddressError(AddressError):
 class AuthenticationError(UsageError):
     """No key, or a wrong one."""
 
-    status = 401
-    code = "invalid_api_key"
+    status, code = 401, "invalid_api_key"
 
 
 class PriorityError(UsageError):
     """The key may not have a priority as high as was asked for."""
 
-    status = 403
-    code = "priority_not_allowed"
+    status, code = 403, "priority_not_allowed"
 
     def __init__(self, got: int, most: int) -> None:
         self.param = "priority"
@@ -99,8 +92,7 @@ class PriorityError(UsageError):
 class ModelNameError(UsageError):
     """Another model was asked for than the one that is served."""
 
-    status = 404
-    code = "model_not_found"
+    status, code = 404, "model_not_found"
 
     def __init__(self, message: str) -> None:
         self.param = "model"
@@ -110,22 +102,28 @@ class ModelNameError(UsageError):
 class NotFoundError(UsageError):
     """There is nothing of that name."""
 
-    status = 404
-    code = "not_found"
+    status, code = 404, "not_found"
 
 
 class MethodError(UsageError):
-    """The path exists, and takes other methods."""
+    """The path exists, and takes other methods.
 
-    status = 405
-    code = "method_not_allowed"
+    Attributes:
+        allowed: which.
+
+    """
+
+    status, code = 405, "method_not_allowed"
+
+    def __init__(self, allowed: str) -> None:
+        self.allowed = allowed
+        super().__init__(f"this route takes {allowed}")
 
 
 class ConflictStateError(UsageError):
     """It cannot be had in the state that it is in."""
 
-    status = 409
-    code = "not_completed"
+    status, code = 409, "not_completed"
 
 
 class RangeError(UsageError):
@@ -136,8 +134,7 @@ class RangeError(UsageError):
 
     """
 
-    status = 416
-    code = "invalid_range"
+    status, code = 416, "invalid_range"
 
     def __init__(self, size: int) -> None:
         self.param = "range"
@@ -157,6 +154,18 @@ _INTERNAL = "the server made a mistake; its log has the details under this reque
 def is_internal(error: SafelightError) -> bool:
     """Say whether it is a mistake of ours, which the log has and no answer tells."""
     return error.code == SafelightError.code
+
+
+def answerable(error: Exception, request_id: str) -> SafelightError:
+    """Return what ended a request as it may be answered.
+
+    A mistake of ours is told to the log alone, under the id that the client is told.
+    """
+    known = error if isinstance(error, SafelightError) else SafelightError("this was not foreseen")
+    if is_internal(known):
+        cause = error.__cause__ if known is error else error
+        logger.error("request %s failed: %s", request_id, known, exc_info=cause)
+    return known
 
 
 def error_type(status: int) -> str:
@@ -193,18 +202,15 @@ def error_headers(error: SafelightError) -> dict[str, str]:
         return {"retry-after": str(math.ceil(error.retry_after))}
     if isinstance(error, RangeError):
         return {"content-range": f"bytes */{error.size}"}
+    if isinstance(error, MethodError):
+        return {"allow": error.allowed}
     return {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
 
 
-def error_response(error: SafelightError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return an error as a response; `headers` come on top of its own."""
-    return JSONResponse(error_body(error), error.status, {**error_headers(error), **(headers or {})})
-
-
-def from_status(status: int, allowed: str = "") -> SafelightError:
-    """Return the error for what the router refuses by itself; `allowed` are the methods that the path takes."""
-    if status == HTTPStatus.NOT_FOUND:
-        return NotFoundError("there is no such route")
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:
-        return MethodError(f"this route takes {allowed}")
-    return SafelightError(f"the router answers {status}")
+def raw_answer(error: SafelightError, more: Mapping[str, str] | None = None) -> bytes:
+    """Return an error as HTTP/1.1, on a connection that ends with it; `more` are further headers."""
+    body = json.dumps(error_body(error)).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    lines = [f"{name}: {value}" for name, value in {**error_headers(error), **headers, **(more or {})}.items()]
+    head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", *lines]
+    return "\r\n".join(head).encode("ascii") + b"\r\n\r\n" + body

@@ -12,12 +12,14 @@ import secrets
 from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from safelight.errors import SafelightError
-from safelight.serving.errors import error_response
-from safelight.serving.hosts import malformed
-from safelight.serving.origins import Origins
+from safelight.serving.http.errors import GONE, answerable, error_body, error_headers
+from safelight.serving.http.hosts import check_headers
+from safelight.serving.http.origins import Origins
+from safelight.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,9 @@ _SLASHES = re.compile(rb"//+")
 
 
 class Envelope:
-    """Give every response an `x-request-id`, and every failure of ours a 500 in the API's form.
+    """Give every response an `x-request-id`, and every error the API's form.
+
+    What is behind it raises why a request is not answered. Of those that are let in, the errors are counted too.
 
     What is behind it, the check of the key among it, sees one path: slashes that are doubled, or at the end, are left
     out (an escaped `%2F` is no separator). HEAD is GET whose answer ends after its headers.
@@ -37,11 +41,12 @@ class Envelope:
     Args:
         app: what is behind it.
         origins: whose pages may read answers.
+        metrics: count how requests ended.
 
     """
 
-    def __init__(self, app: ASGIApp, origins: Origins) -> None:
-        self._app, self._origins = app, origins
+    def __init__(self, app: ASGIApp, origins: Origins, metrics: Metrics) -> None:
+        self._app, self._origins, self._metrics = app, origins, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run what is behind it; nothing that it raises gets out, so that its connection stays usable."""
@@ -64,19 +69,25 @@ class Envelope:
             elif not is_head:
                 await send(message)
 
-        try:
-            with contextlib.ExitStack() as at_end:
-                state = {**scope.get("state", {}), "at_end": at_end, "request_id": request_id}
+        with contextlib.ExitStack() as at_end:
+            state = {**scope.get("state", {}), "at_end": at_end, "request_id": request_id}
+            try:
                 plain = {**scope, **_plain_path(scope), "method": "GET" if is_head else scope["method"], "state": state}
-                if (refusal := malformed(Headers(scope=plain))) is not None:
-                    await error_response(refusal)(plain, receive, named)
+                check_headers(Headers(scope=plain))
+                await self._app(plain, receive, named)
+            except Exception as error:  # the boundary of a request
+                if started:
+                    logger.exception("request %s failed", request_id)
+                    raise  # what was promised cannot be sent any more: the server ends the connection
+                if isinstance(error, ClientDisconnect):
+                    self._metrics.ended(state.get("task"), GONE)
+                    response = Response(status_code=GONE)
                 else:
-                    await self._app(plain, receive, named)
-        except Exception:  # the boundary of a request
-            logger.exception("request %s failed", request_id)
-            if started:
-                raise  # what was promised cannot be sent any more: the server ends the connection
-            await error_response(SafelightError("internal"))(scope, receive, named)
+                    error = answerable(error, request_id)  # it leads to this frame, and its name ends here
+                    if "principal" in state:
+                        self._metrics.failed(state.get("task"), error)
+                    response = JSONResponse(error_body(error), error.status, error_headers(error))
+                await response(scope, receive, named)
 
 
 def _plain_path(scope: Scope) -> Scope:

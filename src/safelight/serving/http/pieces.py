@@ -14,7 +14,7 @@ ESCAPED_PIECE = 1 << 14
 """Bytes with `%XX` escapes, each of which is a string of its own on its way."""
 _TURN_SECONDS = 0.0002
 """A thread that only lets the interpreter go takes it again before the event loop has woken."""
-_CONTROL = bytes(range(0x20))
+CONTROL = bytes(range(0x20))
 _BLANK = b" \t\r\n\f"
 _SLASH = b"\\/"
 """A slash as some writers escape it."""
@@ -32,11 +32,6 @@ def pieces(data: bytes | bytearray | memoryview, size: int = PIECE) -> Iterator[
         if at:
             turn()
         yield bytes(view[at : at + size])
-
-
-def is_blank(data: bytearray) -> bool:
-    """Say whether nothing but blanks is in it."""
-    return all(piece.isspace() for piece in pieces(data))
 
 
 def has_more(data: bytearray, most: int) -> bool:
@@ -64,39 +59,24 @@ def find(data: bytearray, mark: bytes, begin: int, end: int | None = None) -> in
     return -1
 
 
-def is_utf8(parts: Iterable[bytes], without: bytes = b"") -> bool:
-    """Say whether parts of a text are UTF-8 together, and hold none of some bytes.
-
-    Raises:
-        ValueError: for one of those.
-
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for piece in parts:
-            decoder.decode(piece)
-            if without and len(piece.translate(None, without)) != len(piece):
-                raise ControlError("a control character in a text")
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 class ControlError(ValueError):
     """A text in JSON has a control character, which is written as an escape there."""
 
 
-def check_json_text(parts: Iterable[bytes]) -> None:
-    """Refuse what is no text in JSON, escapes aside.
+def check_utf8(parts: Iterable[bytes], without: bytes = b"") -> None:
+    """Refuse parts of a text that are not UTF-8 together, or hold some bytes.
 
     Raises:
-        UnicodeError: for what is not UTF-8.
-        ControlError: for a control character.
+        UnicodeDecodeError: for what is not UTF-8.
+        ControlError: for one of those bytes.
 
     """
-    if not is_utf8(parts, _CONTROL):
-        raise UnicodeError("not UTF-8")
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for piece in parts:
+        decoder.decode(piece)
+        if without and len(piece.translate(None, without)) != len(piece):
+            raise ControlError("a control character in a text")
+    decoder.decode(b"", final=True)
 
 
 def has_slashes_alone(parts: Iterable[bytes]) -> bool:
@@ -124,28 +104,17 @@ def _whole_slashes(parts: Iterable[bytes]) -> Iterator[bytes]:
 def from_percent(parts: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the bytes of a text with `%XX` escapes, whose parts may cut an escape."""
     rest = b""
-    for part in parts:
+    for part in _small_with_escapes(parts):
         data = rest + part
         cut = next((at for at in (len(data) - 2, len(data) - 1) if data[at : at + 1] == b"%"), len(data))
+        yield unquote_to_bytes(data[:cut])
         rest = data[cut:]
-        if b"%" not in data[:cut]:
-            yield data[:cut]
-            continue
-        for at in _cuts(data, cut):
-            yield unquote_to_bytes(data[at[0] : at[1]])
     yield unquote_to_bytes(rest)
 
 
-def _cuts(data: bytes, end: int) -> Iterator[tuple[int, int]]:
-    """Yield small stretches that cut no escape."""
-    at = 0
-    while at < end:
-        stop = min(at + ESCAPED_PIECE, end)
-        stop = next((cut for cut in (stop - 2, stop - 1) if cut > at and data[cut : cut + 1] == b"%"), stop)
-        if at:
-            turn()
-        yield at, stop
-        at = stop
+def _small_with_escapes(parts: Iterable[bytes]) -> Iterator[bytes]:
+    for part in parts:
+        yield from pieces(part, ESCAPED_PIECE if b"%" in part else PIECE)
 
 
 def from_base64(parts: Iterable[bytes]) -> Iterator[bytes]:

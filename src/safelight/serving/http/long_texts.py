@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from safelight.serving.pieces import check_json_text, find, has_slashes_alone, pieces, turn, with_slashes
-from safelight.serving.spool import LongText, Spool
+from safelight.serving.http.pieces import CONTROL, check_utf8, find, has_slashes_alone, pieces, turn, with_slashes
+from safelight.serving.http.spool import LongText, Spool
 
 _LONG = 1 << 16
 """Bytes of a text that is left where it is. No field takes as many, but for a picture's data URL."""
@@ -92,7 +92,7 @@ def _text(data: bytearray, begin: int, end: int, is_escaped: bool, spool: Spool)
     written = memoryview(data)[begin:end]
     if is_escaped and not has_slashes_alone(pieces(written)):
         return None
-    check_json_text(pieces(written))
+    check_utf8(pieces(written), CONTROL)
     if not is_escaped:
         return LongText(spool, begin, end - begin)
     stored = spool.store(with_slashes(pieces(written)))

@@ -14,8 +14,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from safelight.serving.pieces import to_base64
-from safelight.serving.spool import Stored
+from safelight.serving.http.pieces import to_base64
+from safelight.serving.http.spool import Stored
 
 _PIECE = 3 << 14
 """Bytes of a picture that become one piece of an answer: a multiple of three."""

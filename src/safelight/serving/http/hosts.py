@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
-from safelight.serving.errors import MalformedRequestError
+from safelight.serving.http.errors import MalformedRequestError
 
 _LONGEST = 255
 """Characters of a host's name (RFC 1035), which are looked at."""
@@ -70,17 +70,21 @@ def is_loopback(name: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
 
 
-def malformed(headers: Headers) -> MalformedRequestError | None:
-    """Return the error for a `Host` or an `Origin` that is none (RFC 9112, 3.2; RFC 6454, 7), or for a second one."""
+def check_headers(headers: Headers) -> None:
+    """Refuse a `Host` or an `Origin` that is none (RFC 9112, 3.2; RFC 6454, 7), and a second one.
+
+    Raises:
+        MalformedRequestError: naming the header.
+
+    """
     for name in _ONCE:
         if len(headers.getlist(name)) > 1:
-            return MalformedRequestError(f"{name}: it is taken once")
+            raise MalformedRequestError(f"{name}: it is taken once")
     host, origin = headers.get("host", ""), headers.get("origin", "null")
     if host != "" and host_name(host) is None:
-        return MalformedRequestError("host: it takes the name of a host, and perhaps a port")
+        raise MalformedRequestError("host: it takes the name of a host, and perhaps a port")
     scheme, separator, place = origin.partition("://")
     is_scheme = scheme[:1].isalpha() and scheme.isascii() and len(scheme) <= _LONGEST
     is_scheme = is_scheme and all(letter.isalnum() or letter in "+-." for letter in scheme)
     if origin != "null" and not (is_scheme and separator and (place == "" or host_name(place) is not None)):
-        return MalformedRequestError("origin: it takes null, or a scheme, a host and perhaps a port")
-    return None
+        raise MalformedRequestError("origin: it takes null, or a scheme, a host and perhaps a port")

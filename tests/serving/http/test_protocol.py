@@ -10,10 +10,7 @@ import statistics
 import time
 
 import pytest
-from starlette.requests import Request
 
-from safelight.errors import QueueFullError
-from safelight.serving.bodies import HeldBytes
 from safelight.serving.limits import Limits
 from tests.serving.http_server import PROMPT, next_answer, read_answer, running
 
@@ -410,24 +407,6 @@ def test_a_body_has_a_least_rate(tmp_path):
                 time.sleep(0.05)
             sock.sendall(BODY.rjust(10_000))
             assert read_answer(sock)[0] == 200
-
-
-def test_the_last_eighth_is_for_small_bodies(tmp_path):
-    """However large ones come, in pieces too; all of it is given back when they are answered."""
-    with contextlib.ExitStack() as at_end:
-        request = Request({"type": "http", "state": {"at_end": at_end}})
-        held = HeldBytes(Limits(held_bytes=800), tmp_path)
-        share = held.share(request)
-        for num_bytes in (600, 99, 1):
-            share.take(num_bytes, is_small=False)
-        with pytest.raises(QueueFullError):
-            share.take(1, is_small=False)
-        for num_bytes in (50, 50):
-            share.take(num_bytes, is_small=True)
-        with pytest.raises(QueueFullError):
-            share.take(1, is_small=True)
-    with contextlib.ExitStack() as at_end:
-        held.share(Request({"type": "http", "state": {"at_end": at_end}})).take(700, is_small=False)
 
 
 def test_stalled_bodies_leave_room_and_go(tmp_path):

@@ -7,7 +7,6 @@ answers are in, of which a connection has one or two, and above those for worker
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import socket
@@ -15,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from safelight.errors import QueueFullError
-from safelight.serving.errors import error_body
+from safelight.serving.http.errors import raw_answer
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +79,7 @@ def refuse(connection: socket.socket) -> None:
     """Say that there are too many connections, as far as that can be said at once, and close."""
     logger.warning("connections are refused: as many are open as may be")
     error = QueueFullError("as many connections are open as may be; try again later")
-    body = json.dumps(error_body(error)).encode()
-    head = f"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: {len(body)}\r\n"
     with connection, suppress(OSError):
         connection.setblocking(False)
-        connection.send(f"{head}content-type: application/json\r\nconnection: close\r\n\r\n".encode() + body)
+        connection.send(raw_answer(error))
         connection.shutdown(socket.SHUT_WR)

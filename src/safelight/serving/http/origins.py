@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from safelight.serving.errors import ForeignHostError, ForeignOriginError, error_response
-from safelight.serving.hosts import Hosts
+from starlette.types import Scope
 
 ANY = "*"
 _CROSS_SITE = "cross-site"
@@ -61,39 +58,18 @@ class Origins:
         return origin in self.allowed or ANY in self.allowed
 
 
-class Preflight:
-    """Answer what a browser asks before it sends a page's request: without a key, since it sends none then.
+def is_preflight(scope: Scope, headers: Headers) -> bool:
+    """Say whether a browser asks this before it sends a page's request: without a key, since it sends none then."""
+    named = "origin" in headers and "access-control-request-method" in headers
+    return scope["type"] == "http" and scope["method"] == "OPTIONS" and named
 
-    Args:
-        app: what is behind it.
-        origins: whose pages may.
-        hosts: the names that the server answers to; None where a key is asked for, and it answers to all.
 
-    """
-
-    def __init__(self, app: ASGIApp, origins: Origins, hosts: Hosts | None) -> None:
-        self._app, self._origins, self._hosts = app, origins, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a preflight, or pass the request on."""
-        if scope["type"] != "http" or scope["method"] != "OPTIONS":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        if "origin" not in headers or "access-control-request-method" not in headers:
-            await self._app(scope, receive, send)
-        elif self._hosts is not None and self._hosts.is_foreign(headers):
-            await error_response(ForeignHostError())(scope, receive, send)
-        elif self._origins.is_foreign(headers):
-            error = ForeignOriginError(
-                "pages of this origin may not use the server; its setting allowed_origins names who may"
-            )
-            await error_response(error)(scope, receive, send)
-        else:
-            asked = headers.get("access-control-request-headers")
-            answer = {"access-control-allow-methods": _METHODS, "access-control-max-age": _REMEMBERED}
-            answer |= {"access-control-allow-headers": asked} if asked else {}
-            await Response(status_code=204, headers=answer)(scope, receive, send)
+def preflight_answer(headers: Headers) -> Response:
+    """Return what tells a browser that the page may send its request."""
+    asked = headers.get("access-control-request-headers")
+    answer = {"access-control-allow-methods": _METHODS, "access-control-max-age": _REMEMBERED}
+    answer |= {"access-control-allow-headers": asked} if asked else {}
+    return Response(status_code=204, headers=answer)
 
 
 def _is_own(origin: str, headers: Headers) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from safelight.serving.errors import MalformedRequestError
+from safelight.serving.http.errors import MalformedRequestError
+from safelight.serving.http.pieces import check_utf8
+from safelight.serving.http.spool import IN_MEMORY, LongText, Spool, Stored
 from safelight.serving.limits import Limits
-from safelight.serving.pieces import is_utf8
-from safelight.serving.spool import IN_MEMORY, LongText, Spool, Stored
 
 CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 _PIECE = 1 << 16
@@ -182,12 +182,11 @@ def _value(name: str, part: _Part, spool: Spool, is_file: bool) -> Upload | Long
     if options.get(b"charset", b"utf-8").lower() not in CHARSETS:
         raise about(name, "text is taken as UTF-8 alone")
     data = part.data(spool)
-    if isinstance(data, Stored):
-        if is_utf8(data.pieces()):
-            return LongText(spool, data.begin, data.length)
-    else:
-        with contextlib.suppress(UnicodeDecodeError):
+    with contextlib.suppress(UnicodeDecodeError):
+        if isinstance(data, bytes):
             return data.decode()
+        check_utf8(data.pieces())
+        return LongText(spool, data.begin, data.length)
     return Upload(data, "bytes that are no UTF-8 text,")
 
 
@@ -215,13 +214,10 @@ def _put(place: Any, key: str, value: Upload | LongText | str, name: str) -> Non
         _expect(place, list, name).append(value)
     elif key not in _expect(place, dict, name):
         place[key] = value
+    elif isinstance(place[key], Repeated):
+        place[key].append(value)
     else:
-        before = (
-            place[key]
-            if isinstance(place[key], Repeated)
-            else Repeated([_expect(place[key], Upload | LongText | str, name)])
-        )
-        place[key] = Repeated([*before, value])
+        place[key] = Repeated([_expect(place[key], Upload | LongText | str, name), value])
 
 
 def _expect(place: Any, kind: Any, name: str) -> Any:

@@ -10,11 +10,10 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safelight.errors import QueueFullError, StorageFullError
-from safelight.serving.pieces import PIECE, pieces, turn
+from safelight.serving.http.pieces import PIECE, pieces, turn
 
 IN_MEMORY = 1 << 16
 """Bytes of a spool that stay in memory where that has room; what is longer is in its file."""
@@ -44,11 +43,6 @@ class Spool:
         """Whether it has a file."""
         return self._file is not None
 
-    @property
-    def num_kept(self) -> int:
-        """Bytes that are in memory."""
-        return len(self._data)
-
     def keep(self, data: bytes) -> None:
         """Add bytes in memory. Where there is a file, nothing is read before the next `flush`."""
         self._data += data
@@ -62,7 +56,7 @@ class Spool:
             QueueFullError: if as many files are open as may be.
 
         """
-        with _named_errors():
+        try:
             if self._file is None:
                 with tempfile.TemporaryFile(dir=self._directory, buffering=0) as file:
                     self._file = os.dup(file.fileno())
@@ -71,7 +65,13 @@ class Spool:
             while left:
                 written = os.pwrite(self._file, left, at)
                 left, at = left[written:], at + written
-            self._data = bytearray()
+        except OSError as error:
+            if error.errno in _FULL:
+                raise StorageFullError("there is no room on the disk for what is being received") from error
+            if error.errno in _TOO_MANY:
+                raise QueueFullError("as many files are open as may be; try again later") from error
+            raise
+        self._data = bytearray()
 
     def read_at(self, begin: int, length: int) -> bytes:
         """Return the bytes that are there."""
@@ -155,15 +155,3 @@ class LongText(Stored):
     def start(self) -> str:
         """How it begins."""
         return self.head(_SHOWN).decode("utf-8", "ignore")
-
-
-@contextmanager
-def _named_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StorageFullError("there is no room on the disk for what is being received") from error
-        if error.errno in _TOO_MANY:
-            raise QueueFullError("as many files are open as may be; try again later") from error
-        raise

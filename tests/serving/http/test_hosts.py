@@ -12,9 +12,9 @@ import pytest
 from safelight.errors import InvalidParameterError
 from safelight.serving.addresses import Addresses
 from safelight.serving.auth import KeyCheck
-from safelight.serving.hosts import Hosts, host_name
+from safelight.serving.http.hosts import Hosts, host_name
+from safelight.serving.http.origins import Origins
 from safelight.serving.http_args import HTTPArgs
-from safelight.serving.origins import Origins
 from tests.serving.http_server import PROMPT, assert_error, running
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, VIDEO_SCHEMA
 
