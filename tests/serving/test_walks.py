@@ -53,9 +53,9 @@ def walked(walk: Walk, monkeypatch, model: Path, folder: Path, send):
 
 
 MOST = {
-    "prompt": Counts(16, 11, 30, 18, 1),
-    "picture": Counts(15, 11, 29, 17, 2),
-    "error": Counts(9, 7, 17, 10, 2),
+    "prompt": Counts(16, 10, 29, 17, 1),
+    "picture": Counts(14, 10, 27, 16, 2),
+    "error": Counts(8, 6, 16, 9, 2),
 }
 """What each walk has at most."""
 
