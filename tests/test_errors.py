@@ -29,6 +29,7 @@ from safelight.errors import (
     shown,
     without_objects,
 )
+from safelight.serving.http import errors as server_errors
 
 
 def all_errors(base=SafelightError):
@@ -36,6 +37,8 @@ def all_errors(base=SafelightError):
 
 
 def test_a_code_is_of_one_class_and_what_is_below_it():
+    """What a code stands for does not depend on what is imported: the server's own errors are among them."""
+    assert server_errors.ModelNameError in all_errors()
     for cls in all_errors():
         assert issubclass(cls, by_code(cls.code)) and cls.status in range(400, 600)
     assert by_code("of no class") is SafelightError

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from safelight.errors import MAX_NAME, NotReadyError, QueueFullError, SafelightError, UsageError, without_objects
+from safelight.errors import (
+    MAX_NAME,
+    ModelNotFoundError,
+    NotReadyError,
+    QueueFullError,
+    SafelightError,
+    UsageError,
+    without_objects,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +97,8 @@ class PriorityError(UsageError):
         super().__init__(f"priority: got {got}; this key takes at most {most}")
 
 
-class ModelNameError(UsageError):
+class ModelNameError(ModelNotFoundError):
     """Another model was asked for than the one that is served."""
-
-    status, code = 404, "model_not_found"
 
     def __init__(self, message: str) -> None:
         self.param = "model"
