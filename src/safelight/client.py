@@ -117,7 +117,7 @@ class RemoteEngine:
                         error = event.job["error"]
                         raise by_code(error["code"]).rebuilt(error["message"], error["param"])
                     output = self._output(single, event.job) if event.type == "completed" else None
-                    yield self._progress(event, single, index, len(each)), output
+                    yield _progress(event, single, index, len(each)), output
                 finished += 1
         finally:
             for job_id in jobs[finished:]:
@@ -125,13 +125,11 @@ class RemoteEngine:
 
     def _submit(self, params: SamplingParams) -> str:
         """Send one output's request; wait where the server's queue is full. Return the job's id."""
-        makes_video = self.schema.task.makes_video
-        path = "/v1/videos" if makes_video else "/v1/images/generations"
+        path = "/v1/videos" if self.schema.task.makes_video else "/v1/images/generations"
         body = wire_fields(params, self.schema)
-        headers = {"prefer": "respond-async"}
         end = time.monotonic() + FULL_SECONDS
         while True:
-            response = self._answer("POST", path, json=body, headers=headers)
+            response = self._answer("POST", path, json=body, headers={"prefer": "respond-async"})
             if response.status_code != QueueFullError.status or time.monotonic() > end:
                 return str(_checked(response)["id"])
             time.sleep(_retry_seconds(response))
@@ -153,13 +151,6 @@ class RemoteEngine:
             raise ServerError(f"{self.url}: the connection ended before the job did") from error
         raise ServerError(f"{self.url}: the server stopped before the job was done")
 
-    def _progress(self, event: _Event, params: SamplingParams, index: int, count: int) -> GenerationEvent:
-        from safelight.results import GenerationEvent
-
-        job, num_steps = event.job, params.num_steps()
-        step = num_steps if event.type == "completed" else job["step"] or 0
-        return GenerationEvent(job["stage"] or job["state"], step, num_steps, index, count)
-
     def _output(self, params: SamplingParams, job: Mapping[str, Any]) -> GenerationOutput:
         """Fetch a finished job's files, in the form asked for."""
         from safelight.results import output_from_files
@@ -180,6 +171,14 @@ class RemoteEngine:
             return self._http.request(method, path, **details)
         except httpx.HTTPError as error:
             raise ServerError(f"{self.url} cannot be reached: {error or type(error).__name__}") from error
+
+
+def _progress(event: _Event, params: SamplingParams, index: int, count: int) -> GenerationEvent:
+    from safelight.results import GenerationEvent
+
+    job, num_steps = event.job, params.num_steps()
+    step = num_steps if event.type == "completed" else job["step"] or 0
+    return GenerationEvent(job["stage"] or job["state"], step, num_steps, index, count)
 
 
 def wire_fields(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:

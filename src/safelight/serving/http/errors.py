@@ -82,21 +82,16 @@ class AuthenticationError(UsageError):
 class PriorityError(UsageError):
     """The key may not have a priority as high as was asked for."""
 
-    status, code = 403, "priority_not_allowed"
+    status, code, param = 403, "priority_not_allowed", "priority"
 
     def __init__(self, got: int, most: int) -> None:
-        self.param = "priority"
         super().__init__(f"priority: got {got}; this key takes at most {most}")
 
 
 class ModelNameError(UsageError):
     """Another model was asked for than the one that is served."""
 
-    status, code = 404, "model_not_found"
-
-    def __init__(self, message: str) -> None:
-        self.param = "model"
-        super().__init__(message)
+    status, code, param = 404, "model_not_found", "model"
 
 
 class NotFoundError(UsageError):
@@ -134,10 +129,9 @@ class RangeError(UsageError):
 
     """
 
-    status, code = 416, "invalid_range"
+    status, code, param = 416, "invalid_range", "range"
 
     def __init__(self, size: int) -> None:
-        self.param = "range"
         self.size = size
         super().__init__(f"range: the file has {size} bytes")
 
