@@ -72,8 +72,8 @@ class RemoteEngine:
                 "url", url, "an address such as http://127.0.0.1:8000 or http://[::1]:8000"
             ) from error
         try:
-            name = self._json("GET", "/v1/models")["data"][0]["id"]
-            found = self._json("GET", f"/v1/models/{name.replace('/', '%2F')}/schema")
+            name = self._json("/v1/models")["data"][0]["id"]
+            found = self._json(f"/v1/models/{name.replace('/', '%2F')}/schema")
             self.schema: ModelSchema = schema_from_wire(msgspec.convert(found[SCHEMA_KEY], WireSchema))
         except (LookupError, TypeError, AttributeError, msgspec.ValidationError) as error:
             self.close()
@@ -163,8 +163,8 @@ class RemoteEngine:
             files.append(response.content)
         return output_from_files(files, params, job["stage_seconds"], job["warnings"], self.schema.task.makes_video)
 
-    def _json(self, method: str, path: str) -> Any:
-        return _checked(self._answer(method, path))
+    def _json(self, path: str) -> Any:
+        return _checked(self._answer("GET", path))
 
     def _answer(self, method: str, path: str, **details: Any) -> httpx.Response:
         try:

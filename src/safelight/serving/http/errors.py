@@ -140,6 +140,8 @@ GONE = 499
 """The status for a client that closed its connection; nobody reads it."""
 _READY_AFTER = 5
 """Seconds after which a client that was told `not_ready` may ask again: nothing of its request was begun."""
+_TYPES: Mapping[int, str] = {401: "authentication_error", 429: "rate_limit_error"}
+"""Kinds of errors that SDKs sort by, of statuses that have their own."""
 _MAX_MESSAGE = 8000
 """Characters of an answer's message: the names of all fields are fewer."""
 _INTERNAL = "the server made a mistake; its log has the details under this request's x-request-id"
@@ -162,12 +164,6 @@ def answerable(error: Exception, request_id: str) -> SafelightError:
     return known
 
 
-def error_type(status: int) -> str:
-    """Return the kind of error that SDKs sort by."""
-    special = {401: "authentication_error", 429: "rate_limit_error"}
-    return special.get(status, "server_error" if status >= 500 else "invalid_request_error")
-
-
 def error_body(error: SafelightError) -> dict[str, Any]:
     """Return an error as `{"error": {message, type, param, code}}`.
 
@@ -177,7 +173,7 @@ def error_body(error: SafelightError) -> dict[str, Any]:
     return {
         "error": {
             "message": message,
-            "type": error_type(error.status),
+            "type": _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error"),
             "param": error.param and error.param[:MAX_NAME],
             "code": error.code,
         }
