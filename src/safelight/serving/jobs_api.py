@@ -94,7 +94,7 @@ async def submit(
         idempotency_key=key,
         digest="" if key is None else await aside(body, request_digest, as_it_came, body.files),
     )
-    return await context.jobs.submit(job, files, admission)
+    return await context.jobs.acceptance.submit(job, files, admission)
 
 
 async def page_response(
@@ -171,7 +171,7 @@ def content_url(context: Context, request: Request, job: Job, index: int) -> str
 
 
 async def _events(context: Context, request: Request, job: Job) -> AsyncGenerator[bytes, None]:
-    async for happened in context.jobs.events(job.id):
+    async for happened in context.jobs.events.follow(job.id):
         async with context.event_turn:
             await asyncio.sleep(0)  # what else there is goes before; a turn that nobody waits in is none
             data = event(happened.type, {"type": happened.type, "job": job_object(happened.job, context, request)})
