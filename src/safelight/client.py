@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import httpx
 import msgspec
 from PIL import Image
 
+from safelight import media
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, QueueFullError, ServingError, by_code
@@ -199,9 +199,8 @@ def wire_fields(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
 
 def data_url(image: Image.Image) -> str:
     """Return a picture as text, without loss."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    file = media.encoded(image, "png", {"compress_level": 1}, None)
+    return f"data:image/png;base64,{base64.b64encode(file).decode('ascii')}"
 
 
 def _retry_seconds(response: httpx.Response) -> float:

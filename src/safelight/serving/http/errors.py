@@ -55,11 +55,6 @@ class ForeignHostError(SafelightError):
 
     status, code = 403, "foreign_host"
 
-    def __init__(self) -> None:
-        super().__init__(
-            "without a key, the server answers to localhost alone, and to names in the setting allowed_hosts"
-        )
-
 
 class AddressError(UsageError):
     """The signature of an address is not this server's, or not of this address."""
