@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import httpx
 import msgspec
 from PIL import Image
 
+from safelight import media
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, QueueFullError, ServingError, by_code
@@ -72,8 +72,8 @@ class RemoteEngine:
                 "url", url, "an address such as http://127.0.0.1:8000 or http://[::1]:8000"
             ) from error
         try:
-            name = self._json("GET", "/v1/models")["data"][0]["id"]
-            found = self._json("GET", f"/v1/models/{name.replace('/', '%2F')}/schema")
+            name = self._json("/v1/models")["data"][0]["id"]
+            found = self._json(f"/v1/models/{name.replace('/', '%2F')}/schema")
             self.schema: ModelSchema = schema_from_wire(msgspec.convert(found[SCHEMA_KEY], WireSchema))
         except (LookupError, TypeError, AttributeError, msgspec.ValidationError) as error:
             self.close()
@@ -117,7 +117,7 @@ class RemoteEngine:
                         error = event.job["error"]
                         raise by_code(error["code"]).rebuilt(error["message"], error["param"])
                     output = self._output(single, event.job) if event.type == "completed" else None
-                    yield self._progress(event, single, index, len(each)), output
+                    yield _progress(event, single, index, len(each)), output
                 finished += 1
         finally:
             for job_id in jobs[finished:]:
@@ -125,13 +125,11 @@ class RemoteEngine:
 
     def _submit(self, params: SamplingParams) -> str:
         """Send one output's request; wait where the server's queue is full. Return the job's id."""
-        makes_video = self.schema.task.makes_video
-        path = "/v1/videos" if makes_video else "/v1/images/generations"
+        path = "/v1/videos" if self.schema.task.makes_video else "/v1/images/generations"
         body = wire_fields(params, self.schema)
-        headers = {"prefer": "respond-async"}
         end = time.monotonic() + FULL_SECONDS
         while True:
-            response = self._answer("POST", path, json=body, headers=headers)
+            response = self._answer("POST", path, json=body, headers={"prefer": "respond-async"})
             if response.status_code != QueueFullError.status or time.monotonic() > end:
                 return str(_checked(response)["id"])
             time.sleep(_retry_seconds(response))
@@ -153,13 +151,6 @@ class RemoteEngine:
             raise ServerError(f"{self.url}: the connection ended before the job did") from error
         raise ServerError(f"{self.url}: the server stopped before the job was done")
 
-    def _progress(self, event: _Event, params: SamplingParams, index: int, count: int) -> GenerationEvent:
-        from safelight.results import GenerationEvent
-
-        job, num_steps = event.job, params.num_steps()
-        step = num_steps if event.type == "completed" else job["step"] or 0
-        return GenerationEvent(job["stage"] or job["state"], step, num_steps, index, count)
-
     def _output(self, params: SamplingParams, job: Mapping[str, Any]) -> GenerationOutput:
         """Fetch a finished job's files, in the form asked for."""
         from safelight.results import output_from_files
@@ -172,14 +163,22 @@ class RemoteEngine:
             files.append(response.content)
         return output_from_files(files, params, job["stage_seconds"], job["warnings"], self.schema.task.makes_video)
 
-    def _json(self, method: str, path: str) -> Any:
-        return _checked(self._answer(method, path))
+    def _json(self, path: str) -> Any:
+        return _checked(self._answer("GET", path))
 
     def _answer(self, method: str, path: str, **details: Any) -> httpx.Response:
         try:
             return self._http.request(method, path, **details)
         except httpx.HTTPError as error:
             raise ServerError(f"{self.url} cannot be reached: {error or type(error).__name__}") from error
+
+
+def _progress(event: _Event, params: SamplingParams, index: int, count: int) -> GenerationEvent:
+    from safelight.results import GenerationEvent
+
+    job, num_steps = event.job, params.num_steps()
+    step = num_steps if event.type == "completed" else job["step"] or 0
+    return GenerationEvent(job["stage"] or job["state"], step, num_steps, index, count)
 
 
 def wire_fields(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
@@ -200,9 +199,8 @@ def wire_fields(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
 
 def data_url(image: Image.Image) -> str:
     """Return a picture as text, without loss."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    file = media.encoded(image, "png", {"compress_level": 1}, None)
+    return f"data:image/png;base64,{base64.b64encode(file).decode('ascii')}"
 
 
 def _retry_seconds(response: httpx.Response) -> float:

@@ -6,9 +6,10 @@ import io
 import json
 import os
 import secrets
+import struct
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ MAX_INPUT_PIXELS = 100_000_000
 """Of an input image; a larger one is refused from its header, before anything is decoded."""
 METADATA_KEY = "parameters"
 _USER_COMMENT = b"ASCII\0\0\0"
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for a file that is no whole picture."""
 
 
@@ -99,20 +100,36 @@ def has_alpha(source: Any) -> bool:
         return image.has_alpha if isinstance(image, EncodedImage) else image.has_transparency_data
 
 
-def _png(image: Image.Image, path: Path, metadata: str) -> None:
-    text = PngImagePlugin.PngInfo()
-    text.add_text(METADATA_KEY, metadata)
-    image.save(path, format="PNG", pnginfo=text)
+IMAGE_FORMATS: Mapping[str, str] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+"""By the ending of a file's name."""
+ALPHA_ENDINGS = (".png", ".webp")
+"""Of formats that keep transparency."""
+BEST_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "png": {},
+    "jpeg": {"quality": 95, "subsampling": 0},
+    "webp": {"lossless": True, "method": 0},
+}
+"""What Pillow is told, by format, where nothing is asked for."""
 
 
-def _jpeg(image: Image.Image, path: Path, metadata: str) -> None:
-    encoded = io.BytesIO()  # Pillow writes a JPEG by the file's number, and takes a short write for a whole one
-    image.convert("RGB").save(encoded, format="JPEG", quality=95, subsampling=0, exif=exif(metadata))
-    path.write_bytes(encoded.getbuffer())
+def encoded(image: Image.Image, kind: str, options: Mapping[str, Any], metadata: str | None) -> bytes:
+    """Return a picture's file.
 
+    Args:
+        image: the picture.
+        kind: its format: png, jpeg or webp.
+        options: what Pillow is told.
+        metadata: ASCII, in a PNG's text, or the EXIF user comment of the others; None is none.
 
-def _webp(image: Image.Image, path: Path, metadata: str) -> None:
-    image.save(path, format="WEBP", lossless=True, method=0, exif=exif(metadata))
+    """
+    file, described = io.BytesIO(), dict[str, Any]()
+    if metadata is not None and kind == "png":
+        described["pnginfo"] = PngImagePlugin.PngInfo()
+        described["pnginfo"].add_text(METADATA_KEY, metadata)
+    elif metadata is not None:
+        described["exif"] = exif(metadata)
+    image.save(file, format=kind, **options, **described)
+    return file.getvalue()
 
 
 def exif(metadata: str) -> Image.Exif:
@@ -120,18 +137,6 @@ def exif(metadata: str) -> Image.Exif:
     tags = Image.Exif()
     tags.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _USER_COMMENT + metadata.encode("ascii")
     return tags
-
-
-IMAGE_WRITERS: Mapping[str, Callable[[Image.Image, Path, str], None]] = {
-    ".png": _png,
-    ".jpg": _jpeg,
-    ".jpeg": _jpeg,
-    ".webp": _webp,
-}
-
-
-ALPHA_WRITERS = (".png", ".webp")
-"""Of formats that keep transparency."""
 
 
 def output_paths(path: Path, count: int) -> list[Path]:
@@ -153,10 +158,10 @@ def check_output(path: Path, overwrite: bool, alpha: bool = False) -> None:
         OutputError: naming the path and what it takes.
 
     """
-    if path.suffix.lower() not in IMAGE_WRITERS:
-        raise OutputError(f"output: got {str(path)!r}; it takes a name that ends in {', '.join(IMAGE_WRITERS)}")
-    if alpha and path.suffix.lower() not in ALPHA_WRITERS:
-        takes = f"a name that ends in {' or '.join(ALPHA_WRITERS)}, which keep the picture's transparency"
+    if path.suffix.lower() not in IMAGE_FORMATS:
+        raise OutputError(f"output: got {str(path)!r}; it takes a name that ends in {', '.join(IMAGE_FORMATS)}")
+    if alpha and path.suffix.lower() not in ALPHA_ENDINGS:
+        takes = f"a name that ends in {' or '.join(ALPHA_ENDINGS)}, which keep the picture's transparency"
         raise OutputError(f"output: got {str(path)!r}; it takes {takes}")
     check_place(path, overwrite)
 
@@ -222,8 +227,11 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], over
     """
     check_output(path, overwrite, image.has_transparency_data)
     temporary = path.with_name(f".safelight-{secrets.token_hex(8)}")
+    kind = IMAGE_FORMATS[path.suffix.lower()]
+    picture = image.convert("RGB") if kind == "jpeg" else image
     try:
-        IMAGE_WRITERS[path.suffix.lower()](image, temporary, json.dumps(metadata))
+        # Pillow writes a JPEG by the file's number, and takes a short write for a whole one.
+        temporary.write_bytes(encoded(picture, kind, BEST_OPTIONS[kind], json.dumps(metadata)))
         put(temporary, path)
     except (OSError, ValueError) as error:  # ValueError: more metadata than the format holds
         raise OutputError(f"output: {str(path)!r} cannot be written: {error}") from error
@@ -234,12 +242,17 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], over
 
 def put(made: Path, path: Path) -> None:
     """Give a finished file or folder its name, once what it holds is on the disk."""
-    descriptor = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
+    sync(made)
+    made.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what names a directory has, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    made.replace(path)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -27,14 +27,13 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
 
     """
     asked = schema.params_cls.from_fields(fields)
-    images = _as_list(asked.image)
+    options, images, opened = asked.options(), _as_list(asked.image), dict[str, Any]()
     if images:
-        opened = tuple(media.open_image(image, mode=asked.image_mode) for image in images)
-        asked = dataclasses.replace(asked, image=opened)
-    options = asked.options()
-    single = {name: value for name, value in asked.set_fields().items() if options[name].kind == "image"}
-    others: dict[str, Any] = {name: media.open_image(value, name, asked.image_mode) for name, value in single.items()}
-    params = dataclasses.replace(asked, **others).resolve(schema)
+        opened["image"] = tuple(media.open_image(image, mode=asked.image_mode) for image in images)
+    for name, value in asked.set_fields().items():
+        if options[name].kind == "image":
+            opened[name] = media.open_image(value, name, asked.image_mode)
+    params = dataclasses.replace(asked, **opened).resolve(schema)
     assert params.n is not None
     if params.seed is None:
         params = dataclasses.replace(params, seed=secrets.randbelow(SEED_RANGE - params.n))

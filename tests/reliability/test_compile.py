@@ -67,13 +67,15 @@ async def until(condition):
 async def killed_once(manager, supervisor, in_mode):
     """Submit a job, kill the worker in the middle of its steps, and return the job at its end."""
     params, warnings = prepare(supervisor.schema, FIELDS)
-    job = await manager.submit(*new_job(params, supervisor.schema, {}, warnings=tuple(warnings)), Admission())
-    await until(lambda: (manager.progress(job.id).step or 0) > 20)
+    job = await manager.acceptance.submit(
+        *new_job(params, supervisor.schema, {}, warnings=tuple(warnings)), Admission()
+    )
+    await until(lambda: (manager.events.progress(job.id).step or 0) > 20)
     assert (await manager.store.get(job.id)).form == Form(in_mode)
-    assert manager.progress(job.id).step < 280
+    assert manager.events.progress(job.id).step < 280
     os.kill(supervisor._worker.process.pid, signal.SIGKILL)
     async with asyncio.timeout(SECONDS):
-        async for _ in manager.events(job.id):
+        async for _ in manager.events.follow(job.id):
             pass
     return await manager.store.get(job.id)
 

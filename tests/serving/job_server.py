@@ -58,7 +58,7 @@ class Server:
         self.jobs = JobManager(self.store, self.outputs, engine, JobLimits(**limits), clocks)
 
     async def submit(self, prompt: str = "a", key: str | None = None, digest: str = "", **fields: Any) -> Job:
-        return await self.jobs.submit(*submission(self.engine, prompt, key, digest, **fields))
+        return await self.jobs.acceptance.submit(*submission(self.engine, prompt, key, digest, **fields))
 
     async def get(self, job_id: str) -> Job:
         job = await self.store.get(job_id)
@@ -67,13 +67,13 @@ class Server:
 
     async def end(self, job: Job) -> Job:
         """Wait for the end of a job."""
-        async for _ in self.jobs.events(job.id):
+        async for _ in self.jobs.events.follow(job.id):
             pass
         return await self.get(job.id)
 
     async def until_step(self, job: Job, step: int) -> None:
         """Wait until a job is stored as begun, and has done so many steps."""
-        async for event in self.jobs.events(job.id):
+        async for event in self.jobs.events.follow(job.id):
             if event.job.state == "in_progress" and event.progress.step >= step:
                 return
         raise AssertionError("it ended before")

@@ -55,7 +55,7 @@ async def serve(state: Path, log: int) -> None:
         prompt = f"{os.getpid()}/{number}{random.choice(ENDINGS)}"
         params, _ = prepare(IMAGE_SCHEMA, {"prompt": prompt, "n": random.choice((1, 2))})
         key = f"{os.getpid()}/{number // 2}" if number % 5 < 2 else None  # two jobs with one key, now and then
-        job = await manager.submit(
+        job = await manager.acceptance.submit(
             *new_job(params, IMAGE_SCHEMA, {}, idempotency_key=key, digest=request_digest({})), Admission()
         )
         os.write(log, f"keyed {key} {job.id}\n".encode() if key else f"accepted {job.id}\n".encode())

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from safelight.errors import InvalidParameterError, QueueFullError, RateLimitError
 from safelight.preparation import prepare
 from safelight.runtime.client import EngineStats
-from safelight.serving.admission import Admission, AdmissionControl, Queue, client_of
+from safelight.serving.admission import Admission, AdmissionControl, client_of
 from safelight.serving.fields import Asked, Resolved
 from safelight.serving.http.errors import PriorityError
 from safelight.serving.jobs.limits import JobLimits
@@ -85,14 +85,14 @@ def test_each_client_that_comes_finds_room(num_places):
     for number in range(num_places):
         try:
             while len(waiting) < num_places:
-                Admission(client=str(number)).check_place(Queue(num_places, len(waiting), waiting))
+                Admission(client=str(number)).check_place(num_places, len(waiting), waiting)
                 waiting.append(str(number))
         except QueueFullError as error:
             assert str(number) in waiting and error.retry_after >= 1
         assert waiting.count(str(number)) <= max(1, num_places // 2)
     assert len(waiting) == num_places
     assert len(set(waiting)) >= (3 if num_places < 64 else 4) or num_places < 3, "the second leaves room for others"
-    Admission().check_place(Queue(num_places, len(waiting), waiting))
+    Admission().check_place(num_places, len(waiting), waiting)
 
 
 def test_a_client_is_a_key_at_an_address():
@@ -198,7 +198,7 @@ def test_each_key_finds_its_share(num_places):
     def fill(client):
         with contextlib.suppress(QueueFullError):
             while True:
-                Admission(client=client, shares=shares).check_place(Queue(num_places, len(waiting), waiting))
+                Admission(client=client, shares=shares).check_place(num_places, len(waiting), waiting)
                 waiting.append(client)
 
     for client in ("c", "d", "e", "a", "b"):

@@ -67,7 +67,7 @@ def test_a_picture_says_how_it_was_made(tmp_path, output_format, prompt):
 @pytest.mark.parametrize(("count", "grid"), [(1, (1, 1)), (2, (2, 1)), (5, (3, 2)), (16, (4, 4)), (81, (4, 4))])
 def test_sheets_show_frames_in_order(count, grid):
     frames = np.stack([np.full((300, 600, 3), 255 * i // max(1, count - 1), np.uint8) for i in range(count)])
-    with Image.open(io.BytesIO(spritesheet(frames, "webp"))) as sheet:
+    with Image.open(io.BytesIO(spritesheet(frames))) as sheet:
         assert sheet.size == (256 * grid[0], 128 * grid[1])
         grey = np.asarray(sheet.convert("L"))
     tiles = [int(grey[128 * (i // grid[0]) + 9, 256 * (i % grid[0]) + 9]) for i in range(min(count, 16))]

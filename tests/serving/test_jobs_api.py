@@ -47,7 +47,7 @@ def test_progress_and_events(tmp_path):
     with running(tmp_path, step_seconds=0.02) as server, server.http() as http:
         first = http.post(GENERATIONS, json={"prompt": "[hold]"}, headers=ASYNC).json()
         second = http.post(GENERATIONS, json={"prompt": PROMPT}, headers=ASYNC).json()
-        server.until(lambda: (progress := server.jobs.progress(first["id"])) is not None and progress.step == 3)
+        server.until(lambda: (progress := server.jobs.events.progress(first["id"])) is not None and progress.step == 3)
         running_job = http.get(f"/v1/jobs/{first['id']}").json()
         assert (running_job["state"], running_job["stage"]) == ("in_progress", "denoising")
         assert (running_job["step"], running_job["num_inference_steps"], running_job["progress"]) == (3, 4, 75)

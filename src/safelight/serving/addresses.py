@@ -17,8 +17,9 @@ from urllib.parse import parse_qsl, urlencode
 
 from starlette.types import Scope
 
+from safelight import media
 from safelight.errors import StateDirectoryError
-from safelight.serving.directories import sync, write_private
+from safelight.serving.directories import write_private
 from safelight.serving.http.errors import AddressError, ExpiredAddressError
 
 KEY_NAME = "address_key"
@@ -94,7 +95,7 @@ def read_address_key(directory: Path) -> bytes:
         temporary.unlink(missing_ok=True)
         write_private(temporary, secrets.token_bytes(KEY_BYTES))
         temporary.replace(path)
-        sync(directory)
+        media.sync(directory)
         return _read(path)
     except OSError as error:
         raise StateDirectoryError(f"state directory: {KEY_NAME} cannot be used: {error.strerror}") from error

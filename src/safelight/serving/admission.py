@@ -22,6 +22,7 @@ from safelight.runtime.client import EngineClient, Ticket
 from safelight.serving.cost import check_cost
 from safelight.serving.fields import Resolved
 from safelight.serving.http.errors import PriorityError
+from safelight.serving.http.hosts import address_of
 from safelight.serving.limits import Limits
 from safelight.serving.principals import Keys, Principal, principal_of
 
@@ -32,22 +33,6 @@ TIMES_FREE = 4
 NETWORK_BITS = 64
 """Of an IPv6 address: whoever has one has all of its network."""
 _MINUTE = 60.0
-
-
-@dataclass(frozen=True)
-class Queue:
-    """Where requests wait, at one moment.
-
-    Attributes:
-        num_places: there are.
-        num_taken: of these.
-        clients: whose the requests are that wait, as far as that is known.
-
-    """
-
-    num_places: int
-    num_taken: int
-    clients: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -70,18 +55,23 @@ class Admission:
     deadline: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
 
-    def check_place(self, queue: Queue) -> None:
+    def check_place(self, num_places: int, num_taken: int, clients: Sequence[str]) -> None:
         """Refuse a client that has its share of a queue already.
+
+        Args:
+            num_places: of the queue.
+            num_taken: of these.
+            clients: whose the requests are that wait, as far as that is known.
 
         Raises:
             QueueFullError: if it has.
 
         """
-        kept = {client: int(share * queue.num_places) for client, share in self.shares.items()}
-        counts = {client: queue.clients.count(client) for client in {self.client, *kept}}
+        kept = {client: int(share * num_places) for client, share in self.shares.items()}
+        counts = {client: clients.count(client) for client in {self.client, *kept}}
         own, mine = counts[self.client], kept.pop(self.client, 0)
-        free = queue.num_places - queue.num_taken - sum(max(0, kept[other] - counts[other]) for other in kept)
-        rest = queue.num_places - mine - sum(kept.values())
+        free = num_places - num_taken - sum(max(0, kept[other] - counts[other]) for other in kept)
+        rest = num_places - mine - sum(kept.values())
         share = mine + min(rest // LEAST_PART, TIMES_FREE * free)
         if self.client and own >= max(share, mine, 0 if kept else 1):
             waiting = f"{own} of your requests wait already, which is your share of the queue"
@@ -146,7 +136,7 @@ class AdmissionControl:
 
         """
         clients = [client for ticket, client in self._clients.items() if ticket.waits]
-        admission.check_place(Queue(self._limits.waiting, self._engine.stats.num_waiting, clients))
+        admission.check_place(self._limits.waiting, self._engine.stats.num_waiting, clients)
 
     def wait(self, admission: Admission, ticket: Ticket) -> None:
         """Count a request that was put into the engine's queue, for as long as it waits there."""
@@ -168,9 +158,8 @@ class AdmissionControl:
 def client_of(request: Request, owner: str) -> str:
     """Return who sent a request: the owner of its key, at an address."""
     host = "" if request.client is None else request.client.host
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
+    address = address_of(host.partition("%")[0])
+    if address is None:
         return f"{owner} {host}"
     if isinstance(address, ipaddress.IPv6Address):
         address = address.ipv4_mapped or ipaddress.ip_network((address, NETWORK_BITS), strict=False).network_address

@@ -14,6 +14,7 @@ from safelight.serving.principals import ANYONE, BY_ADDRESS, Keys, Principal
 
 LIVE_PATH = "/livez"
 """The one route that needs no key."""
+_OTHER_NAME = "without a key, the server answers to localhost alone, and to names in the setting allowed_hosts"
 _MAY_NOT_ASK = "pages of this origin may not use the server; its setting allowed_origins names who may"
 _MAY_NOT_SEND = "without a key, web pages of another origin are answered if the setting allowed_origins names it"
 
@@ -50,13 +51,12 @@ class KeyCheck:
             await preflight_answer(headers)(scope, receive, send)
             return
         try:
-            principal = self._principal(scope, headers)
+            scope["state"]["principal"] = self._principal(scope, headers)
         except SafelightError:
             if scope["type"] == "http":
                 raise
             await send({"type": "websocket.close", "code": 1008})
         else:
-            scope["state"]["principal"] = principal
             await self._app(scope, receive, send)
 
     def _principal(self, scope: Scope, headers: Headers) -> Principal:
@@ -78,7 +78,7 @@ class KeyCheck:
     def _check_page(self, headers: Headers, message: str) -> None:
         """Refuse a web page that may not use the server; without a key, one too that has the server by another name."""
         if not self._keys and self._hosts.is_foreign(headers):
-            raise ForeignHostError
+            raise ForeignHostError(_OTHER_NAME)
         if self._origins.is_foreign(headers):
             raise ForeignOriginError(message)
 

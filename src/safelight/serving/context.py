@@ -140,7 +140,7 @@ class Context:
 
     async def finished(self, job: Job) -> Job:
         """Wait for a job's end, and return it as it is then."""
-        async for event in self.jobs.events(job.id):
+        async for event in self.jobs.events.follow(job.id):
             job = event.job
         return job
 
@@ -163,7 +163,7 @@ class Context:
 
     def progress(self, job: Job) -> Progress:
         """Return how far an unfinished job is."""
-        return self.jobs.progress(job.id) or Progress(num_outputs=0)
+        return self.jobs.events.progress(job.id) or Progress(num_outputs=0)
 
     def base_url(self, request: Request) -> str:
         """Return where this client reaches the server, without a slash at the end."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from safelight import media
 from safelight.errors import StateDirectoryError, shown
 
 MARKER = ".safelight"
@@ -75,10 +76,15 @@ def check_ours(what: str, directory: Path, is_older: Callable[[frozenset[str]], 
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = frozenset(path.name for path in directory.iterdir()) - _OF_THE_DISK
     except OSError as error:
-        raise StateDirectoryError(f"{what} {str(directory)!r} cannot be used: {error.strerror}") from error
+        raise unusable(what, directory, error.strerror) from error
     if names and not is_marked(directory) and not is_older(names):
         problem = f"it is neither empty nor Safelight's, it holds {listed(names)}; name another folder"
-        raise StateDirectoryError(f"{what} {str(directory)!r} cannot be used: {problem}")
+        raise unusable(what, directory, problem)
+
+
+def unusable(what: str, directory: Path, why: object) -> StateDirectoryError:
+    """Return the error for a directory that cannot be used; `what` it is."""
+    return StateDirectoryError(f"{what} {str(directory)!r} cannot be used: {why}")
 
 
 def is_marked(directory: Path) -> bool:
@@ -100,7 +106,7 @@ def mark(directory: Path) -> None:
         raise FileExistsError(errno.EEXIST, f"{MARKER} is another program's")
     write_private(temporary, MARKED)
     temporary.replace(path)
-    sync(directory)
+    media.sync(directory)
 
 
 def temporary_path(directory: Path, ending: str = "") -> Path:
@@ -123,7 +129,7 @@ def hold(what: str, directory: Path, name: str) -> int:
     try:
         descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
     except OSError as error:
-        raise StateDirectoryError(f"{what} {str(directory)!r} cannot be used: {error.strerror}") from error
+        raise unusable(what, directory, error.strerror) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -161,15 +167,6 @@ def make_private(path: Path) -> None:
         mode = path.lstat().st_mode
         if stat.S_ISREG(mode) and mode & 0o077:
             path.chmod(PRIVATE)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or what names a directory has, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from safelight import media
 from safelight.errors import InvalidParameterError
@@ -31,6 +30,7 @@ THUMBNAIL_SIDE, TILE_SIDE, MAX_TILES = 512, 256, 16
 _MAX_EXIF_TEXT = 60_000
 """JPEG holds 65,533 bytes of EXIF."""
 _LONG_TEXT = 1_000
+"""Characters of one that is left out where JPEG does not hold the whole."""
 _LARGE_PICTURE = 8 << 20
 """Values of a picture from which on it is encoded alone: it takes as much again, and its file's length."""
 _ONE_LARGE = threading.Lock()
@@ -51,51 +51,26 @@ def encode_image(
         InvalidParameterError: for an unknown format, or for an alpha channel in jpeg, which has none.
 
     """
-    if output_format not in _IMAGE_OPTIONS:
-        raise InvalidParameterError("output_format", output_format, f"one of {', '.join(_IMAGE_OPTIONS)}")
+    if output_format not in media.BEST_OPTIONS:
+        raise InvalidParameterError("output_format", output_format, f"one of {', '.join(media.BEST_OPTIONS)}")
     if output_format == "jpeg" and array.shape[-1] == 4:
         raise InvalidParameterError("output_format", "jpeg", "png or webp: this picture has an alpha channel")
-    file = io.BytesIO()
-    options = _IMAGE_OPTIONS[output_format](compression, metadata)
-    with _ONE_LARGE if array.size > _LARGE_PICTURE else contextlib.nullcontext():
-        Image.fromarray(array).save(file, format=output_format, **options)
-    return file.getvalue()
-
-
-def _png(compression: int | None, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    text = PngImagePlugin.PngInfo()
+    options, text = _options(output_format, compression), None
     if metadata is not None:
-        text.add_text(media.METADATA_KEY, json.dumps(metadata))
-    # zlib's level 1: level 6 takes several times as long for files that are little smaller.
-    return {"compress_level": 1, "pnginfo": text}
+        text = json.dumps(metadata)
+        if output_format == "jpeg" and len(text) > _MAX_EXIF_TEXT:
+            text = json.dumps({k: v for k, v in metadata.items() if not (isinstance(v, str) and len(v) > _LONG_TEXT)})
+    with _ONE_LARGE if array.size > _LARGE_PICTURE else contextlib.nullcontext():
+        return media.encoded(Image.fromarray(array), output_format, options, text)
 
 
-def _jpeg(compression: int | None, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {"quality": 95 if compression is None else compression, "subsampling": 0, **_exif(metadata, _MAX_EXIF_TEXT)}
-
-
-def _webp(compression: int | None, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    quality = {"lossless": True, "method": 0} if compression is None else {"quality": compression}
-    return {**quality, **_exif(metadata)}
-
-
-def _exif(metadata: Mapping[str, Any] | None, limit: float = math.inf) -> dict[str, Image.Exif]:
-    """Return the keyword for EXIF; long texts are left out where the whole is more than the format holds."""
-    if metadata is None:
-        return {}
-    text = json.dumps(metadata)
-    if len(text) > limit:
-        kept = {k: v for k, v in metadata.items() if not (isinstance(v, str) and len(v) > _LONG_TEXT)}
-        text = json.dumps(kept)
-    return {"exif": media.exif(text)}
-
-
-_IMAGE_OPTIONS: Mapping[str, Callable[[int | None, Mapping[str, Any] | None], dict[str, Any]]] = {
-    "png": _png,
-    "jpeg": _jpeg,
-    "webp": _webp,
-}
-"""What Pillow is told, by output format."""
+def _options(output_format: str, compression: int | None) -> Mapping[str, Any]:
+    """Return what Pillow is told."""
+    if output_format == "png":  # zlib's level 1: level 6 takes several times as long for files that are little smaller
+        return {"compress_level": 1}
+    if compression is None:
+        return media.BEST_OPTIONS[output_format]
+    return {"quality": compression, **({"subsampling": 0} if output_format == "jpeg" else {})}
 
 
 def thumbnail(frames: Media) -> bytes:
@@ -103,8 +78,8 @@ def thumbnail(frames: Media) -> bytes:
     return encode_image(np.asarray(_fitted(frames[0], THUMBNAIL_SIDE)), "webp", 80)
 
 
-def spritesheet(frames: Media, output_format: str = "jpeg") -> bytes:
-    """Return jpeg or webp: at most 16 frames of a video [T, H, W, 3], evenly apart, in rows as in a text."""
+def spritesheet(frames: Media) -> bytes:
+    """Return JPEG: at most 16 frames of a video [T, H, W, 3], evenly apart, in rows as in a text."""
     count = min(MAX_TILES, len(frames))
     chosen = [_fitted(frames[index * len(frames) // count], TILE_SIDE) for index in range(count)]
     columns = math.ceil(math.sqrt(count))
@@ -112,7 +87,7 @@ def spritesheet(frames: Media, output_format: str = "jpeg") -> bytes:
     sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height))
     for index, tile in enumerate(chosen):
         sheet.paste(tile, (index % columns * width, index // columns * height))
-    return encode_image(np.asarray(sheet), output_format, 85)
+    return encode_image(np.asarray(sheet), "jpeg", 85)
 
 
 def _fitted(frame: Pixels, side: int) -> Image.Image:

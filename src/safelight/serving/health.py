@@ -37,8 +37,7 @@ def routes(context: Context) -> APIRouter:
         if context.engine.state != "ready":
             raise NotReadyError(f"the engine is not ready: {context.engine.state}")
         try:
-            written = asyncio.to_thread(context.jobs.outputs.check_writable)
-            await asyncio.wait_for(written, _DISK_SECONDS)
+            await asyncio.wait_for(asyncio.to_thread(context.jobs.outputs.check_writable), _DISK_SECONDS)
         except (OSError, TimeoutError) as error:
             raise NotReadyError("the outputs directory cannot be written") from error
         try:

@@ -73,11 +73,7 @@ class HTTPArgs:
         "choice", "exact, or throughput: stack the model calls of several requests.", choices=("exact", "throughput")
     )
     share: float = option(
-        "amount",
-        "Share of device time that the longest request and the oldest always get.",
-        0.1,
-        minimum=0,
-        maximum=1,
+        "amount", "Share of device time that the longest request and the oldest always get.", 0.1, minimum=0, maximum=1
     )
     warm_up: bool = option("boolean", "Run one small request before the server is ready.", True)
     keep_hours: float = option("amount", "Hours for which finished jobs are kept.", 24.0, minimum=0, maximum=1_000_000)

@@ -11,8 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from PIL import Image
-
+from safelight import media
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.file_kinds import HEAD_BYTES, kind_of
@@ -41,8 +40,6 @@ _SCAN, _ALONE = 0xDA, frozenset({0x01, *range(0xD0, 0xDA)})
 """Markers of a JPEG: of a scan, and those that no length follows."""
 _TAKES = "a PNG, JPEG or WebP file of one picture"
 _TAKES_BYTES = "the picture itself: a file in a form (image, or image[] for each of several), or a data URL"
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no whole picture."""
 Size = tuple[int, int]
 """Width and height in pixels."""
 
@@ -147,7 +144,7 @@ def open_picture(file: bytes | Stored, param: str, limits: Limits) -> EncodedIma
             _check_size(size, param, limits)
         image = EncodedImage.read(data, (name,), kept)
         _check_size(image.size, param, limits)
-    except UNREADABLE as error:
+    except media.UNREADABLE as error:
         raise damaged(name, param) from error
     return image
 

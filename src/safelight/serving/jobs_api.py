@@ -79,6 +79,7 @@ async def submit(
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= context.limits.key_length:
         raise MalformedRequestError(f"idempotency-key: it takes 1 to {context.limits.key_length} characters")
+    as_it_came = {"path": request.scope["path"], "fields": body.fields}
     job, files = new_job(
         resolved.params,
         resolved.schema,
@@ -91,14 +92,9 @@ async def submit(
         priority=admission.priority,
         request_id=request_id(request),
         idempotency_key=key,
-        digest="" if key is None else await aside(body, _digest, request.scope["path"], body),
+        digest="" if key is None else await aside(body, request_digest, as_it_came, body.files),
     )
-    return await context.jobs.submit(job, files, admission)
-
-
-def _digest(path: str, body: Body) -> str:
-    """Return a hash of a request as it came. Of a large body: run it in a thread."""
-    return request_digest({"path": path, "fields": body.fields}, body.files)
+    return await context.jobs.acceptance.submit(job, files, admission)
 
 
 async def page_response(
@@ -175,7 +171,7 @@ def content_url(context: Context, request: Request, job: Job, index: int) -> str
 
 
 async def _events(context: Context, request: Request, job: Job) -> AsyncGenerator[bytes, None]:
-    async for happened in context.jobs.events(job.id):
+    async for happened in context.jobs.events.follow(job.id):
         async with context.event_turn:
             await asyncio.sleep(0)  # what else there is goes before; a turn that nobody waits in is none
             data = event(happened.type, {"type": happened.type, "job": job_object(happened.job, context, request)})

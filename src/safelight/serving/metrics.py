@@ -49,12 +49,7 @@ class Metrics:
         engine.on_step = self._stepped
 
     def completed(
-        self,
-        task: str,
-        seconds: float | None,
-        queue_seconds: float | None,
-        timings: Mapping[str, float],
-        outputs: int,
+        self, task: str, seconds: float | None, queue_seconds: float | None, timings: Mapping[str, float], outputs: int
     ) -> None:
         """Count a generation that ended well.
 

@@ -64,10 +64,8 @@ def routes(context: Context) -> APIRouter:
 
 def document(context: Context) -> Document:
     """Return an OpenAPI 3.1 document; what a request may hold is known once the model is loaded."""
-    body: Document = {"type": "object", "required": ["prompt"]}
-    if context.engine.schema is not None:
-        body = request_schema(context)
-    paths = _paths(body)
+    is_loaded = context.engine.schema is not None
+    paths = _paths(request_schema(context) if is_loaded else {"type": "object", "required": ["prompt"]})
     for path, operations in paths.items():
         for operation in operations.values():
             names = [piece[1:-1] for piece in path.split("/") if piece.startswith("{")]

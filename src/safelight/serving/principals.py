@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,3 @@ def _checked_key(key: Any) -> str:
 
 def _wrong(path: str, problem: str) -> InvalidParameterError:
     return InvalidParameterError.rebuilt(f"api_key_file: {path!r}: {problem}", "api_key_file")
-
-
-assert set(_FIELDS) - {"key"} < {field.name for field in fields(Principal)}

@@ -106,7 +106,8 @@ class Server:
 
     async def _serve(self, server: uvicorn.Server, listener: socket.socket, engine: ReplicaSet) -> int:
         """Answer from the start, load the model, and serve until told to stop."""
-        self._take_signals()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
         http = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             self.say(f"loading {self.model}")
@@ -161,11 +162,6 @@ class Server:
             if self._deadline is not None and time.monotonic() > self._deadline:
                 return
             await asyncio.sleep(POLL_SECONDS)
-
-    def _take_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
 
     def _signalled(self) -> None:
         """Stop: the first time kindly, the second time soon."""

@@ -20,10 +20,11 @@ from typing import IO
 
 from starlette.types import Receive
 
+from safelight import media
 from safelight.encoded import EncodedImage
 from safelight.runtime.processes import python_command, safe_environment
 from safelight.serving.http.disconnects import unless_gone
-from safelight.serving.input_pictures import UNREADABLE, damaged
+from safelight.serving.input_pictures import damaged
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def decodes(image: EncodedImage) -> bool:
     """Say whether a picture can be decoded, in this process."""
     try:
         image.check()
-    except (*UNREADABLE, MemoryError):
+    except (*media.UNREADABLE, MemoryError):
         return False
     return True
 

@@ -93,8 +93,8 @@ def test_a_start_holds_few_jobs(tmp_path):
         new = await server.submit("new")
         await asyncio.sleep(0.1)
         assert len(server.jobs.runner.runs) <= 5
-        assert server.jobs.progress(left[39].id).queue_position == 39 - len(server.engine._running)
-        assert server.jobs.progress(new.id).queue_position == 40 - len(server.engine._running)
+        assert server.jobs.events.progress(left[39].id).queue_position == 39 - len(server.engine._running)
+        assert server.jobs.events.progress(new.id).queue_position == 40 - len(server.engine._running)
         assert (await server.jobs.cancel(left[38].id)).state == "failed"
         assert await server.jobs.delete(left[37].id)
         server.engine.release()
@@ -134,7 +134,7 @@ def test_whoever_follows_a_job_that_waits_is_told_all(tmp_path):
 
     async def look(server):
         async def follow(job):
-            return [event.type async for event in server.jobs.events(job.id)]
+            return [event.type async for event in server.jobs.events.follow(job.id)]
 
         await asyncio.sleep(0.05)
         tasks = [asyncio.create_task(follow(job)) for job in left[4:]]
@@ -151,7 +151,7 @@ def test_whoever_follows_a_job_that_waits_is_told_all(tmp_path):
 
     async def stop(server):
         await asyncio.sleep(0.05)
-        task = asyncio.create_task(collect(server.jobs.events(left[5].id)))
+        task = asyncio.create_task(collect(server.jobs.events.follow(left[5].id)))
         await asyncio.sleep(0.05)
         await server.jobs.close(0.0)
         assert [event.type for event in await asyncio.wait_for(task, 5)][-1] == "queued"

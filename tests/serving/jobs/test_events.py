@@ -11,7 +11,7 @@ from tests.serving.stub_engine import StubEngine
 def test_events_tell_the_whole_way_in_order(tmp_path):
     async def use(server):
         first, second = await server.submit("a [hold]"), await server.submit("b", num_inference_steps=30)
-        seen = asyncio.create_task(collect(server.jobs.events(second.id)))
+        seen = asyncio.create_task(collect(server.jobs.events.follow(second.id)))
         await server.until_step(first, 3)
         server.engine.release()
         events = await seen
@@ -23,8 +23,8 @@ def test_events_tell_the_whole_way_in_order(tmp_path):
         assert steps and steps == sorted(set(steps))
         assert [event.job.state for event in events if event.type == "step"] == ["in_progress"] * len(steps)
         assert events[-1].job == await server.get(second.id)
-        assert [event.type for event in await collect(server.jobs.events(second.id))] == ["completed"]
-        assert await collect(server.jobs.events("image_none")) == []
-        assert server.jobs.progress(second.id) is None
+        assert [event.type for event in await collect(server.jobs.events.follow(second.id))] == ["completed"]
+        assert await collect(server.jobs.events.follow("image_none")) == []
+        assert server.jobs.events.progress(second.id) is None
 
     serving(tmp_path, use, StubEngine(step_seconds=0.005))

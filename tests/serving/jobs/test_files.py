@@ -144,9 +144,9 @@ def test_a_job_is_carried_through(make, schema, tmp_path):
         await manager.start()
         try:
             async with asyncio.timeout(SECONDS):
-                job = await manager.submit(*submission(engine, "a [die:1]", images={"image": [picture()]}))
+                job = await manager.acceptance.submit(*submission(engine, "a [die:1]", images={"image": [picture()]}))
                 assert await files.read(job.inputs[0].name) == picture()
-                async for event in manager.events(job.id):
+                async for event in manager.events.follow(job.id):
                     job = event.job
                 assert (job.state, job.attempts) == ("completed", 2)
                 data = await files.read(job.outputs[0].name)

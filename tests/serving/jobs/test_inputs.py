@@ -31,7 +31,9 @@ def test_the_engine_is_given_what_was_resolved_before_and_after_a_restart(tmp_pa
     images, output_format = fields.get("images", {}), "mp4" if schema.task.makes_video else "png"
 
     async def accept(server):
-        job = await server.jobs.submit(*new_job(asked, schema, images, output_format=output_format), Admission())
+        job = await server.jobs.acceptance.submit(
+            *new_job(asked, schema, images, output_format=output_format), Admission()
+        )
         assert {server.outputs.path(file.name).read_bytes() for file in job.inputs} == {
             data for datas in images.values() for data in datas
         }

@@ -102,7 +102,7 @@ class Node:
         self.jobs = JobManager(self.store, self.files, self.engine, limits, clocks, server=name)
 
     async def submit(self, prompt: str, **fields: Any) -> Job:
-        return await self.jobs.submit(*submission(self.engine, prompt, **fields))
+        return await self.jobs.acceptance.submit(*submission(self.engine, prompt, **fields))
 
     async def renew(self) -> None:
         await self.jobs.lease.renew()
@@ -157,7 +157,7 @@ async def until(condition) -> None:
 
 async def until_running(node: Node, job: Job, attempts: int = 1) -> None:
     """Wait until a job is recorded as begun."""
-    async for event in node.jobs.events(job.id):
+    async for event in node.jobs.events.follow(job.id):
         if event.job.state == "in_progress" and event.job.attempts == attempts:
             return
 
@@ -271,7 +271,7 @@ def test_whoever_follows_a_job_is_told_its_end_wherever_it_runs(tmp_path, how):
         job = await a.submit("x [hold]")
         await until_running(a, job)
         asked = a if how == "is lost" else b
-        followed = asyncio.create_task(collect(asked.jobs.events(job.id)))
+        followed = asyncio.create_task(collect(asked.jobs.events.follow(job.id)))
         await asyncio.sleep(0.02)
         if how == "is lost":
             clock.now += LEASE + 1
@@ -294,7 +294,7 @@ def test_what_another_server_ends_is_stopped_at_the_next_renewal(tmp_path, how):
     async def use(a, b, clock, board):
         job, other = await a.submit("x [hold]"), await a.submit("y [hold]")
         await until_running(a, job)
-        followed = asyncio.create_task(collect(a.jobs.events(job.id)))
+        followed = asyncio.create_task(collect(a.jobs.events.follow(job.id)))
         await asyncio.sleep(0)
         if how == "cancel":
             assert (await b.jobs.cancel(job.id)).error.code == "cancelled"

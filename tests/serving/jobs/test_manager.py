@@ -104,7 +104,7 @@ def test_jobs_are_held_back_in_order_while_the_engine_is_full(tmp_path):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
         assert server.engine.stats.num_waiting == 2, "the engine was not full"
-        positions = [server.jobs.progress(job.id).queue_position for job in jobs]
+        positions = [server.jobs.events.progress(job.id).queue_position for job in jobs]
         assert positions == [None, 0, 1, 2, 3, 4]
         server.engine.release()
         assert {(await server.end(job)).state for job in jobs} == {"completed"}
@@ -180,7 +180,7 @@ def test_cancelling_and_deleting_anywhere_on_the_way(tmp_path, monkeypatch, wher
             await server.until_step(before[0], 3)
             await asyncio.sleep(0.05)
             assert (len(server.engine.submitted) == 2) == (where == "in the engine's queue")
-        events = asyncio.create_task(collect(server.jobs.events(job.id)))
+        events = asyncio.create_task(collect(server.jobs.events.follow(job.id)))
         await asyncio.sleep(0.02)
         if how == "cancel":
             ended = await server.jobs.cancel(job.id)
@@ -259,7 +259,7 @@ def test_a_stop_without_patience_leaves_its_jobs_to_the_next_start(tmp_path):
         running = await server.submit("[hold]", seed=1)
         waiting = await server.submit("b")
         await server.until_step(running, 3)
-        events = asyncio.create_task(collect(server.jobs.events(waiting.id)))
+        events = asyncio.create_task(collect(server.jobs.events.follow(waiting.id)))
         return running.id, waiting.id, events
 
     async def go_on(server):

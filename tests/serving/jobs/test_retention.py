@@ -49,7 +49,9 @@ def test_the_first_finished_make_room_for_later_ones(tmp_path):
         assert server.files() == {second.outputs[0].name, third.outputs[0].name}, "nothing is removed in vain"
         with pytest.raises(StorageFullError):
             params, _ = prepared(server.engine)
-            await server.jobs.submit(*new_job(params, IMAGE_SCHEMA, {"image": [bytes(3 * size)]}), Admission())
+            await server.jobs.acceptance.submit(
+                *new_job(params, IMAGE_SCHEMA, {"image": [bytes(3 * size)]}), Admission()
+            )
         server.jobs.retention._limits = dataclasses.replace(server.jobs.retention._limits, max_bytes=int(1.5 * size))
         await server.jobs.sweep()
         assert server.files() == {third.outputs[0].name}

@@ -32,7 +32,7 @@ from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine, make_media
 def test_a_failed_request_is_a_failed_job_and_harms_no_other(tmp_path, code):
     async def use(server):
         bad, good = await server.submit(f"[fail:{code}@2]"), await server.submit("good", seed=1)
-        events = await collect(server.jobs.events(bad.id))
+        events = await collect(server.jobs.events.follow(bad.id))
         assert events[-1].type == "failed"
         job = await server.get(bad.id)
         assert job.error == JobError(code, f"the stub was told to fail: {code}") and job.state == "failed"
@@ -59,7 +59,7 @@ def test_a_mistake_of_ours_fails_the_job_without_its_text(tmp_path, caplog):
 def test_one_death_of_the_worker_is_survived_with_the_same_bytes(tmp_path):
     async def use(server):
         dies, lives = [await server.submit(f"same{end}", seed=3) for end in (" [die:1]", "")]
-        types = [event.type for event in await collect(server.jobs.events(dies.id))]
+        types = [event.type for event in await collect(server.jobs.events.follow(dies.id))]
         assert types.count("started") == 2 and types[-1] == "completed"
         job = await server.end(dies)
         assert (job.state, job.attempts, job.error) == ("completed", 2, None)

@@ -63,11 +63,6 @@ class ForeignHostError(SafelightError):
 
     status, code = 403, "foreign_host"
 
-    def __init__(self) -> None:
-        super().__init__(
-            "without a key, the server answers to localhost alone, and to names in the setting allowed_hosts"
-        )
-
 
 class AddressError(UsageError):
     """The signature of an address is not this server's, or not of this address."""
@@ -90,19 +85,16 @@ class AuthenticationError(UsageError):
 class PriorityError(UsageError):
     """The key may not have a priority as high as was asked for."""
 
-    status, code = 403, "priority_not_allowed"
+    status, code, param = 403, "priority_not_allowed", "priority"
 
     def __init__(self, got: int, most: int) -> None:
-        self.param = "priority"
         super().__init__(f"priority: got {got}; this key takes at most {most}")
 
 
 class ModelNameError(ModelNotFoundError):
     """Another model was asked for than the one that is served."""
 
-    def __init__(self, message: str) -> None:
-        self.param = "model"
-        super().__init__(message)
+    param = "model"
 
 
 class NotFoundError(UsageError):
@@ -140,10 +132,9 @@ class RangeError(UsageError):
 
     """
 
-    status, code = 416, "invalid_range"
+    status, code, param = 416, "invalid_range", "range"
 
     def __init__(self, size: int) -> None:
-        self.param = "range"
         self.size = size
         super().__init__(f"range: the file has {size} bytes")
 
@@ -152,6 +143,8 @@ GONE = 499
 """The status for a client that closed its connection; nobody reads it."""
 _READY_AFTER = 5
 """Seconds after which a client that was told `not_ready` may ask again: nothing of its request was begun."""
+_TYPES: Mapping[int, str] = {401: "authentication_error", 429: "rate_limit_error"}
+"""Kinds of errors that SDKs sort by, of statuses that have their own."""
 _MAX_MESSAGE = 8000
 """Characters of an answer's message: the names of all fields are fewer."""
 _INTERNAL = "the server made a mistake; its log has the details under this request's x-request-id"
@@ -174,12 +167,6 @@ def answerable(error: Exception, request_id: str) -> SafelightError:
     return known
 
 
-def error_type(status: int) -> str:
-    """Return the kind of error that SDKs sort by."""
-    special = {401: "authentication_error", 429: "rate_limit_error"}
-    return special.get(status, "server_error" if status >= 500 else "invalid_request_error")
-
-
 def error_body(error: SafelightError) -> dict[str, Any]:
     """Return an error as `{"error": {message, type, param, code}}`.
 
@@ -189,7 +176,7 @@ def error_body(error: SafelightError) -> dict[str, Any]:
     return {
         "error": {
             "message": message,
-            "type": error_type(error.status),
+            "type": _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error"),
             "param": error.param and error.param[:MAX_NAME],
             "code": error.code,
         }

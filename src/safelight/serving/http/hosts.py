@@ -46,7 +46,7 @@ def host_name(host: str) -> str | None:
         return None
     if host.startswith("["):
         name, closed, port = host[1:].partition("]")
-        is_name = closed != "" and _is_address(name) and port[:1] in ("", ":")
+        is_name = closed != "" and isinstance(address_of(name), ipaddress.IPv6Address) and port[:1] in ("", ":")
         port = port[1:]
     else:
         name, _, port = host.partition(":")
@@ -55,19 +55,18 @@ def host_name(host: str) -> str | None:
     return name.lower().removesuffix(".") if is_name and is_port else None
 
 
-def _is_address(name: str) -> bool:
+def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address that a name is; None for another name."""
     try:
-        return ipaddress.ip_address(name).version == 6
+        return ipaddress.ip_address(name)
     except ValueError:
-        return False
+        return None
 
 
 def is_loopback(name: str) -> bool:
     """Say whether only this machine is reached by a name, whatever a name server says (RFC 6761)."""
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost" or name.endswith(".localhost")
+    address = address_of(name)
+    return name == "localhost" or name.endswith(".localhost") if address is None else address.is_loopback
 
 
 def check_headers(headers: Headers) -> None:

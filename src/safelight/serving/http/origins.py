@@ -11,11 +11,9 @@ from starlette.types import Scope
 ANY = "*"
 _CROSS_SITE = "cross-site"
 _METHODS = "GET, HEAD, POST, DELETE"
-_EXPOSED = ", ".join(
-    (
-        *("x-request-id", "openai-poll-after-ms", "retry-after", "x-should-retry", "location", "preference-applied"),
-        *("content-length", "content-range", "accept-ranges", "etag"),
-    )
+_EXPOSED = (
+    "x-request-id, openai-poll-after-ms, retry-after, x-should-retry, location, preference-applied, "
+    "content-length, content-range, accept-ranges, etag"
 )
 """What a page may read of an answer's headers."""
 _REMEMBERED = "600"
@@ -39,7 +37,7 @@ class Origins:
         Pictures, links and forms of other sites bear no origin that could be allowed, but browsers mark them.
         """
         origin = headers.get("origin")
-        if ANY in self.allowed or (origin is not None and self._allows(origin)):
+        if self._allows(origin):
             return False
         sites = headers.get("sec-fetch-site", "").lower().split(",")  # of several, a proxy makes one so
         is_cross_site = _CROSS_SITE in (site.strip() for site in sites)
@@ -54,7 +52,7 @@ class Origins:
             found["access-control-expose-headers"] = _EXPOSED
         return found
 
-    def _allows(self, origin: str) -> bool:
+    def _allows(self, origin: str | None) -> bool:
         return origin in self.allowed or ANY in self.allowed
 
 

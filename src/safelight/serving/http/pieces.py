@@ -104,17 +104,13 @@ def _whole_slashes(parts: Iterable[bytes]) -> Iterator[bytes]:
 def from_percent(parts: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the bytes of a text with `%XX` escapes, whose parts may cut an escape."""
     rest = b""
-    for part in _small_with_escapes(parts):
-        data = rest + part
-        cut = next((at for at in (len(data) - 2, len(data) - 1) if data[at : at + 1] == b"%"), len(data))
-        yield unquote_to_bytes(data[:cut])
-        rest = data[cut:]
-    yield unquote_to_bytes(rest)
-
-
-def _small_with_escapes(parts: Iterable[bytes]) -> Iterator[bytes]:
     for part in parts:
-        yield from pieces(part, ESCAPED_PIECE if b"%" in part else PIECE)
+        for piece in pieces(part, ESCAPED_PIECE if b"%" in part else PIECE):
+            data = rest + piece
+            cut = next((at for at in (len(data) - 2, len(data) - 1) if data[at : at + 1] == b"%"), len(data))
+            yield unquote_to_bytes(data[:cut])
+            rest = data[cut:]
+    yield unquote_to_bytes(rest)
 
 
 def from_base64(parts: Iterable[bytes]) -> Iterator[bytes]:

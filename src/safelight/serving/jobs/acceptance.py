@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from safelight.errors import NotReadyError, QueueFullError, SafelightError
-from safelight.serving.admission import Admission, Queue
+from safelight.serving.admission import Admission
 from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.job import Job, check_same
 from safelight.serving.jobs.leases import Lease
@@ -59,7 +59,7 @@ class Acceptance:
         if num_unfinished >= self._limits.max_unfinished:
             raise QueueFullError(f"{self._limits.max_unfinished} jobs wait already")
         clients = [run.client for run in runs.values()]
-        admission.check_place(Queue(self._limits.max_unfinished, num_unfinished, clients))
+        admission.check_place(self._limits.max_unfinished, num_unfinished, clients)
         clocks = self._runner.clocks
         accepted = {"created_at": clocks.stamp(), "accepted": clocks.moment(), "lease": self._lease.number}
         job = msgspec.structs.replace(job, **accepted)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, ParamSpec, Protocol, TypeVar
+from typing import BinaryIO, Protocol, TypeVar, TypeVarTuple
 
 from safelight.errors import OutputError, SafelightError, StorageError
 from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.store import Kept
 
-P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 NUM_THREADS = 2
 """Pictures and videos that are encoded, and files that are written, at a time."""
@@ -54,10 +53,9 @@ class Files(ABC):
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="safelight-media")
 
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Run work of encoding or decoding in the pool."""
-        call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def save(self, files: Mapping[str, bytes | Stored]) -> None:
         """Write files by name, durably.
@@ -161,20 +159,20 @@ class Files(ABC):
             return file.read()
 
 
-def _whole(batch: Batch, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _whole(batch: Batch, function: Callable[[*Ts], T], *args: *Ts) -> T:
     """Do something with a batch, of which nothing is left if that fails."""
     try:
-        return _named(function, *args, **kwargs)
+        return _named(function, *args)
     except BaseException:
         with contextlib.suppress(OSError):  # the disk fails: the next start removes them
             batch.discard()
         raise
 
 
-def _named(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _named(function: Callable[[*Ts], T], *args: *Ts) -> T:
     """Do something with the disk, whose failure becomes an error with a message that holds no path."""
     try:
-        return function(*args, **kwargs)
+        return function(*args)
     except (OSError, OutputError) as error:
         reason = error.__cause__ if isinstance(error, OutputError) else error
         if not isinstance(reason, OSError):

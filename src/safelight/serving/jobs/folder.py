@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from safelight import media
 from safelight.errors import StateDirectoryError
 from safelight.serving import directories
 from safelight.serving.jobs.files import Batch, Files
@@ -43,7 +44,7 @@ class FolderBatch(Batch):
     def publish(self) -> None:
         for name, path in self._temporaries.items():
             path.replace(self._directory / name)
-        directories.sync(self._directory)
+        media.sync(self._directory)
 
     def discard(self) -> None:
         _unlink([*self._temporaries.values(), *(self._directory / name for name in self._temporaries)])
@@ -66,8 +67,7 @@ class FolderFiles(Files):
             self.check_writable()
             directories.mark(directory)
         except OSError as error:
-            message = f"outputs directory {str(directory)!r} cannot be used: {error.strerror}"
-            raise StateDirectoryError(message) from error
+            raise directories.unusable("outputs directory", directory, error.strerror) from error
         self._lock = directories.hold("outputs directory", directory, directories.MARKER)
         super().__init__()
 

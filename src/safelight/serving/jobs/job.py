@@ -229,7 +229,10 @@ def new_id(kind: str) -> str:
 
 
 def request_digest(fields: Mapping[str, Any], files: Sequence[bytes | Stored] = ()) -> str:
-    """Return a hash of a request as it came: its fields, in any order, and its files, in their order."""
+    """Return a hash of a request as it came: its fields, in any order, and its files, in their order.
+
+    Of a large body: run it in a thread.
+    """
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=_digested).encode())
     for data in files:
         digest.update(file_digest(data))

@@ -6,21 +6,17 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from safelight.errors import StateDirectoryError, StorageError
-from safelight.runtime.client import EngineClient, Progress
-from safelight.serving.admission import Admission
+from safelight.runtime.client import EngineClient
 from safelight.serving.clocks import Clocks
-from safelight.serving.http.spool import Stored
 from safelight.serving.jobs.acceptance import Acceptance
 from safelight.serving.jobs.events import Events
 from safelight.serving.jobs.files import Files
 from safelight.serving.jobs.job import Job
 from safelight.serving.jobs.leases import Lease
 from safelight.serving.jobs.limits import JobLimits
-from safelight.serving.jobs.run import JobEvent
 from safelight.serving.jobs.runner import CANCELLED, Runner
 from safelight.serving.jobs.store import JobStore
 
@@ -41,6 +37,10 @@ class JobManager:
         clocks: what they go by.
         server: its name, among all that share the store: what an earlier one of that name held, it may claim at once.
 
+    Attributes:
+        acceptance: accepts jobs.
+        events: tells how far they are, and what becomes of them.
+
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class JobManager:
         )
         self.expiry, self.retention = self.runner.expiry, self.runner.retention
         self.lease = Lease(server, self.runner)
-        self.acceptance, self._events = Acceptance(self.runner, self.lease), Events(self.runner)
+        self.acceptance, self.events = Acceptance(self.runner, self.lease), Events(self.runner)
         self._taking: list[asyncio.Task[None]] = []
         self._renewing: asyncio.Task[None] | None = None
 
@@ -83,10 +83,6 @@ class JobManager:
             asyncio.create_task(self._sweep_forever(), name="sweep jobs"),
             asyncio.create_task(self.lease.take_forever(), name="take up jobs"),
         ]
-
-    async def submit(self, job: Job, files: Mapping[str, bytes | Stored], admission: Admission) -> Job:
-        """Accept a job: see `Acceptance.submit`."""
-        return await self.acceptance.submit(job, files, admission)
 
     async def cancel(self, job_id: str) -> Job | None:
         """End a job as `failed`, with the code `cancelled`; one that has finished stays as it is.
@@ -119,14 +115,6 @@ class JobManager:
         """
         job = await self.cancel(job_id)
         return job is not None and await self.retention.remove(job)
-
-    def progress(self, job_id: str) -> Progress | None:
-        """Return how far an unfinished job is; None for every other."""
-        return self._events.progress(job_id)
-
-    def events(self, job_id: str) -> AsyncIterator[JobEvent]:
-        """Yield what a job is now and what becomes of it: see `Events.follow`."""
-        return self._events.follow(job_id)
 
     async def sweep(self) -> None:
         """Remove what has expired, and what is over the quota."""

@@ -113,7 +113,7 @@ class SqliteJobStore(JobStore):
         except BaseException as error:
             self._let_go()
             if isinstance(error, OSError):
-                raise _unusable(directory, error.strerror) from error
+                raise directories.unusable("state directory", directory, error.strerror) from error
             raise
 
     def _let_go(self) -> None:
@@ -234,17 +234,17 @@ class SqliteJobStore(JobStore):
         ((found,),) = await self._call(self._rows, "SELECT max(completed_at) FROM jobs")
         return None if found is None else float(found)
 
-    async def expired(self, horizon: Horizon, limit: int = MAX_PAGE) -> list[Job]:
+    async def expired(self, horizon: Horizon) -> list[Job]:
         by_stamp = "coalesce(expires_at <= :at OR (:knows_all AND completed_at > :at), FALSE)"
         is_expired = f"CASE WHEN expires_clock = :clock THEN expires_moment <= :seconds ELSE {by_stamp} END"
         where = f"{_FINISHED} AND {is_expired} ORDER BY {_FIRST_ENDED} LIMIT :limit"
-        moment, others = horizon.moment, {"at": horizon.at, "knows_all": horizon.knows_all, "limit": limit}
+        moment, others = horizon.moment, {"at": horizon.at, "knows_all": horizon.knows_all, "limit": MAX_PAGE}
         return await self._call(self._select, where, {"clock": moment.clock, "seconds": moment.seconds, **others})
 
-    async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
+    async def removable(self, failed_first: bool = False) -> list[Job]:
         order = "state = 'completed', " if failed_first else ""
         where = f"{_FINISHED} ORDER BY {order}{_FIRST_ENDED} LIMIT :limit"
-        return await self._call(self._select, where, {"limit": limit})
+        return await self._call(self._select, where, {"limit": MAX_PAGE})
 
     async def usage(self) -> Usage:
         totals = f"total(num_bytes), total(num_bytes) FILTER (WHERE {_FINISHED}), total(length(record))"
@@ -331,10 +331,6 @@ def _is_older(names: frozenset[str]) -> bool:
     return _DATABASE in names or names <= {_LOCK, KEY_NAME}
 
 
-def _unusable(directory: Path, why: object) -> StateDirectoryError:
-    return StateDirectoryError(f"state directory {str(directory)!r} cannot be used: {why}")
-
-
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         path.touch(mode=directories.PRIVATE)
@@ -348,7 +344,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             connection.close()
             raise
     except (OSError, sqlite3.Error, StorageError) as error:
-        raise _unusable(path.parent, f"{path.name}: {error}") from error
+        raise directories.unusable("state directory", path.parent, f"{path.name}: {error}") from error
     return connection
 
 
@@ -360,7 +356,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise StateDirectoryError(f"state directory {str(path.parent)!r}: {message}")
     (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if version == 0 and num_tables:
-        raise _unusable(path.parent, f"{path.name} is another program's database; name another folder")
+        problem = f"{path.name} is another program's database; name another folder"
+        raise directories.unusable("state directory", path.parent, problem)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA wal_autocheckpoint = 64")  # pages of 4 KiB: the log stays small beside small disks

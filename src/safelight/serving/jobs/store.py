@@ -139,11 +139,11 @@ class JobStore(Protocol):
     async def last_end(self) -> float | None:
         """Return when the last job that there is completed or failed; None where none has."""
 
-    async def expired(self, horizon: Horizon, limit: int = MAX_PAGE) -> list[Job]:
-        """Return what completed or failed and has expired, first finished first."""
+    async def expired(self, horizon: Horizon) -> list[Job]:
+        """Return what completed or failed and has expired, first finished first: the first `MAX_PAGE` of it."""
 
-    async def removable(self, limit: int = MAX_PAGE, failed_first: bool = False) -> list[Job]:
-        """Return what completed or failed, first finished first; those first, if asked, that have nothing to show."""
+    async def removable(self, failed_first: bool = False) -> list[Job]:
+        """Return the first `MAX_PAGE` that completed or failed; if asked, those first that have nothing to show."""
 
     async def usage(self) -> Usage:
         """Return the bytes of all jobs' files and records."""
