@@ -18,7 +18,7 @@ from safelight.core.request import Req
 from safelight.loading.loader import load_pipeline
 from safelight.preparation import prepare
 from safelight.runtime.settings import EngineSettings
-from safelight.runtime.supervisor.supervisor import Supervisor
+from safelight.runtime.supervisor.replicas import ReplicaSet
 from safelight.runtime.worker.model_runner import PipelineRunner
 from safelight.serving.admission import Admission
 from safelight.serving.jobs.folder import FolderFiles
@@ -85,11 +85,12 @@ async def killed_once(manager, supervisor, in_mode):
 def test_a_job_that_runs_again_has_its_mode_and_its_bytes(folder, expected, tmp_path, mode):
     async def test():
         args = ServerArgs(str(folder), device="cpu", compile="blocks")
-        supervisor = Supervisor(EngineSettings(server_args=args, warm_up=False))
+        replicas = ReplicaSet(EngineSettings(server_args=args, warm_up=False), 1)
+        (supervisor,) = replicas.replicas
         told: list[str] = []
-        supervisor.on_compiled = told.append
-        await asyncio.wait_for(supervisor.start(), SECONDS)
-        manager = JobManager(SqliteJobStore(tmp_path), FolderFiles(tmp_path / "outputs"), supervisor)
+        replicas.on_compiled = told.append
+        await asyncio.wait_for(replicas.start(), SECONDS)
+        manager = JobManager(SqliteJobStore(tmp_path), FolderFiles(tmp_path / "outputs"), replicas)
         await manager.start()
         try:
             if mode == "compiled":
@@ -103,6 +104,6 @@ def test_a_job_that_runs_again_has_its_mode_and_its_bytes(folder, expected, tmp_
             assert set(told) == {""} and supervisor.stats.num_restarts == 1
         finally:
             await manager.close(0.0)
-            await supervisor.close()
+            await replicas.close()
 
     asyncio.run(test())

@@ -69,17 +69,11 @@ def test_what_is_not_ours_stays(parent, details):
     assert folder.is_dir() and len(list(folder.iterdir())) == len(details.get("files", (1, 2)))
 
 
-def test_what_is_held_or_answered_stays(parent):
-    held = make_folder()
+def test_what_is_held_stays(parent):
+    held, killed = make_folder(), left(parent)
     (held / "0.unit").touch()
-    answered = left(parent, files=("0.unit",))
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(answered / "0.0.ipc"))
-        listening.listen()
-        next_start()
-        assert held.is_dir() and answered.is_dir()
     next_start()
-    assert held.is_dir() and not answered.exists()
+    assert (held / "0.unit").exists() and not killed.exists()
     remove_folder(held)
 
 

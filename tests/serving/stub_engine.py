@@ -211,8 +211,7 @@ class StubEngine(EngineClient):
                 ticket.advance(Progress("running", None, "denoising", done, total, index, count, form=form))
                 await self._obey(params.prompt, step, steps)
                 await asyncio.sleep(self.step_seconds)
-                if self.on_step is not None:
-                    self.on_step(self.step_seconds, 1)
+                self.on_step(self.step_seconds, 1)
             outputs.append(make_output(params, steps * self.step_seconds))
         return outputs
 

@@ -68,7 +68,7 @@ class ModelRunner:
 
     def has(self, form: Form) -> bool:
         """Say whether calls of a form can be made now."""
-        return form == EAGER
+        return form in (EAGER, self.form)
 
     def may_have(self, form: Form) -> bool:
         """Say whether calls of a form can be made now, or may be later."""

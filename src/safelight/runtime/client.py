@@ -203,6 +203,10 @@ class Ticket:
         changed.set()
 
 
+def untold(*what: object) -> None:
+    """Hear of something, where nobody wants to."""
+
+
 class EngineClient(ABC):
     """An engine, wherever it runs. Its methods are for the event loop's thread and never wait.
 
@@ -211,7 +215,7 @@ class EngineClient(ABC):
 
     """
 
-    on_step: Callable[[float, int], None] | None = None
+    on_step: Callable[[float, int], None] = staticmethod(untold)
 
     @property
     @abstractmethod

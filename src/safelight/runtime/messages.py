@@ -113,15 +113,11 @@ class Heartbeat(Message, frozen=True):
     """From the worker, several times a second: its process runs.
 
     Attributes:
-        num_running: outputs that have begun.
-        num_waiting: outputs that have not.
         device_memory_bytes: allocated on the device; 0 on the CPU.
         positions: of the requests that wait, how many requests are before each.
 
     """
 
-    num_running: int
-    num_waiting: int
     device_memory_bytes: int
     positions: dict[str, int]
 

@@ -41,18 +41,14 @@ def python_command(module: str, *arguments: str) -> list[str]:
 def safe_environment() -> dict[str, str]:
     """Return this process's environment, in which no Python looks for modules in its working directory."""
     known = {**os.environ, SAFE_PATH: "1"}
-    if PATH in known:
-        known[PATH] = os.pathsep.join(entry for entry in known[PATH].split(os.pathsep) if entry)
-        if not known[PATH]:
-            del known[PATH]
+    entries = [entry for entry in known.pop(PATH, "").split(os.pathsep) if entry]
+    if entries:
+        known[PATH] = os.pathsep.join(entries)
     return known
 
 
 def guard_children() -> None:
     """Let what this process starts from now on, whoever does, look for no modules in its working directory."""
     known = safe_environment()
-    for name in (SAFE_PATH, PATH):
-        if name in known:
-            os.environ[name] = known[name]
-        else:
-            os.environ.pop(name, None)
+    os.environ.pop(PATH, None)
+    os.environ.update(known)

@@ -7,7 +7,6 @@ import fcntl
 import os
 import re
 import shutil
-import socket
 import stat
 import tempfile
 import threading
@@ -140,49 +139,31 @@ def _remove_left(parent: Path) -> None:
             with suppress(OSError):  # another server removes it, or it is not ours to remove
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
-                    if _is_left(descriptor):
-                        for name in _names(descriptor):
-                            os.unlink(name, dir_fd=descriptor)
+                    names = _left_files(descriptor)
+                    for name in names:
+                        os.unlink(name, dir_fd=descriptor)
+                    if names:
                         path.rmdir()
                 finally:
                     os.close(descriptor)
 
 
-def _names(folder: int) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries]
-
-
-def _is_left(folder: int) -> bool:
-    """Say whether a folder is one of a server that is no more.
+def _left_files(folder: int) -> list[str]:
+    """Return the names in a folder of a server that is no more; none where it is no such folder.
 
     Raises:
         OSError: if it is held.
 
     """
     found = os.fstat(folder)
-    names = _names(folder)
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
     if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
-        return False
+        return []
     if not names or not all(_FILE.fullmatch(name) for name in names):  # an empty one may be new, and not held yet
-        return False
+        return []
     fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return not any(_is_answered(folder, name) for name in names if name.endswith(".ipc"))
-
-
-def _is_answered(folder: int, name: str) -> bool:
-    """Say whether somebody listens on a socket, as an older version does that does not hold its folder."""
-    if not Path(DESCRIPTORS).is_dir():
-        return True
-    with socket.socket(socket.AF_UNIX) as asking:
-        asking.settimeout(0.1)
-        try:
-            asking.connect(f"{DESCRIPTORS}/{folder}/{name}")
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            return True
-        return True
+    return names
 
 
 class SocketName:

@@ -85,8 +85,7 @@ class ServerChannel:
         try:
             self._socket = context.socket(zmq.PAIR)
             self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.setsockopt(zmq.SNDHWM, 0)
-            self._socket.setsockopt(zmq.RCVHWM, 0)
+            self._socket.set_hwm(0)
             self._socket.bind(self._name.address)
         except zmq.ZMQError as error:
             self.close()
@@ -143,7 +142,7 @@ class WorkerChannel:
 
     def __init__(self, path: str, parent: int) -> None:
         self.path = Path(path)
-        self.heartbeat: Callable[[], Heartbeat] = lambda: Heartbeat(0, 0, 0, {})
+        self.heartbeat: Callable[[], Heartbeat] = lambda: Heartbeat(0, {})
         self._name = SocketName(self.path)
         self._parent = parent
         self._incoming: queue.SimpleQueue[tuple[ToWorker, list[bytes]]] = queue.SimpleQueue()
@@ -182,8 +181,7 @@ class WorkerChannel:
     def _run(self) -> None:
         with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
             socket.setsockopt(zmq.LINGER, 2000)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.set_hwm(0)
             socket.connect(self._name.address)
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN)

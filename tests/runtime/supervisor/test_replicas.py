@@ -54,7 +54,7 @@ def unstarted(num_replicas=3, **settings):
     replicas = ReplicaSet(EngineSettings(**settings), num_replicas)
     replicas._phase = "ready"
     for replica in replicas.replicas:
-        replica._schema, replica._state = IMAGE_SCHEMA, "ready"
+        replica.schema, replica.state = IMAGE_SCHEMA, "ready"
     return replicas
 
 
@@ -122,14 +122,14 @@ def test_only_replicas_that_are_ready_are_given_requests_while_there_are_any():
     async def test():
         replicas = unstarted()
         first, second, third = replicas.replicas
-        first._state, second._state = "restarting", "failed"
+        first.state, second.state = "restarting", "failed"
         put(replicas, "a", 10)
         put(replicas, "b", 1)
         assert held(replicas) == [[], [], ["a", "b"]] and replicas.state == "ready"
-        third._state = "failed"
+        third.state = "failed"
         put(replicas, "c", 1)
         assert held(replicas)[0] == ["c"] and replicas.state == "restarting"
-        first._state = "failed"
+        first.state = "failed"
         assert replicas.state == "failed"
         with pytest.raises(NotReadyError, match="failed"):
             put(replicas, "d", 1)
@@ -163,6 +163,24 @@ def test_the_queue_is_bounded_as_a_whole(tmp_path, monkeypatch):
 
 
 # With workers
+
+
+def test_the_queue_of_a_worker_is_bounded(fault_family, fault_folder):
+    async def test():
+        folder = fault_folder(step_seconds=0.01, name="served")
+        async with replicas_of(folder, 1, max_waiting=3, max_running=1) as replicas:
+            tickets, refused = [], 0
+            for index in range(40):
+                try:
+                    tickets.append(ask(replicas, request_id=f"r{index}"))
+                except QueueFullError as error:
+                    refused += 1
+                    assert error.status == 429
+            assert 3 <= len(tickets) < 40 and len(tickets) + refused == 40
+            for ticket in tickets:
+                assert len(await answer(ticket)) == 1
+
+    drive(test())
 
 
 @pytest.mark.slow

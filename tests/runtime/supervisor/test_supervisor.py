@@ -21,7 +21,6 @@ from safelight.errors import (
     ModelError,
     NonFiniteOutputError,
     OutOfMemoryError,
-    QueueFullError,
     SafelightError,
     WorkerLostError,
 )
@@ -107,23 +106,6 @@ def test_cancel_stops_work_and_answers_at_once(fault_family, fault_folder):
             supervisor.on_step = lambda seconds, rows: steps.append(seconds)
             await asyncio.sleep(0.5)
             assert steps == [], "the worker goes on with what was cancelled"
-
-    drive(test())
-
-
-def test_the_queue_is_bounded(fault_family, fault_folder):
-    async def test():
-        async with running(fault_folder(step_seconds=0.01, name="served"), max_waiting=3, max_running=1) as supervisor:
-            tickets, refused = [], 0
-            for index in range(40):
-                try:
-                    tickets.append(ask(supervisor, request_id=f"r{index}"))
-                except QueueFullError as error:
-                    refused += 1
-                    assert error.status == 429
-            assert 3 <= len(tickets) < 40 and len(tickets) + refused == 40
-            for ticket in tickets:
-                assert len(await answer(ticket)) == 1
 
     drive(test())
 

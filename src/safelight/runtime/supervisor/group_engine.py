@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import queue
 import threading
 import uuid
@@ -45,15 +44,14 @@ class GroupEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="safelight-group", daemon=True)
         self._thread.start()
-        self._supervisor: Supervisor = self._call(_made(EngineSettings(server_args, max_running=1, warm_up=False)))
+        self._supervisor = Supervisor(EngineSettings(server_args, max_running=1, warm_up=False))
         try:
             self._call(self._supervisor.start())
         except BaseException:
             self.close()
             raise
-        schema = self._supervisor.schema
-        assert schema is not None
-        self.schema: ModelSchema = schema
+        assert self._supervisor.schema is not None, "it has been loaded"
+        self.schema: ModelSchema = self._supervisor.schema
 
     def close(self) -> None:
         """End the processes. Closing twice does nothing."""
@@ -100,13 +98,7 @@ class GroupEngine:
             told.put(error)
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return future.result()
-
-
-async def _made(settings: EngineSettings) -> Supervisor:
-    """Make a supervisor in the event loop that it belongs to."""
-    return Supervisor(settings)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 def _output(made: Output, params: SamplingParams, makes_video: bool) -> GenerationOutput:

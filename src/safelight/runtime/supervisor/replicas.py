@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from safelight.core.schema import ModelSchema
 from safelight.errors import NotReadyError, QueueFullError
-from safelight.runtime.client import EngineClient, EngineStats, GenerationRequest, State, Ticket
+from safelight.runtime.client import EngineClient, EngineStats, GenerationRequest, State, Ticket, untold
 from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor.supervisor import Supervisor
 
@@ -35,7 +35,7 @@ class ReplicaSet(EngineClient):
     def __init__(self, settings: EngineSettings, num_replicas: int) -> None:
         self.settings = settings
         self.gave_up = asyncio.Event()
-        self.on_compiled: Callable[[str], None] | None = None
+        self.on_compiled: Callable[[str], None] = untold
         self._phase: State = "loading"
         num_devices = settings.server_args.num_devices()
         self.replicas = [
@@ -43,8 +43,8 @@ class ReplicaSet(EngineClient):
             for index in range(num_replicas)
         ]
         for replica in self.replicas:
-            replica.on_step = self._stepped
-            replica.on_compiled = self._compiled
+            replica.on_step = lambda seconds, batch_size: self.on_step(seconds, batch_size)
+            replica.on_compiled = lambda reason: self.on_compiled(reason)
             replica.on_lost = self._lost
             replica.on_gave_up = self._gave_up
 
@@ -107,7 +107,7 @@ class ReplicaSet(EngineClient):
         """Stop all workers; whoever still waits is told so."""
         self.drain()
         for replica in self.replicas:
-            replica.on_lost = None  # from here on each answers for its own
+            replica.on_lost = untold  # from here on each answers for its own
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
     def drain(self) -> None:
@@ -157,11 +157,3 @@ class ReplicaSet(EngineClient):
         """Note that a replica is left out from now on; without any, the set is over."""
         if all(replica.state == "failed" for replica in self.replicas):
             self.gave_up.set()
-
-    def _stepped(self, seconds: float, batch_size: int) -> None:
-        if self.on_step is not None:
-            self.on_step(seconds, batch_size)
-
-    def _compiled(self, reason: str) -> None:
-        if self.on_compiled is not None:
-            self.on_compiled(reason)

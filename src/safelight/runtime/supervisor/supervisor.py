@@ -20,22 +20,13 @@ from safelight.errors import (
     ModelError,
     NotReadyError,
     PortError,
-    QueueFullError,
     SafelightError,
     UsageError,
     WorkerLostError,
     WorkerStartError,
     by_code,
 )
-from safelight.runtime.client import (
-    EngineClient,
-    EngineStats,
-    GenerationRequest,
-    Media,
-    Output,
-    State,
-    Ticket,
-)
+from safelight.runtime.client import EngineStats, GenerationRequest, Media, Output, State, Ticket, untold
 from safelight.runtime.cost import request_cost, step_cost
 from safelight.runtime.messages import (
     Cancel,
@@ -64,14 +55,17 @@ LAST_WORDS_SECONDS = 0.5
 """In which what a worker said before it died arrives."""
 
 
-class Supervisor(EngineClient):
+class Supervisor:
     """One worker, kept alive. Every request that was taken ends in one answer, through the worker's death as well.
 
     Args:
         settings: of the engine.
 
     Attributes:
+        schema: what the model takes; None until it has been loaded once.
+        state: whether it works.
         gave_up: whether workers have died too often.
+        on_step: told of each denoising step: its seconds, and how many outputs shared it.
         on_compiled: told, for each worker, that the model is compiled, by an empty string; or why it is not.
         on_lost: told that a worker is lost, once those requests are answered that it was lost with: who listens may
             withdraw the others. Without it they wait for the next worker.
@@ -82,11 +76,12 @@ class Supervisor(EngineClient):
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.gave_up = asyncio.Event()
-        self.on_compiled: Callable[[str], None] | None = None
-        self.on_lost: Callable[[Supervisor], None] | None = None
-        self.on_gave_up: Callable[[], None] | None = None
-        self._schema: ModelSchema | None = None
-        self._state: State = "loading"
+        self.on_step: Callable[[float, int], None] = untold
+        self.on_compiled: Callable[[str], None] = untold
+        self.on_lost: Callable[[Supervisor], None] = untold
+        self.on_gave_up: Callable[[], None] = untold
+        self.schema: ModelSchema | None = None
+        self.state: State = "loading"
         self._stats = EngineStats()
         self._live: dict[str, LiveRequest] = {}
         self._worker: WorkerGroup | None = None  # that is ready; without one, the next is sent every live request
@@ -97,19 +92,9 @@ class Supervisor(EngineClient):
         self._closing = self._holds_library = False
 
     @property
-    def schema(self) -> ModelSchema | None:
-        """What the model takes; None until it has been loaded once."""
-        return self._schema
-
-    @property
-    def state(self) -> State:
-        """Whether it works."""
-        return self._state
-
-    @property
     def stats(self) -> EngineStats:
         """Figures for metrics."""
-        waiting = self._num_waiting()
+        waiting = sum(live.ticket.waits for live in self._live.values())
         return replace(self._stats, num_waiting=waiting, num_running=len(self._live) - waiting)
 
     @property
@@ -151,24 +136,21 @@ class Supervisor(EngineClient):
 
     def drain(self) -> None:
         """Take no more requests; those that were taken go on."""
-        if self._state != "failed":
-            self._state = "draining"
+        if self.state != "failed":
+            self.state = "draining"
 
     def submit(self, request: GenerationRequest) -> Ticket:
         """Put a request into the queue. It ends in exactly one answer, through a worker's death as well.
 
         Raises:
-            QueueFullError: if as many wait as may.
             NotReadyError: if the model is not loaded, or the server stops.
 
         """
-        if self._state not in ("ready", "restarting"):
-            raise NotReadyError(f"the model is not ready ({self._state})")
-        if self._num_waiting() >= self.settings.max_waiting:
-            raise QueueFullError(f"{self.settings.max_waiting} requests wait already; try again later")
+        if self.state not in ("ready", "restarting"):
+            raise NotReadyError(f"the model is not ready ({self.state})")
         assert request.request_id not in self._live, "two requests have one id"
-        assert self._schema is not None, "it has been loaded once"
-        cost = request_cost(request.params, self._schema)
+        assert self.schema is not None, "it has been loaded once"
+        cost = request_cost(request.params, self.schema)
         live = LiveRequest(Ticket(request), time.monotonic(), cost, request.form)
         if self._worker is not None:
             self._worker.channel.send(*live.message())
@@ -229,8 +211,8 @@ class Supervisor(EngineClient):
             return
         try:
             reason = await self._serve(worker)
-            if self._state == "ready":
-                self._state = "restarting"
+            if self.state == "ready":
+                self.state = "restarting"
         finally:
             self._worker = None
             await worker.stop(kindly=self._closing)
@@ -323,11 +305,10 @@ class Supervisor(EngineClient):
         self._deaths.append(now)
         is_last = len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WINDOW
         if is_last:
-            self._state = "failed"
-        elif self._state != "draining":
-            self._state = "restarting"
-        if self.on_lost is not None:
-            self.on_lost(self)
+            self.state = "failed"
+        elif self.state != "draining":
+            self.state = "restarting"
+        self.on_lost(self)
         if is_last:
             logger.error("%d workers died within %.0f s", MAX_DEATHS, DEATHS_WINDOW)
             self._give_up()
@@ -341,11 +322,10 @@ class Supervisor(EngineClient):
             self._ready.set_exception(error)
 
     def _give_up(self) -> None:
-        self._state = "failed"
+        self.state = "failed"
         self._fail_all(WorkerLostError("the worker died too often"))
         self.gave_up.set()
-        if self.on_gave_up is not None:
-            self.on_gave_up()
+        self.on_gave_up()
 
     def _load_failed(self, message: LoadFailed) -> None:
         if self._ready is not None and not self._ready.done():
@@ -358,12 +338,12 @@ class Supervisor(EngineClient):
 
     def _take_loaded(self, message: Loaded, worker: WorkerGroup) -> None:
         schema = schema_from_wire(message.schema)
-        self._schema = replace(schema, model=self.settings.model_name or schema.model)
+        self.schema = replace(schema, model=self.settings.model_name or schema.model)
         load, warm_up = message.load_seconds, message.warm_up_seconds
         self._stats = replace(self._stats, load_seconds=load, warm_up_seconds=warm_up)
         worker.ready, self._worker = True, worker
-        if self._state != "draining":
-            self._state = "ready"
+        if self.state != "draining":
+            self.state = "ready"
         for live in self._live.values():
             worker.channel.send(*live.message())
         if self._ready is not None and not self._ready.done():
@@ -373,8 +353,7 @@ class Supervisor(EngineClient):
         self._stats = replace(self._stats, compiled=not message.reason)
         if message.reason:
             logger.warning("the model is not compiled: %s", message.reason)
-        if self.on_compiled is not None:
-            self.on_compiled(message.reason)
+        self.on_compiled(message.reason)
 
     def _take_heartbeat(self, message: Heartbeat) -> None:
         self._stats = replace(self._stats, device_memory_bytes=message.device_memory_bytes)
@@ -387,7 +366,7 @@ class Supervisor(EngineClient):
 
     def _take_progress(self, message: Progressed, arrays: Sequence[Media]) -> None:
         live = self._live.get(message.request_id)
-        if message.step_seconds is not None and self.on_step is not None:
+        if message.step_seconds is not None:
             self.on_step(message.step_seconds, message.batch_size)
         if live is not None:
             live.advance(message, shaped(message, arrays))
@@ -396,8 +375,8 @@ class Supervisor(EngineClient):
 
     def _learn_cost(self, params: SamplingParams, seconds: float) -> None:
         """Remember the fastest step: the smaller one is, the more of it is no work of its tokens."""
-        assert self._schema is not None
-        took = seconds / step_cost(params, self._schema)
+        assert self.schema is not None
+        took = seconds / step_cost(params, self.schema)
         known = self._stats.cost_seconds
         self._stats = replace(self._stats, cost_seconds=min(took, known) if known else took)
 
@@ -419,9 +398,6 @@ class Supervisor(EngineClient):
     def _fail_all(self, error: SafelightError) -> None:
         for request_id in list(self._live):
             self._fail(request_id, error)
-
-    def _num_waiting(self) -> int:
-        return sum(live.ticket.progress.state == "queued" for live in self._live.values())
 
 
 def shaped(message: Progressed | OutputMade, arrays: Sequence[Media]) -> list[Media]:

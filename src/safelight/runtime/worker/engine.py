@@ -19,13 +19,7 @@ from safelight.core.form import Form
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req, move
 from safelight.core.trees import Tree
-from safelight.errors import (
-    CancelledError,
-    CompilationError,
-    DeadlineError,
-    DeviceLostError,
-    SafelightError,
-)
+from safelight.errors import CancelledError, CompilationError, DeadlineError, DeviceLostError, SafelightError
 from safelight.parallel.collectives import DesynchronisedError
 from safelight.runtime.cost import step_cost
 from safelight.runtime.worker.model_runner import PipelineRunner

@@ -126,7 +126,7 @@ class GPUWorker:
         return exit_code
 
     def _heartbeat(self) -> Heartbeat:
-        return self.scheduler.snapshot if isinstance(self.scheduler, Scheduler) else Heartbeat(0, 0, 0, {})
+        return self.scheduler.snapshot if isinstance(self.scheduler, Scheduler) else Heartbeat(0, {})
 
 
 def build_engine(start: Start, folder: Path, board: UnitBoard | None) -> Engine:

@@ -49,10 +49,6 @@ class PipelineRunner(ModelRunner):
         """The form of what begins now."""
         return Form("compiled" if self.compilation is not None and self.compilation.state == "ready" else "eager")
 
-    def has(self, form: Form) -> bool:
-        """Say whether calls of a form can be made now."""
-        return form.mode == "eager" or form == self.form
-
     def may_have(self, form: Form) -> bool:
         """Say whether calls of a form can be made now, or may be later."""
         compiles = self.compilation is not None and self.compilation.state != "failed"

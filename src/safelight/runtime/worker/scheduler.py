@@ -129,7 +129,7 @@ class Scheduler:
     def __init__(self, engine: Engine, channel: WorkerChannel) -> None:
         self.engine = engine
         self.channel = channel
-        self.snapshot = Heartbeat(0, 0, 0, {})
+        self.snapshot = Heartbeat(0, {})
         self._inputs = InputProcessor(engine)
         self._snapshot_at = 0.0
         self._told_compiled = False
@@ -221,7 +221,7 @@ class Scheduler:
         positions = {request_id: index for index, request_id in enumerate(dict.fromkeys(waiting))}
         device = self.engine.pipeline.device
         memory = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        self.snapshot = Heartbeat(len(order) - len(waiting), len(waiting), memory, positions)
+        self.snapshot = Heartbeat(memory, positions)
 
 
 def failed(request_id: str, error: Exception) -> Failed:

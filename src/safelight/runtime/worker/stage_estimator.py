@@ -14,7 +14,6 @@ from safelight.core.byte_sizes import shown_size
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req, map_tensors
-from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, OutOfMemoryError
 from safelight.runtime.cost import OF_A_STEP, largest, memory_excess
 from safelight.runtime.worker.memory_gauge import Gauge
@@ -44,21 +43,19 @@ class StageEstimator:
         pipeline: the loaded model.
         gauge: of the memory in which it runs. What is taken now is the model, and nothing else.
 
+    Attributes:
+        schema: the pipeline's, with what there is beside the model, and what stages take, once that is known.
+
     """
 
     def __init__(self, pipeline: ComposedPipeline, gauge: Gauge) -> None:
         self._pipeline = pipeline
         self._gauge = gauge
-        self._schema = dataclasses.replace(pipeline.schema, device_bytes=gauge.ceiling())
+        self.schema = dataclasses.replace(pipeline.schema, device_bytes=gauge.ceiling())
         self._is_counted = False
         self._corrections: dict[str, tuple[int, float]] = {}
         if sum(tensor.nbytes for module in pipeline.modules().values() for tensor in module.parameters()) >= WORTH:
             self.count()
-
-    @property
-    def schema(self) -> ModelSchema:
-        """The pipeline's, with what there is beside the model, and what stages take, once that is known."""
-        return self._schema
 
     def count(self) -> None:
         """Count, unless that is done."""
@@ -70,13 +67,13 @@ class StageEstimator:
         except Exception:  # a model's boundary: what cannot be run without weights is not counted
             logger.warning("what a request takes of memory cannot be counted", exc_info=True)
             return
-        self._schema = dataclasses.replace(self._schema, stage_memory=counted)
+        self.schema = dataclasses.replace(self.schema, stage_memory=counted)
 
     def refusal(self, params: SamplingParams) -> InvalidParameterError | None:
         """Return why a request can never fit; None where it may."""
         self._count_for(params)
-        reason = memory_excess(params, self._schema)
-        return InvalidParameterError(*largest(params, self._schema, OF_A_STEP), f"less: {reason}") if reason else None
+        reason = memory_excess(params, self.schema)
+        return InvalidParameterError(*largest(params, self.schema, OF_A_STEP), f"less: {reason}") if reason else None
 
     def check(self, tasks: Sequence[Task]) -> OutOfMemoryError | None:
         """Return why the next unit of tasks, their calls made in common, does not fit now; None if it does."""
@@ -113,13 +110,13 @@ class StageEstimator:
         self._corrections[stage] = (counted, min(most, max(least, (self._gauge.peak() - before) / counted)))
 
     def _counted(self, req: Req) -> int:
-        known = (stage for stage in self._schema.stage_memory if stage.stage == req.stage)
-        pixels, tokens = req.params.num_pixels(self._schema), req.params.num_sequence_tokens(self._schema)
+        known = (stage for stage in self.schema.stage_memory if stage.stage == req.stage)
+        pixels, tokens = req.params.num_pixels(self.schema), req.params.num_sequence_tokens(self.schema)
         return sum(stage.of(pixels, tokens) for stage in known)
 
     def _count_for(self, params: SamplingParams) -> None:
         """Count, where a request may be large for the memory that there is: once, which takes some seconds."""
-        pixels = params.num_sequence_tokens(self._schema) * self._schema.size_multiple**2
+        pixels = params.num_sequence_tokens(self.schema) * self.schema.size_multiple**2
         if not self._is_counted and pixels * MOST_OF_A_PIXEL * SPARE > self._gauge.free():
             self.count()
 
