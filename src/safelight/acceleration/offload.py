@@ -21,6 +21,8 @@ NUM_SLOTS = 2
 """Blocks on the device beside those that stay: one works, the next one is copied."""
 COPY_SECONDS = 120.0
 """After which a copy counts as lost."""
+is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
+"""Says whether a tensor's elements lie side by side, in whatever order of its dimensions."""
 
 
 class Packed:
@@ -63,16 +65,6 @@ class Packed:
     def restore(self) -> None:
         """Let the module's tensors be those on the host."""
         self.use(self._host)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Say whether a tensor's elements lie side by side, in whatever order of its dimensions."""
-    span = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != span:
-            return False
-        span *= size
-    return True
 
 
 def aligned(num_bytes: int) -> int:

@@ -227,7 +227,7 @@ class PipelineConfig:
 
     def prepare_sigmas(self, batch: Req) -> list[float] | None:
         """Return the noise levels given to the solver; None leaves them to it."""
-        raise NotImplementedError
+        return None
 
     def prepare_timesteps(self, batch: Req) -> list[float] | None:
         """Return the timesteps given to the solver beside the noise levels; None leaves them to it."""

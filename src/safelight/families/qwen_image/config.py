@@ -130,8 +130,8 @@ class QwenImagePipelineConfig(PackedLatentsConfig):
         return QwenImageCond(tables, self.image_tokens(batch, dtype), self.additional_t_cond(device))
 
     def additional_t_cond(self, device: torch.device) -> Tensor | None:
-        """Return which learned vector joins the timestep's embedding."""
-        return None
+        """Return which learned vector joins the timestep's embedding: the first, that of pictures with transparency."""
+        return torch.zeros(1, dtype=torch.long, device=device) if self.use_additional_t_cond else None
 
     def get_freqs_cis(self, batch: Req, num_text_tokens: int, device: torch.device) -> Tensor:
         """Return the rotary table of text, picture and input images, in this order."""
@@ -277,10 +277,6 @@ class QwenImageLayeredPipelineConfig(QwenImageInputPipelineConfig):
         height, width = batch.image_latents[0].shape[-2:]
         num_tokens = height // PATCH_SIZE * (width // PATCH_SIZE)
         return float((num_tokens / LAYERED_BASE_TOKENS) ** 0.5)
-
-    def additional_t_cond(self, device: torch.device) -> Tensor | None:
-        """Return the vector of pictures with transparency, which is the first."""
-        return torch.zeros(1, dtype=torch.long, device=device) if self.use_additional_t_cond else None
 
     def picture_shapes(self, batch: Req) -> list[tuple[int, ...]]:
         """Return the shape [..., H, W] in latent pixels of the composite and each layer."""
