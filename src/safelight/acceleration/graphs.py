@@ -156,7 +156,7 @@ class StepGraphs:
     def num_bytes(self) -> int:
         """Memory that they hold."""
         inputs = [tensor for graph in self._graphs.values() for tensor in graph.inputs]
-        return self._recorder.num_bytes() + sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+        return self._recorder.num_bytes() + sum(tensor.nbytes for tensor in inputs)
 
     def __call__(self, forwards: Sequence[Forward], make: Make) -> list[Tree]:
         """Make forwards, those of steps from graphs where they pay."""

@@ -193,9 +193,7 @@ class PipelineConfig:
 
     def output_size(self, batch: Req) -> tuple[int, int]:
         """Return the (height, width) in pixels that is made."""
-        height, width = batch.params.height, batch.params.width
-        assert height is not None and width is not None
-        return height, width
+        return batch.params.output_size(self.size_multiple)
 
     def latent_size(self, batch: Req) -> tuple[int, int]:
         """Return the same (height, width) in latent pixels."""

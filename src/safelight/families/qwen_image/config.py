@@ -188,10 +188,6 @@ class QwenImageInputPipelineConfig(QwenImagePipelineConfig):
         """Return nothing: height and width are those of the input image, fitted."""
         return {}
 
-    def output_size(self, batch: Req) -> tuple[int, int]:
-        """Return the (height, width) in pixels that is made."""
-        return params_of(batch, QwenImageEditSamplingParams).target_size()
-
     def prepare_vae_input(self, batch: Req, index: int) -> Tensor:
         """Return an input image, [1, C, 1, H, W]."""
         params = params_of(batch, QwenImageEditSamplingParams)
