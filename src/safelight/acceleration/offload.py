@@ -176,8 +176,7 @@ class BlockStream:
 
     Attributes:
         num_bytes: of the slots.
-        num_copies: blocks copied so far.
-        bytes_copied: their bytes.
+        bytes_copied: of blocks, so far.
 
     """
 
@@ -190,7 +189,6 @@ class BlockStream:
         self._memory = memory
         self._slots: list[Slot] = []
         self._running: Slot | None = None
-        self.num_copies = 0
         self.bytes_copied = 0
         self._hooks: list[RemovableHandle] = []
 
@@ -250,7 +248,6 @@ class BlockStream:
             slot.views[index] = packed.views(slot.buffer)
         slot.block = index
         slot.copied = self._stager.begin(packed, slot.buffer, slot.free)
-        self.num_copies += 1
         self.bytes_copied += packed.num_bytes
 
 
