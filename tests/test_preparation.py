@@ -45,6 +45,6 @@ def test_images_are_opened_and_a_lost_alpha_channel_is_said(tmp_path):
 def test_the_first_request_is_small_and_one_that_the_model_takes(schema):
     params = warm_up_params(schema)
     assert params.n == 1 and params.seed == 0
-    assert max(params.output_size(schema)) <= 256
+    assert max(params.output_size(schema.size_multiple)) <= 256
     assert params.num_frames in (None, 1 + schema.frame_step)
     assert len(params.image or ()) == schema.num_input_images[0]

@@ -9,7 +9,7 @@ import torch
 
 from safelight.acceleration.cpu import PLAIN, CpuPlan, Processor, make_plan
 
-EVERYTHING = CpuPlan(True, True, True, True, True)
+EVERYTHING = CpuPlan(True, True, True, True)
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 AVX512 = frozenset({"avx2", "avx512f", "avx512dq", "avx512bw", "avx512vl"})
 

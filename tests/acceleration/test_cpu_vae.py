@@ -34,12 +34,12 @@ def test_only_fitting_convolutions_are_replaced():
     ]
     model = nn.Sequential(*kept, nn.Conv2d(wide, wide, 3, padding=1)).requires_grad_(False)
     plain = deepcopy(model)
-    route_convolutions(model, winograd=True, widen=True)
+    route_convolutions(model, widen=True)
     assert [type(layer) for layer in model] == [nn.Conv2d] * len(kept) + [WinogradConv2d]
     half = deepcopy(plain).bfloat16()
-    route_convolutions(half, winograd=True, widen=False)
+    route_convolutions(half, widen=False)
     assert {type(layer) for layer in half} == {nn.Conv2d}
-    route_convolutions(half, winograd=True, widen=True)
+    route_convolutions(half, widen=True)
     assert {type(layer) for layer in half} == {WidenedConv2d, WinogradConv2d}
     for size in ((8, 9), (67, 65), (300, 33)):  # by the definition, and by fewer multiplications
         pixels = torch.randn(1, wide, *size)

@@ -68,7 +68,8 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._outside.setdefault(storage._cdata, weak(storage))
         made = func(*args, **kwargs)
         new = [storage for storage in storages(made) if storage._cdata not in self._outside]
-        if any(self._size_of(storage) != storage.nbytes() for storage in new):  # no more live after any other operation
+        sizes = [self._live.get(storage._cdata, (None, None))[1] for storage in new]
+        if sizes != [storage.nbytes() for storage in new]:  # no more live after any other operation
             self._live.update({storage._cdata: (weak(storage), storage.nbytes()) for storage in new})
             self.peak = max(self.peak, self.num_bytes)
         return made
@@ -78,11 +79,6 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What is alive now."""
         self._live = {key: entry for key, entry in self._live.items() if not expired(entry[0])}
         return sum(size for _, size in self._live.values())
-
-    def _size_of(self, storage: torch.UntypedStorage) -> int | None:
-        """Return the bytes that a storage had when it was last seen; None if it is new."""
-        entry = self._live.get(storage._cdata)
-        return None if entry is None else entry[1]
 
 
 def storages(tree: Any) -> Iterator[torch.UntypedStorage]:

@@ -41,9 +41,7 @@ class CausalBandDecoder(Decoder):
 
     def __init__(self, vae: Any, rows: int | None = None) -> None:
         self.walk = CausalDecoder(vae)
-        self.decoder = vae.decoder
-        self.levels = [Level(block) for block in self.decoder.up_blocks]
-        self.patch_size: int = vae.config.get("patch_size") or 1
+        self.levels = [Level(block) for block in vae.decoder.up_blocks]
         self._rows = rows
 
     @staticmethod
@@ -73,12 +71,12 @@ class CausalBandDecoder(Decoder):
     def units(self, latent_shape: Sequence[int]) -> Iterator[Unit]:
         """Yield the units: the latent frames up to the first doubling, then a band of a latent frame, band by band."""
         num_latent_frames, height, width = latent_shape[-3:]
-        weights = num_weights(self.decoder.conv_in) + num_weights(self.decoder.mid_block)
+        weights = num_weights(self.walk.decoder.conv_in) + num_weights(self.walk.decoder.mid_block)
         for index in range(num_latent_frames):
             yield Unit(weights * height * width, partial(self._trunk, index))
-        full_height = self.output_shape(latent_shape)[2] // self.patch_size
-        most = self._rows or min(BAND_ROWS, -(-full_height * self.patch_size // LEAST_BANDS))
-        for top, bottom in cuts(full_height, max(1, most // self.patch_size)):
+        full_height = self.output_shape(latent_shape)[2] // self.walk.patch_size
+        most = self._rows or min(BAND_ROWS, -(-full_height * self.walk.patch_size // LEAST_BANDS))
+        for top, bottom in cuts(full_height, max(1, most // self.walk.patch_size)):
             needed = self.needed_rows(top, bottom, height)
             for index in range(num_latent_frames):
                 cost = self._cost(needed, width, first=index == 0)
@@ -134,7 +132,7 @@ class CausalBandDecoder(Decoder):
         frames = list(self.walk.pixels(rows, index == 0, cache, self._kept(top, bottom, needed)))
         if cache is not None and index + 1 == len(state[TRUNK]):
             state[CACHE] = [{}]
-        return [Piece(self.walk.first_frame(index), top * self.patch_size, torch.stack(frames, dim=2)[0])]
+        return [Piece(self.walk.first_frame(index), top * self.walk.patch_size, torch.stack(frames, dim=2)[0])]
 
     def _cost(self, needed: Sequence[tuple[int, int]], width: int, first: bool) -> int:
         """Return about how many multiplications a band of a latent frame takes."""

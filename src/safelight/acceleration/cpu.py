@@ -63,15 +63,14 @@ class CpuPlan:
         fused_gelu: linear layers with GELU as one operator of oneDNN; GELU's tanh costs a quarter of the product.
         widened_bfloat16: bfloat16 linear layers and convolutions in float32, rounded once, where the processor has no
             bfloat16 instructions: 26 GFLOP/s against 105 (Cascade Lake).
-        winograd: large float32 convolutions with a quarter of the multiplications.
-        channels_last: VAEs for pictures with channels last in memory, without needless copies.
+        channels_last: VAEs for pictures with channels last in memory, without needless copies, and their large
+            convolutions with a quarter of the multiplications.
 
     """
 
     onednn_products: bool = False
     fused_gelu: bool = False
     widened_bfloat16: bool = False
-    winograd: bool = False
     channels_last: bool = False
 
 
@@ -105,7 +104,6 @@ def make_plan(processor: Processor, has_onednn: bool, is_exact: Callable[[Produc
         onednn_products=exact and processor.vendor == "AuthenticAMD",
         fused_gelu=exact,
         widened_bfloat16="avx2" in processor.flags and BFLOAT16_FLAGS.isdisjoint(processor.flags),
-        winograd=has_avx512,
         channels_last=has_avx512,
     )
 

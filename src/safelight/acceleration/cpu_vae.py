@@ -115,16 +115,15 @@ def accelerate_vae(vae: Any, plan: CpuPlan) -> None:
     """
     if plan.channels_last:
         vae.to(memory_format=torch.channels_last)
-        route_convolutions(vae, winograd=plan.winograd, widen=plan.widened_bfloat16)
+        route_convolutions(vae, widen=plan.widened_bfloat16)
         without_copies(vae)
 
 
-def route_convolutions(module: nn.Module, winograd: bool, widen: bool) -> None:
+def route_convolutions(module: nn.Module, widen: bool) -> None:
     """Have convolutions computed faster, in place: they become of a subclass without state of its own.
 
     Args:
         module: whose convolutions, at any depth, are routed.
-        winograd: whether 3 by 3 may be computed with fewer multiplications.
         widen: whether bfloat16 is computed in float32; without it, bfloat16 convolutions stay torch's.
 
     """
@@ -132,7 +131,7 @@ def route_convolutions(module: nn.Module, winograd: bool, widen: bool) -> None:
         if type(conv) is not nn.Conv2d:
             continue
         half = conv.weight.dtype is torch.bfloat16
-        if winograd and _is_plain_3x3(conv) and (conv.weight.dtype is torch.float32 or (half and widen)):
+        if _is_plain_3x3(conv) and (conv.weight.dtype is torch.float32 or (half and widen)):
             conv.__class__ = WinogradConv2d
         elif half and widen:
             conv.__class__ = WidenedConv2d

@@ -10,11 +10,10 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,14 +41,12 @@ class CaptureError(Exception):
     """A function cannot be recorded: it asks the device for a value, say, or there is too little memory."""
 
 
-class Recorder(ABC):
+class Recorder(Protocol):
     """Records what a function does on a device, and can do it again. The seam to CUDA."""
 
-    @abstractmethod
     def measure(self, run: Callable[[], Tree]) -> tuple[Tree, bool]:
         """Run a function that has run before; return its result, and whether the device waited for the host."""
 
-    @abstractmethod
     def record(self, run: Callable[[], Tree]) -> tuple[Callable[[], None], Tree]:
         """Record a function; return what does the same again, and the tensors that it writes its result to.
 
@@ -58,7 +55,6 @@ class Recorder(ABC):
 
         """
 
-    @abstractmethod
     def num_bytes(self) -> int:
         """Return the memory that all recordings hold for their intermediate results."""
 
@@ -160,7 +156,7 @@ class StepGraphs:
     def num_bytes(self) -> int:
         """Memory that they hold."""
         inputs = [tensor for graph in self._graphs.values() for tensor in graph.inputs]
-        return self._recorder.num_bytes() + sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+        return self._recorder.num_bytes() + sum(tensor.nbytes for tensor in inputs)
 
     def __call__(self, forwards: Sequence[Forward], make: Make) -> list[Tree]:
         """Make forwards, those of steps from graphs where they pay."""

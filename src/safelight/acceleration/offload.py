@@ -21,6 +21,8 @@ NUM_SLOTS = 2
 """Blocks on the device beside those that stay: one works, the next one is copied."""
 COPY_SECONDS = 120.0
 """After which a copy counts as lost."""
+is_dense = torch.ops.aten.is_non_overlapping_and_dense.default
+"""Says whether a tensor's elements lie side by side, in whatever order of its dimensions."""
 
 
 class Packed:
@@ -63,16 +65,6 @@ class Packed:
     def restore(self) -> None:
         """Let the module's tensors be those on the host."""
         self.use(self._host)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Say whether a tensor's elements lie side by side, in whatever order of its dimensions."""
-    span = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != span:
-            return False
-        span *= size
-    return True
 
 
 def aligned(num_bytes: int) -> int:
@@ -184,8 +176,7 @@ class BlockStream:
 
     Attributes:
         num_bytes: of the slots.
-        num_copies: blocks copied so far.
-        bytes_copied: their bytes.
+        bytes_copied: of blocks, so far.
 
     """
 
@@ -198,7 +189,6 @@ class BlockStream:
         self._memory = memory
         self._slots: list[Slot] = []
         self._running: Slot | None = None
-        self.num_copies = 0
         self.bytes_copied = 0
         self._hooks: list[RemovableHandle] = []
 
@@ -258,7 +248,6 @@ class BlockStream:
             slot.views[index] = packed.views(slot.buffer)
         slot.block = index
         slot.copied = self._stager.begin(packed, slot.buffer, slot.free)
-        self.num_copies += 1
         self.bytes_copied += packed.num_bytes
 
 

@@ -58,13 +58,13 @@ class PackageParams(SamplingParams):
             if vars(self)[name] is None:
                 raise InvalidParameterError(name, None, self.options()[name].takes())
 
-    def output_size(self, schema: ModelSchema) -> tuple[int, int]:
+    def output_size(self, size_multiple: int) -> tuple[int, int]:
         """Return (height, width) in pixels; a guess where the call does not say, or is not asked."""
         return self.height or UNSTATED_SIDE, self.width or UNSTATED_SIDE
 
     def num_latent_tokens(self, schema: ModelSchema) -> int:
         """Return an estimate of an output's tokens; VAEs of videos make one latent frame of four or of eight."""
-        height, width = self.output_size(schema)
+        height, width = self.output_size(schema.size_multiple)
         num_frames = 1 + ((self.num_frames or 1) - 1) // FRAMES_OF_A_TOKEN
         return -(-height // TOKEN_SIDE) * -(-width // TOKEN_SIDE) * num_frames
 

@@ -50,7 +50,7 @@ class CheckCommand(click.Command):
         params_cls, defaults = SamplingParams, dict(DEFAULTS)
         if args and not args[0].startswith("-"):
             repository = open_repository(args[0], backend="native", weights=False)
-            params_cls = repository.params_cls()
+            params_cls = repository.pipeline.sampling_param_cls()
             defaults = {**model_defaults(repository), **DEFAULTS}
         offered = [option for option in sampling_options(params_cls, defaults) if option.name not in NOT_OFFERED]
         sampling = [STEPS if option.name == STEPS.name else option for option in offered]

@@ -82,7 +82,7 @@ def local_model(repository: Repository) -> Source:
 
         return DiffusionGenerator.from_pretrained(**settings)
 
-    return Source(repository.params_cls(), model_defaults(repository), schema, load)
+    return Source(repository.pipeline.sampling_param_cls(), model_defaults(repository), schema, load)
 
 
 def served_model(engine: RemoteEngine) -> Source:

@@ -86,7 +86,7 @@ def sampling_options(params_cls: type[SamplingParams], defaults: Mapping[str, An
 
 def model_defaults(repository: Repository) -> dict[str, Any]:
     """Return what unset fields take: the family's values, with the repository's own over them."""
-    return {**repository.params_cls().defaults, **repository.sampling_defaults()}
+    return {**repository.pipeline.sampling_param_cls().defaults, **repository.sampling_defaults()}
 
 
 def setting_options(cls: type, variables: Mapping[str, str] | None = None) -> list[click.Parameter]:

@@ -193,9 +193,7 @@ class PipelineConfig:
 
     def output_size(self, batch: Req) -> tuple[int, int]:
         """Return the (height, width) in pixels that is made."""
-        height, width = batch.params.height, batch.params.width
-        assert height is not None and width is not None
-        return height, width
+        return batch.params.output_size(self.size_multiple)
 
     def latent_size(self, batch: Req) -> tuple[int, int]:
         """Return the same (height, width) in latent pixels."""
@@ -227,7 +225,7 @@ class PipelineConfig:
 
     def prepare_sigmas(self, batch: Req) -> list[float] | None:
         """Return the noise levels given to the solver; None leaves them to it."""
-        raise NotImplementedError
+        return None
 
     def prepare_timesteps(self, batch: Req) -> list[float] | None:
         """Return the timesteps given to the solver beside the noise levels; None leaves them to it."""

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**64 - 1
 OF_NO_IMAGE = frozenset(
-    ("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "guidance_scale", "fps")
+    {
+        *("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "sigmas"),
+        *("guidance_scale", "true_cfg_scale", "fps"),
+    }
 )
-"""Common fields that no input image is prepared by."""
+"""Fields that several families have, and that no input image is prepared by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +162,11 @@ class SamplingParams:
         """Name what was asked for (`given`) and has no effect on this model, or another effect than it seems to."""
         return []
 
-    def output_size(self, schema: ModelSchema) -> tuple[int, int]:
-        """Return (height, width) in pixels of what will be made. Only for resolved parameters."""
+    def output_size(self, size_multiple: int) -> tuple[int, int]:
+        """Return (height, width) in pixels of what will be made, fitted to whole multiples where the model fits them.
+
+        Only for resolved parameters.
+        """
         assert self.height is not None and self.width is not None
         return self.height, self.width
 
@@ -196,7 +202,7 @@ class SamplingParams:
 
     def num_latent_tokens(self, schema: ModelSchema) -> int:
         """Return the tokens that an output's latents are to the model. Only for resolved parameters."""
-        height, width = self.output_size(schema)
+        height, width = self.output_size(schema.size_multiple)
         rows, columns = -(-height // schema.size_multiple), -(-width // schema.size_multiple)
         return rows * columns * (((self.num_frames or 1) - 1) // schema.frame_step + 1)
 
@@ -209,7 +215,7 @@ class SamplingParams:
 
     def num_pixels(self, schema: ModelSchema) -> int:
         """Return the pixels of an output, of a video those of a frame. Only for resolved parameters."""
-        height, width = self.output_size(schema)
+        height, width = self.output_size(schema.size_multiple)
         return height * width
 
     def num_pictures(self) -> int:

@@ -167,33 +167,10 @@ class ResidualNorm(FusableLayer):
         return total, normed
 
 
-class Modulation(nn.Module):
-    """Scales, shifts and gates from the conditioning vector, and the norm that the first two steer.
-
-    The first chunk shifts and the second scales, as in the checkpoints of blocks.
-
-    Args:
-        dim: channels.
-        num_chunks: vectors of `dim` channels to make.
-
-    """
-
-    def __init__(self, dim: int, num_chunks: int) -> None:
-        super().__init__()
-        self.num_chunks = num_chunks
-        self.silu = nn.SiLU()
-        self.linear = nn.Linear(dim, num_chunks * dim)
-        self.norm = NormModulate(dim)
-
-    def forward(self, hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
-        """Return the modulated norm of [B, S, C], then the other chunks, each [B, 1, C]."""
-        chunks = self.linear(self.silu(temb))[:, None].chunk(self.num_chunks, dim=-1)
-        shift, scale, *others = chunks
-        return (self.norm(hidden_states, scale, shift), *others)
-
-
 class GivenModulation(nn.Module):
-    """As `Modulation`, of vectors that are made elsewhere: it has no weights.
+    """A norm that the first two of some vectors steer, which are made elsewhere: it has no weights.
+
+    The first vector shifts and the second scales, as in the checkpoints of blocks.
 
     Args:
         dim: channels.
@@ -210,6 +187,25 @@ class GivenModulation(nn.Module):
         """Return the modulated norm of [B, S, C], then the other vectors, each [B, 1, C], of temb [B, K, C]."""
         shift, scale, *others = temb.chunk(self.num_chunks, dim=1)
         return (self.norm(hidden_states, scale, shift), *others)
+
+
+class Modulation(GivenModulation):
+    """As `GivenModulation`, of scales, shifts and gates that it makes from the conditioning vector.
+
+    Args:
+        dim: channels.
+        num_chunks: vectors of `dim` channels to make.
+
+    """
+
+    def __init__(self, dim: int, num_chunks: int) -> None:
+        super().__init__(dim, num_chunks)
+        self.silu = nn.SiLU()
+        self.linear = nn.Linear(dim, num_chunks * dim)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
+        """Return the modulated norm of [B, S, C], then the other chunks, each [B, 1, C]."""
+        return super().forward(hidden_states, self.linear(self.silu(temb)).unflatten(-1, (self.num_chunks, -1)))
 
 
 class ModulatedNorm(nn.Module):

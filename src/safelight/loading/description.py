@@ -20,13 +20,13 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
         ModelIndexError: if a component that the pipeline needs is not there, or is described by wrong values.
 
     """
-    pipeline_cls = repository.pipeline.pipeline_cls()
-    configs = {name: repository.component_config(name) for name in sources(repository, pipeline_cls)}
+    entry = repository.pipeline
+    configs = {name: repository.component_config(name) for name in sources(repository, entry.pipeline_cls())}
     configs["model_index"] = dict(repository.index)
     try:
-        config = repository.pipeline.pipeline_config_cls().from_model(configs)
+        config = entry.pipeline_config_cls().from_model(configs)
         schema = config.model_schema(
-            repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.sampling_defaults()
+            repository.name, entry.pipeline_name, entry.sampling_param_cls(), repository.sampling_defaults()
         )
         schema = replace(schema, architecture=Architecture.of(configs))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

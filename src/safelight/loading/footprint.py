@@ -229,6 +229,6 @@ def component_footprint(module: nn.Module, is_alternate: bool) -> ComponentFootp
 
 def in_words(schema: ModelSchema, req: Req) -> str:
     """Return the size of a request, such as `1280x720, 81 frames`."""
-    height, width = req.params.output_size(schema)
+    height, width = req.params.output_size(schema.size_multiple)
     frames = f", {req.params.num_frames} frames" if req.params.num_frames else ""
     return f"{width}x{height}{frames}"

@@ -86,7 +86,7 @@ def describe(repository: Repository) -> ModelSchema:
     if repository.pipeline.backend == "native":
         return configure(repository)[1]
     schema = diffusers.describe(
-        repository.name, repository.pipeline.pipeline_name, repository.params_cls(), repository.notes
+        repository.name, repository.pipeline.pipeline_name, repository.pipeline.sampling_param_cls(), repository.notes
     )
     configs = {name: repository.component_config(name) for name in NETWORKS if name in repository.component_names()}
     return dataclasses.replace(schema, architecture=Architecture.of(configs))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safelight.core.params import SamplingParams
 from safelight.core.registry import PipelineEntry, get_pipeline, pipelines
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError, ModelNotFoundError, shown
@@ -120,10 +119,6 @@ class Repository:
             return {name: options[name].check(name, value) for name, value in stated.items()}
         except InvalidParameterError as error:
             raise ModelIndexError(f"{self.name}: {DEFAULTS_NAME}: {error}") from error
-
-    def params_cls(self) -> type[SamplingParams]:
-        """Return the sampling parameters of this model."""
-        return self.pipeline.sampling_param_cls()
 
 
 def open_repository(

@@ -62,8 +62,7 @@ def _fields(schema: ModelSchema, side: int, num_groups: int, num_images: int) ->
         fields["num_frames"] = 1 + num_groups * schema.frame_step
     if num_images:
         fields["image"] = blank_images(num_images, side, side)
-    options = schema.params_cls.options()
-    return {name: value for name, value in fields.items() if name in options}
+    return fields
 
 
 def fit(counted: Sequence[tuple[Size, Mapping[str, int]]]) -> tuple[StageMemory, ...]:

@@ -74,8 +74,6 @@ class Communicator:
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
         """Return the tensors of all ranks, equal in shape, one after the other along `dim`."""
-        if self.size == 1:
-            return tensor
         return torch.cat(self.all_gather_list(tensor), dim=dim)
 
     def all_gather_list(self, tensor: Tensor) -> list[Tensor]:

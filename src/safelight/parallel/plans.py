@@ -77,5 +77,5 @@ def model_facts(name: str, transformer: nn.Module | None, num_branches: int, row
         tensor_plan=tensor_plan(transformer) is not None,
         sequence_plan=sequence_plan(transformer) is not None,
         row_parallel_vae=row_parallel_vae,
-        parameter_bytes=sum(tensor.numel() * tensor.element_size() for tensor in transformer.parameters()),
+        parameter_bytes=sum(tensor.nbytes for tensor in transformer.parameters()),
     )

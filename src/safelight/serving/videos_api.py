@@ -133,7 +133,7 @@ async def _remixed(source: Job, asked: Asked, context: Context) -> Asked:
 def _echo(resolved: Resolved) -> dict[str, Any]:
     """Return size and length as they are made."""
     params = resolved.params
-    height, width = params.output_size(resolved.schema)
+    height, width = params.output_size(resolved.schema.size_multiple)
     seconds = (params.num_frames or 1) / (params.fps or 1)
     return {"size": f"{width}x{height}", "seconds": f"{seconds:.6g}"}
 

@@ -6,11 +6,10 @@ containers of tensors, so that it may be moved, or dropped, between any two.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -54,34 +53,28 @@ class Unit:
     run: Callable[[State], Sequence[Piece]]
 
 
-class Decoder(ABC):
+class Decoder(Protocol):
     """Decodes the latents of one picture or video. It keeps nothing of a decode."""
 
-    @abstractmethod
     def begin(self, latents: Tensor) -> State:
         """Return the state before the first unit, of latents [1, C, H, W] or [1, C, T, H, W], as the VAE takes them."""
 
-    @abstractmethod
     def units(self, latent_shape: Sequence[int]) -> Iterator[Unit]:
         """Yield the units in order, for latents of this shape."""
 
-    @abstractmethod
     def output_shape(self, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """Return the shape [C, T, H, W] of the pixels, for latents of this shape."""
 
 
-class Encoder(ABC):
+class Encoder(Protocol):
     """Encodes one picture or clip. It keeps nothing of an encode."""
 
-    @abstractmethod
     def begin(self, pixels: Tensor) -> State:
         """Return the state before the first unit, of pixels [1, C, H, W] or [1, C, T, H, W] in [-1, 1]."""
 
-    @abstractmethod
     def num_units(self, pixel_shape: Sequence[int]) -> int:
         """Return the number of units, for pixels of this shape."""
 
-    @abstractmethod
     def encode(self, state: State, index: int) -> Tensor:
         """Do a unit; return the mode of the posterior, [1, C, ...], of the frames that it is of."""
 

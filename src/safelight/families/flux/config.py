@@ -142,10 +142,6 @@ class FluxKontextPipelineConfig(FluxPipelineConfig):
     num_input_images: ClassVar[tuple[int, int]] = (0, 1)
     leaves_flow_sigmas: ClassVar[bool] = False
 
-    def output_size(self, batch: Req) -> tuple[int, int]:
-        """Return the (height, width) in pixels, fitted to `max_area`."""
-        return params_of(batch, FluxKontextSamplingParams).fitted_size(self.size_multiple)
-
     def prepare_vae_input(self, batch: Req, index: int) -> Tensor:
         """Return the input image, [1, 3, H, W], at the trained size of the nearest aspect or about its own size."""
         params, multiple = params_of(batch, FluxKontextSamplingParams), self.size_multiple

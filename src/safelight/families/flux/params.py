@@ -78,7 +78,7 @@ class FluxKontextSamplingParams(FluxSamplingParams):
             if min(image.size) < schema.size_multiple:
                 size = f"{image.width}x{image.height} pixels"
                 raise InvalidParameterError("image", size, f"at least {schema.size_multiple} pixels along each side")
-        height, width = self.output_size(schema)
+        height, width = self.output_size(schema.size_multiple)
         if not height or not width:
             raise InvalidParameterError(
                 "max_area",
@@ -89,14 +89,10 @@ class FluxKontextSamplingParams(FluxSamplingParams):
     def warnings(self, schema: ModelSchema, given: Mapping[str, Any]) -> list[str]:
         """Name the size that is made where it is not the one that was asked for."""
         found = super().warnings(schema, given)
-        height, width = self.output_size(schema)
+        height, width = self.output_size(schema.size_multiple)
         if (height, width) != (self.height, self.width):
             found.append(f"size: {width}x{height} is made, {self.width}x{self.height}'s aspect at max_area")
         return found
-
-    def output_size(self, schema: ModelSchema) -> tuple[int, int]:
-        """Return the (height, width) that is made."""
-        return self.fitted_size(schema.size_multiple)
 
     @classmethod
     def size_fields(cls, height: int, width: int) -> dict[str, Any]:
@@ -108,10 +104,10 @@ class FluxKontextSamplingParams(FluxSamplingParams):
         areas = [TRAINED_AREA if self.auto_resize else image.width * image.height for image in self.image or ()]
         return self.num_latent_tokens(schema) + sum(areas) // schema.size_multiple**2
 
-    def fitted_size(self, multiple: int) -> tuple[int, int]:
+    def output_size(self, size_multiple: int) -> tuple[int, int]:
         """Return the (height, width) of the asked aspect with at most `max_area` pixels, in whole multiples."""
         assert self.height is not None and self.width is not None and self.max_area is not None
         aspect = self.width / self.height
         width = round((self.max_area * aspect) ** 0.5)
         height = round((self.max_area / aspect) ** 0.5)
-        return height // multiple * multiple, width // multiple * multiple
+        return height // size_multiple * size_multiple, width // size_multiple * size_multiple

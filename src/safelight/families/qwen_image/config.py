@@ -130,8 +130,8 @@ class QwenImagePipelineConfig(PackedLatentsConfig):
         return QwenImageCond(tables, self.image_tokens(batch, dtype), self.additional_t_cond(device))
 
     def additional_t_cond(self, device: torch.device) -> Tensor | None:
-        """Return which learned vector joins the timestep's embedding."""
-        return None
+        """Return which learned vector joins the timestep's embedding: the first, that of pictures with transparency."""
+        return torch.zeros(1, dtype=torch.long, device=device) if self.use_additional_t_cond else None
 
     def get_freqs_cis(self, batch: Req, num_text_tokens: int, device: torch.device) -> Tensor:
         """Return the rotary table of text, picture and input images, in this order."""
@@ -187,10 +187,6 @@ class QwenImageInputPipelineConfig(QwenImagePipelineConfig):
     def own_defaults(self) -> dict[str, Any]:
         """Return nothing: height and width are those of the input image, fitted."""
         return {}
-
-    def output_size(self, batch: Req) -> tuple[int, int]:
-        """Return the (height, width) in pixels that is made."""
-        return params_of(batch, QwenImageEditSamplingParams).target_size()
 
     def prepare_vae_input(self, batch: Req, index: int) -> Tensor:
         """Return an input image, [1, C, 1, H, W]."""
@@ -277,10 +273,6 @@ class QwenImageLayeredPipelineConfig(QwenImageInputPipelineConfig):
         height, width = batch.image_latents[0].shape[-2:]
         num_tokens = height // PATCH_SIZE * (width // PATCH_SIZE)
         return float((num_tokens / LAYERED_BASE_TOKENS) ** 0.5)
-
-    def additional_t_cond(self, device: torch.device) -> Tensor | None:
-        """Return the vector of pictures with transparency, which is the first."""
-        return torch.zeros(1, dtype=torch.long, device=device) if self.use_additional_t_cond else None
 
     def picture_shapes(self, batch: Req) -> list[tuple[int, ...]]:
         """Return the shape [..., H, W] in latent pixels of the composite and each layer."""

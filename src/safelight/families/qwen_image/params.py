@@ -104,11 +104,7 @@ class QwenImageEditSamplingParams(QwenImageSamplingParams):
         assert self.image is not None
         return self.image
 
-    def output_size(self, schema: ModelSchema) -> tuple[int, int]:
-        """Return the (height, width) that is made."""
-        return self.target_size()
-
-    def target_size(self) -> tuple[int, int]:
+    def output_size(self, size_multiple: int) -> tuple[int, int]:
         """Return the (height, width) that is made: each side as asked for, or as the last image has it."""
         height, width = fitted_size(OUTPUT_SIZE, self.input_images()[-1].size)
         return self.height or height, self.width or width
@@ -193,7 +189,7 @@ class QwenImageLayeredSamplingParams(QwenImageEditSamplingParams):
         assert self.layers is not None
         return self.layers
 
-    def target_size(self) -> tuple[int, int]:
+    def output_size(self, size_multiple: int) -> tuple[int, int]:
         """Return the (height, width) of a layer."""
         return self.vae_size(self.input_images()[0])
 

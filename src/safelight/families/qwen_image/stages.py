@@ -106,10 +106,8 @@ class QwenImageLayeredBeforeDenoisingStage(PipelineStage):
         state = batch.stage_state
         kwargs = {"ids": state.ids, "positions": state.positions, "cache": state.cache, **state.image}
         num_written = state.ids.shape[1] - num_given
-        key, static = (
-            batch.key("caption", num_written),
-            {"num_tokens": min(UNIT_TOKENS, MAX_CAPTION_TOKENS - num_written)},
-        )
+        key = batch.key("caption", num_written)
+        static = {"num_tokens": min(UNIT_TOKENS, MAX_CAPTION_TOKENS - num_written)}
         return ModelCall("text_encoder", kwargs, {}, None, key, static, "write", batch.model)
 
     def _take(self, batch: Req, num_given: int, results: list[Any]) -> bool:

@@ -170,10 +170,6 @@ class WanPipelineConfig(PipelineConfig):
         num_frames = (batch.params.num_frames - 1) // self.temporal_scale_factor + 1
         return (1, self.latent_channels, num_frames, *self.latent_size(batch))
 
-    def prepare_sigmas(self, batch: Req) -> list[float] | None:
-        """Leave the noise levels to the solver."""
-        return None
-
     def prepare_cond(self, batch: Req, device: torch.device, dtype: torch.dtype) -> WanCond:
         """Return the rotary table; every token is noisy."""
         return WanCond(self.get_freqs_cis(batch, device), torch.ones(1, 1, device=device))
