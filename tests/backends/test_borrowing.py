@@ -17,49 +17,49 @@ DEVICE = torch.device("cpu")
 
 
 class Block(nn.Module):
-    def __init__(self, width: int = 4) -> None:
+    def __init__(self, width=4):
         super().__init__()
         self.inner = nn.Linear(width, width)
         self.mode = "plain"
 
-    def forward(self, hidden: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def forward(self, hidden, scale=1.0):
         return self.inner(hidden) * scale
 
 
 class Network(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.block, self.blocks = Block(), nn.ModuleList([Block(), Block()])
 
-    def forward(self, hidden: torch.Tensor, *, scale: float = 1.0, **extra: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden, *, scale=1.0, **extra):
         for block in self.blocks:
             hidden = block(hidden, scale)
         return hidden + sum(extra.values())
 
-    def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> torch.Tensor:
+    def encode(self, pixels, return_dict=True):
         return self.block(pixels)
 
-    def prepare(self, hidden: torch.Tensor) -> torch.Tensor:
+    def prepare(self, hidden):
         return self.block(hidden) + 1
 
-    def set_attn_processor(self, mode: str) -> None:
+    def set_attn_processor(self, mode):
         for block in (self.block, *self.blocks):
             block.mode = mode
 
 
 class Caching(Network):
-    def cache_context(self, name: str, **fields: int):
+    def cache_context(self, name, **fields):
         raise AssertionError("the driver enters it, not the pipeline")
 
 
-class Pipe(diffusers.DiffusionPipeline):
-    def __init__(self, network: nn.Module, scheduler: diffusers.DDIMScheduler) -> None:
+class Pipe(diffusers.DiffusionPipeline):  # type: ignore[misc]  # the package has no types
+    def __init__(self, network, scheduler):
         super().__init__()
         self.network, self.scheduler = network, scheduler
 
 
 class Outer(Pipe):
-    def __init__(self, network: nn.Module, scheduler: diffusers.DDIMScheduler, other: nn.Module) -> None:
+    def __init__(self, network, scheduler, other):
         super().__init__(network, scheduler)
         self.inner_pipe = Pipe(network, scheduler)
         self.other_pipe = Pipe(other, diffusers.DDIMScheduler())
