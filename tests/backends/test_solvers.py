@@ -93,7 +93,7 @@ def test_all_solvers_of_a_pipeline_are_the_requests_own(checkpoint):
     told = []
     steps = Steps(torch.Generator().manual_seed(0), lambda *done: told.append(done))
     solver = own_solver(shared, steps)
-    assert solver is not shared and isinstance(solver, type(shared)) and solver.config == shared.config
+    assert solver is not shared and type(solver) is type(shared) and solver.config == shared.config
     assert "generator" in inspect.signature(solver.step).parameters
     second = copy.deepcopy(solver)
     for each in (solver, second):

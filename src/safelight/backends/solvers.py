@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -29,13 +28,13 @@ class Steps:
         self._before = 0
         self._done: dict[int, int] = {}
 
-    def begin(self, solver: Any) -> None:
-        """A solver has set its schedule."""
+    def begin(self) -> None:
+        """Note that a solver has set its schedule."""
         self._before = self._before + max(self._done.values(), default=0)
         self._done = {}
 
     def count(self, solver: Any) -> None:
-        """A solver has made a step."""
+        """Note that a solver has made a step."""
         self._done[id(solver)] = self._done.get(id(solver), 0) + 1
         done = self._before + max(self._done.values())
         timesteps = solver.timesteps
@@ -47,47 +46,43 @@ class Steps:
 
 
 def own_solver(solver: Any, steps: Steps) -> Any:
-    """Return a copy of a solver whose steps are counted, and draw from the request's own generator."""
+    """Return a copy of a solver whose steps are counted, and draw from the request's own generator.
+
+    It is of the solver's very class, which some pipelines ask for; what is copied of it in its turn steps itself.
+    """
     own = copy.deepcopy(solver)
-    own.__class__ = _counting(solver.__class__)
-    vars(own)[_STEPS] = steps
+    for name in ("set_timesteps", "step", "step_pred"):  # those of stochastic differential equations have the last
+        if name in dir(solver.__class__):
+            vars(own)[name] = Counted(own, name, steps)
     return own
 
 
-_STEPS = "steps_of_the_call"
-_STEPPING = ("step", "step_pred")
-"""Methods that make a step; solvers of stochastic differential equations correct it by another one before."""
+class Counted:
+    """A method of a solver, which tells of the steps.
 
+    Args:
+        solver: whose it is.
+        name: `set_timesteps`, or one that makes a step.
+        steps: of the call.
 
-@functools.cache
-def _counting(cls: Any) -> Any:
-    """Return a class that is a solver's, but that says when it sets a schedule and makes a step."""
-    members = {name: _counted(getattr(cls, name)) for name in _STEPPING if name in dir(cls)}
-    if "set_timesteps" in dir(cls):
-        members["set_timesteps"] = _begun(cls.set_timesteps)
-    return type(cls.__name__, (cls,), {**members, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    """
 
+    def __init__(self, solver: Any, name: str, steps: Steps) -> None:
+        self._solver, self._method, self._steps = solver, getattr(solver.__class__, name), steps
+        parameters = list(inspect.signature(self._method).parameters.values())[1:]
+        self.__signature__ = inspect.Signature(parameters)  # pipelines look at what it takes
+        names = [parameter.name for parameter in parameters]
+        self._generator_place = names.index("generator") if "generator" in names else None
+        self._begins = name == "set_timesteps"
 
-def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
-    names = list(inspect.signature(method).parameters)
-    place = names.index("generator") if "generator" in names else None
-
-    @functools.wraps(method)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        steps: Steps = vars(self)[_STEPS]
-        if place is not None and len(args) < place and kwargs.get("generator") is None:
-            kwargs["generator"] = steps.generator
-        made = method(self, *args, **kwargs)
-        steps.count(self)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do what the solver does."""
+        place = self._generator_place
+        if place is not None and len(args) <= place and kwargs.get("generator") is None:
+            kwargs["generator"] = self._steps.generator
+        made = self._method(self._solver, *args, **kwargs)
+        if self._begins:
+            self._steps.begin()
+        else:
+            self._steps.count(self._solver)
         return made
-
-    return step
-
-
-def _begun(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        method(self, *args, **kwargs)
-        vars(self)[_STEPS].begin(self)
-
-    return set_timesteps
