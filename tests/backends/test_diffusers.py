@@ -358,6 +358,43 @@ def test_a_tokenizer_does_not_take_all_memory(checkpoint, tmp_path):
         load_pipeline(ServerArgs(str(folder), device="cpu"))
 
 
+def test_every_call_of_a_network_is_a_unit(loaded):
+    """So a request can be cancelled between two of one step, and between encoding, denoising and decoding."""
+    pipeline = loaded("StableDiffusion3Pipeline")
+    (req,) = requests(pipeline, {"prompt": "a cat", "seed": 1, **FIELDS["StableDiffusion3Pipeline"]})
+    units = []
+    with Execution(pipeline, req) as execution:
+        more = True
+        while more:
+            units += [(req.stage, call.component, call.method, call.key.step) for call in req.pending]
+            more = execution.advance()
+    steps = req.num_inference_steps
+    assert req.step_index == steps == FIELDS["StableDiffusion3Pipeline"]["num_inference_steps"]
+    assert {unit[1] for unit in units if unit[0] == "text_encoding"} >= {"text_encoder", "text_encoder_2"}
+    loop = [unit for unit in units if unit[0] == "denoising"]
+    assert loop == [("denoising", "transformer", "forward", step) for step in range(steps)]
+    assert units[-1] == ("decoding", "vae", "decode", steps)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "WanVACEPipeline"])
+def test_closing_at_any_unit_leaves_nothing_behind(name, loaded):
+    pipeline = loaded(name)
+    fields = {"prompt": "a cat", "seed": 1, **FIELDS[name]}
+    wanted = [output.clone() for output in alone(pipeline, fields)]
+    (req,) = requests(pipeline, fields)
+    with Execution(pipeline, req) as execution:
+        num_units = 1
+        while execution.advance():
+            num_units += 1
+    for last in range(1, num_units):
+        (req,) = requests(pipeline, fields)
+        with Execution(pipeline, req) as execution:
+            for _ in range(last):
+                execution.advance()
+        assert not threads()
+    assert all(map(torch.equal, alone(pipeline, fields), wanted))
+
+
 def test_a_step_thread_runs_only_while_its_owner_waits():
     log = []
 

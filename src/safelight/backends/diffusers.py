@@ -145,7 +145,12 @@ class DiffusersPipeline(ComposedPipeline):
         self.add_stage(DiffusersStage(self.get_module("pipeline"), self.device), "pipeline")
 
     def forward(self, call: ModelCall) -> Tree:
-        """Make a call as the package would: of the network's part and method that it names, in its caches' context."""
+        """Make a call as the package would: of the network's part and method that it names, in its caches' context.
+
+        Raises:
+            Exception: what the network raises, as `refusal` has it.
+
+        """
         handed: Any = call.static[HANDED]
         module = self.get_module(call.component) if handed.own is None else handed.own
         arguments = dict(call.kwargs)
@@ -154,8 +159,11 @@ class DiffusersPipeline(ComposedPipeline):
         part = module.get_submodule(path)
         made = part if method == "forward" else getattr(part, method)
         context = handed.context
-        with nullcontext() if context is None else module.cache_context(context[0], **dict(context[1:])):
-            return made(*args, **arguments)
+        try:
+            with nullcontext() if context is None else module.cache_context(context[0], **dict(context[1:])):
+                return made(*args, **arguments)
+        except Exception as error:  # the package's boundary, as around the rest of its call
+            raise refused(self.schema.pipeline_name, error) from error
 
 
 EntryClass = [DiffusersPipeline]
@@ -179,8 +187,7 @@ class DiffusersStage(PipelineStage):
             call = thread.resume()
             while call is not None:
                 batch.stage = stage_of(call)
-                batch.pending = [call]
-                call = thread.resume((yield batch.pending)[0])
+                call = thread.resume((yield [call])[0])
         finally:
             thread.cancel()
 
@@ -209,8 +216,7 @@ class DiffusersStage(PipelineStage):
                 # By name: as a tuple, some are without their outer list.
                 made = pipe(**self._arguments(batch), generator=generator)
         except Exception as error:  # the package's boundary: what it cannot run is said in its words
-            logger.warning("%s failed", type(pipe).__name__, exc_info=True)
-            raise refusal(type(pipe).__name__, error) from error
+            raise refused(type(pipe).__name__, error) from error
         if any(made.get("nsfw_content_detected") or ()):
             batch.warnings.append("the model's safety checker found a picture to be unsafe, and made it black")
         media = made.to_tuple()[0]
@@ -226,6 +232,12 @@ class DiffusersStage(PipelineStage):
                 given[name] = value[0] if single else list(value)
         form = "latent" if params.output_type == "latent" else "np"
         return {**given, "output_type": form}
+
+
+def refused(pipeline_name: str, error: Exception) -> Exception:
+    """Log what a pipeline's call raised, and return what it is to whoever asked."""
+    logger.warning("%s failed", pipeline_name, exc_info=error)
+    return refusal(pipeline_name, error)
 
 
 def stage_of(call: ModelCall) -> str:
