@@ -358,33 +358,90 @@ def test_a_tokenizer_does_not_take_all_memory(checkpoint, tmp_path):
         load_pipeline(ServerArgs(str(folder), device="cpu"))
 
 
+def test_every_call_of_a_network_is_a_unit(loaded):
+    """So a request can be cancelled between two of one step, and between encoding, denoising and decoding."""
+    pipeline = loaded("StableDiffusion3Pipeline")
+    (req,) = requests(pipeline, {"prompt": "a cat", "seed": 1, **FIELDS["StableDiffusion3Pipeline"]})
+    units = []
+    with Execution(pipeline, req) as execution:
+        more = True
+        while more:
+            units += [(req.stage, call.component, call.method, call.key.step) for call in req.pending]
+            more = execution.advance()
+    steps = req.num_inference_steps
+    assert req.step_index == steps == FIELDS["StableDiffusion3Pipeline"]["num_inference_steps"]
+    assert {unit[1] for unit in units if unit[0] == "text_encoding"} >= {"text_encoder", "text_encoder_2"}
+    loop = [unit for unit in units if unit[0] == "denoising"]
+    assert loop == [("denoising", "transformer", "forward", step) for step in range(steps)]
+    assert units[-1] == ("decoding", "vae", "decode", steps)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "WanVACEPipeline"])
+def test_closing_at_any_unit_leaves_nothing_behind(name, loaded):
+    pipeline = loaded(name)
+    fields = {"prompt": "a cat", "seed": 1, **FIELDS[name]}
+    wanted = [output.clone() for output in alone(pipeline, fields)]
+    (req,) = requests(pipeline, fields)
+    with Execution(pipeline, req) as execution:
+        num_units = 1
+        while execution.advance():
+            num_units += 1
+    for last in range(1, num_units):
+        (req,) = requests(pipeline, fields)
+        with Execution(pipeline, req) as execution:
+            for _ in range(last):
+                execution.advance()
+        assert not threads()
+    assert all(map(torch.equal, alone(pipeline, fields), wanted))
+
+
 def test_a_step_thread_runs_only_while_its_owner_waits():
     log = []
 
-    def work(pause):
+    def work(ask):
         for step in range(3):
             log.append(f"work {step}")
-            pause()
+            log.append(f"work has {ask(step)}")
 
-    thread = StepThread(work)
+    thread, answer = StepThread(work), None
     for step in range(4):
-        more = thread.resume()
+        question = thread.resume(answer)
         log.append(f"owner {step}")
-        assert more is (step < 3)
-    assert log == ["work 0", "owner 0", "work 1", "owner 1", "work 2", "owner 2", "owner 3"]
+        assert question == (step if step < 3 else None)
+        answer = f"answer {step}"
+    own = [line for line in log if "has" not in line]
+    assert own == ["work 0", "owner 0", "work 1", "owner 1", "work 2", "owner 2", "owner 3"]
+    assert [line for line in log if "has" in line] == [f"work has answer {step}" for step in range(3)]
     thread.cancel()
 
 
 def test_an_error_in_the_thread_is_the_owners():
-    def work(pause):
-        pause()
+    def work(ask):
+        ask("what")
         raise KeyError("lost")
 
     thread = StepThread(work)
-    assert thread.resume()
+    assert thread.resume() == "what"
     with pytest.raises(KeyError, match="lost"):
-        thread.resume()
+        thread.resume("that")
     assert not threads()
+
+
+def test_what_the_work_asks_while_it_is_cancelled_ends_it_too():
+    seen = []
+
+    def work(ask):
+        try:
+            ask("first")
+        finally:
+            seen.append("cleaning up")
+            ask("second")
+            seen.append("never")
+
+    thread = StepThread(work)
+    assert thread.resume() == "first"
+    thread.cancel()
+    assert seen == ["cleaning up"] and not threads()
 
 
 @pytest.mark.parametrize(

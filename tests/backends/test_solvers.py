@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from safelight import ServerArgs
-from safelight.backends.solvers import give_own_solvers
+from safelight.backends.solvers import Steps, own_solver
 from safelight.core.solver import takes_generator
 from safelight.loading.loader import load_pipeline
 from safelight.testing.suites.seeds import FLOW, configurations, run_disturbed
@@ -89,14 +89,20 @@ def test_a_seed_is_a_seed_with_every_solver(name, checkpoint, monkeypatch):
 def test_all_solvers_of_a_pipeline_are_the_requests_own(checkpoint):
     """A copy of a solver, as some pipelines make for a second stream, steps itself and not the one that it is of."""
     cls = diffusers.StableDiffusion3Pipeline
-    shared = cls.from_pretrained(checkpoint("StableDiffusion3Pipeline"))
-    pipe, generator = copy.copy(shared), torch.Generator().manual_seed(0)
-    give_own_solvers(pipe, generator)
-    assert pipe.scheduler is not shared.scheduler and pipe.transformer is shared.transformer
-    assert "generator" in inspect.signature(pipe.scheduler.step).parameters
-    second = copy.deepcopy(pipe.scheduler)
-    for solver in (pipe.scheduler, second):
-        solver.set_timesteps(3)
+    shared = cls.from_pretrained(checkpoint("StableDiffusion3Pipeline")).scheduler
+    told = []
+    steps = Steps(torch.Generator().manual_seed(0), lambda *done: told.append(done))
+    solver = own_solver(shared, steps)
+    assert solver is not shared and type(solver) is type(shared) and solver.config == shared.config
+    assert "generator" in inspect.signature(solver.step).parameters
+    second = copy.deepcopy(solver)
+    for each in (solver, second):
+        each.set_timesteps(3)
     second.step(torch.zeros(1, 1), second.timesteps[0], torch.zeros(1, 1))
-    assert (pipe.scheduler.step_index, second.step_index) == (None, 1)
-    assert takes_generator(pipe.scheduler.__class__) and not takes_generator(SOLVERS["UniPCMultistepScheduler"])
+    assert (solver.step_index, second.step_index) == (None, 1) and told == [(1, 3)]
+    solver.step(torch.zeros(1, 1), solver.timesteps[0], torch.zeros(1, 1))
+    assert told[1:] == [(1, 3)], "two that step together count once"
+    solver.set_timesteps(2)
+    solver.step(torch.zeros(1, 1), solver.timesteps[0], torch.zeros(1, 1))
+    assert told[2:] == [(2, 3)], "what begins another schedule goes on where the one before ended"
+    assert takes_generator(solver.__class__) and not takes_generator(SOLVERS["UniPCMultistepScheduler"])

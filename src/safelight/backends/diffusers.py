@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
 from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.refusals import refusal
 from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
-from safelight.backends.solvers import give_own_solvers
-from safelight.backends.step_thread import StepThread
+from safelight.backends.solvers import Steps
+from safelight.backends.step_thread import Ask, StepThread
+from safelight.core.calls import ModelCall
 from safelight.core.components import Components
 from safelight.core.config import PipelineConfig
 from safelight.core.params import SamplingParams
@@ -26,12 +28,28 @@ from safelight.core.registry import PipelineEntry
 from safelight.core.request import Req
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
-from safelight.core.stage import PipelineStage, Steps
+from safelight.core.stage import PipelineStage
+from safelight.core.stage import Steps as Coroutine
+from safelight.core.trees import Tree
 from safelight.errors import ModelIndexError, NonFiniteOutputError
 
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
-CALLBACK = "callback_on_step_end"
+STAGES: Mapping[str, str] = {
+    "text_encoder": "text_encoding",
+    "prompt_enhancer": "text_encoding",
+    "image_encoder": "image_encoding",
+    "vision_encoder": "image_encoding",
+    "vae": "decoding",
+    "movq": "decoding",
+    "vqvae": "decoding",
+    "vqgan": "decoding",
+    "vocoder": "decoding",
+    "safety_checker": "safety_checking",
+}
+"""By how a component's name begins, what users see of its calls; all else is denoising."""
+HANDED = "handed"
+"""Static argument of a call: how the package made it."""
 logger = logging.getLogger(__name__)
 
 
@@ -92,7 +110,8 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str 
     pipe = cls.from_pretrained(path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     tell_where_images_are(pipe)
-    components = Components({"pipeline": pipe.to(server_args.torch_device())})
+    pipe.to(server_args.torch_device())
+    components = Components({"pipeline": pipe, **names_of_networks(pipe)})
     return DiffusersPipeline(components, DiffusersConfig(), schema, server_args)
 
 
@@ -117,58 +136,87 @@ class DiffusersConfig(PipelineConfig):
 
 
 class DiffusersPipeline(ComposedPipeline):
-    """A pipeline of the package as one stage."""
+    """A pipeline of the package: one stage, which yields each call of its networks."""
 
     movable: ClassVar[bool] = False
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the one stage."""
-        self.add_stage(DiffusersStage(self.get_module("pipeline")), "pipeline")
+        self.add_stage(DiffusersStage(self.get_module("pipeline"), self.device), "pipeline")
+
+    def forward(self, call: ModelCall) -> Tree:
+        """Make a call as the package would: of the network's part and method that it names, in its caches' context.
+
+        Raises:
+            Exception: what the network raises, as `refusal` has it.
+
+        """
+        handed: Any = call.static[HANDED]
+        module = self.get_module(call.component) if handed.own is None else handed.own
+        arguments = dict(call.kwargs)
+        args = arguments.pop(POSITIONAL, ())
+        path, _, method = call.method.rpartition(".")
+        part = module.get_submodule(path)
+        made = part if method == "forward" else getattr(part, method)
+        context = handed.context
+        try:
+            with nullcontext() if context is None else module.cache_context(context[0], **dict(context[1:])):
+                return made(*args, **arguments)
+        except Exception as error:  # the package's boundary, as around the rest of its call
+            raise refused(self.schema.pipeline_name, error) from error
 
 
 EntryClass = [DiffusersPipeline]
 
 
 class DiffusersStage(PipelineStage):
-    """The whole call of a pipeline; each of its steps is a unit.
+    """The whole call of a pipeline; each call of its networks is a unit.
 
     What the call holds lies in its own thread, and not in the request: such a request cannot be moved.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, device: torch.device) -> None:
         self.pipe = pipe
+        self.device = device
         self.parameters = parameters_of(pipe.__call__)
 
-    def run(self, batch: Req, server_args: ServerArgs) -> Steps:
-        """Run the call to its end, with a boundary after each step; closing stops it there."""
-        thread = StepThread(lambda pause: self._call(batch, pause))
+    def run(self, batch: Req, server_args: ServerArgs) -> Coroutine:
+        """Run the call to its end, and yield each call that its networks make; closing stops it there."""
+        thread = StepThread(lambda ask: self._call(batch, ask))
         try:
-            while thread.resume():
-                yield []
+            call = thread.resume()
+            while call is not None:
+                batch.stage = stage_of(call)
+                call = thread.resume((yield [call])[0])
         finally:
             thread.cancel()
 
-    def _call(self, batch: Req, pause: Callable[[], None]) -> None:
-        """Call a copy of the pipeline that shares the modules, and has solvers of its own."""
+    def _call(self, batch: Req, ask: Ask) -> None:
+        """Call a copy of the pipeline that shares the weights, and has solvers of its own."""
         assert batch.params.seed is not None
         generator = torch.Generator("cpu").manual_seed(batch.params.seed)
-        pipe = copy.copy(self.pipe)
-        give_own_solvers(pipe, generator)
-        pipe.set_progress_bar_config(disable=True)
+        ordinal = 0
 
-        def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            batch.step_index, batch.num_inference_steps = step + 1, running.num_timesteps
-            pause()
-            return tensors
+        def tell(done: int, in_all: int) -> None:
+            nonlocal ordinal
+            batch.step_index, batch.num_inference_steps, ordinal = done, in_all, 0
 
-        steps = {CALLBACK: on_step_end} if CALLBACK in self.parameters else {}
+        def hand(handed: Handed) -> Any:
+            nonlocal ordinal
+            branch = str(ordinal) if handed.context is None else handed.context[0]
+            ordinal += 1
+            key = batch.key(branch, batch.step_index)
+            static = {HANDED: handed}
+            component, method = handed.component, handed.method
+            return ask(ModelCall(component, handed.arguments, {}, None, key, static, method, batch.model))
+
+        pipe = borrowed(self.pipe, hand, Steps(generator, tell), self.device)
         try:
             with torch.inference_mode():
                 # By name: as a tuple, some are without their outer list.
-                made = pipe(**self._arguments(batch), **steps, generator=generator)
+                made = pipe(**self._arguments(batch), generator=generator)
         except Exception as error:  # the package's boundary: what it cannot run is said in its words
-            logger.warning("%s failed", type(pipe).__name__, exc_info=True)
-            raise refusal(type(pipe).__name__, error) from error
+            raise refused(type(pipe).__name__, error) from error
         if any(made.get("nsfw_content_detected") or ()):
             batch.warnings.append("the model's safety checker found a picture to be unsafe, and made it black")
         media = made.to_tuple()[0]
@@ -184,6 +232,19 @@ class DiffusersStage(PipelineStage):
                 given[name] = value[0] if single else list(value)
         form = "latent" if params.output_type == "latent" else "np"
         return {**given, "output_type": form}
+
+
+def refused(pipeline_name: str, error: Exception) -> Exception:
+    """Log what a pipeline's call raised, and return what it is to whoever asked."""
+    logger.warning("%s failed", pipeline_name, exc_info=error)
+    return refusal(pipeline_name, error)
+
+
+def stage_of(call: ModelCall) -> str:
+    """Return the name under which users see the work of a call."""
+    name = call.component.rpartition(".")[2]
+    stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "denoising")
+    return "image_vae_encoding" if stage == "decoding" and "encode" in call.method else stage
 
 
 def to_output(media: Any, output_type: str | None) -> Tensor:
