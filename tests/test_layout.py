@@ -89,7 +89,7 @@ LAYERS = {
     "video": {"errors", "media"},
     "results": {"errors", "core", "media", "video"},
     "preparation": {"errors", "core", "media"},
-    "client": {"errors", "core", "results", "runtime"},
+    "client": {"errors", "core", "media", "results", "runtime"},
     "generator": {"errors", "client", "core", "loading", "preparation", "results", "runtime"},
     "runtime": {
         "encoded",

@@ -19,12 +19,9 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**64 - 1
 OF_NO_IMAGE = frozenset(
-    {
-        *("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "sigmas"),
-        *("guidance_scale", "true_cfg_scale", "fps"),
-    }
+    ("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "guidance_scale", "fps")
 )
-"""Fields that several families have, and that no input image is prepared by."""
+"""Common fields that no input image is prepared by."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,10 @@ class TrueCFGParams(SamplingParams):
         """Return two with guidance."""
         return 2 if self.cfg_scale() > 1 and self.negative_prompt is not None else 1
 
+    def image_fields(self) -> dict[str, Any]:
+        """Leave out the scale."""
+        return {name: value for name, value in super().image_fields().items() if name != "true_cfg_scale"}
+
     def warnings(self, schema: ModelSchema, given: Mapping[str, Any]) -> list[str]:
         """Name half of what guidance needs."""
         found = super().warnings(schema, given)
@@ -72,6 +76,10 @@ class SigmasParams(SamplingParams):
     """Noise levels that may be given, instead of their number."""
 
     sigmas: tuple[float, ...] | None = option("numbers", "noise levels of the steps", minimum=0.0, maximum=1.0)
+
+    def image_fields(self) -> dict[str, Any]:
+        """Leave out the noise levels."""
+        return {name: value for name, value in super().image_fields().items() if name != "sigmas"}
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check that steps and sigmas, where both are given, agree, and that the solver can take them."""
