@@ -19,7 +19,6 @@ from safelight.core.form import EAGER
 from safelight.core.model_runner import ModelRunner
 from safelight.errors import CompilationError, InvalidParameterError
 from safelight.loading.loader import load_pipeline
-from safelight.runtime.worker.background import job_of
 from safelight.runtime.worker.model_runner import PipelineRunner
 from safelight.testing.models import requests
 from tests.acceleration.compiled import COMPILED, alone, cases_of
@@ -172,12 +171,3 @@ def test_a_second_process_finds_everything_in_the_cache(compiled_flux, tiny_fold
     said = json.loads(done.stdout)
     assert (said["hits"], said["misses"]) == (2, 0)
     assert said["bytes"] == expected.contiguous().numpy().tobytes().hex()
-
-
-def test_the_job_of_the_other_process_says_everything_without_weights(compiled_flux):
-    _, compilation, _ = compiled_flux
-    job = job_of(compilation)
-    assert {call.component for call in job.calls} == set(job.dtypes) == {"transformer"}
-    (call,) = job.calls
-    assert call.arguments["freqs_cis"].dtype == "complex64"
-    assert set(job.dtypes["transformer"].values()) == {"float32"}

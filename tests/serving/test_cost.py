@@ -7,12 +7,10 @@ import math
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from safelight.core.architecture import Architecture
 from safelight.core.stage_memory import StageMemory
 from safelight.errors import InvalidParameterError
-from safelight.preparation import prepare
 from safelight.runtime.cost import step_cost
 from safelight.runtime.messages import schema_from_wire, schema_to_wire
 from safelight.serving.cost import check_cost
@@ -20,19 +18,11 @@ from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
 from tests.serving.http_server import PROMPT, running
 from tests.serving.job_server import picture
+from tests.serving.schemas import FLUX, params, with_architecture
 from tests.serving.stub_engine import EDIT_SCHEMA, IMAGE_SCHEMA, VIDEO_SCHEMA
 
-FLUX = {"num_attention_heads": 24, "attention_head_dim": 128}
 WAN = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
 UNLIMITED = Limits(max_cost=math.inf, max_tokens=2**40, unit_seconds=math.inf)
-
-
-def with_architecture(schema, config, **more):
-    return dataclasses.replace(schema, architecture=Architecture.of({"transformer": config}), **more)
-
-
-def params(schema, **fields):
-    return prepare(schema, {"prompt": "x", "num_inference_steps": 1, **fields})[0]
 
 
 @pytest.mark.parametrize(
@@ -49,19 +39,6 @@ def params(schema, **fields):
 )
 def test_the_balance_is_the_models_own(configs, balance):
     assert Architecture.of(configs).balance == balance
-
-
-@pytest.mark.parametrize("schema", [IMAGE_SCHEMA, EDIT_SCHEMA, VIDEO_SCHEMA], ids=lambda schema: schema.pipeline_name)
-def test_attention_counts_with_its_square(schema):
-    """At the balance attention costs as much as all else; what the schema says of it crosses the socket."""
-    schema = with_architecture(schema, FLUX, token_bytes=7, device_bytes=9)
-    assert schema_from_wire(schema_to_wire(schema)) == schema
-    side = 2048
-    more = {"max_area": side * side} if "max_area" in schema.defaults else {}
-    asked = params(schema, height=side, width=side, **more)
-    tokens = asked.num_sequence_tokens(schema)
-    expected = tokens * (1 + tokens / (6 * 3072)) * asked.num_branches()
-    assert step_cost(asked, schema) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -141,11 +118,3 @@ def test_what_models_are_made_for_is_taken(schema, config, fields):
     limits = Limits(max_cost=args.max_cost, max_tokens=args.max_tokens)
     assert limits == Limits()
     check_cost(params(schema, **fields), schema, limits)
-
-
-def test_input_images_are_tokens_too():
-    schema = with_architecture(EDIT_SCHEMA, FLUX)
-    alone = params(schema)
-    edited = params(schema, image=Image.new("RGB", (1024, 1024)))
-    assert edited.num_sequence_tokens(schema) == alone.num_sequence_tokens(schema) + 4096
-    assert edited.num_latent_tokens(schema) == alone.num_latent_tokens(schema)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 
 from safelight.runtime.host_memory import Kills
 from safelight.runtime.supervisor.group import Rank
-from tests.runtime.workers import drive, pid_of, running
 
 
 @pytest.mark.parametrize(
@@ -41,13 +39,3 @@ def test_the_likely_cause_of_a_death_is_told(number, killed, told):
         assert await rank.end() == told
 
     asyncio.run(test())
-
-
-def test_the_kernel_takes_the_worker_before_its_supervisor(fault_family, fault_folder):
-    async def test():
-        async with running(fault_folder(name="served")) as supervisor:
-            worker = await pid_of(supervisor)
-            scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in ("self", worker)]
-            assert scores[1] == min(1000, scores[0] + 500)
-
-    drive(test())

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safelight.core.params import SamplingParams
 from safelight.errors import (
     CancelledError,
     InvalidParameterError,
@@ -24,13 +23,10 @@ from safelight.errors import (
     SafelightError,
     WorkerLostError,
 )
-from safelight.runtime.client import GenerationRequest, Ticket
-from safelight.runtime.messages import Heartbeat, OutputMade, Progressed
+from safelight.runtime.messages import OutputMade, Progressed
 from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor.group import WorkerGroup
-from safelight.runtime.supervisor.live import LiveRequest
-from safelight.runtime.supervisor.supervisor import Supervisor, shaped
-from safelight.runtime.transport import ServerChannel, WorkerChannel
+from safelight.runtime.supervisor.supervisor import Supervisor
 from safelight.runtime.unit_board import UnitBoard, UnitLimits
 from tests.runtime.workers import answer, ask, drive, pid_of, running
 
@@ -294,30 +290,3 @@ def test_a_model_that_cannot_be_loaded_is_said_at_once(tmp_path, index, error):
         assert "model_index.json" in str(caught.value)
 
     drive(test())
-
-
-def test_an_array_on_a_message_of_progress_reaches_whoever_waits(tmp_path):
-    """Through real sockets: its shape and values are what the worker sent."""
-    picture = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-
-    async def test():
-        path = tmp_path / "socket"
-        channel = ServerChannel(path)
-        worker = WorkerChannel(path, os.getppid())
-        try:
-            sent = Progressed("r0", 0, "denoising", 2, 5, 1.0, shapes=[picture.shape], dtypes=["uint8"])
-            await asyncio.to_thread(worker.send, sent, [picture])
-            message, arrays = await asyncio.wait_for(channel.receive(), 30)
-            while isinstance(message, Heartbeat):
-                message, arrays = await asyncio.wait_for(channel.receive(), 30)
-        finally:
-            worker.close()
-            channel.close()
-        live = LiveRequest(Ticket(GenerationRequest("r0", SamplingParams(prompt="x", seed=0, n=1))), 0.0, 1)
-        assert isinstance(message, Progressed)
-        live.advance(message, shaped(message, arrays))
-        (shown,) = live.ticket.progress.arrays
-        assert isinstance(shown, np.ndarray)
-        assert live.ticket.progress.step == 2 and np.array_equal(shown, picture)
-
-    asyncio.run(test())

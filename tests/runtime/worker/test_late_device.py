@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 
 from safelight.core.device import is_lost, is_out_of_memory
-from safelight.core.server_args import ServerArgs
-from safelight.errors import DeviceLostError, ModelError, WorkerLostError
-from safelight.runtime.messages import Start
-from safelight.runtime.settings import EngineSettings
+from safelight.errors import DeviceLostError
 from safelight.runtime.supervisor.group import worker_environment
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.watch import Watch
 from tests.runtime.conftest import request
-from tests.runtime.workers import answer, ask, drive, pid_of, running
 
 STEP = 1.0
 
@@ -186,19 +180,6 @@ def test_an_engine_does_not_go_on_without_its_device(fault_pipeline, batching):
             engine.tick()
 
 
-def test_a_worker_ends_with_its_device_and_the_next_one_goes_on(fault_family, fault_folder, expected):
-    async def test():
-        async with running(fault_folder(step_seconds=0.01, name="served")) as supervisor:
-            pid = await pid_of(supervisor)
-            bad, good = ask(supervisor, "[lost@denoising:2] a cat"), ask(supervisor, "an owl", request_id="r1")
-            with pytest.raises(WorkerLostError):
-                await answer(bad)
-            assert np.array_equal((await answer(good))[0].media[0], expected(prompt="an owl"))
-            assert await pid_of(supervisor) != pid
-
-    drive(asyncio.wait_for(test(), 100))
-
-
 @pytest.mark.parametrize("moment", ["evicted", "resumed"])
 def test_a_request_that_cannot_be_moved_ends_alone(fault_pipeline, monkeypatch, moment):
     """For want of memory, on the host or on the device."""
@@ -222,26 +203,6 @@ def test_a_request_that_cannot_be_moved_ends_alone(fault_pipeline, monkeypatch, 
         engine.tick()
     assert short.done and short.error is None
     assert long.done and is_out_of_memory(long.error)
-
-
-@pytest.mark.parametrize(("device", "expected"), [("cuda", 0), ("cuda:3", 3)])
-def test_a_worker_works_on_its_own_device(fault_family, fault_folder, monkeypatch, tmp_path, device, expected):
-    """Libraries ask for the current device: streams, kernels' launchers, and checks at loading."""
-    from safelight.runtime.worker import gpu_worker
-
-    current = []
-    monkeypatch.setattr(ServerArgs, "torch_device", lambda self: torch.device(self.device))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
-
-    def load(args, mesh):
-        assert current == [expected], "before anything is loaded"
-        raise ModelError("far enough")
-
-    monkeypatch.setattr(gpu_worker, "load_pipeline", load)
-    start = Start(EngineSettings(ServerArgs(str(fault_folder(name="served")), device=device), warm_up=False))
-    with pytest.raises(ModelError, match="far enough"):
-        gpu_worker.build_engine(start, tmp_path, None)
 
 
 def test_a_workers_allocator_has_blocks_that_can_grow(monkeypatch):
