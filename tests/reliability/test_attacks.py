@@ -146,12 +146,12 @@ def test_streams_that_wake_at_once_write_one_after_another(monkeypatch):
     async def follow() -> None:
         stepped = asyncio.Event()
 
-        class Jobs:
-            async def events(self, job_id: str) -> AsyncIterator[JobEvent]:
+        class Events:
+            async def follow(self, job_id: str) -> AsyncIterator[JobEvent]:
                 await stepped.wait()
                 yield JobEvent("step", job, Progress(num_outputs=1))
 
-        context: Any = SimpleNamespace(jobs=Jobs(), event_turn=asyncio.Lock())
+        context: Any = SimpleNamespace(jobs=SimpleNamespace(events=Events()), event_turn=asyncio.Lock())
         following = [asyncio.ensure_future(anext(jobs_api._events(context, request, job))) for _ in range(100)]
         await asyncio.sleep(0)
         stepped.set()

@@ -18,7 +18,7 @@ from safelight.runtime.messages import Cancel, Failed, Heartbeat, OutputMade, Pr
 from safelight.runtime.supervisor.live import LiveRequest
 from safelight.runtime.supervisor.supervisor import shaped
 from safelight.runtime.transport import ServerChannel, WorkerChannel
-from safelight.runtime.video_files import SpooledFrames
+from safelight.runtime.video_files import SPOOLED_BYTES, SpooledFrames
 
 SECONDS = 30.0
 
@@ -65,7 +65,7 @@ def test_an_array_on_a_message_of_progress_reaches_whoever_waits(path):
     asyncio.run(test())
 
 
-@pytest.mark.parametrize("num_bytes", [1, transport.SPOOLED_BYTES])
+@pytest.mark.parametrize("num_bytes", [1, SPOOLED_BYTES])
 def test_a_long_video_goes_through_a_file_that_is_gone_when_it_was_read(path, num_bytes):
     frames = video(num_bytes)
 
@@ -83,7 +83,7 @@ def test_a_long_video_goes_through_a_file_that_is_gone_when_it_was_read(path, nu
         assert np.array_equal(np.stack(list(found)), frames)
         if isinstance(found, SpooledFrames):
             found._file.close()
-        assert isinstance(found, SpooledFrames) == (frames.nbytes >= transport.SPOOLED_BYTES)
+        assert isinstance(found, SpooledFrames) == (frames.nbytes >= SPOOLED_BYTES)
 
     asyncio.run(test())
     assert not list(path.parent.iterdir())
@@ -94,7 +94,7 @@ def test_a_full_disk_fails_the_request_and_not_the_channel(path, monkeypatch):
         raise StorageError.of(OSError(28, "No space left on device"), "a video")
 
     monkeypatch.setattr(transport, "spool", full)
-    frames = video(transport.SPOOLED_BYTES)
+    frames = video(SPOOLED_BYTES)
 
     async def test():
         channel = ServerChannel(path)

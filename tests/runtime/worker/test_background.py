@@ -48,8 +48,9 @@ def test_what_it_cannot_do_it_says_in_one_line(compilation):
     """Whatever else the machine does: here it is no process of the lowest priority."""
     job = job_of(compilation)
     job = msgspec.structs.replace(job, server_args=dataclasses.replace(job.server_args, model="nowhere/at-all"))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(python_command("safelight.runtime.worker.background"), **pipes) as process:
+    command = python_command("safelight.runtime.worker.background")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
         process.stdin.write(msgspec.json.encode(job) + b"\n")
         process.stdin.flush()
         said = process.stdout.read().decode()  # its lifeline stays open meanwhile

@@ -483,10 +483,89 @@ def test_a_server_that_goes_on_stops_what_it_may_have_lost_before_it_asks(tmp_pa
     resumed(tmp_path)
 
 
+def late(state: Path, what: str = "claim") -> None:
+    """A server is told that it has a job after it has lost it, and has another lease: the job is another's."""
+
+    async def use(a, b, clock, board):
+        told, asked, call = asyncio.Event(), asyncio.Event(), getattr(a.store, what)
+
+        async def late_call(*args):
+            answer = await call(*args)
+            asked.set()
+            await told.wait()
+            return answer
+
+        setattr(a.store, what, late_call)
+        if what == "claim":  # of a job that another server has accepted and given away
+            b.engine.state = "restarting"
+            job = await b.submit("x [hold]")
+            await b.jobs.lease.end()
+            await a.renew()
+            await asyncio.wait_for(asked.wait(), SECONDS)
+        else:
+            accepting = asyncio.create_task(a.submit("x [hold]"))
+            await asyncio.wait_for(asked.wait(), SECONDS)
+            (job,) = (await b.store.page()).jobs
+        clock.now += LEASE + 1
+        b.engine.state = "ready"
+        await b.renew()
+        await until_running(b, job)
+        await a.renew()
+        told.set()
+        if what == "add":
+            assert (await accepting).id == job.id
+        await asyncio.sleep(0.1)
+        assert board.twice == [] and a.engine.begun == [] and not a.jobs.runner.runs
+        b.engine.release()
+        assert (await ended(a, job)).attempts == 1
+
+    with_nodes(state, use)
+
+
+@pytest.mark.parametrize("what", ["claim", "add"])
+def test_what_is_told_late_is_not_run(tmp_path, what):
+    late(tmp_path, what)
+
+
+def read_meanwhile(state: Path) -> None:
+    """A server is paused while it reads what a job is to be run with, and loses the job meanwhile."""
+
+    async def use(a, b, clock, board):
+        read, asked, run = asyncio.Event(), asyncio.Event(), a.files.run
+
+        async def late_run(*args):
+            result = await run(*args)
+            asked.set()
+            await read.wait()
+            return result
+
+        a.files.run = late_run
+        job = await a.submit("x [hold]")
+        await asyncio.wait_for(asked.wait(), SECONDS)
+        clock.now += LEASE + 1
+        await b.renew()
+        await until_running(b, job)
+        read.set()  # before its timers go off
+        await asyncio.sleep(0.1)
+        assert board.twice == [] and a.engine.begun == []
+        b.engine.release()
+        assert (await ended(b, job)).attempts == 1
+        await a.renew()
+        await until(lambda: not a.jobs.runner.runs)
+
+    with_nodes(state, use)
+
+
+def test_a_lease_that_ends_while_a_job_is_read_runs_nothing(tmp_path):
+    read_meanwhile(tmp_path)
+
+
 BROKEN = {
     "claims": (sqlite, "_CLAIM", sqlite._CLAIM.replace("DO NOTHING", "DO UPDATE SET lease = :lease"), left_over),
     "fence": (sqlite, "_UPDATE", sqlite._UPDATE.partition(" AND (SELECT lease")[0], claimed_anew),
     "trust": (Lease, "has_lapsed", False, resumed),
+    "lapses": (Lease, "has_lapsed", False, read_meanwhile),
+    "covers": (Lease, "covers", lambda self, job: True, read_meanwhile),
 }
 
 

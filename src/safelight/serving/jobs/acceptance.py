@@ -85,6 +85,6 @@ class Acceptance:
             raise
         if accepted.id != job.id:
             await self._retention.remove_files(job.id, files)
-        elif accepted is job and not self._runner.stops:  # else whoever finds it takes it up
+        elif accepted is job and job.lease == self._lease.number and not self._runner.stops:  # else whoever finds it
             self._runner.launch(Run(job, client, is_new=True))
         return accepted

@@ -25,7 +25,7 @@ class Lease:
         runner: of the jobs that it holds.
 
     Attributes:
-        number: as the store counts; 0, which is nobody's, before it has begun.
+        number: as the store counts; 0, which is nobody's, before it has begun and where it is lost.
 
     """
 
@@ -40,6 +40,13 @@ class Lease:
         """Whether another server may have been given this one's jobs, by this one's own clock."""
         passed = self._runner.clocks.moment().since(self._renewed)
         return not self._store.is_exclusive and (passed is None or passed >= self._seconds)
+
+    def covers(self, job: Job) -> bool:
+        """Say whether a job may be run: it was claimed by this very lease, which has not lapsed.
+
+        One that was lost meanwhile does not come back with the next, which others may have claimed it before.
+        """
+        return job.lease == self.number and not self.has_lapsed
 
     async def begin(self) -> None:
         """Get another lease; what the last one held may be claimed again, as what nobody holds."""
@@ -59,7 +66,8 @@ class Lease:
         if not self.has_lapsed:  # if it has, the store is not asked, which may take long
             held = await self._store.renew_lease(self.number, self._seconds)
         if held is None:
-            for run in runs:
+            self.number = 0
+            for run in list(self._runner.runs.values()):
                 run.is_lost = True
                 self._runner.stop(run)
             await self.begin()
@@ -96,7 +104,7 @@ class Lease:
             except Exception:  # a job's boundary: its record is damaged, and the others' are not
                 logger.exception("job %s cannot be read", job_id)
                 job = None
-            if job is not None and not job.finished and job_id in self._backlog:
+            if job is not None and not job.finished and job_id in self._backlog and job.lease == self.number:
                 self._runner.launch(Run(job)).add_done_callback(lambda _: places.release())
             else:
                 places.release()

@@ -54,7 +54,7 @@ class JobManager:
     ) -> None:
         self.store, self.outputs = store, outputs
         self.runner = Runner(
-            store, outputs, engine, limits or JobLimits(), clocks or Clocks(), lambda: not self.lease.has_lapsed
+            store, outputs, engine, limits or JobLimits(), clocks or Clocks(), lambda job: self.lease.covers(job)
         )
         self.expiry, self.retention = self.runner.expiry, self.runner.retention
         self.lease = Lease(server, self.runner)

@@ -64,7 +64,7 @@ class Runner:
     """Runs jobs on one engine. Its methods are for the event loop's thread.
 
     Args:
-        may_begin: whether the lease allows that a request is given to the engine.
+        may_begin: whether the lease allows that a job is given to the engine.
 
     Attributes:
         store, files, engine, retention, expiry, limits, clocks: what it works with.
@@ -81,7 +81,7 @@ class Runner:
         engine: EngineClient,
         limits: JobLimits,
         clocks: Clocks,
-        may_begin: Callable[[], bool],
+        may_begin: Callable[[Job], bool],
     ) -> None:
         self.store, self.files, self.engine, self.limits, self.clocks = store, files, engine, limits, clocks
         self.expiry = Expiry(clocks, limits.keep_seconds)
@@ -192,9 +192,10 @@ class Runner:
                 self._left.clear()
                 with contextlib.suppress(QueueFullError, NotReadyError):
                     schema = self.engine.schema
-                    if schema is not None and self._may_begin() and self._may_submit(run.job):
+                    if schema is not None and self._may_begin(run.job) and self._may_submit(run.job):
                         if params is None:
                             params = await self.files.run(read_params, run.job, schema, self.files.open)
+                            continue  # the lease may have ended meanwhile
                         name = f"{run.job.id}.{run.job.attempts + 1}.{run.job.request_id}"
                         return self.engine.submit(GenerationRequest(name, params, run.job.priority, form=run.job.form))
                 # The engine tells nobody when it becomes ready, or when it has room after somebody else's request.
