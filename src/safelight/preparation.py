@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safelight import media
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SEED_RANGE = 2**53
 """Drawn seeds stay below it, so that a browser's JSON holds them."""
@@ -28,11 +32,12 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
     """
     asked = schema.params_cls.from_fields(fields)
     options, images, opened = asked.options(), _as_list(asked.image), dict[str, Any]()
-    if images:
-        opened["image"] = tuple(media.open_image(image, mode=asked.image_mode) for image in images)
     for name, value in asked.set_fields().items():
-        if options[name].kind == "image":
-            opened[name] = media.open_image(value, name, asked.image_mode)
+        if options[name].kind in ("image", "images"):
+            single = options[name].kind == "image"
+            opened[name] = (
+                _opened(asked, name, value) if single else tuple(_opened(asked, name, each) for each in _as_list(value))
+            )
     params = dataclasses.replace(asked, **opened).resolve(schema)
     assert params.n is not None
     if params.seed is None:
@@ -63,6 +68,19 @@ def warm_up_params(schema: ModelSchema) -> SamplingParams:
     if schema.params_cls.num_steps is not SamplingParams.num_steps:  # the model's steps are its own
         kept.pop("num_inference_steps", None)
     return prepare(schema, kept)[0]
+
+
+def _opened(asked: SamplingParams, name: str, value: Any) -> Image.Image:
+    """Return a field's picture, in the mode that it is used in.
+
+    Raises:
+        InvalidParameterError: if it is none, or has no transparency where that says what it says.
+
+    """
+    image = media.open_image(value, name, asked.mode_of(name))
+    if asked.needs_alpha(name) and not media.has_alpha(value):
+        raise InvalidParameterError(name, "a picture without transparency", asked.options()[name].help)
+    return image
 
 
 def _as_list(image: Any) -> list[Any]:
