@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +83,34 @@ def needed_components(class_name: str) -> set[str]:
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     empty = inspect.Parameter.empty
     return {each.name for each in parameters if each.default is empty and each.name not in cls._optional_components}
+
+
+def expected_classes(class_name: str, component: str) -> tuple[type, ...]:
+    """Return the classes of networks that a pipeline of the package has a component of; nothing of what is no network."""
+    import diffusers
+
+    types = getattr(diffusers, class_name)._get_signature_types().get(component, ())
+    return tuple(each for each in types if isinstance(each, type) and issubclass(each, nn.Module))
+
+
+def unloadable(class_name: str) -> str:
+    """Say which component of a pipeline of the package no repository can have here; nothing where each can be had."""
+    import diffusers
+
+    types = getattr(diffusers, class_name)._get_signature_types()
+    for name in sorted(needed_components(class_name)):
+        lacking = [missing_packages(each) for each in types.get(name, ())]
+        if lacking and all(lacking):
+            return f"{name} needs {' and '.join(lacking[0])}"
+    return ""
+
+
+def missing_packages(cls: Any) -> list[str]:
+    """Return the packages that are not installed, and that the diffusers package has a stand-in for a class without."""
+    from diffusers.utils.import_utils import DummyObject
+
+    needed = cls._backends if isinstance(cls, DummyObject) else ()
+    return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
 def check_component(folder: Path, name: str, entry: Any) -> type:

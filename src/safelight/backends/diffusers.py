@@ -76,7 +76,7 @@ def pipeline_entry(class_name: str, components: Collection[str] = ()) -> Pipelin
         ModelIndexError: if it has no such class.
 
     """
-    _pipeline_class(class_name)
+    _pipeline_class(class_name)  # which says that there is none
     params_cls = params_of(class_name, components)
     return PipelineEntry(FAMILY, class_name, __name__, (), params_cls, DiffusersConfig, backend=FAMILY)
 

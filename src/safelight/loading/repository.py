@@ -199,6 +199,19 @@ def _checked(repository: Repository, weights: bool, variant: str | None) -> Repo
     return dataclasses.replace(repository, variant=choose_variant(files, variant))
 
 
+def _takes_latents_alone(path: Path, elsewhere: Mapping[str, Path]) -> bool:
+    """Say whether a model's UNet is given latents and nothing beside: one that is does what it was made for alone."""
+    configs = []
+    for name in ("unet", "vae"):
+        folder = elsewhere.get(name, path / name)
+        if not (folder / "config.json").is_file():
+            return True
+        check_inside(folder if name in elsewhere else path, folder / "config.json")
+        configs.append(read_json(folder / "config.json"))
+    unet, vae = configs
+    return bool(unet.get("in_channels", 4) == vae.get("latent_channels", 4))
+
+
 def _check_change(repository: Repository, change: Change) -> None:
     """Refuse a component that the pipeline does not take, and one of the package's without one that it needs."""
     takes = repository.component_names()
@@ -210,6 +223,12 @@ def _check_change(repository: Repository, change: Change) -> None:
         return
     from safelight.backends import components
 
+    for component, found in change.added.items():
+        expected = components.expected_classes(class_name, component)
+        cls = components.component_class(*found.entry)
+        if expected and cls is not None and not issubclass(cls, expected):
+            takes = f"{' or '.join(each.__name__ for each in expected)} for {class_name}"
+            raise InvalidParameterError(f"component[{component!r}]", found.entry[1], takes)
     lacking = sorted(components.needed_components(class_name) - {*takes})
     if lacking:
         added = f"component adds {'it' if len(lacking) == 1 else 'them'}, as {lacking[0]}=PATH_OR_ID"
@@ -228,14 +247,16 @@ def _read(name: str, path: Path, backend: str, change: Change) -> Repository:
     class_name = change.pipeline or index.get("_class_name")
     if not isinstance(class_name, str):
         raise ModelIndexError(f"{INDEX_NAME}: _class_name: got {class_name!r}; it takes a pipeline's class name")
-    entry = _pipeline_entry(class_name, backend, index, is_set=change.pipeline is not None)
+    folders = {component: found.folder for component, found in change.added.items()}
+    entry = _pipeline_entry(class_name, backend, index, change.pipeline is not None)
+    if entry.backend != "native" and not _takes_latents_alone(path, folders):
+        entry = _pipeline_entry(class_name, backend, {}, is_set=True)
     notes: tuple[str, ...] = ()
     if backend == "auto":
         notes = (f"{class_name} has no family here: it runs through the {entry.backend} package",)
         if entry.backend == "native":
             entry, notes = _with_fallback(entry, index)
-    elsewhere = {component: found.folder for component, found in change.added.items()}
-    repository = Repository(name, path, index, entry, notes, elsewhere=elsewhere)
+    repository = Repository(name, path, index, entry, notes, elsewhere=folders)
     _check_change(repository, change)
     return repository
 
