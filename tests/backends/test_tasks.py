@@ -250,8 +250,14 @@ def test_a_component_and_a_class_add_what_the_index_lacks(controlled, seed):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"pipeline": "NoPipeline"}, "pipeline: got 'NoPipeline'; it takes a class that `safelight models --all` lists"),
-        ({"pipeline": "StableDiffusionControlNetPipeline"}, "needs controlnet, which the model has not; component adds"),
+        (
+            {"pipeline": "NoPipeline"},
+            "pipeline: got 'NoPipeline'; it takes a class that `safelight models --all` lists",
+        ),
+        (
+            {"pipeline": "StableDiffusionControlNetPipeline"},
+            "needs controlnet, which the model has not; component adds",
+        ),
         ({"component": {"controlnet": "OWN"}}, "component: got 'controlnet'; it takes components of StableDiffusionP"),
         ({"component": {"vae": "/nowhere/at/all"}}, "component['vae']: got '/nowhere/at/all'; it takes a folder, or"),
         ({"component": {"vae": "EMPTY"}}, "it takes a folder with config.json or scheduler_config.json"),

@@ -1,4 +1,4 @@
-"""Masks over HTTP, by OpenAI's own SDK and as the package has them: of a model whose index names text to image alone."""
+"""Masks over HTTP, by OpenAI's SDK and as the package has them: of a model whose index names text to image alone."""
 
 from __future__ import annotations
 

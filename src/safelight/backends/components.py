@@ -86,7 +86,7 @@ def needed_components(class_name: str) -> set[str]:
 
 
 def expected_classes(class_name: str, component: str) -> tuple[type, ...]:
-    """Return the classes of networks that a pipeline of the package has a component of; nothing of what is no network."""
+    """Return the classes of which a pipeline of the package has a component that is a network."""
     import diffusers
 
     types = getattr(diffusers, class_name)._get_signature_types().get(component, ())
@@ -135,7 +135,7 @@ def check_component(folder: Path, name: str, entry: Any) -> type:
     return cls
 
 
-def is_taken_apart(cls: type) -> bool:
+def is_taken_apart(cls: Any) -> bool:
     """Say whether a class is a processor of videos beside images, which needs a package that is not there."""
     import transformers
     from transformers.utils.import_utils import is_torchvision_available

@@ -57,9 +57,7 @@ def schema(
     from safelight.loading.repository import open_repository
 
     added = dict(component)
-    repository = open_repository(
-        model, revision, backend=backend, weights=False, pipeline=pipeline, component=added
-    )
+    repository = open_repository(model, revision, backend=backend, weights=False, pipeline=pipeline, component=added)
     click.echo(json.dumps(describe(repository).json_schema(), indent=2))
 
 

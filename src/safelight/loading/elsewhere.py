@@ -1,4 +1,4 @@
-"""Components that are not the model's own: from a folder, or a Hub id, of which each names what it is. Imports no torch."""
+"""Components that are not the model's own: each a folder, or a Hub id, that says what it is. Imports no torch."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def found_elsewhere(component: str, where: str, weights: bool, variant: str | No
         raise InvalidParameterError(f"component[{component!r}]", where, "a name of a component, and its folder")
     if (root / INDEX_NAME).is_file():
         check_inside(root, root / INDEX_NAME)
-        entry = read_json(root / INDEX_NAME).get(component)
-        if not is_class(entry):
+        index = read_json(root / INDEX_NAME)
+        if not is_class(index.get(component)):
             raise InvalidParameterError(f"component[{component!r}]", where, f"a model with a {component}; it has none")
-        return Elsewhere(root / component, (entry[0], entry[1]))
+        return Elsewhere(root / component, (index[component][0], index[component][1]))
     for name in CONFIG_NAMES:
         if (root / name).is_file():
             check_inside(root, root / name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from safelight.errors import ModelAccessError, ModelError, ModelIndexError, ModelNotFoundError
-from safelight.loading.variants import choose_variant, kept
+from safelight.loading.variants import choose_variant, kept, own_variant
 
 T = TypeVar("T")
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")

@@ -7,7 +7,6 @@ import functools
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn

@@ -14,8 +14,8 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError, ModelNotFoundError, shown
 from safelight.loading import hub
 from safelight.loading.classes import LIBRARY_CLASSES
-from safelight.loading.files import check_inside, read_json
 from safelight.loading.elsewhere import CONFIG_NAMES, Change, existing, found_elsewhere
+from safelight.loading.files import check_inside, read_json
 from safelight.loading.gate import check_folder, check_model, is_class
 from safelight.loading.hub import DEFAULTS_NAME, INDEX_NAME
 from safelight.loading.variants import choose_variant, own_variant
@@ -227,8 +227,8 @@ def _check_change(repository: Repository, change: Change) -> None:
         expected = components.expected_classes(class_name, component)
         cls = components.component_class(*found.entry)
         if expected and cls is not None and not issubclass(cls, expected):
-            takes = f"{' or '.join(each.__name__ for each in expected)} for {class_name}"
-            raise InvalidParameterError(f"component[{component!r}]", found.entry[1], takes)
+            wanted = " or ".join(each.__name__ for each in expected)
+            raise InvalidParameterError(f"component[{component!r}]", found.entry[1], f"{wanted} for {class_name}")
     lacking = sorted(components.needed_components(class_name) - {*takes})
     if lacking:
         added = f"component adds {'it' if len(lacking) == 1 else 'them'}, as {lacking[0]}=PATH_OR_ID"

@@ -43,7 +43,7 @@ def try_out(component: Any, where: str) -> None:
 
 
 def check_steps(component: Any, where: str) -> None:
-    """Check the steps of a component that is a tokenizer, or a processor with one, as they are in the end: from its files, and from its class.
+    """Check the steps of a tokenizer, or a processor's, as they are in the end: from its files, and from its class.
 
     Raises:
         ModelIndexError: as `check_part`.

@@ -187,7 +187,7 @@ class Failed(Message, frozen=True):
 
 
 class WireParams(msgspec.Struct, frozen=True):
-    """What a class of parameters that no family wrote consists of: the arguments of `make_params_cls`, and its tasks."""
+    """What a class of parameters that no family wrote consists of: arguments of `make_params_cls`, and its tasks."""
 
     name: str
     own: dict[str, Option]
