@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safelight import media
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
-from safelight.errors import InvalidParameterError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SEED_RANGE = 2**53
 """Drawn seeds stay below it, so that a browser's JSON holds them."""
@@ -70,17 +66,9 @@ def warm_up_params(schema: ModelSchema) -> SamplingParams:
     return prepare(schema, kept)[0]
 
 
-def _opened(asked: SamplingParams, name: str, value: Any) -> Image.Image:
-    """Return a field's picture, in the mode that it is used in.
-
-    Raises:
-        InvalidParameterError: if it is none, or has no transparency where that says what it says.
-
-    """
-    image = media.open_image(value, name, asked.mode_of(name))
-    if asked.needs_alpha(name) and not media.has_alpha(value):
-        raise InvalidParameterError(name, "a picture without transparency", asked.options()[name].help)
-    return image
+def _opened(asked: SamplingParams, name: str, value: Any) -> Any:
+    """Return a field's picture, in the mode that it is used in."""
+    return media.open_image(value, name, asked.mode_of(name), asked.needs_alpha(name))
 
 
 def _as_list(image: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from tests.backends.conftest import BUILDERS
 from tests.loading.conftest import edit_json
 from tests.recipes import flux
 
+SEEDS = [0, pytest.param(7, marks=pytest.mark.slow)]
 SIZE = (64, 32)
 """Width and height."""
 PICTURE = Image.linear_gradient("L").resize(SIZE).convert("RGB")
@@ -82,7 +83,7 @@ def sized(cls):
     return {} if cls in SIZED else {"height": SIZE[1], "width": SIZE[0]}
 
 
-@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_picture_selects_and_a_mask_too(model, name, seed):
     folder, generator = model(name)
@@ -128,7 +129,7 @@ def test_pictures_matter(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_picture_selects_the_pipeline_of_videos(model, seed):
     folder, generator = model("LTXPipeline")
     fields = {"prompt": "a cat", "height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 3}
@@ -225,7 +226,7 @@ def controlled(checkpoint, tmp_path_factory):
     return folder, own
 
 
-@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_component_and_a_class_add_what_the_index_lacks(controlled, seed):
     folder, own = controlled
     settings: dict[str, Any] = {"pipeline": "StableDiffusionControlNetPipeline", "component": {"controlnet": str(own)}}

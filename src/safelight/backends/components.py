@@ -93,18 +93,6 @@ def expected_classes(class_name: str, component: str) -> tuple[type, ...]:
     return tuple(each for each in types if isinstance(each, type) and issubclass(each, nn.Module))
 
 
-def unloadable(class_name: str) -> str:
-    """Say which component of a pipeline of the package no repository can have here; nothing where each can be had."""
-    import diffusers
-
-    types = getattr(diffusers, class_name)._get_signature_types()
-    for name in sorted(needed_components(class_name)):
-        lacking = [missing_packages(each) for each in types.get(name, ())]
-        if lacking and all(lacking):
-            return f"{name} needs {' and '.join(lacking[0])}"
-    return ""
-
-
 def missing_packages(cls: Any) -> list[str]:
     """Return the packages that are not installed, and that the diffusers package has a stand-in for a class without."""
     from diffusers.utils.import_utils import DummyObject

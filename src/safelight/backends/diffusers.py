@@ -25,7 +25,7 @@ from safelight.backends.tasks import over_the_same, params_of
 from safelight.core.calls import ModelCall
 from safelight.core.components import Components
 from safelight.core.config import PipelineConfig
-from safelight.core.package_params import MASK, MASK_IMAGE, PackageParams
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import PipelineEntry
@@ -34,6 +34,7 @@ from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
 from safelight.core.stage import Steps as Coroutine
+from safelight.core.tasks import MASK, MASK_IMAGE
 from safelight.core.trees import Tree
 from safelight.errors import ModelIndexError, NonFiniteOutputError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from safelight.backends.components import missing_packages, needed_components, unloadable
+from safelight.backends.components import missing_packages, needed_components
 from safelight.backends.diffusers import has_pipeline
 from safelight.backends.tasks import params_of
 from safelight.errors import ModelIndexError
@@ -48,5 +48,4 @@ def listed_pipelines() -> Iterator[ListedPipeline]:
         except ModelIndexError as error:
             yield ListedPipeline(name, str(error).rpartition("cannot be run: ")[2])
             continue
-        missing = unloadable(name)
-        yield ListedPipeline(name, missing, () if missing else tuple(task.pipeline_name for task in tasks[1:]))
+        yield ListedPipeline(name, others=tuple(task.pipeline_name for task in tasks[1:]))

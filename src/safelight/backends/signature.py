@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from safelight.core.options import Option
-from safelight.core.package_params import PackageParams, Task
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams, make_params_cls
+from safelight.core.tasks import Task
 from safelight.errors import ModelIndexError
 
 KINDS: Mapping[frozenset[Any], str] = {

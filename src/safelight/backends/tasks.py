@@ -11,8 +11,9 @@ from typing import Any
 from safelight.backends.components import needed_components
 from safelight.backends.signature import params_from_signature
 from safelight.core.options import Option
-from safelight.core.package_params import MASK, MASK_IMAGE, PackageParams, Task
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams, make_params_cls
+from safelight.core.tasks import MASK, MASK_IMAGE, Task
 from safelight.errors import ModelIndexError
 
 TABLES = (

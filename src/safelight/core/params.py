@@ -15,8 +15,8 @@ from safelight.core.options import Option, option, options_of
 from safelight.errors import InvalidParameterError, UnknownParameterError
 
 if TYPE_CHECKING:
-    from safelight.core.package_params import Task
     from safelight.core.schema import ModelSchema
+    from safelight.core.tasks import Task
 
 MAX_SEED = 2**64 - 1
 OF_NO_IMAGE = frozenset(

@@ -30,7 +30,7 @@ class ServerArgs:
         variant: of the weights: `fp16` reads `model.fp16.safetensors`, of every component that has it, as in Diffusers;
             None reads the plain files, or, where a component has none, the one variant that there is.
         pipeline: class name of the pipeline that runs the model; None is the one that its index names.
-        component: components from elsewhere, by name, each a folder or a Hub id: what the index lacks, or has otherwise.
+        component: components from elsewhere, by name, each a folder or a Hub id: what the index lacks or has otherwise.
         device: `auto` (CUDA where there is one, else the CPU), or a torch device such as `cpu` or `cuda:1`.
         dtype: of every component: `auto` (float32 on the CPU, bfloat16 elsewhere), `float32`, `bfloat16`, `float16`.
         component_dtypes: exceptions, by the component's name.

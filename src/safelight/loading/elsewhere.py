@@ -68,12 +68,15 @@ def existing(name: str) -> Path | None:
         return None
 
 
-def found_elsewhere(component: str, where: str, weights: bool, variant: str | None) -> Elsewhere:
+def found_elsewhere(
+    component: str, where: str, weights: bool, variant: str | None, there: str | None = None
+) -> Elsewhere:
     """Find a component: a folder of its own, or one of its name in another model's.
 
     Args:
         component: its name.
         where: a folder, or a Hub id, optionally with `@revision`.
+        there: its name in the other model, where that is another.
         weights: whether its weights are needed.
         variant: of the weights, if it has it.
 
@@ -82,20 +85,21 @@ def found_elsewhere(component: str, where: str, weights: bool, variant: str | No
         ModelError: if it may not be read.
 
     """
+    there = there or component
     root = existing(where)
     if root is None:
         if not hub.is_repo_id(where):
             raise InvalidParameterError(f"component[{component!r}]", where, "a folder, or a Hub id (owner/name)")
         repo_id, _, revision = where.partition("@")
-        root = hub.download_component(repo_id, revision or None, component, weights, variant)
+        root = hub.download_component(repo_id, revision or None, there, weights, variant)
     if not root.is_dir() or Path(component).name != component:
         raise InvalidParameterError(f"component[{component!r}]", where, "a name of a component, and its folder")
     if (root / INDEX_NAME).is_file():
         check_inside(root, root / INDEX_NAME)
         index = read_json(root / INDEX_NAME)
-        if not is_class(index.get(component)):
-            raise InvalidParameterError(f"component[{component!r}]", where, f"a model with a {component}; it has none")
-        return Elsewhere(root / component, (index[component][0], index[component][1]))
+        if not is_class(index.get(there)):
+            raise InvalidParameterError(f"component[{component!r}]", where, f"a model with a {there}; it has none")
+        return Elsewhere(root / there, (index[there][0], index[there][1]))
     for name in CONFIG_NAMES:
         if (root / name).is_file():
             check_inside(root, root / name)

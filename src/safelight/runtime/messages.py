@@ -17,11 +17,12 @@ from PIL import Image
 from safelight.core.architecture import Architecture
 from safelight.core.form import EAGER, Form
 from safelight.core.options import Option
-from safelight.core.package_params import PackageParams, Task
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams, make_params_cls
 from safelight.core.registry import get_pipeline, pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.stage_memory import StageMemory
+from safelight.core.tasks import Task
 from safelight.encoded import EncodedImage
 from safelight.runtime.settings import EngineSettings
 
