@@ -120,7 +120,7 @@ def load(
     cls = _pipeline_class(schema.pipeline_name)
     own = {name: server_args.component_dtype(name) for name in server_args.component_dtypes}
     dtypes = {"default": server_args.component_dtype(""), **own}
-    pipe = cls.from_pretrained(
+    pipe = unconnected(cls).from_pretrained(
         path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True, **apart
     )
     pipe.set_progress_bar_config(disable=True)
@@ -128,6 +128,13 @@ def load(
     pipe.to(server_args.torch_device())
     components = Components({"pipeline": pipe, **names_of_networks(pipe)})
     return DiffusersPipeline(components, DiffusersConfig(), schema, server_args)
+
+
+def unconnected(cls: Any) -> Any:
+    """Return a pipeline class that loads what its index names alone, and nothing that a README names."""
+    if not cls._load_connected_pipes:
+        return cls
+    return type(cls.__name__, (cls,), {"_load_connected_pipes": False, "__module__": cls.__module__})
 
 
 def _pipeline_class(class_name: str) -> Any:

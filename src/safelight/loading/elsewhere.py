@@ -38,11 +38,13 @@ class Elsewhere:
     Attributes:
         folder: with its files.
         entry: library and class, as an index has them.
+        is_asked_for: by name, and not as one of another model's.
 
     """
 
     folder: Path
     entry: tuple[str, str]
+    is_asked_for: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,12 @@ def existing(name: str) -> Path | None:
         return None
 
 
-def found_elsewhere(
-    component: str, where: str, weights: bool, variant: str | None, there: str | None = None
-) -> Elsewhere:
+def found_elsewhere(component: str, where: str, weights: bool, variant: str | None) -> dict[str, Elsewhere]:
     """Find a component: a folder of its own, or one of its name in another model's.
 
     Args:
-        component: its name.
+        component: its name; of the form `prior_*`, every component of another model, as `prior_NAME`.
         where: a folder, or a Hub id, optionally with `@revision`.
-        there: its name in the other model, where that is another.
         weights: whether its weights are needed.
         variant: of the weights, if it has it.
 
@@ -85,26 +84,31 @@ def found_elsewhere(
         ModelError: if it may not be read.
 
     """
-    there = there or component
+    field, prefix = f"component[{component!r}]", component.removesuffix("*") if component.endswith("_*") else None
     root = existing(where)
     if root is None:
         if not hub.is_repo_id(where):
-            raise InvalidParameterError(f"component[{component!r}]", where, "a folder, or a Hub id (owner/name)")
+            raise InvalidParameterError(field, where, "a folder, or a Hub id (owner/name)")
         repo_id, _, revision = where.partition("@")
-        root = hub.download_component(repo_id, revision or None, there, weights, variant)
+        wanted = None if prefix is not None else component
+        root = hub.download_component(repo_id, revision or None, wanted, weights, variant)
     if not root.is_dir() or Path(component).name != component:
-        raise InvalidParameterError(f"component[{component!r}]", where, "a name of a component, and its folder")
+        raise InvalidParameterError(field, where, "a name of a component, and its folder")
     if (root / INDEX_NAME).is_file():
         check_inside(root, root / INDEX_NAME)
         index = read_json(root / INDEX_NAME)
-        if not is_class(index.get(there)):
-            raise InvalidParameterError(f"component[{component!r}]", where, f"a model with a {there}; it has none")
-        return Elsewhere(root / there, (index[there][0], index[there][1]))
+        there = {name: entry for name, entry in index.items() if is_class(entry) and Path(name).name == name}
+        if prefix is not None:
+            return {prefix + name: Elsewhere(root / name, tuple(entry), False) for name, entry in there.items()}
+        if component in there:
+            return {component: Elsewhere(root / component, tuple(there[component]))}
+        raise InvalidParameterError(field, where, f"a model with a {component}; it has none")
     for name in CONFIG_NAMES:
-        if (root / name).is_file():
+        if prefix is None and (root / name).is_file():
             check_inside(root, root / name)
-            return Elsewhere(root, _named_in(read_json(root / name), f"{component}: {name}"))
-    raise InvalidParameterError(f"component[{component!r}]", where, f"a folder with {' or '.join(CONFIG_NAMES)}")
+            return {component: Elsewhere(root, _named_in(read_json(root / name), f"{component}: {name}"))}
+    takes = INDEX_NAME if prefix is not None else " or ".join(CONFIG_NAMES)
+    raise InvalidParameterError(field, where, f"a folder with {takes}")
 
 
 def _named_in(config: Mapping[str, Any], where: str) -> tuple[str, str]:

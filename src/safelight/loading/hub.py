@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from safelight.errors import ModelAccessError, ModelError, ModelIndexError, ModelNotFoundError
-from safelight.loading.variants import choose_variant, kept, own_variant
+from safelight.loading.variants import choose_variant, kept
 
 T = TypeVar("T")
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
@@ -63,13 +63,15 @@ def download_components(
     )
 
 
-def download_component(repo_id: str, revision: str | None, component: str, weights: bool, variant: str | None) -> Path:
-    """Download one component, and return the snapshot's folder: a repository of its own, or one with an index.
+def download_component(
+    repo_id: str, revision: str | None, component: str | None, weights: bool, variant: str | None
+) -> Path:
+    """Download one component, or all, and return the snapshot's folder: a repository of its own, or one with an index.
 
     Args:
         repo_id: the repository.
         revision: branch, tag or commit.
-        component: its name, which is its folder's in a repository with an index.
+        component: its name, which is its folder's in a repository with an index; None for all that an index names.
         weights: whether its weights are downloaded.
         variant: of the weights, if the component has it.
 
@@ -83,16 +85,18 @@ def download_component(repo_id: str, revision: str | None, component: str, weigh
         try:
             return HfApi().list_repo_files(repo_id, revision=revision)
         except (errors.HTTPError, OSError):  # type: ignore[attr-defined]  # httpx's, as bundled there
-            cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+            known = ["*.json"] if component is None else [INDEX_NAME, "config.json", f"{component}/config.json"]
+            cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=known))
             return [path.relative_to(cached).as_posix() for path in cached.rglob("*")]
 
     names = _in_words(repo_id, revision, listed)
-    folder = component if INDEX_NAME in names else ""
-    own = [path.rpartition("/")[2] for path in names if path.rpartition("/")[0] == folder]
-    own = [name for name in own if name.endswith((*_CONFIG_SUFFIXES, _WEIGHT_SUFFIX) if weights else _CONFIG_SUFFIXES)]
-    chosen = own_variant(own, variant)
-    files = [path.removeprefix("/") for path in kept({folder: own}, chosen)]
-    patterns = [INDEX_NAME, *map(glob.escape, files)]
+    suffixes = (*_CONFIG_SUFFIXES, _WEIGHT_SUFFIX) if weights else _CONFIG_SUFFIXES
+    folders: dict[str, list[str]] = {}
+    for folder, _, name in (path.rpartition("/") for path in names if path.endswith(suffixes)):
+        if (folder in ("", component) or component is None) and bool(folder) == (INDEX_NAME in names):
+            folders.setdefault(folder, []).append(name)
+    files = kept(folders, variant)
+    patterns = [INDEX_NAME, *(glob.escape(path.removeprefix("/")) for path in files)]
     return Path(
         _in_words(repo_id, revision, lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     )

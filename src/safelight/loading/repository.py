@@ -14,13 +14,15 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError, ModelNotFoundError, shown
 from safelight.loading import hub
 from safelight.loading.classes import LIBRARY_CLASSES
-from safelight.loading.elsewhere import CONFIG_NAMES, Change, existing, found_elsewhere
+from safelight.loading.elsewhere import CONFIG_NAMES, Change, Elsewhere, existing, found_elsewhere
 from safelight.loading.files import check_inside, read_json
 from safelight.loading.gate import check_folder, check_model, is_class
 from safelight.loading.hub import DEFAULTS_NAME, INDEX_NAME
 from safelight.loading.variants import choose_variant, own_variant
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "shapes"
+CONNECTED = "prior_"
+"""What the names of the components begin with that the package has from a second repository."""
 LOOP = "transformer"
 """What the names of the denoising loop's components begin with."""
 
@@ -148,7 +150,9 @@ def open_repository(
             a pipeline that there is not; a component that it does not take, or lacks.
 
     """
-    added = {name: found_elsewhere(name, where, weights, variant) for name, where in (component or {}).items()}
+    added: dict[str, Elsewhere] = {}
+    for added_name, where in (component or {}).items():
+        added |= found_elsewhere(added_name, where, weights, variant)
     change = Change(pipeline, added)
     name = str(model) if model is not None else str(SHIPPED_MODEL)
     path = existing(name)
@@ -216,8 +220,8 @@ def _check_change(repository: Repository, change: Change) -> None:
     """Refuse a component that the pipeline does not take, and one of the package's without one that it needs."""
     takes = repository.component_names()
     class_name = repository.pipeline.pipeline_name
-    for component in change.added:
-        if component not in takes:
+    for component, found in change.added.items():
+        if component not in takes and found.is_asked_for:
             raise InvalidParameterError("component", component, f"components of {class_name}: {', '.join(takes)}")
     if repository.pipeline.backend == "native":
         return
@@ -232,6 +236,8 @@ def _check_change(repository: Repository, change: Change) -> None:
     lacking = sorted(components.needed_components(class_name) - {*takes})
     if lacking:
         added = f"component adds {'it' if len(lacking) == 1 else 'them'}, as {lacking[0]}=PATH_OR_ID"
+        if all(name.startswith(CONNECTED) for name in lacking):
+            added = f"component adds them, as {CONNECTED}*=PATH_OR_ID"
         text = f"{class_name} needs {' and '.join(lacking)}, which the model has not; {added}"
         if change.pipeline is not None:
             raise InvalidParameterError("pipeline", class_name, f"what the model has the components for: {text}")
