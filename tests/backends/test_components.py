@@ -197,7 +197,7 @@ def test_a_processor_of_videos_is_taken_apart(processor_folder, name):
     """Those of transformers ask for torchvision: of them the tokenizer and the image processor are used alone."""
     cls = component_class("transformers", name)
     assert is_taken_apart(cls) and not is_taken_apart(component_class("transformers", "CLIPProcessor"))
-    with pytest.raises(ImportError, match="(?i)torchvision"):
+    with pytest.raises(ImportError, match=r"(?i)torchvision"):
         cls.from_pretrained(processor_folder)
     processor = load_component(cls, processor_folder, torch.float32, None)
     assert isinstance(processor, cls) and processor.video_processor is None
@@ -213,6 +213,14 @@ def test_a_processor_of_videos_is_taken_apart(processor_folder, name):
     wanted = tokenizer(text.replace(processor.image_token, processor.image_token * num_tokens)).input_ids
     assert made.input_ids.tolist() == [wanted] and num_tokens == 2
     assert processor.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi"
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "preprocessor_config.json"])
+def test_a_part_of_another_class_is_refused(processor_folder, file):
+    changes: dict[str, Any] = {"tokenizer_class": "Mine", "image_processor_type": "Mine"}
+    edit_json(processor_folder / file, **changes, auto_map={"AutoTokenizer": "model.Mine"})
+    with pytest.raises(ModelIndexError, match=r"processor: \w+: class 'Mine' is refused"):
+        load_component(component_class("transformers", PROCESSORS[0]), processor_folder, torch.float32, None)
 
 
 def test_a_model_with_a_processor_of_videos_runs(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,25 @@ def _load_apart(cls: Any, folder: Path) -> Any:
 
 
 def _part(name: str, folder: Path) -> Any:
+    """Load a processor's part, by the class that the part's own configuration names.
+
+    Raises:
+        ModelIndexError: if that is none of transformers: an automatic choice would ask for code of the repository.
+
+    """
     import transformers
 
-    loaders = {"tokenizer": transformers.AutoTokenizer, "image_processor": transformers.AutoImageProcessor}
-    loader = loaders.get(name, transformers.AutoFeatureExtractor)
-    return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if name == "tokenizer":
+        named = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("tokenizer_class")
+    else:
+        settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
+        named = settings.get("image_processor_type")
+    cls: Any = component_class("transformers", str(named).removesuffix("Fast"))
+    if cls is None:
+        raise ModelIndexError(
+            f"{folder.name}: {name}: class {named!r} is refused; only those of transformers are loaded"
+        )
+    return cls.from_pretrained(folder, local_files_only=True)
 
 
 @functools.cache

@@ -36,7 +36,7 @@ def models(every: bool) -> None:
         for path in entry.hf_model_paths:
             click.echo(f"    {path}")
     if every:
-        from safelight.backends.listing import listed_pipelines
+        from safelight.loading.listing import listed_pipelines
 
         for listed in listed_pipelines():
             if listed.name not in pipelines():

@@ -6,8 +6,8 @@ import diffusers
 import pytest
 
 from safelight.backends.diffusers import has_pipeline
-from safelight.backends.listing import listed_pipelines
 from safelight.cli.main import main
+from safelight.loading.listing import listed_pipelines
 
 
 @pytest.fixture(scope="module")
