@@ -354,9 +354,9 @@ HTTP_ARGS = (
     "unit_limit first_unit_limit heartbeat_limit"
 )
 SERVER_ARGS = (
-    "model revision variant device dtype component_dtypes backend attention_backend kernels offload memory_limit "
-    "compile cuda_graphs devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel vae_tiling "
-    "conditioning_cache"
+    "model revision variant pipeline component device dtype component_dtypes backend attention_backend kernels offload "
+    "memory_limit compile cuda_graphs devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel "
+    "vae_tiling conditioning_cache"
 )
 
 
@@ -365,7 +365,7 @@ SERVER_ARGS = (
     [
         (SamplingParams, COMMON_FIELDS, 20),
         (Req, REQ_FIELDS, 28),
-        (ServerArgs, SERVER_ARGS, 25),
+        (ServerArgs, SERVER_ARGS, 27),
         (HTTPArgs, HTTP_ARGS, 25),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -185,8 +185,10 @@ def wire_fields(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
     """Return what of an output's parameters is not the model's default, as JSON; images as data URLs."""
     options = params.options()
     fields: dict[str, Any] = {}
-    for name, value in params.set_fields().items():
-        if name in ("output_type", "n") or schema.defaults.get(name) == value:
+    given = params.set_fields()
+    defaults = schema.defaults_for(given)
+    for name, value in given.items():
+        if name in ("output_type", "n") or defaults.get(name) == value:
             continue
         if options[name].kind == "images":
             fields[name] = [data_url(image) for image in value]

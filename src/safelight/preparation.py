@@ -28,11 +28,12 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
     """
     asked = schema.params_cls.from_fields(fields)
     options, images, opened = asked.options(), _as_list(asked.image), dict[str, Any]()
-    if images:
-        opened["image"] = tuple(media.open_image(image, mode=asked.image_mode) for image in images)
     for name, value in asked.set_fields().items():
-        if options[name].kind == "image":
-            opened[name] = media.open_image(value, name, asked.image_mode)
+        if options[name].kind in ("image", "images"):
+            single = options[name].kind == "image"
+            opened[name] = (
+                _opened(asked, name, value) if single else tuple(_opened(asked, name, each) for each in _as_list(value))
+            )
     params = dataclasses.replace(asked, **opened).resolve(schema)
     assert params.n is not None
     if params.seed is None:
@@ -63,6 +64,11 @@ def warm_up_params(schema: ModelSchema) -> SamplingParams:
     if schema.params_cls.num_steps is not SamplingParams.num_steps:  # the model's steps are its own
         kept.pop("num_inference_steps", None)
     return prepare(schema, kept)[0]
+
+
+def _opened(asked: SamplingParams, name: str, value: Any) -> Any:
+    """Return a field's picture, in the mode that it is used in."""
+    return media.open_image(value, name, asked.mode_of(name), asked.needs_alpha(name))
 
 
 def _as_list(image: Any) -> list[Any]:

@@ -132,7 +132,7 @@ class GenerationResult:
                 media.check_output(target, overwrite, entry.has_transparency_data)
         for target, (entry, output, file) in zip(paths, made, strict=True):
             described = output.params.described()
-            metadata = media.file_metadata(self.schema.model, self.schema.pipeline_name, described)
+            metadata = media.file_metadata(self.schema.model, self.schema.pipeline_for(described), described)
             if file is not None and target.suffix.lower() == ".mp4":
                 video.save_file(file, target, overwrite)
             elif makes_video:

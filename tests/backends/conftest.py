@@ -46,24 +46,24 @@ def t5_text(t5, seed):
     )
 
 
-def autoencoder(seed):
+def autoencoder(seed, channels=4):
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         shift_factor=0.06,
     )
     return shake(vae, seed)
 
 
-def stable_diffusion_3(folder):
+def stable_diffusion_3(folder, channels=4):
     clip, t5 = clip_tokenizer(folder / "tokenizer", 16), t5_tokenizer(folder / "tokenizer_3")
     transformer = SD3Transformer2DModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
@@ -75,7 +75,7 @@ def stable_diffusion_3(folder):
     return {
         "transformer": shake(transformer, 1),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": autoencoder(2),
+        "vae": autoencoder(2, channels),
         "text_encoder": clip_text(CLIPTextModelWithProjection, clip, 16, 3),
         "tokenizer": clip,
         "text_encoder_2": clip_text(CLIPTextModelWithProjection, clip, 16, 4),

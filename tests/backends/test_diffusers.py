@@ -19,9 +19,9 @@ from safelight import DiffusionGenerator, ServerArgs
 from safelight.backends.diffusers import describe as describe_pipeline
 from safelight.backends.diffusers import has_pipeline, pipeline_entry
 from safelight.backends.refusals import one_line, refusal
-from safelight.backends.signature import PackageParams
 from safelight.backends.step_thread import StepThread
 from safelight.core.executor import Execution
+from safelight.core.package_params import PackageParams
 from safelight.core.registry import pipelines
 from safelight.errors import (
     CheckpointError,
@@ -121,7 +121,7 @@ def test_a_picture_that_the_safety_checker_blackens_says_so(tmp_path):
 def test_what_a_call_cannot_do_without_is_asked_for(checkpoint, name):
     schema = describe(open_repository(checkpoint(name)))
     assert issubclass(schema.params_cls, PackageParams)
-    for field in sorted(schema.params_cls.required):
+    for field in schema.params_cls.tasks[0].needs:
         fields = {key: value for key, value in FIELDS[name].items() if key != field}
         with pytest.raises(InvalidParameterError, match=field):
             prepare(schema, fields)

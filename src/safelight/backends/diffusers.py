@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
 from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.refusals import refusal
-from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
+from safelight.backends.signature import parameters_of, takes_tuple
 from safelight.backends.solvers import Steps
 from safelight.backends.step_thread import Ask, StepThread
+from safelight.backends.tasks import over_the_same, params_of
 from safelight.core.calls import ModelCall
 from safelight.core.components import Components
 from safelight.core.config import PipelineConfig
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import PipelineEntry
@@ -30,6 +34,7 @@ from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
 from safelight.core.stage import Steps as Coroutine
+from safelight.core.tasks import MASK, MASK_IMAGE
 from safelight.core.trees import Tree
 from safelight.errors import ModelIndexError, NonFiniteOutputError
 
@@ -61,14 +66,19 @@ def has_pipeline(class_name: str) -> bool:
     return isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
 
 
-def pipeline_entry(class_name: str) -> PipelineEntry:
+def pipeline_entry(class_name: str, components: Collection[str] = ()) -> PipelineEntry:
     """Return a registry entry for a public pipeline class of the diffusers package.
+
+    Args:
+        class_name: of the pipeline.
+        components: names of those that a model has, for what else may be done with them.
 
     Raises:
         ModelIndexError: if it has no such class.
 
     """
-    params_cls = params_from_signature(_pipeline_class(class_name).__call__, class_name)
+    _pipeline_class(class_name)  # which says that there is none
+    params_cls = params_of(class_name, components)
     return PipelineEntry(FAMILY, class_name, __name__, (), params_cls, DiffusersConfig, backend=FAMILY)
 
 
@@ -76,7 +86,7 @@ def describe(model: str, class_name: str, params_cls: type[SamplingParams], note
     """Return what a pipeline takes, as far as its signature says it."""
     options = params_cls.options()
     takes_image, makes_video = "image" in options, "num_frames" in options
-    needs_image = issubclass(params_cls, PackageParams) and "image" in params_cls.required
+    needs_image = issubclass(params_cls, PackageParams) and all("image" in task.needs for task in params_cls.tasks)
     inputs = f"{'T' if 'prompt' in options else ''}{'I' if takes_image else ''}" or "T"
     task = f"{inputs}2{'V' if makes_video else 'I'}"
     return ModelSchema(
@@ -91,7 +101,9 @@ def describe(model: str, class_name: str, params_cls: type[SamplingParams], note
     )
 
 
-def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str | None) -> ComposedPipeline:
+def load(
+    path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str | None, apart: Mapping[str, Any]
+) -> ComposedPipeline:
     """Load a pipeline with the package's own loader: local files, safetensors, explicit class, no code of others.
 
     Args:
@@ -99,6 +111,7 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str 
         schema: what the pipeline takes.
         server_args: device and dtypes.
         variant: of the weights, of every component that has it.
+        apart: components that are loaded already.
 
     Raises:
         Exception: whatever the package raises.
@@ -107,12 +120,21 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str 
     cls = _pipeline_class(schema.pipeline_name)
     own = {name: server_args.component_dtype(name) for name in server_args.component_dtypes}
     dtypes = {"default": server_args.component_dtype(""), **own}
-    pipe = cls.from_pretrained(path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True)
+    pipe = unconnected(cls).from_pretrained(
+        path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True, **apart
+    )
     pipe.set_progress_bar_config(disable=True)
     tell_where_images_are(pipe)
     pipe.to(server_args.torch_device())
     components = Components({"pipeline": pipe, **names_of_networks(pipe)})
     return DiffusersPipeline(components, DiffusersConfig(), schema, server_args)
+
+
+def unconnected(cls: Any) -> Any:
+    """Return a pipeline class that loads what its index names alone, and nothing that a README names."""
+    if not cls._load_connected_pipes:
+        return cls
+    return type(cls.__name__, (cls,), {"_load_connected_pipes": False, "__module__": cls.__module__})
 
 
 def _pipeline_class(class_name: str) -> Any:
@@ -141,8 +163,11 @@ class DiffusersPipeline(ComposedPipeline):
     movable: ClassVar[bool] = False
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
-        """Add the one stage."""
-        self.add_stage(DiffusersStage(self.get_module("pipeline"), self.device), "pipeline")
+        """Add the one stage, which has a pipeline of each task over the same components."""
+        pipe, params_cls = self.get_module("pipeline"), self.schema.params_cls
+        assert issubclass(params_cls, PackageParams)
+        pipes = {name: over_the_same(pipe, name) for name in (task.pipeline_name for task in params_cls.tasks[1:])}
+        self.add_stage(DiffusersStage({self.schema.pipeline_name: pipe, **pipes}, self.device), "pipeline")
 
     def forward(self, call: ModelCall) -> Tree:
         """Make a call as the package would: of the network's part and method that it names, in its caches' context.
@@ -175,10 +200,9 @@ class DiffusersStage(PipelineStage):
     What the call holds lies in its own thread, and not in the request: such a request cannot be moved.
     """
 
-    def __init__(self, pipe: Any, device: torch.device) -> None:
-        self.pipe = pipe
+    def __init__(self, pipes: Mapping[str, Any], device: torch.device) -> None:
+        self.pipes = pipes
         self.device = device
-        self.parameters = parameters_of(pipe.__call__)
 
     def run(self, batch: Req, server_args: ServerArgs) -> Coroutine:
         """Run the call to its end, and yield each call that its networks make; closing stops it there."""
@@ -210,11 +234,13 @@ class DiffusersStage(PipelineStage):
             component, method = handed.component, handed.method
             return ask(ModelCall(component, handed.arguments, {}, None, key, static, method, batch.model))
 
-        pipe = borrowed(self.pipe, hand, Steps(generator, tell), self.device)
+        task = batch.params.task_of(batch.params.set_fields())
+        assert task is not None
+        pipe = borrowed(self.pipes[task.pipeline_name], hand, Steps(generator, tell), self.device)
         try:
             with torch.inference_mode():
                 # By name: as a tuple, some are without their outer list.
-                made = pipe(**self._arguments(batch), generator=generator)
+                made = pipe(**arguments(batch.params, parameters_of(pipe.__call__)), generator=generator)
         except Exception as error:  # the package's boundary: what it cannot run is said in its words
             raise refused(type(pipe).__name__, error) from error
         if any(made.get("nsfw_content_detected") or ()):
@@ -222,16 +248,23 @@ class DiffusersStage(PipelineStage):
         media = made.to_tuple()[0]
         batch.outputs.extend(to_output(entry, batch.params.output_type) for entry in media)
 
-    def _arguments(self, batch: Req) -> dict[str, Any]:
-        """Return the pipeline's arguments in its own words."""
-        params = batch.params
-        given = {name: value for name, value in params.set_fields().items() if name in self.parameters}
-        for name, value in given.items():
-            if isinstance(value, tuple) and not takes_tuple(self.parameters[name].annotation):
-                single = params.options()[name].kind == "images" and len(value) == 1
-                given[name] = value[0] if single else list(value)
-        form = "latent" if params.output_type == "latent" else "np"
-        return {**given, "output_type": form}
+
+def arguments(params: SamplingParams, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """Return what a request asks for in the words of a pipeline's call, by its parameters."""
+    given = {name: value for name, value in params.set_fields().items() if name in parameters}
+    for name, value in given.items():
+        if isinstance(value, tuple) and not takes_tuple(parameters[name].annotation):
+            single = params.options()[name].kind == "images" and len(value) == 1
+            given[name] = value[0] if single else list(value)
+    mask = vars(params).get(MASK)
+    if mask is not None:
+        given[MASK_IMAGE] = repainted_where_transparent(mask)
+    return {**given, "output_type": "latent" if params.output_type == "latent" else "np"}
+
+
+def repainted_where_transparent(mask: Image.Image) -> Image.Image:
+    """Return an RGBA mask as the package has masks, in grey: white where it is transparent."""
+    return ImageOps.invert(mask.getchannel("A"))
 
 
 def refused(pipeline_name: str, error: Exception) -> Exception:

@@ -7,16 +7,15 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from PIL import Image
 
 from safelight.core.options import Option
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams, make_params_cls
-from safelight.errors import InvalidParameterError, ModelIndexError
-
-if TYPE_CHECKING:
-    from safelight.core.schema import ModelSchema
+from safelight.core.tasks import Task
+from safelight.errors import ModelIndexError
 
 KINDS: Mapping[frozenset[Any], str] = {
     frozenset({str}): "string",
@@ -32,44 +31,19 @@ KINDS: Mapping[frozenset[Any], str] = {
     frozenset({tuple[int, int]}): "integers",
 }
 """What a parameter's types, None aside, make of it; others are refused."""
+INPUT_KINDS = ("image", "images", "clip")
+"""Kinds of fields that hold pictures and clips."""
 DEFAULT_FPS = 24
 """Of a file, for a pipeline that does not say."""
 OURS = frozenset({"seed", "n", "output_type"})
 """Common fields that every pipeline has here: each is called with a generator, once an output, for arrays."""
 NEEDED = ("generator", "output_type")
 """What a pipeline's call must take to be run here."""
-UNSTATED_SIDE, TOKEN_SIDE, FRAMES_OF_A_TOKEN = 1024, 16, 8
-"""Pixels of a side that the call leaves to the model, and of a latent token's, and its frames: for the estimate of a
-request's cost."""
 REFUSED = {"batch_size": "use n", "callback": "use stream(), which yields after every step"}
 """Arguments of older pipelines that are done otherwise here, and how."""
 
 
-class PackageParams(SamplingParams):
-    """Parameters of a pipeline of the package, whose model alone knows its own size and multiples."""
-
-    required: ClassVar[frozenset[str]] = frozenset()
-    """What the call has no default for."""
-
-    def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
-        """Check that what the call cannot do without is there."""
-        super().validate(schema, given)
-        for name in sorted(self.required):
-            if vars(self)[name] is None:
-                raise InvalidParameterError(name, None, self.options()[name].takes())
-
-    def output_size(self, size_multiple: int) -> tuple[int, int]:
-        """Return (height, width) in pixels; a guess where the call does not say, or is not asked."""
-        return self.height or UNSTATED_SIDE, self.width or UNSTATED_SIDE
-
-    def num_latent_tokens(self, schema: ModelSchema) -> int:
-        """Return an estimate of an output's tokens; VAEs of videos make one latent frame of four or of eight."""
-        height, width = self.output_size(schema.size_multiple)
-        num_frames = 1 + ((self.num_frames or 1) - 1) // FRAMES_OF_A_TOKEN
-        return -(-height // TOKEN_SIDE) * -(-width // TOKEN_SIDE) * num_frames
-
-
-def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingParams]:
+def params_from_signature(call: Callable[..., Any], name: str) -> type[PackageParams]:
     """Return a dataclass of what may be asked of a pipeline, named after it.
 
     Args:
@@ -100,7 +74,9 @@ def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingP
         refused={**refused, **SamplingParams.refused, **REFUSED},
         base=PackageParams,
     )
-    made.required = frozenset(required)  # type: ignore[attr-defined]
+    assert issubclass(made, PackageParams)
+    inputs = tuple(key for key, known in made.options().items() if known.kind in INPUT_KINDS and "latents" not in key)
+    made.tasks = (Task(name, inputs, tuple(sorted(required)), tuple(made.options()), made.defaults),)
     return made
 
 

@@ -19,6 +19,7 @@ from safelight.cli.options import (
     API_KEY_FILE_VARIABLE,
     given,
     given_settings,
+    key_value,
     model_defaults,
     sampling_options,
     setting_options,
@@ -103,12 +104,12 @@ class GenerateCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Add the model's options, then parse."""
-        names = ("model", "revision", "backend", "server", "api-key-file")
-        values: dict[str, str | None] = dict.fromkeys(names)
+        names = ("model", "revision", "backend", "pipeline", "component", "server", "api-key-file")
+        values: dict[str, list[str]] = {name: [] for name in names}
         for index, argument in enumerate(args):
             name, separator, value = argument.partition("=")
             if name.removeprefix("--") in values and name.startswith("--"):
-                values[name.removeprefix("--")] = value if separator else next(iter(args[index + 1 :]), None)
+                values[name.removeprefix("--")] += [value] if separator else args[index + 1 : index + 2]
         ctx.obj = source = _source(ctx, values)
         sampling = sampling_options(source.params_cls, source.defaults)
         self.params = [*GENERATE_OPTIONS, *sampling, *setting_options(ServerArgs)]
@@ -144,11 +145,19 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     console.print(f"seed {seeds}, {event.num_inference_steps} steps, {seconds:.1f} s", style="dim", highlight=False)
 
 
-def _source(ctx: click.Context, values: dict[str, str | None]) -> Source:
+def _source(ctx: click.Context, given: Mapping[str, list[str]]) -> Source:
     """Return what the arguments name; a connection is closed when the command ends, however it does."""
+    values = {name: texts[-1] if texts else None for name, texts in given.items()}
     if values["server"] is None:
-        name, backend = values["model"], values["backend"] or "auto"
-        return local_model(open_repository(name, values["revision"], backend=backend, weights=False))
+        repository = open_repository(
+            values["model"],
+            values["revision"],
+            backend=values["backend"] or "auto",
+            weights=False,
+            pipeline=values["pipeline"],
+            component=dict(map(key_value, given["component"])),
+        )
+        return local_model(repository)
     from safelight.client import RemoteEngine
     from safelight.serving.principals import read_key
 

@@ -7,7 +7,7 @@ subclasses. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,6 +16,7 @@ from safelight.errors import InvalidParameterError, UnknownParameterError
 
 if TYPE_CHECKING:
     from safelight.core.schema import ModelSchema
+    from safelight.core.tasks import Task
 
 MAX_SEED = 2**64 - 1
 OF_NO_IMAGE = frozenset(
@@ -107,6 +108,26 @@ class SamplingParams:
             values[target] = value
         return cls(**values)
 
+    @classmethod
+    def task_of(cls, given: Collection[str]) -> Task | None:
+        """Return what the fields of these names select, of a model that does several things; None of all others."""
+        return None
+
+    @classmethod
+    def tasks_schema(cls) -> dict[str, Any]:
+        """Return what a JSON Schema says of several tasks, beside the fields."""
+        return {}
+
+    @classmethod
+    def needs_alpha(cls, name: str) -> bool:
+        """Say whether a field's picture says by its transparency what it says."""
+        return False
+
+    @classmethod
+    def mode_of(cls, name: str) -> str:
+        """Return what the input images of a field are converted to."""
+        return "RGBA" if cls.needs_alpha(name) else cls.image_mode
+
     def set_fields(self) -> dict[str, Any]:
         """Return what is set, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -120,7 +141,7 @@ class SamplingParams:
         """
         options = self.options()
         checked = {name: options[name].check(name, value) for name, value in self.set_fields().items()}
-        resolved = dataclasses.replace(self, **{**schema.defaults, **checked})
+        resolved = dataclasses.replace(self, **{**schema.defaults_for(checked), **checked})
         resolved.validate(schema, checked)
         return resolved
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,16 @@ class ModelSchema:
     device_bytes: int = 0
     stage_memory: tuple[StageMemory, ...] = ()
 
+    def pipeline_for(self, given: Collection[str]) -> str:
+        """Return the pipeline that makes a request with these fields."""
+        task = self.params_cls.task_of(given)
+        return self.pipeline_name if task is None else task.pipeline_name
+
+    def defaults_for(self, given: Collection[str]) -> Mapping[str, Any]:
+        """Return what unset fields take in a request with these."""
+        task = self.params_cls.task_of(given)
+        return self.defaults if task is None or task.pipeline_name == self.pipeline_name else task.defaults
+
     def json_schema(self) -> dict[str, Any]:
         """Return a JSON Schema (2020-12) of what may be asked, with defaults, ranges and a group for forms."""
         properties: dict[str, Any] = {}
@@ -87,4 +97,5 @@ class ModelSchema:
             "properties": properties,
             "required": [name for name in required if name not in self.defaults],
             "additionalProperties": False,
+            **self.params_cls.tasks_schema(),
         }

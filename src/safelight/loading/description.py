@@ -42,7 +42,7 @@ def sources(repository: Repository, pipeline_cls: type[ComposedPipeline]) -> dic
         class_name = repository.component_class_name(name)
         if class_name is not None:
             found[name] = Source(
-                folder=repository.path / name,
+                folder=repository.folder(name),
                 target=target_of(name, class_name, pipeline_cls.component_classes),
                 variant=repository.component_variant(name),
                 optional_parts=pipeline_cls.optional_parts.get(name, ()),

@@ -7,7 +7,6 @@ import functools
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -93,20 +92,28 @@ def describe(repository: Repository) -> ModelSchema:
 
 
 def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
-    files: list[Path] = []
+    files, apart = [], {}
     for name in repository.component_names():
-        folder = repository.path / name
-        cls = components.check_component(repository.path, name, repository.index[name])
+        folder = repository.folder(name)
+        cls = components.check_component(folder, name, repository.index[name])
         stem = components.checkpoint_stem(cls)
         if stem is not None:
             files += check_weights(folder, (stem,), repository.component_variant(name))
+        if name in repository.elsewhere or components.is_taken_apart(cls):
+            apart[name] = cls
         warn_of_unused(folder, cls)
     for setting in ("offload", "vae_tiling"):
         value = vars(server_args)[setting]
         if value != "none":
             raise InvalidParameterError(setting, value, "none for a model run by the diffusers package")
     with in_words(repository.pipeline.pipeline_name), quiet(), bounded(repository.name, files):
-        pipeline = diffusers.load(repository.path, describe(repository), server_args, repository.variant)
+        loaded = {
+            name: components.load_component(
+                cls, repository.folder(name), server_args.component_dtype(name), repository.component_variant(name)
+            )
+            for name, cls in apart.items()
+        }
+        pipeline = diffusers.load(repository.path, describe(repository), server_args, repository.variant, loaded)
         parts = pipeline.get_module("pipeline").components
         for name, component in parts.items():
             check_steps(component, name)
@@ -144,7 +151,7 @@ def _load_native(
         modules,
         vae=vae,
         residency=residency,
-        weights={name: weights_digest(repository.path / name) for name in empty},
+        weights={name: weights_digest(repository.folder(name)) for name in empty},
         empty=empty,
         count_memory=functools.partial(count_memory, repository, server_args, tiled),
         over_ranks=over_ranks(sharing, mesh, server_args.torch_device()),

@@ -5,8 +5,8 @@ Imports no torch.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -17,10 +17,12 @@ from PIL import Image
 from safelight.core.architecture import Architecture
 from safelight.core.form import EAGER, Form
 from safelight.core.options import Option
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams, make_params_cls
 from safelight.core.registry import get_pipeline, pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.stage_memory import StageMemory
+from safelight.core.tasks import Task
 from safelight.encoded import EncodedImage
 from safelight.runtime.settings import EngineSettings
 
@@ -186,13 +188,14 @@ class Failed(Message, frozen=True):
 
 
 class WireParams(msgspec.Struct, frozen=True):
-    """What a class of parameters that no family wrote consists of: the arguments of `make_params_cls`."""
+    """What a class of parameters that no family wrote consists of: arguments of `make_params_cls`, and its tasks."""
 
     name: str
     own: dict[str, Option]
     defaults: dict[str, Any]
     excluded: list[str]
     refused: dict[str, str]
+    tasks: tuple[Task, ...] = ()
 
 
 class WireSchema(msgspec.Struct, frozen=True):
@@ -268,28 +271,39 @@ def schema_to_wire(schema: ModelSchema) -> WireSchema:
     """Return what of a schema another process needs."""
     shared = {name: value for name, value in vars(schema).items() if name != "params_cls"}
     shared |= {"defaults": dict(schema.defaults), "capabilities": sorted(schema.capabilities)}
-    known = schema.pipeline_name in pipelines()
+    entry = pipelines().get(schema.pipeline_name)
+    known = entry is not None and entry.sampling_param_cls() is schema.params_cls
     return WireSchema(params=None if known else _params_to_wire(schema.params_cls), **shared)
 
 
 def schema_from_wire(wire: WireSchema) -> ModelSchema:
     """Return the schema that the worker published."""
     params_cls = get_pipeline(wire.pipeline_name).sampling_param_cls() if wire.params is None else _made(wire.params)
-    options = params_cls.options()
     shared = {name: value for name, value in msgspec.structs.asdict(wire).items() if name != "params"}
-    shared["defaults"] = {name: options[name].check(name, value) for name, value in wire.defaults.items()}
+    shared["defaults"] = _checked(params_cls, wire.defaults)
     shared["capabilities"] = frozenset(wire.capabilities)
     return ModelSchema(params_cls=params_cls, **shared)
 
 
 def _params_to_wire(params_cls: type[SamplingParams]) -> WireParams:
-    common = {field.name for field in dataclasses.fields(SamplingParams)}
-    own = {name: known for name, known in params_cls.options().items() if name not in common}
-    return WireParams(
-        params_cls.__name__, own, dict(params_cls.defaults), sorted(params_cls.excluded), dict(params_cls.refused)
-    )
+    common = SamplingParams.options()
+    own = {name: known for name, known in params_cls.options().items() if common.get(name) != known}
+    tasks = params_cls.tasks if issubclass(params_cls, PackageParams) else ()
+    excluded, refused = sorted(params_cls.excluded), dict(params_cls.refused)
+    return WireParams(params_cls.__name__, own, dict(params_cls.defaults), excluded, refused, tasks)
 
 
 def _made(wire: WireParams) -> type[SamplingParams]:
-    excluded = frozenset(wire.excluded)
-    return make_params_cls(wire.name, wire.own, defaults=wire.defaults, excluded=excluded, refused=wire.refused)
+    excluded, base = frozenset(wire.excluded), PackageParams if wire.tasks else SamplingParams
+    made = make_params_cls(
+        wire.name, wire.own, defaults=wire.defaults, excluded=excluded, refused=wire.refused, base=base
+    )
+    if issubclass(made, PackageParams):
+        made.tasks = tuple(replace(task, defaults=_checked(made, task.defaults)) for task in wire.tasks)
+    return made
+
+
+def _checked(params_cls: type[SamplingParams], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return defaults as parameters have them: with tuples where JSON has lists."""
+    options = params_cls.options()
+    return {name: options[name].check(name, value) for name, value in defaults.items()}

@@ -108,7 +108,7 @@ class Resolved:
     @property
     def quality(self) -> str:
         """The preset nearest to the steps that are done."""
-        usual = self.schema.defaults.get("num_inference_steps")
+        usual = self.schema.defaults_for(self.params.set_fields()).get("num_inference_steps")
         if not usual:
             return "medium"
         return min(QUALITIES, key=lambda name: abs(QUALITIES[name] * usual - self.params.num_steps()))
@@ -227,7 +227,7 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
             raise InvalidParameterError.rebuilt(f"size: got {size!r}; {error}", "size") from error
         raise
     warnings += [f"{name} has no effect" for name in (*EFFECTLESS, INPUT_FIDELITY) if name in asked.own]
-    converted = [(name, image.converted(params.image_mode)) for name, image in pictures]
+    converted = [(name, image.converted(params.mode_of(_target(name)))) for name, image in pictures]
     return Resolved(asked, params, warnings, converted)
 
 
@@ -242,7 +242,8 @@ def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> di
         if given or not model.get("image"):
             return {}
         # A video begins with its first picture; an edited picture is, as in Diffusers, of the last one's aspect.
-        return _input_aspect(model["image"][0 if schema.task.makes_video else -1], schema)
+        image = model["image"][0 if schema.task.makes_video else -1]
+        return _input_aspect(image, schema.defaults_for(model), schema)
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InvalidParameterError("size", size, "auto, or WxH in pixels, such as 1024x1024")
@@ -253,22 +254,22 @@ def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> di
     return {"height": int(match[2]), "width": int(match[1])}
 
 
-def _input_aspect(image: Image.Image, schema: ModelSchema) -> dict[str, int]:
+def _input_aspect(image: Image.Image, defaults: Mapping[str, Any], schema: ModelSchema) -> dict[str, int]:
     """Return about the pixels of the model's default, at the aspect of a picture.
 
     Models that fit sizes themselves are given the picture's own; those without a default size do it all themselves.
     """
     width, height = image.size
-    if schema.defaults.get("height") is None or schema.defaults.get("width") is None:
+    if defaults.get("height") is None or defaults.get("width") is None:
         return {}
     if schema.params_cls.fits_size:
         return {"height": height, "width": width}
-    area, multiple = schema.defaults["height"] * schema.defaults["width"], _size_step(schema)
+    area, multiple = defaults["height"] * defaults["width"], _size_step(defaults, schema)
     sides = {"height": math.sqrt(area * height / width), "width": math.sqrt(area * width / height)}
     return {name: max(1, round(side / multiple)) * multiple for name, side in sides.items()}
 
 
-def _size_step(schema: ModelSchema) -> int:
+def _size_step(defaults: Mapping[str, Any], schema: ModelSchema) -> int:
     """Return a number whose multiples the model takes as heights and widths.
 
     A pipeline of the diffusers package does not say its own. Then it is the largest power of two, up to 64, that both
@@ -276,13 +277,14 @@ def _size_step(schema: ModelSchema) -> int:
     """
     if schema.size_multiple > 1:
         return schema.size_multiple
-    return math.gcd(schema.defaults["height"], schema.defaults["width"], _MAX_SIZE_STEP)
+    return math.gcd(defaults["height"], defaults["width"], _MAX_SIZE_STEP)
 
 
 def _quality_fields(quality: str, model: Mapping[str, Any], schema: ModelSchema) -> dict[str, int]:
     if quality == "auto":
         return {}
-    usual, option = schema.defaults.get("num_inference_steps"), schema.params_cls.options().get("num_inference_steps")
+    usual = schema.defaults_for(model).get("num_inference_steps")
+    option = schema.params_cls.options().get("num_inference_steps")
     if not usual or option is None:
         raise InvalidParameterError("quality", quality, "auto: this model's steps are fixed")
     if "num_inference_steps" in model:

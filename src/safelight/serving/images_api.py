@@ -145,7 +145,8 @@ def _encode(resolved: Resolved, finished: Finished, spool: Spool) -> list[dict[s
     compression = resolved.asked.own.get("output_compression")
     pictures = []
     for output in finished.outputs:
-        metadata = media.file_metadata(resolved.schema.model, resolved.schema.pipeline_name, output.params)
+        pipeline_name = resolved.schema.pipeline_for(output.params)
+        metadata = media.file_metadata(resolved.schema.model, pipeline_name, output.params)
         for array in output.pictures():
             file = encode_image(array, resolved.output_format, compression, metadata)
             size = f"{array.shape[1]}x{array.shape[0]}"

@@ -97,7 +97,7 @@ def sort_video_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
 
 def _num_frames(asked: Asked, schema: ModelSchema) -> int:
     """Return the frames that the model can make whose length is nearest."""
-    fps = asked.model.get("fps", schema.defaults.get("fps"))
+    fps = asked.model.get("fps", schema.defaults_for(asked.model).get("fps"))
     seconds, option = asked.own["seconds"], schema.params_cls.options().get("num_frames")
     if not fps or option is None:
         raise InvalidParameterError("seconds", seconds, "null: this model's videos have one length")

@@ -56,7 +56,8 @@ def read_params(job: Job, schema: ModelSchema, read: Callable[[str], BinaryIO]) 
     for file in job.inputs:
         try:
             with read(file.name) as stored:
-                image = media.open_image(EncodedImage.read(stored.read(), media.READ_FORMATS), mode=cls.image_mode)
+                encoded = EncodedImage.read(stored.read(), media.READ_FORMATS)
+                image = media.open_image(encoded, mode=cls.mode_of(file.param))
         except FileNotFoundError as error:  # a message could hold the path
             raise SafelightError("an input image of this job is not there any more") from error
         except (InvalidParameterError, *media.UNREADABLE) as error:

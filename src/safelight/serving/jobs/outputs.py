@@ -27,7 +27,7 @@ def write_outputs(job: Job, outputs: Sequence[Output], schema: ModelSchema, batc
     stem = job.id if job.attempts <= 1 else f"{job.id}.attempt{job.attempts}"  # no two attempts' files have one name
     made: list[StoredOutput] = []
     for output in outputs:
-        metadata = media.file_metadata(schema.model, schema.pipeline_name, output.params)
+        metadata = media.file_metadata(schema.model, schema.pipeline_for(output.params), output.params)
         if job.output_format == "mp4":
             for frames in output.media:
                 with _ONE_VIDEO:
