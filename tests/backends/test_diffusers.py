@@ -19,9 +19,9 @@ from safelight import DiffusionGenerator, ServerArgs
 from safelight.backends.diffusers import describe as describe_pipeline
 from safelight.backends.diffusers import has_pipeline, pipeline_entry
 from safelight.backends.refusals import one_line, refusal
-from safelight.backends.signature import PackageParams
 from safelight.backends.step_thread import StepThread
 from safelight.core.executor import Execution
+from safelight.core.package_params import PackageParams
 from safelight.core.registry import pipelines
 from safelight.errors import (
     CheckpointError,

@@ -9,19 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
 from safelight.backends.image_positions import tell_where_images_are
+from safelight.backends.outputs import SOUND, UNSAFE, VIDEO, made_by, media_of
 from safelight.backends.refusals import refusal
-from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
+from safelight.backends.signature import params_from_signature, sorted_arguments
 from safelight.backends.solvers import Steps
 from safelight.backends.step_thread import Ask, StepThread
+from safelight.clips import EncodedClip
 from safelight.core.calls import ModelCall
 from safelight.core.components import Components
 from safelight.core.config import PipelineConfig
+from safelight.core.options import MEDIA_KINDS, without_null
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import PipelineEntry
@@ -31,7 +33,7 @@ from safelight.core.server_args import ServerArgs
 from safelight.core.stage import PipelineStage
 from safelight.core.stage import Steps as Coroutine
 from safelight.core.trees import Tree
-from safelight.errors import ModelIndexError, NonFiniteOutputError
+from safelight.errors import ModelIndexError
 
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
@@ -75,18 +77,19 @@ def pipeline_entry(class_name: str) -> PipelineEntry:
 def describe(model: str, class_name: str, params_cls: type[SamplingParams], notes: tuple[str, ...]) -> ModelSchema:
     """Return what a pipeline takes, as far as its signature says it."""
     options = params_cls.options()
-    takes_image, makes_video = "image" in options, "num_frames" in options
+    inputs = "T" if "prompt" in options else ""
+    if any(option.kind in MEDIA_KINDS for option in options.values()):
+        inputs += "I" if "image" in options or not any(option.kind == "clip" for option in options.values()) else "V"
+    letter = {VIDEO: "V", SOUND: "A"}.get(made_by(_pipeline_class(class_name).__call__, class_name), "I")
     needs_image = issubclass(params_cls, PackageParams) and "image" in params_cls.required
-    inputs = f"{'T' if 'prompt' in options else ''}{'I' if takes_image else ''}" or "T"
-    task = f"{inputs}2{'V' if makes_video else 'I'}"
     return ModelSchema(
         model=model,
         pipeline_name=class_name,
-        task=ModelTaskType(task),
+        task=ModelTaskType(f"{inputs or 'T'}2{letter}"),
         params_cls=params_cls,
         defaults=params_cls.defaults,
         size_multiple=1,
-        num_input_images=(int(needs_image), MAX_INPUT_IMAGES if takes_image else 0),
+        num_input_images=(int(needs_image), MAX_INPUT_IMAGES if "image" in options else 0),
         notes=notes,
     )
 
@@ -178,7 +181,7 @@ class DiffusersStage(PipelineStage):
     def __init__(self, pipe: Any, device: torch.device) -> None:
         self.pipe = pipe
         self.device = device
-        self.parameters = parameters_of(pipe.__call__)
+        self.askable = sorted_arguments(pipe.__call__)[0]
 
     def run(self, batch: Req, server_args: ServerArgs) -> Coroutine:
         """Run the call to its end, and yield each call that its networks make; closing stops it there."""
@@ -217,21 +220,21 @@ class DiffusersStage(PipelineStage):
                 made = pipe(**self._arguments(batch), generator=generator)
         except Exception as error:  # the package's boundary: what it cannot run is said in its words
             raise refused(type(pipe).__name__, error) from error
-        if any(made.get("nsfw_content_detected") or ()):
+        if any(any(made.get(name) or ()) for name in UNSAFE):
             batch.warnings.append("the model's safety checker found a picture to be unsafe, and made it black")
-        media = made.to_tuple()[0]
-        batch.outputs.extend(to_output(entry, batch.params.output_type) for entry in media)
+        batch.outputs.extend(media_of(made, pipe, batch.params.output_type))
 
     def _arguments(self, batch: Req) -> dict[str, Any]:
         """Return the pipeline's arguments in its own words."""
-        params = batch.params
-        given = {name: value for name, value in params.set_fields().items() if name in self.parameters}
-        for name, value in given.items():
-            if isinstance(value, tuple) and not takes_tuple(self.parameters[name].annotation):
-                single = params.options()[name].kind == "images" and len(value) == 1
-                given[name] = value[0] if single else list(value)
-        form = "latent" if params.output_type == "latent" else "np"
-        return {**given, "output_type": form}
+        given = without_null(batch.params.set_fields())
+        arguments = {name: known.makes(in_python(given[name])) for name, known in self.askable.items() if name in given}
+        form = "latent" if batch.params.output_type == "latent" else "np"
+        return {**arguments, "output_type": form}
+
+
+def in_python(value: Any) -> Any:
+    """Return a checked value with its clips decoded."""
+    return value.frames() if isinstance(value, EncodedClip) else value
 
 
 def refused(pipeline_name: str, error: Exception) -> Exception:
@@ -245,16 +248,3 @@ def stage_of(call: ModelCall) -> str:
     name = call.component.rpartition(".")[2]
     stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "denoising")
     return "image_vae_encoding" if stage == "decoding" and "encode" in call.method else stage
-
-
-def to_output(media: Any, output_type: str | None) -> Tensor:
-    """Return one of a pipeline's outputs, float32 [..., H, W, C] in [0, 1], rounded to uint8 for `pil`.
-
-    Raises:
-        NonFiniteOutputError: if it holds NaN or infinity, which some solvers make of some numbers of steps.
-
-    """
-    tensor = torch.from_numpy(media) if isinstance(media, np.ndarray) else media.cpu()
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise NonFiniteOutputError("the model made an output that is not finite; no picture is made of it")
-    return (tensor * 255).round().to(torch.uint8) if output_type == "pil" else tensor
