@@ -90,7 +90,7 @@ LAYERS = {
     "video": {"errors", "core", "media"},
     "results": {"errors", "core", "media", "video"},
     "preparation": {"errors", "clips", "core", "media"},
-    "client": {"errors", "clips", "core", "results", "runtime"},
+    "client": {"errors", "clips", "core", "media", "results", "runtime"},
     "generator": {"errors", "client", "core", "loading", "preparation", "results", "runtime"},
     "runtime": {
         "clips",

@@ -198,7 +198,9 @@ def wire_fields(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
     """Return a value changed; of lists, each entry."""
-    return [_each(entry, change) for entry in value] if isinstance(value, list | tuple) else change(value)
+    if isinstance(value, list | tuple):
+        return [_each(entry, change) for entry in value]
+    return None if value is None else change(value)
 
 
 def data_url(image: Image.Image | EncodedClip) -> str:

@@ -60,7 +60,9 @@ def opened(asked: SamplingParams) -> dict[str, Any]:
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    return tuple(_each(entry, change) for entry in value) if isinstance(value, tuple) else change(value)
+    if isinstance(value, tuple):
+        return tuple(_each(entry, change) for entry in value)
+    return None if value is None else change(value)
 
 
 def warm_up_params(schema: ModelSchema) -> SamplingParams:

@@ -158,7 +158,8 @@ def rate_of(pipe: Any) -> int:
         return own
     networks = [(name, part) for name, part in pipe.components.items() if isinstance(part, nn.Module)]
     for _, network in sorted(networks, key=lambda each: "vocoder" not in each[0]):
-        config = dict(getattr(network, "config", {}) or {})
+        config = getattr(network, "config", {})
+        config = config if isinstance(config, Mapping) else vars(config)
         for name in RATES:
             if isinstance(config.get(name), int):
                 return int(config[name])

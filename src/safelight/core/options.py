@@ -218,6 +218,15 @@ def _images(value: Any) -> tuple[Any, ...] | None:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
+def _pictures(value: Any, depth: int = 3) -> Any:
+    """Take null for a picture in a list: of those that are to be made, some pipelines are told the place."""
+    if not isinstance(value, list | tuple):
+        return value
+    converted = tuple(_pictures(entry, depth - 1) for entry in value) if depth else ()
+    refused = [entry for entry, made in zip(value, converted, strict=False) if made is None and entry is not None]
+    return None if refused or all(entry is None for entry in converted) else converted
+
+
 def _frames(value: Any) -> Any:
     too_many = isinstance(value, list | tuple) and not 1 <= len(value) <= MAX_CLIP_FRAMES
     nested = isinstance(value, list | tuple) and any(isinstance(entry, list | tuple) for entry in value)
@@ -244,10 +253,6 @@ def _array_of(kind: str) -> dict[str, Any]:
 
 def _or_lists(kind: str) -> dict[str, Any]:
     return {"anyOf": [{"type": kind}, {"type": "array", "minItems": 1}]}
-
-
-def _any(value: Any) -> Any:
-    return value
 
 
 _DEPTH = 3
@@ -283,7 +288,7 @@ KINDS: Mapping[str, Kind] = {
     "objects": Kind("a list of objects of plain JSON", _array_of("object"), _objects),
     "image": Kind("an image", {"type": "string"}, lambda value: None if isinstance(value, list | tuple) else value),
     "images": Kind("an image, or a list of images", {"type": "array", "items": {"type": "string"}}, _images),
-    "pictures": Kind("an image, a list of images, or lists of such", _or_lists("string"), _nested(_any, _DEPTH)),
+    "pictures": Kind("an image, a list of images, or lists of such", _or_lists("string"), _pictures),
     "clip": Kind("a video, or a list of images that are its frames", _or_lists("string"), _frames),
     # of settings
     "text": Kind("text", {"type": "string"}, lambda value: value),  # whoever uses it knows what it may be

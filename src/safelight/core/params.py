@@ -190,14 +190,15 @@ class SamplingParams:
 
     def given_images(self) -> list[Any]:
         """Return the input images, one after another, whatever lists they stand in."""
-        return [] if self.image is None else list(leaves(self.image))
+        return [image for image in leaves(self.image) if image is not None]
 
     def described(self) -> dict[str, Any]:
         """Return what is set as JSON can hold it, null as None; images and clips by their sizes."""
         fields = without_null(self.set_fields())
         for name, known in self.options().items():
             if fields.get(name) is not None and known.kind in MEDIA_KINDS:
-                fields[name] = [f"{each.width}x{each.height}" for each in leaves(fields[name])]
+                sizes = [each and f"{each.width}x{each.height}" for each in leaves(fields[name])]
+                fields[name] = sizes
         return fields
 
     def frames_a_second(self) -> int:

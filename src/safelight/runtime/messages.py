@@ -29,7 +29,8 @@ from safelight.runtime.settings import EngineSettings
 SCHEMA_KEY = "x-safelight"
 """Where the JSON Schema of a request's body holds what our own client is told of a model."""
 Array = NDArray[np.uint8]
-Input = Image.Image | EncodedClip
+Input = Image.Image | EncodedClip | None
+"""An image, a clip, or nothing, in the place of an image in a list."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, tag_field="type"):
@@ -273,6 +274,8 @@ def join_images(
 
 def image_to_array(image: Input) -> Array:
     """Return an image's pixels, [H, W, C]; or, of one that is encoded, or a clip, its file."""
+    if image is None:
+        return np.zeros(0, np.uint8)
     if isinstance(image, EncodedImage | EncodedClip):
         return np.frombuffer(image.file, np.uint8)
     return np.ascontiguousarray(image)
@@ -280,6 +283,8 @@ def image_to_array(image: Input) -> Array:
 
 def described_image(param: str, place: Place, image: Input) -> Pictured:
     """Return what a message says of an image or a clip beside its bytes."""
+    if image is None:
+        return Pictured(param, place, "", 0, 0)
     if isinstance(image, EncodedClip):
         return Pictured(param, place, "", image.width, image.height, image.kind, image.num_frames)
     kind = image.kind if isinstance(image, EncodedImage) else ""
@@ -288,6 +293,8 @@ def described_image(param: str, place: Place, image: Input) -> Pictured:
 
 def array_to_image(data: bytes, about: Pictured) -> Input:
     """Return the image whose pixels these are; or, of a file, one that is decoded when its pixels are needed."""
+    if not data:
+        return None
     if about.num_frames:
         return EncodedClip(data, about.kind, (about.width, about.height), about.num_frames)
     if about.kind:

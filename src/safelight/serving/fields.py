@@ -43,6 +43,8 @@ REFUSED: Mapping[str, str] = {**NOT_OFFERED, "mask": "this model cannot use a ma
 """What is not taken, and what to say of it."""
 _LISTS = (*MEDIA_KINDS, "numbers", "integers", "texts", "strings", *STRUCTURED)
 """Kinds of fields that parts of one name may fill together."""
+NOTHING = b""
+"""The file of what is null in a list of pictures."""
 MAX_NUMBER = 1e6
 """Of what is not a whole number: guidance beyond it overflows in half precision."""
 _MAX_SIZE_STEP = 64
@@ -188,7 +190,17 @@ def _pictures(name: str, option: Option, value: Any, limits: Limits) -> Iterator
         raise InvalidParameterError(name, f"{len(found)} images", f"1 to {most}")
     if option.kind == "clip":
         limits = dataclasses.replace(limits, image_bytes=limits.clip_bytes)
-    return ((place, picture_bytes(entry, name, limits)) for place, entry in found)
+    return ((place, _file(entry, name, limits)) for place, entry in found)
+
+
+def _file(value: Any, name: str, limits: Limits) -> bytes | Stored:
+    """Return a picture's file; nothing for null, in the place of a picture in a list."""
+    if value is None:
+        return NOTHING
+    data = picture_bytes(value, name, limits)
+    if not len(data):
+        raise InvalidParameterError(name, "an empty file", "a PNG, JPEG or WebP file of one picture")
+    return data
 
 
 def typed(kind: str, value: Any) -> Any:
@@ -256,8 +268,8 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
             )
             raise InvalidParameterError(name, "an image", takes)
         opened = open_input if options[target].kind == "clip" else open_picture
-        images = [opened(data, name, limits) for data in files]
-        pictures += [(name, image) for image in images]
+        images = [opened(data, name, limits) if len(data) else None for data in files]
+        pictures += [(name, image) for image in images if image is not None]
         model[target] = joined(list(zip(asked.places[name], images, strict=True)))
     size = asked.own.get("size", "auto")
     model.update(_size_fields(size, model, schema))
@@ -288,7 +300,8 @@ def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> di
         if given or not model.get("image"):
             return {}
         # A video begins with its first picture; an edited picture is, as in Diffusers, of the last one's aspect.
-        return _input_aspect(list(leaves(model["image"]))[0 if schema.task.makes_video else -1], schema)
+        images = [each for each in leaves(model["image"]) if each is not None]
+        return _input_aspect(images[0 if schema.task.makes_video else -1], schema)
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InvalidParameterError("size", size, "auto, or WxH in pixels, such as 1024x1024")

@@ -53,8 +53,10 @@ def _is_file(option: Option) -> bool:
     return option.kind in MEDIA_KINDS
 
 
-def _opened(data: bytes, option: Option, mode: str) -> Image.Image | EncodedClip:
-    """Open a stored input again, which was judged when it came."""
+def _opened(data: bytes, option: Option, mode: str) -> Image.Image | EncodedClip | None:
+    """Open a stored input again, which was judged when it came; None stands for nothing in a list."""
+    if not data:
+        return None
     if option.kind == "clip" and clip_kind(data) is not None:
         return EncodedClip.read(data, "clip")
     return media.open_image(EncodedImage.read(data, media.READ_FORMATS), mode=mode)
