@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,36 +11,22 @@ from PIL import Image
 from safelight import clips, video
 from safelight.clips import EncodedClip, clip_kind, open_clip
 from safelight.errors import InvalidParameterError
-
-
-def noise(count=5, size=(32, 48)):
-    rng = np.random.default_rng(0)
-    ramps = np.linspace(0, 255, size[0] * size[1]).reshape(size)
-    frames = [np.roll(ramps, 100 * index)[..., None] + rng.integers(0, 9, 3) for index in range(count)]
-    return np.stack(frames).clip(0, 255).astype(np.uint8)
-
-
-def encoded(container="mp4", codec="libx264", frames=None):
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=8)
-        array = noise() if frames is None else frames
-        stream.height, stream.width = array.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for pixels in array:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        out.mux(stream.encode(None))
-    return file.getvalue()
+from tests.clip_files import encoded_clip, moving_frames
 
 
 def gif():
     file = io.BytesIO()
-    first, *others = map(Image.fromarray, noise())
+    first, *others = map(Image.fromarray, moving_frames())
     first.save(file, "GIF", save_all=True, append_images=others, duration=100)
     return file.getvalue()
 
 
-FILES = {"mp4": encoded(), "webm": encoded("webm", "libvpx-vp9"), "matroska": encoded("matroska"), "gif": gif()}
+FILES = {
+    "mp4": encoded_clip(),
+    "webm": encoded_clip("webm", "libvpx-vp9"),
+    "matroska": encoded_clip("matroska"),
+    "gif": gif(),
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -55,8 +40,8 @@ def test_a_file_has_the_frames_that_were_written(tmp_path, name, from_path):
     assert isinstance(clip, EncodedClip) and (clip.width, clip.height, clip.num_frames) == (48, 32, 5)
     frames = clip.frames()
     assert [frame.size for frame in frames] == [(48, 32)] * 5 and {frame.mode for frame in frames} == {"RGB"}
-    difference = np.abs(np.stack([np.asarray(f, np.float32) for f in frames]) - noise()).mean()
-    assert difference < 12 and np.abs(noise()[0].astype(float) - noise()[2]).mean() > 20
+    difference = np.abs(np.stack([np.asarray(f, np.float32) for f in frames]) - moving_frames()).mean()
+    assert difference < 12 and np.abs(moving_frames()[0].astype(float) - moving_frames()[2]).mean() > 20
 
 
 def test_pictures_are_frames(tmp_path):
@@ -73,7 +58,7 @@ def test_pictures_are_frames(tmp_path):
         (FILES["mp4"][:200], "damaged MP4"),
         (b"\x1aE\xdf\xa3" + bytes(999), "damaged WebM or Matroska"),
         (b"GIF89a" + bytes(3), "damaged GIF"),
-        (encoded("matroska", "ffv1"), "codec ffv1"),
+        (encoded_clip("matroska", "ffv1"), "codec ffv1"),
         ("/nowhere/clip.mp4", "No such file"),
         (7, "it takes a path"),
     ],
@@ -97,7 +82,7 @@ def test_a_video_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch)
 
 def test_a_video_that_ends_early_cannot_be_decoded(tmp_path):
     path = tmp_path / "clip.mp4"
-    video.save_video(noise(), path, 8, {})
+    video.save_video(moving_frames(), path, 8, {})
     whole = path.read_bytes()
     assert clip_kind(whole) == "mp4"
     path.write_bytes(whole[:-400])
