@@ -214,7 +214,7 @@ def test_parameters_are_those_of_the_signature(loaded):
     options = schema.params_cls.options()
     assert {"prompt_3", "skip_guidance_layers", "clip_skip", "seed", "n"} <= set(options)
     assert not {"num_frames", "image", "latents", "ip_adapter_image"} & set(options)
-    for name in ("latents", "joint_attention_kwargs", "generator"):
+    for name in ("latents", "prompt_embeds", "generator"):
         with pytest.raises(UnknownParameterError):
             schema.params_cls.from_fields({"prompt": "x", name: None})
     assert loaded("LTXPipeline").schema.task == "T2V"

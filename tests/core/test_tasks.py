@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from safelight.core.options import Option
-from safelight.core.params import SamplingParams, make_params_cls
+from safelight.core.package_params import make_params_cls
+from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema, ModelTaskType
-from safelight.core.tasks import Task, TaskParams
+from safelight.core.tasks import Task
 from safelight.errors import InvalidParameterError
 
 IMAGES = Option("images", "a picture")
@@ -30,11 +31,7 @@ def params_cls():
     own = {"mask": Option("image", "a mask"), "mask_image": IMAGES, "control_image": IMAGES}
     own["strength"] = Option("number", "how much", minimum=0.0)
     excluded = SamplingParams.options().keys() - {"prompt", "image", "height", "seed", "n", "output_type"}
-    cls = make_params_cls(
-        "Params", own, defaults=TASKS[0].defaults, excluded=frozenset(excluded), refused={}, base=TaskParams
-    )
-    cls.tasks = TASKS  # type: ignore[attr-defined]
-    return cls
+    return make_params_cls("Params", own, defaults=TASKS[0].defaults, excluded=excluded, refused={}, tasks=TASKS)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def png(size, turn=None):
 
 def sides(schema, pictures, **own):
     prompt = {"prompt": "x"} if "prompt" in schema.params_cls.options() else {}
-    asked = Asked(schema, {**own}, prompt, pictures)
+    places: dict[str, list[tuple[int, ...]]] = {name: [(0,)] if name == "image" else [()] for name in pictures}
+    asked = Asked(schema, {**own}, prompt, pictures, places)
     params = resolve(asked, Limits(max_cost=math.inf)).params
     return params.width, params.height
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
@@ -10,21 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
+from safelight.backends.annotations import Askable
 from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
 from safelight.backends.image_positions import tell_where_images_are
+from safelight.backends.outputs import SOUND, UNSAFE, VIDEO, made_by, media_of
 from safelight.backends.refusals import refusal
-from safelight.backends.signature import parameters_of, takes_tuple
+from safelight.backends.signature import sorted_arguments
 from safelight.backends.solvers import Steps
 from safelight.backends.step_thread import Ask, StepThread
 from safelight.backends.tasks import over_the_same, params_of
+from safelight.clips import EncodedClip
 from safelight.core.calls import ModelCall
 from safelight.core.components import Components
 from safelight.core.config import PipelineConfig
+from safelight.core.options import MEDIA_KINDS, without_null
 from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
@@ -36,7 +37,7 @@ from safelight.core.stage import PipelineStage
 from safelight.core.stage import Steps as Coroutine
 from safelight.core.tasks import MASK, MASK_IMAGE
 from safelight.core.trees import Tree
-from safelight.errors import ModelIndexError, NonFiniteOutputError
+from safelight.errors import ModelIndexError
 
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
@@ -85,18 +86,19 @@ def pipeline_entry(class_name: str, components: Collection[str] = ()) -> Pipelin
 def describe(model: str, class_name: str, params_cls: type[SamplingParams], notes: tuple[str, ...]) -> ModelSchema:
     """Return what a pipeline takes, as far as its signature says it."""
     options = params_cls.options()
-    takes_image, makes_video = "image" in options, "num_frames" in options
+    inputs = "T" if "prompt" in options else ""
+    if any(option.kind in MEDIA_KINDS for option in options.values()):
+        inputs += "I" if "image" in options or not any(option.kind == "clip" for option in options.values()) else "V"
+    letter = {VIDEO: "V", SOUND: "A"}.get(made_by(_pipeline_class(class_name).__call__, class_name), "I")
     needs_image = issubclass(params_cls, PackageParams) and all("image" in task.needs for task in params_cls.tasks)
-    inputs = f"{'T' if 'prompt' in options else ''}{'I' if takes_image else ''}" or "T"
-    task = f"{inputs}2{'V' if makes_video else 'I'}"
     return ModelSchema(
         model=model,
         pipeline_name=class_name,
-        task=ModelTaskType(task),
+        task=ModelTaskType(f"{inputs or 'T'}2{letter}"),
         params_cls=params_cls,
         defaults=params_cls.defaults,
         size_multiple=1,
-        num_input_images=(int(needs_image), MAX_INPUT_IMAGES if takes_image else 0),
+        num_input_images=(int(needs_image), MAX_INPUT_IMAGES if "image" in options else 0),
         notes=notes,
     )
 
@@ -203,6 +205,7 @@ class DiffusersStage(PipelineStage):
     def __init__(self, pipes: Mapping[str, Any], device: torch.device) -> None:
         self.pipes = pipes
         self.device = device
+        self.askable = {name: sorted_arguments(pipe.__call__)[0] for name, pipe in pipes.items()}
 
     def run(self, batch: Req, server_args: ServerArgs) -> Coroutine:
         """Run the call to its end, and yield each call that its networks make; closing stops it there."""
@@ -236,35 +239,36 @@ class DiffusersStage(PipelineStage):
 
         task = batch.params.task_of(batch.params.set_fields())
         assert task is not None
-        pipe = borrowed(self.pipes[task.pipeline_name], hand, Steps(generator, tell), self.device)
+        name = task.pipeline_name
+        pipe = borrowed(self.pipes[name], hand, Steps(generator, tell), self.device)
         try:
             with torch.inference_mode():
                 # By name: as a tuple, some are without their outer list.
-                made = pipe(**arguments(batch.params, parameters_of(pipe.__call__)), generator=generator)
+                made = pipe(**arguments(batch.params, self.askable[name]), generator=generator)
         except Exception as error:  # the package's boundary: what it cannot run is said in its words
             raise refused(type(pipe).__name__, error) from error
-        if any(made.get("nsfw_content_detected") or ()):
+        if any(any(made.get(name) or ()) for name in UNSAFE):
             batch.warnings.append("the model's safety checker found a picture to be unsafe, and made it black")
-        media = made.to_tuple()[0]
-        batch.outputs.extend(to_output(entry, batch.params.output_type) for entry in media)
+        batch.outputs.extend(media_of(made, pipe, batch.params.output_type))
 
 
-def arguments(params: SamplingParams, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Return what a request asks for in the words of a pipeline's call, by its parameters."""
-    given = {name: value for name, value in params.set_fields().items() if name in parameters}
-    for name, value in given.items():
-        if isinstance(value, tuple) and not takes_tuple(parameters[name].annotation):
-            single = params.options()[name].kind == "images" and len(value) == 1
-            given[name] = value[0] if single else list(value)
-    mask = vars(params).get(MASK)
-    if mask is not None:
-        given[MASK_IMAGE] = repainted_where_transparent(mask)
-    return {**given, "output_type": "latent" if params.output_type == "latent" else "np"}
+def arguments(params: SamplingParams, askable: Mapping[str, Askable]) -> dict[str, Any]:
+    """Return what a request asks for in the words of a pipeline's call, by how its parameters are asked for."""
+    given = without_null(params.set_fields())
+    made = {name: known.makes(_in_python(given[name])) for name, known in askable.items() if name in given}
+    if given.get(MASK) is not None:
+        made[MASK_IMAGE] = repainted_where_transparent(given[MASK])
+    return {**made, "output_type": "latent" if params.output_type == "latent" else "np"}
 
 
 def repainted_where_transparent(mask: Image.Image) -> Image.Image:
     """Return an RGBA mask as the package has masks, in grey: white where it is transparent."""
     return ImageOps.invert(mask.getchannel("A"))
+
+
+def _in_python(value: Any) -> Any:
+    """Return a checked value with its clips decoded."""
+    return value.frames() if isinstance(value, EncodedClip) else value
 
 
 def refused(pipeline_name: str, error: Exception) -> Exception:
@@ -278,16 +282,3 @@ def stage_of(call: ModelCall) -> str:
     name = call.component.rpartition(".")[2]
     stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "denoising")
     return "image_vae_encoding" if stage == "decoding" and "encode" in call.method else stage
-
-
-def to_output(media: Any, output_type: str | None) -> Tensor:
-    """Return one of a pipeline's outputs, float32 [..., H, W, C] in [0, 1], rounded to uint8 for `pil`.
-
-    Raises:
-        NonFiniteOutputError: if it holds NaN or infinity, which some solvers make of some numbers of steps.
-
-    """
-    tensor = torch.from_numpy(media) if isinstance(media, np.ndarray) else media.cpu()
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise NonFiniteOutputError("the model made an output that is not finite; no picture is made of it")
-    return (tensor * 255).round().to(torch.uint8) if output_type == "pil" else tensor

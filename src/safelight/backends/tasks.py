@@ -11,8 +11,8 @@ from typing import Any
 from safelight.backends.components import needed_components
 from safelight.backends.signature import params_from_signature
 from safelight.core.options import Option
-from safelight.core.package_params import PackageParams
-from safelight.core.params import SamplingParams, make_params_cls
+from safelight.core.package_params import PackageParams, make_params_cls
+from safelight.core.params import SamplingParams
 from safelight.core.tasks import MASK, MASK_IMAGE, Task
 from safelight.errors import ModelIndexError
 
@@ -101,14 +101,11 @@ def _union(made: list[type[PackageParams]], tasks: tuple[Task, ...]) -> type[Pac
         if len(having) < len(tasks):
             options[name] = dataclasses.replace(known, help=f"{known.help} ({', '.join(having)})")
     common = SamplingParams.options()
-    union = make_params_cls(
+    return make_params_cls(
         made[0].__name__,
         {name: known for name, known in options.items() if common.get(name) != known},
         defaults=made[0].defaults,
         excluded=frozenset(common.keys() - options.keys()),
         refused={name: why for cls in reversed(made) for name, why in cls.refused.items() if name not in options},
-        base=PackageParams,
+        tasks=tasks,
     )
-    assert issubclass(union, PackageParams)
-    union.tasks = tasks
-    return union

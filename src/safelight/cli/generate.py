@@ -42,7 +42,7 @@ GENERATE_OPTIONS = [
     click.Option(
         ["-o", "--output"],
         type=click.Path(path_type=Path),
-        help="Where to: a .png, .jpg or .webp file; for a video .mp4, .webp, or a folder for PNGs.",
+        help="Where to: a .png, .jpg or .webp file; for a video .mp4, .webp, or a folder for PNGs; for a sound .wav.",
     ),
     click.Option(["--overwrite"], is_flag=True, help="Replace files that exist."),
     click.Option(["--server"], metavar="URL", help="Let a server's model do it; --model and the like are its matter."),
@@ -128,15 +128,14 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     fields = {"output_type": "pil", **given(source.params_cls, values)}
     if prompt is not None:
         fields["prompt"] = prompt
-    elif "prompt" in source.params_cls.options() and "prompt" not in source.defaults:
+    elif source.params_cls.needs_prompt and "prompt" in source.params_cls.options() and "prompt" not in source.defaults:
         raise InvalidParameterError("prompt", None, 'the text to generate from: safelight generate "..."')
     console = Console(stderr=True)
     begun = time.perf_counter()
     event = _run(console, source, given_settings(ServerArgs, values), fields, partial(check_files, output, overwrite))
     result = event.result
     assert result is not None
-    count = len(result.images) or len(result.videos)
-    path = output or free_path(source.schema(), result.seeds[0], count)
+    path = output or free_path(source.schema(), result.seeds[0], result.num_files)
     for made in result.save(path, overwrite):
         click.echo(os.fsencode(made))
     for warning in result.warnings:
@@ -185,6 +184,8 @@ def check_files(output: Path | None, overwrite: bool, schema: ModelSchema, param
     for path in media.output_paths(output or free_path(schema, params.seed, count), count):
         if schema.task.makes_video:
             video.check_output(path, overwrite)
+        elif schema.task.lasts:
+            video.check_sound_output(path, overwrite)
         else:
             media.check_output(path, overwrite, params.makes_alpha)
 
@@ -218,7 +219,8 @@ def _run(
 
 def free_path(schema: ModelSchema, seed: int, count: int) -> Path:
     """Return a name here of the seed, or the first of `name-a`, `name-b`, ... whose files do not exist yet."""
-    path = Path(f"safelight-{seed}{'.mp4' if schema.task.makes_video else '.png'}")
+    ending = ".mp4" if schema.task.makes_video else ".wav" if schema.task.lasts else ".png"
+    path = Path(f"safelight-{seed}{ending}")
     for suffix in ("", *(f"-{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")):
         candidate = path.with_name(f"{path.stem}{suffix}{path.suffix}")
         if not any(target.exists() for target in media.output_paths(candidate, count)):

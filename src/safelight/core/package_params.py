@@ -1,10 +1,13 @@
-"""Parameters of a pipeline that another package has, read from its signature. Imports no torch."""
+"""Parameters of pipelines that have no family here: made from what their own calls take. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
-from safelight.core.tasks import TaskParams
+from safelight.core.options import Option
+from safelight.core.tasks import Task, TaskParams
 
 if TYPE_CHECKING:
     from safelight.core.schema import ModelSchema
@@ -12,18 +15,62 @@ if TYPE_CHECKING:
 UNSTATED_SIDE, TOKEN_SIDE, FRAMES_OF_A_TOKEN = 1024, 16, 8
 """Pixels of a side that the call leaves to the model, and of a latent token's, and its frames: for the estimate of a
 request's cost."""
+FRAME_RATE = "frame_rate"
+"""What some pipelines call the frames a second that they are told."""
 
 
 class PackageParams(TaskParams):
     """Parameters of a pipeline of the package, whose model alone knows its own size and multiples."""
 
+    def resolve(self, schema: ModelSchema) -> Self:
+        """Return a copy that is checked and has the model's defaults; a rate that the call is told is the file's too.
+
+        Raises:
+            InvalidParameterError: naming the field, what it got and what it takes.
+
+        """
+        resolved = super().resolve(schema)
+        told = vars(resolved).get(FRAME_RATE)
+        if self.fps is None and isinstance(told, int | float) and "fps" in self.options():
+            return dataclasses.replace(resolved, fps=max(1, round(told)))
+        return resolved
+
     def output_size(self, size_multiple: int) -> tuple[int, int]:
         """Return (height, width) in pixels; a guess where the call does not say, or is not asked: its picture's."""
-        width, height = self.image[0].size if self.image else (UNSTATED_SIDE, UNSTATED_SIDE)
-        return self.height or height, self.width or width
+        images = self.given_images()
+        width, height = images[0].size if images else (UNSTATED_SIDE, UNSTATED_SIDE)
+        asked = (self.height if isinstance(self.height, int) else 0, self.width if isinstance(self.width, int) else 0)
+        return asked[0] or height, asked[1] or width
 
     def num_latent_tokens(self, schema: ModelSchema) -> int:
         """Return an estimate of an output's tokens; VAEs of videos make one latent frame of four or of eight."""
         height, width = self.output_size(schema.size_multiple)
         num_frames = 1 + ((self.num_frames or 1) - 1) // FRAMES_OF_A_TOKEN
         return -(-height // TOKEN_SIDE) * -(-width // TOKEN_SIDE) * num_frames
+
+
+def make_params_cls(
+    name: str,
+    own: Mapping[str, Option],
+    *,
+    defaults: Mapping[str, Any],
+    excluded: Collection[str],
+    refused: Mapping[str, str],
+    tasks: tuple[Task, ...],
+) -> type[PackageParams]:
+    """Return a class of parameters: the common fields but for `excluded`, and `own`, which go before common ones."""
+    return dataclasses.make_dataclass(
+        name,
+        [(key, Any, dataclasses.field(default=None, metadata={"option": known})) for key, known in own.items()],
+        bases=(PackageParams,),
+        frozen=True,
+        kw_only=True,
+        namespace={
+            "__doc__": f"Parameters of a pipeline without a family: {name}.",
+            "defaults": dict(defaults),
+            "excluded": frozenset(excluded),
+            "refused": dict(refused),
+            "tasks": tasks,
+            "needs_prompt": bool(tasks) and all("prompt" in task.needs for task in tasks),
+        },
+    )

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from safelight.core.options import Option, option, options_of
+from safelight.core.options import MEDIA_KINDS, NULL, Option, leaves, option, options_of, without_null
 from safelight.errors import InvalidParameterError, UnknownParameterError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from safelight.core.tasks import Task
 
 MAX_SEED = 2**64 - 1
+DEFAULT_FPS = 24
+"""Of a video's file, where neither the request nor the model says it."""
 OF_NO_IMAGE = frozenset(
     ("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "guidance_scale", "fps")
 )
@@ -67,10 +69,17 @@ class SamplingParams:
     makes_alpha: ClassVar[bool] = False
     """Whether the pictures that are made have transparency."""
 
+    needs_prompt: ClassVar[bool] = True
+    """Whether there is nothing to make without a prompt, where there is a field for one."""
+
     max_branches: ClassVar[int] = 1
     """Most model calls of a step, whatever is asked for: one for each branch of guidance."""
 
-    aliases: ClassVar[Mapping[str, str]] = {"num_images_per_prompt": "n", "num_videos_per_prompt": "n"}
+    aliases: ClassVar[Mapping[str, str]] = {
+        "num_images_per_prompt": "n",
+        "num_videos_per_prompt": "n",
+        "num_waveforms_per_prompt": "n",
+    }
     """Other names under which a field is understood."""
 
     refused: ClassVar[Mapping[str, str]] = {
@@ -105,7 +114,7 @@ class SamplingParams:
                 raise UnknownParameterError(name, known, cls.refused.get(name))
             if target in values:
                 raise InvalidParameterError(name, value, f"one value, and {target} is given as well")
-            values[target] = value
+            values[target] = NULL if value is None and known[target].nullable else value
         return cls(**values)
 
     @classmethod
@@ -147,11 +156,11 @@ class SamplingParams:
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check what concerns several fields, or the loaded model. `given` is what the user set himself."""
-        if self.prompt is None and "prompt" in self.options():
+        if self.prompt is None and self.needs_prompt and "prompt" in self.options():
             raise InvalidParameterError("prompt", None, "the text to generate from")
         self._validate_size(schema)
         self._validate_num_frames(schema)
-        count, allowed = len(self.image or ()), schema.num_input_images
+        count, allowed = len(self.given_images()), schema.num_input_images
         if "image" in self.options() and not allowed[0] <= count <= allowed[1]:
             raise InvalidParameterError("image", f"{count} images", f"{allowed[0]} to {allowed[1]} for this model")
         if isinstance(self.negative_prompt, tuple) and len(self.negative_prompt) != len(self.prompts()):
@@ -197,14 +206,22 @@ class SamplingParams:
         """Return what is set of the fields that input images may be prepared by: a family's own among them."""
         return {name: value for name, value in self.set_fields().items() if name not in OF_NO_IMAGE}
 
+    def given_images(self) -> list[Any]:
+        """Return the input images, one after another, whatever lists they stand in."""
+        return [image for image in leaves(self.image) if image is not None]
+
     def described(self) -> dict[str, Any]:
-        """Return what is set as JSON can hold it; an image by its size."""
-        fields = self.set_fields()
+        """Return what is set as JSON can hold it, null as None; images and clips by their sizes."""
+        fields = without_null(self.set_fields())
         for name, known in self.options().items():
-            if name in fields and known.kind in ("image", "images"):
-                images = fields[name] if known.kind == "images" else [fields[name]]
-                fields[name] = [f"{image.width}x{image.height}" for image in images]
+            if fields.get(name) is not None and known.kind in MEDIA_KINDS:
+                sizes = [each and f"{each.width}x{each.height}" for each in leaves(fields[name])]
+                fields[name] = sizes
         return fields
+
+    def frames_a_second(self) -> int:
+        """Return the rate of the video's file. Only for resolved parameters."""
+        return self.fps or DEFAULT_FPS
 
     def num_branches(self) -> int:
         """Return the model calls of a step: one, or one for each branch of guidance. Only for resolved parameters."""
@@ -264,28 +281,3 @@ class SamplingParams:
             for prompt, negative in zip(prompts, negatives, strict=True)
             for offset in range(self.n)
         ]
-
-
-def make_params_cls(
-    name: str,
-    own: Mapping[str, Option],
-    *,
-    defaults: Mapping[str, Any],
-    excluded: frozenset[str],
-    refused: Mapping[str, str],
-    base: type[SamplingParams] = SamplingParams,
-) -> type[SamplingParams]:
-    """Return a class of parameters that no family wrote: the common fields but for `excluded`, and `own`."""
-    return dataclasses.make_dataclass(
-        name,
-        [(key, Any, dataclasses.field(default=None, metadata={"option": known})) for key, known in own.items()],
-        bases=(base,),
-        frozen=True,
-        kw_only=True,
-        namespace={
-            "__doc__": f"Parameters of a pipeline without a family: {name}.",
-            "defaults": dict(defaults),
-            "excluded": excluded,
-            "refused": dict(refused),
-        },
-    )

@@ -13,7 +13,7 @@ from safelight.core.stage_memory import StageMemory
 
 
 class ModelTaskType(enum.StrEnum):
-    """What goes in and what comes out: T text, I image, V video."""
+    """What goes in and what comes out: T text, I image, V video, A sound."""
 
     T2I = "T2I"
     I2I = "I2I"
@@ -21,11 +21,21 @@ class ModelTaskType(enum.StrEnum):
     T2V = "T2V"
     I2V = "I2V"
     TI2V = "TI2V"
+    V2I = "V2I"
+    TV2I = "TV2I"
+    V2V = "V2V"
+    TV2V = "TV2V"
+    T2A = "T2A"
 
     @property
     def makes_video(self) -> bool:
         """Whether outputs are videos, and not pictures."""
         return self.endswith("V")
+
+    @property
+    def lasts(self) -> bool:
+        """Whether outputs are heard or seen for a while: videos and sounds, which are asked for by the same route."""
+        return self.endswith(("V", "A"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class ModelSchema:
             if name in self.defaults:
                 entry["default"] = self.defaults[name]
             properties[name] = entry
-        needed = ("prompt", "image") if self.num_input_images[0] else ("prompt",)
+        needed = (*("prompt",) * self.params_cls.needs_prompt, *("image",) * (self.num_input_images[0] > 0))
         required = [name for name in needed if name in properties]
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",

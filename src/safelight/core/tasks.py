@@ -88,8 +88,9 @@ class TaskParams(SamplingParams):
             self._check_task(task, given)
         super().validate(schema, given)
         mask = vars(self).get(MASK)
-        if mask is not None and self.image and mask.size != self.image[0].size:
-            size = f"{self.image[0].width}x{self.image[0].height}"
+        images = self.given_images()
+        if mask is not None and images and mask.size != images[0].size:
+            size = f"{images[0].width}x{images[0].height}"
             raise InvalidParameterError(MASK, f"{mask.width}x{mask.height}", f"a picture of the size of image, {size}")
 
     def _check_task(self, task: Task, given: Mapping[str, Any]) -> None:

@@ -11,17 +11,20 @@ from typing import Any
 
 from PIL import Image
 
-from safelight.core.options import Option
+from safelight.clips import EncodedClip
+from safelight.core.options import MAX_CLIP_FRAMES, MEDIA_KINDS, STRUCTURED, Option, leaves
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams
+from safelight.core.placed import Place, joined, placed
 from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.preparation import prepare
 from safelight.serving.http.bodies import Body
 from safelight.serving.http.forms import Repeated, about
-from safelight.serving.http.json_body import read_number
+from safelight.serving.http.json_body import read_number, read_value
 from safelight.serving.http.spool import Stored
-from safelight.serving.input_pictures import open_picture, picture_bytes
+from safelight.serving.input_pictures import open_input, open_picture, picture_bytes
 from safelight.serving.limits import Limits
 from safelight.serving.own_fields import (
     EFFECTLESS,
@@ -38,8 +41,10 @@ OUTPUT_TYPE = "pil"
 """What the engine gives, whatever the model's default is: pixels of 8 bits."""
 REFUSED: Mapping[str, str] = {**NOT_OFFERED, "mask": "this model cannot use a mask"}
 """What is not taken, and what to say of it."""
-_LISTS = ("image", "images", "numbers", "integers")
+_LISTS = (*MEDIA_KINDS, "numbers", "integers", "texts", "strings", *STRUCTURED)
 """Kinds of fields that parts of one name may fill together."""
+NOTHING = b""
+"""The file of what is null in a list of pictures."""
 MAX_NUMBER = 1e6
 """Of what is not a whole number: guidance beyond it overflows in half precision."""
 _MAX_SIZE_STEP = 64
@@ -57,7 +62,8 @@ class Asked:
         schema: of the model that was loaded when it came.
         own: the API's own fields, by name; what is unset or null is not there.
         model: the model's.
-        pictures: the files of input pictures, by field.
+        pictures: the files of input pictures and clips, by field, one after another.
+        places: of each of them, in the lists that the field has.
 
     """
 
@@ -65,6 +71,7 @@ class Asked:
     own: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, list[bytes | Stored]] = field(default_factory=dict)
+    places: dict[str, list[Place]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Resolved:
     asked: Asked
     params: SamplingParams
     warnings: list[str]
-    pictures: list[tuple[str, EncodedImage]] = field(default_factory=list)
+    pictures: list[tuple[str, EncodedImage | EncodedClip]] = field(default_factory=list)
 
     @property
     def schema(self) -> ModelSchema:
@@ -101,8 +108,8 @@ class Resolved:
 
     @property
     def output_format(self) -> str:
-        """Of the files that are made: png, jpeg, webp, or mp4."""
-        made = "mp4" if self.schema.task.makes_video else "png"
+        """Of the files that are made: png, jpeg, webp, mp4 or wav."""
+        made = "mp4" if self.schema.task.makes_video else "wav" if self.schema.task.lasts else "png"
         return str(self.asked.own.get("output_format", made))
 
     @property
@@ -120,11 +127,16 @@ class Resolved:
 
 
 def model_fields(schema: ModelSchema) -> dict[str, Option]:
-    """Return what a client may ask of a model, by name: one text or several is one text here."""
-    options = schema.params_cls.options().items()
+    """Return what a client may ask of a model, by name: one text or several is one text here.
+
+    Of a pipeline's own fields, whose lists are not of prompts, it is what it is.
+    """
+    common, cls = SamplingParams.options(), schema.params_cls
     return {
-        name: dataclasses.replace(option, kind="string") if option.kind == "strings" else option
-        for name, option in options
+        name: dataclasses.replace(option, kind="string")
+        if option.kind == "strings" and (name in common or not issubclass(cls, PackageParams))
+        else option
+        for name, option in cls.options().items()
         if name not in NOT_OFFERED
     }
 
@@ -152,27 +164,43 @@ def sort_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
             if name in refused and value is None:
                 continue
             raise UnknownParameterError(name, known, refused.get(name))
-        if value is None:
+        if value is None and not (option.nullable and name not in own):
             continue
         if isinstance(value, Repeated) and option.kind not in _LISTS:
             raise about(name, "is given twice")
-        if option.kind in ("image", "images"):
-            asked.pictures[name] = list(_pictures(name, option, value, limits))
+        if option.kind in MEDIA_KINDS and value is not None:
+            found = list(_pictures(name, option, value, limits))
+            asked.places[name], asked.pictures[name] = [place for place, _ in found], [data for _, data in found]
         else:
             place = asked.own if name in own and name not in _PASSED_ON else asked.model
             place[name] = _checked(name, option, typed(option.kind, value) if body.is_form else value)
-    needs_text = "prompt" in cls.options() and "prompt" not in schema.defaults
+    needs_text = cls.needs_prompt and "prompt" in cls.options() and "prompt" not in schema.defaults
     if needs_text and not asked.model.get("prompt", "").strip():
         raise InvalidParameterError("prompt", asked.model.get("prompt"), "text that is not blank")
     return asked
 
 
-def _pictures(name: str, option: Option, value: Any, limits: Limits) -> Iterator[bytes | Stored]:
-    values = value if isinstance(value, list) else [value]
-    most = limits.images if option.kind == "images" else 1
-    if not 1 <= len(values) <= most:
-        raise InvalidParameterError(name, f"{len(values)} images", f"1 to {most}")
-    return (picture_bytes(entry, name, limits) for entry in values)
+def _pictures(name: str, option: Option, value: Any, limits: Limits) -> Iterator[tuple[Place, bytes | Stored]]:
+    values = list(value) if isinstance(value, list) else value
+    if option.kind == "image" and isinstance(values, list) and len(values) == 1:
+        (values,) = values
+    found = list(placed(values if option.kind == "image" else option.check(name, values)))
+    most = {"image": 1, "clip": MAX_CLIP_FRAMES}.get(option.kind, limits.images)
+    if not 1 <= len(found) <= most:
+        raise InvalidParameterError(name, f"{len(found)} images", f"1 to {most}")
+    if option.kind == "clip":
+        limits = dataclasses.replace(limits, image_bytes=limits.clip_bytes)
+    return ((place, _file(entry, name, limits)) for place, entry in found)
+
+
+def _file(value: Any, name: str, limits: Limits) -> bytes | Stored:
+    """Return a picture's file; nothing for null, in the place of a picture in a list."""
+    if value is None:
+        return NOTHING
+    data = picture_bytes(value, name, limits)
+    if not len(data):
+        raise InvalidParameterError(name, "an empty file", "a PNG, JPEG or WebP file of one picture")
+    return data
 
 
 def typed(kind: str, value: Any) -> Any:
@@ -180,6 +208,8 @@ def typed(kind: str, value: Any) -> Any:
     if kind in ("numbers", "integers"):
         one = {"numbers": "number", "integers": "integer"}[kind]
         return [typed(one, entry) for entry in (value if isinstance(value, list) else [value])]
+    if kind in STRUCTURED:
+        return _structured(value)
     if not isinstance(value, str):
         return value
     if kind in ("integer", "number") and _NUMBER.fullmatch(value):
@@ -187,12 +217,36 @@ def typed(kind: str, value: Any) -> Any:
     return {"true": True, "false": False}.get(value, value) if kind == "boolean" else value
 
 
+def _structured(value: Any) -> Any:
+    """Read numbers, true, false, null and JSON in a form's texts, in whatever lists and objects they stand."""
+    if isinstance(value, list):
+        return [_structured(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _structured(entry) for name, entry in value.items()}
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("[", "{")):
+        return read_value(value)
+    words = {"true": True, "false": False, "null": None}
+    return read_number(value) if _NUMBER.fullmatch(value) else words.get(value, value)
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """Yield what stands in lists and objects, the names in these too."""
+    if isinstance(value, Mapping):
+        yield from value
+    for entry in value.values() if isinstance(value, Mapping) else leaves(value):
+        yield from _scalars(entry) if isinstance(entry, Mapping | list | tuple) else (entry,)
+
+
 def _checked(name: str, option: Option, value: Any) -> Any:
     checked = option.check(name, value)
-    if isinstance(checked, str) and "\0" in checked:
+    scalars = list(_scalars(checked))
+    if any(isinstance(entry, str) and "\0" in entry for entry in scalars):
         raise InvalidParameterError(name, value, "text without NUL")
-    numbers = checked if isinstance(checked, tuple) else (checked,)
-    if option.kind in ("number", "numbers") and any(abs(number) > MAX_NUMBER for number in numbers):
+    if option.kind not in ("integer", "integers") and any(
+        isinstance(entry, int | float) and abs(entry) > MAX_NUMBER for entry in scalars
+    ):
         raise InvalidParameterError(name, value, f"a number from {-MAX_NUMBER:g} to {MAX_NUMBER:g}")
     return checked
 
@@ -206,16 +260,17 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
     """
     schema, model = asked.schema, dict(asked.model)
     options = schema.params_cls.options()
-    pictures: list[tuple[str, EncodedImage]] = []
+    pictures: list[tuple[str, EncodedImage | EncodedClip]] = []
     for name, files in asked.pictures.items():
         if (target := _target(name)) in model or target not in options:
             takes = (
                 "nothing, where another field has the image" if target in options else "nothing: this model has no use"
             )
             raise InvalidParameterError(name, "an image", takes)
-        images = [open_picture(data, name, limits) for data in files]
-        pictures += [(name, image) for image in images]
-        model[target] = images if options[target].kind == "images" else images[0]
+        opened = open_input if options[target].kind == "clip" else open_picture
+        images = [opened(data, name, limits) if len(data) else None for data in files]
+        pictures += [(name, image) for image in images if image is not None]
+        model[target] = joined(list(zip(asked.places[name], images, strict=True)))
     size = asked.own.get("size", "auto")
     model.update(_size_fields(size, model, schema))
     model["output_type"] = OUTPUT_TYPE
@@ -227,7 +282,10 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
             raise InvalidParameterError.rebuilt(f"size: got {size!r}; {error}", "size") from error
         raise
     warnings += [f"{name} has no effect" for name in (*EFFECTLESS, INPUT_FIDELITY) if name in asked.own]
-    converted = [(name, image.converted(params.mode_of(_target(name)))) for name, image in pictures]
+    converted = [
+        (name, image.converted(params.mode_of(_target(name))) if isinstance(image, EncodedImage) else image)
+        for name, image in pictures
+    ]
     return Resolved(asked, params, warnings, converted)
 
 
@@ -242,7 +300,8 @@ def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> di
         if given or not model.get("image"):
             return {}
         # A video begins with its first picture; an edited picture is, as in Diffusers, of the last one's aspect.
-        image = model["image"][0 if schema.task.makes_video else -1]
+        images = [each for each in leaves(model["image"]) if each is not None]
+        image = images[0 if schema.task.makes_video else -1]
         return _input_aspect(image, schema.defaults_for(model), schema)
     match = _SIZE.fullmatch(size)
     if match is None:

@@ -178,7 +178,7 @@ def usage(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
     texts = [text for text in (params.prompt, params.negative_prompt) if isinstance(text, str)]
     text_tokens = sum(-(-len(text.encode()) // _BYTES_PER_TOKEN) for text in texts)
     multiple = schema.size_multiple
-    image_tokens = sum(-(-image.width // multiple) * -(-image.height // multiple) for image in params.image or ())
+    image_tokens = sum(-(-image.width // multiple) * -(-image.height // multiple) for image in params.given_images())
     output_tokens = params.num_latent_tokens(schema) * len(params.split())
     return {
         "input_tokens": text_tokens + image_tokens,

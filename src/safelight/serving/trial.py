@@ -21,6 +21,7 @@ from typing import IO
 from starlette.types import Receive
 
 from safelight import media
+from safelight.clips import EncodedClip
 from safelight.encoded import EncodedImage
 from safelight.runtime.processes import python_command, safe_environment
 from safelight.serving.http.disconnects import unless_gone
@@ -36,9 +37,14 @@ _SECONDS = 60.0
 _DECODER = ThreadPoolExecutor(1, thread_name_prefix="safelight-decoding")
 """A picture of 25 megapixels takes 200 MB while it is tried, and no more than one does."""
 _GOOD, _DAMAGED = b"1", b"0"
+_CLIP = "clip"
+"""In the place of a picture's mode: it is a video."""
 
 
-async def try_pictures(receive: Receive, pictures: Sequence[tuple[str, EncodedImage]]) -> None:
+Given = EncodedImage | EncodedClip
+
+
+async def try_pictures(receive: Receive, pictures: Sequence[tuple[str, Given]]) -> None:
     """See that a request's pictures can be decoded: in a thread, one at a time. They are kept as files.
 
     Raises:
@@ -51,7 +57,7 @@ async def try_pictures(receive: Receive, pictures: Sequence[tuple[str, EncodedIm
         await unless_gone(receive, loop.run_in_executor(_DECODER, check_all, pictures))
 
 
-def check_all(pictures: Sequence[tuple[str, EncodedImage]]) -> None:
+def check_all(pictures: Sequence[tuple[str, Given]]) -> None:
     """Decode pictures one at a time, and let their pixels go. It takes a while: run it in a thread, one at a time.
 
     Args:
@@ -63,7 +69,7 @@ def check_all(pictures: Sequence[tuple[str, EncodedImage]]) -> None:
     """
     large = []
     for param, image in pictures:
-        if image.width * image.height > SMALL_PIXELS:
+        if isinstance(image, EncodedClip) or image.width * image.height > SMALL_PIXELS:
             large.append((param, image))
         elif not decodes(image):
             raise damaged(image.kind, param)
@@ -71,8 +77,8 @@ def check_all(pictures: Sequence[tuple[str, EncodedImage]]) -> None:
         _check_apart(large)
 
 
-def decodes(image: EncodedImage) -> bool:
-    """Say whether a picture can be decoded, in this process."""
+def decodes(image: Given) -> bool:
+    """Say whether a picture or a clip can be decoded, in this process."""
     try:
         image.check()
     except (*media.UNREADABLE, MemoryError):
@@ -80,7 +86,7 @@ def decodes(image: EncodedImage) -> bool:
     return True
 
 
-def _check_apart(pictures: Sequence[tuple[str, EncodedImage]]) -> None:
+def _check_apart(pictures: Sequence[tuple[str, Given]]) -> None:
     command, pipe = python_command(__name__), subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=safe_environment()) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -90,7 +96,7 @@ def _check_apart(pictures: Sequence[tuple[str, EncodedImage]]) -> None:
             for param, image in pictures:
                 answer = _asked(process.stdin, process.stdout, image)
                 if not answer:
-                    logger.warning("the process that tries pictures ended at one of %d x %d", *image.size)
+                    logger.warning("the process that tries pictures ended at one of %d x %d", image.width, image.height)
                 if answer != _GOOD:
                     raise damaged(image.kind, param)
         finally:
@@ -100,11 +106,11 @@ def _check_apart(pictures: Sequence[tuple[str, EncodedImage]]) -> None:
                 process.stdin.close()
 
 
-def _asked(to: IO[bytes], back: IO[bytes], image: EncodedImage) -> bytes:
+def _asked(to: IO[bytes], back: IO[bytes], image: Given) -> bytes:
     """Return the other process's answer for one picture; nothing if it ended."""
-    file = image.file
+    file, mode = image.file, image.mode if isinstance(image, EncodedImage) else _CLIP
     try:
-        to.write(f"{image.kind} {image.mode} {image.width} {image.height} {len(file)}\n".encode("ascii"))
+        to.write(f"{image.kind} {mode} {image.width} {image.height} {len(file)}\n".encode("ascii"))
         to.write(file)
         to.flush()
     except BrokenPipeError:
@@ -117,7 +123,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
     while line := sys.stdin.buffer.readline():
         kind, mode, width, height, length = line.decode("ascii").split()
-        image = EncodedImage(sys.stdin.buffer.read(int(length)), kind, mode, (int(width), int(height)))
+        file, size = sys.stdin.buffer.read(int(length)), (int(width), int(height))
+        image = EncodedClip(file, kind, size, 1) if mode == _CLIP else EncodedImage(file, kind, mode, size)
         sys.stdout.buffer.write(_GOOD if decodes(image) else _DAMAGED)
         sys.stdout.buffer.flush()
 
