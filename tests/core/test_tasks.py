@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from safelight.core.options import Option
-from safelight.core.package_params import make_params_cls
+from safelight.core.package_params import PackageParams, make_params_cls
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.tasks import Task
@@ -55,7 +55,7 @@ def test_inputs_select_the_task_that_takes_them_and_least_beside(params_cls, giv
 
 
 def test_a_class_without_tasks_selects_none():
-    assert TaskParams.task_of({"image"}) is None
+    assert PackageParams.task_of({"image"}) is None
     assert SamplingParams.task_of({"image"}) is None and not SamplingParams.tasks_schema()
 
 
