@@ -395,8 +395,7 @@ def test_environment_variables_are_few():
 
 TESTS = Path(__file__).parent
 WITHOUT_TEST = """
-backends/refusals.py backends/signature.py backends/step_thread.py
-runtime/supervisor/group_engine.py
+backends/signature.py backends/step_thread.py
 serving/jobs/limits.py serving/jobs/store.py version.py
 """
 """Source files without a test at their path; those of the last line say what there is, and do nothing."""
