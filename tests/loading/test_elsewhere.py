@@ -119,6 +119,7 @@ def test_a_class_whose_second_repository_lacks_says_how_it_is_given(two):
         open_repository(two[1], pipeline="KandinskyV22CombinedPipeline")
 
 
+@pytest.mark.slow
 def test_a_readme_sends_nobody_elsewhere(two, tmp_path, monkeypatch):
     """The package would load what a model's README names as its prior: from any folder, ungated."""
     prior, decoder = two
