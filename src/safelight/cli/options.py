@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -37,6 +37,16 @@ def key_value(text: str) -> tuple[str, str]:
     if not (name and separator and value):
         raise click.BadParameter(f"{text!r} is not of the form name=value")
     return name, value
+
+
+def said(args: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """Return what a command line says of some flags, before it is parsed: the options may depend on it."""
+    values: dict[str, list[str]] = {name: [] for name in names}
+    for index, argument in enumerate(args):
+        name, separator, value = argument.partition("=")
+        if name.removeprefix("--") in values and name.startswith("--"):
+            values[name.removeprefix("--")] += [value] if separator else args[index + 1 : index + 2]
+    return values
 
 
 CLICK_TYPES: Mapping[str, Any] = {
