@@ -195,7 +195,7 @@ def processor_folder(tmp_path):
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_processor_of_videos_is_taken_apart(processor_folder, name):
     """Those of transformers ask for torchvision: of them the tokenizer and the image processor are used alone."""
-    cls = component_class("transformers", name)
+    cls: Any = component_class("transformers", name)
     assert is_taken_apart(cls) and not is_taken_apart(component_class("transformers", "CLIPProcessor"))
     with pytest.raises(ImportError, match=r"(?i)torchvision"):
         cls.from_pretrained(processor_folder)
@@ -233,8 +233,8 @@ def test_a_model_with_a_processor_of_videos_runs(tmp_path, monkeypatch):
     pipe = load_reference("QwenImageEditPipeline")(tmp_path)
     place_images(pipe)
     for seed, images in zip((0, 7), ours, strict=True):
-        generator = torch.Generator().manual_seed(seed)
-        assert np.array_equal(images, pipe(prompt="a cat", generator=generator, output_type="np", **fields).images)
+        noise = torch.Generator().manual_seed(seed)
+        assert np.array_equal(images, pipe(prompt="a cat", generator=noise, output_type="np", **fields).images)
 
 
 def test_expected_classes_are_networks_alone():

@@ -145,10 +145,14 @@ def test_every_pipeline_of_the_package_is_described_or_refused_by_name():
             assert name in str(error)
             counts["refused"] += 1
             continue
-        call = inspect.signature(getattr(diffusers, name).__call__).parameters
-        assert {"generator", "output_type"} <= call.keys()
+        assert issubclass(cls, PackageParams)
+        first, *others = cls.tasks
+        call = dict(inspect.signature(getattr(diffusers, name).__call__).parameters)
+        assert {"generator", "output_type"} <= call.keys() and first.pipeline_name == name
         assert ("prompt" in cls.options()) is ("prompt" in call)
-        passed_on = cls.options().keys() - {"seed", "n", "fps", "output_type"}
+        for task in others:
+            call |= inspect.signature(getattr(diffusers, task.pipeline_name).__call__).parameters
+        passed_on = cls.options().keys() - {"seed", "n", "fps", "output_type", "mask"}
         assert passed_on <= call.keys(), "a field that the call does not take would be dropped"
         assert describe_pipeline("x", name, cls, ()).json_schema()["title"] == name
         counts["described"] += 1
@@ -213,11 +217,12 @@ def test_parameters_are_those_of_the_signature(loaded):
     assert schema.defaults["guidance_scale"] == 7.0 and schema.defaults["max_sequence_length"] == 256
     options = schema.params_cls.options()
     assert {"prompt_3", "skip_guidance_layers", "clip_skip", "seed", "n"} <= set(options)
-    assert not {"num_frames", "image", "latents", "ip_adapter_image"} & set(options)
+    assert not {"num_frames", "latents", "ip_adapter_image"} & set(options)
+    assert not {"image", "mask_image"} & {*schema.params_cls.tasks[0].fields}  # they select other pipelines
     for name in ("latents", "prompt_embeds", "generator"):
         with pytest.raises(UnknownParameterError):
             schema.params_cls.from_fields({"prompt": "x", name: None})
-    assert loaded("LTXPipeline").schema.task == "T2V"
+    assert loaded("LTXPipeline").schema.task == "TI2V"  # a picture selects its other pipeline
 
 
 def test_a_value_that_the_pipeline_refuses_is_one_clear_error(loaded):

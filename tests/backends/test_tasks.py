@@ -84,7 +84,7 @@ def sized(cls):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("XL" in name)) for name in CLASSES])
 def test_a_picture_selects_and_a_mask_too(model, name, seed):
     folder, generator = model(name)
     from_image, from_mask = CLASSES[name]

@@ -15,6 +15,7 @@ def listed():
     return {each.name: each for each in listed_pipelines()}
 
 
+@pytest.mark.slow
 def test_every_class_is_there_with_a_reason_where_it_does_not_run(listed):
     assert {*filter(has_pipeline, dir(diffusers))} <= listed.keys()
     refused = {name: each.why_not for name, each in listed.items() if each.why_not}

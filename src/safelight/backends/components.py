@@ -177,11 +177,11 @@ def _part(name: str, folder: Path) -> Any:
     else:
         settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(folder, local_files_only=True)
         named = settings.get("image_processor_type")
-    cls: Any = component_class("transformers", str(named).removesuffix("Fast"))
+    plain = str(named).removesuffix("Fast")
+    cls: Any = component_class("transformers", str(named)) or component_class("transformers", plain)
     if cls is None:
-        raise ModelIndexError(
-            f"{folder.name}: {name}: class {named!r} is refused; only those of transformers are loaded"
-        )
+        takes = "only classes of transformers are loaded"
+        raise ModelIndexError(f"{folder.name}: {name}: class {named!r} is refused; {takes}")
     return cls.from_pretrained(folder, local_files_only=True)
 
 

@@ -21,6 +21,7 @@ from safelight.cli.options import (
     given_settings,
     key_value,
     model_defaults,
+    said,
     sampling_options,
     setting_options,
 )
@@ -105,12 +106,7 @@ class GenerateCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Add the model's options, then parse."""
         names = ("model", "revision", "backend", "pipeline", "component", "server", "api-key-file")
-        values: dict[str, list[str]] = {name: [] for name in names}
-        for index, argument in enumerate(args):
-            name, separator, value = argument.partition("=")
-            if name.removeprefix("--") in values and name.startswith("--"):
-                values[name.removeprefix("--")] += [value] if separator else args[index + 1 : index + 2]
-        ctx.obj = source = _source(ctx, values)
+        ctx.obj = source = _source(ctx, said(args, names))
         sampling = sampling_options(source.params_cls, source.defaults)
         self.params = [*GENERATE_OPTIONS, *sampling, *setting_options(ServerArgs)]
         return super().parse_args(ctx, args)

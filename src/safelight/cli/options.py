@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,6 +60,16 @@ class OrNull(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a value of the other type, or `NULL`."""
         return NULL if value in ("null", NULL) else self._other.convert(value, param, ctx)
+
+
+def said(args: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """Return what a command line says of some flags, before it is parsed: the options may depend on it."""
+    values: dict[str, list[str]] = {name: [] for name in names}
+    for index, argument in enumerate(args):
+        name, separator, value = argument.partition("=")
+        if name.removeprefix("--") in values and name.startswith("--"):
+            values[name.removeprefix("--")] += [value] if separator else args[index + 1 : index + 2]
+    return values
 
 
 CLICK_TYPES: Mapping[str, Any] = {
