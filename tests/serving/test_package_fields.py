@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,10 +114,10 @@ def test_what_is_sent_is_what_the_library_is_given(moving, case, way):
                 pytest.skip("a form has no lists in lists of files of one name")
             else:
                 texts = {name: value for name, value in form if isinstance(value, str)}
-                files = [(name, ("a", value)) for name, value in form if isinstance(value, bytes)] or {
-                    "none": ("", b"")
-                }
-                answer = http.post("/v1/videos", data={**{k: str(v) for k, v in FIELDS.items()}, **texts}, files=files)
+                texts |= {name: str(value) for name, value in FIELDS.items()}
+                files: list[Any] = [(name, ("a", value)) for name, value in form if isinstance(value, bytes)]
+                files += [(name, (None, text)) for name, text in texts.items()]
+                answer = http.post("/v1/videos", files=files)
             assert answer.status_code == 200, answer.text
             assert finished_job(http, answer.json()["id"])["state"] == "completed"
     same(moving.engine.submitted[-1].params, wanted)
