@@ -104,7 +104,7 @@ def test_what_the_edge_takes_ends_in_an_output_or_one_line(checkpoint, loaded_pi
                 assert error.status < 500 or error.code == "non_finite_output", (key, case, error)
                 assert "\n" not in str(error) and not re.search(r"0x|\.py|Traceback", str(error)), (key, case)
                 outcomes["refused"] += 1
-    assert outcomes["made"] > 5
+    assert outcomes["made"] >= 2, "something of each is taken"
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ class Resolved:
     @property
     def images(self) -> dict[str, list[bytes | Stored]]:
         """The files of input pictures, by the model's field."""
-        return {_target(name): files for name, files in self.asked.pictures.items()}
+        return {_target(name, self.schema): files for name, files in self.asked.pictures.items()}
 
     @property
     def priority(self) -> int:
@@ -262,7 +262,7 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
     options = schema.params_cls.options()
     pictures: list[tuple[str, EncodedImage | EncodedClip]] = []
     for name, files in asked.pictures.items():
-        if (target := _target(name)) in model or target not in options:
+        if (target := _target(name, schema)) in model or target not in options:
             takes = (
                 "nothing, where another field has the image" if target in options else "nothing: this model has no use"
             )
@@ -289,8 +289,10 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
     return Resolved(asked, params, warnings, converted)
 
 
-def _target(name: str) -> str:
-    return "image" if name in (INPUT_REFERENCE, IMAGES) else name
+def _target(name: str, schema: ModelSchema) -> str:
+    """Return the model's field that a field is for: the API has other names of `image`."""
+    is_models_own = name in schema.params_cls.options()
+    return "image" if name in (INPUT_REFERENCE, IMAGES) and not is_models_own else name
 
 
 def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> dict[str, int]:
