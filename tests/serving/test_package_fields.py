@@ -94,6 +94,7 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[str, bytes | s
         {"conditioning_scale": [0.5, 1], "attention_kwargs": {"scale": 0.5}},
         [("conditioning_scale", "[0.5, 1]"), ("attention_kwargs", '{"scale": 0.5}')],
     ),
+    "null": ({"conditioning_scale": None}, {"conditioning_scale": None}, [("conditioning_scale", "null")]),
 }
 
 
