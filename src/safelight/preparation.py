@@ -55,14 +55,16 @@ def opened(asked: SamplingParams) -> dict[str, Any]:
         if option.kind == "clip":
             found[name] = value if value is NULL else open_clip(value, name)
         elif value is not NULL:
-            found[name] = _each(value, functools.partial(media.open_image, param=name, mode=asked.image_mode))
+            opens = functools.partial(media.open_image, param=name, mode=asked.image_mode)
+            found[name] = _each(value, opens, nothing=option.kind == "pictures")
     return found
 
 
-def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+def _each(value: Any, change: Callable[[Any], Any], nothing: bool) -> Any:
+    """Return a value changed, in whatever tuples it stands; None stays where `nothing` may stand in a list."""
     if isinstance(value, tuple):
-        return tuple(_each(entry, change) for entry in value)
-    return None if value is None else change(value)
+        return tuple(_each(entry, change, nothing) for entry in value)
+    return None if nothing and value is None else change(value)
 
 
 def warm_up_params(schema: ModelSchema) -> SamplingParams:
