@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import av
 import numpy as np
@@ -21,7 +22,7 @@ def encoded_clip(container: str = "mp4", codec: str = "libx264") -> bytes:
     """Return a file of `moving_frames`."""
     file, array = io.BytesIO(), moving_frames()
     with av.open(file, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=8)
+        stream: Any = out.add_stream(codec, rate=8)
         stream.height, stream.width = array.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for pixels in array:

@@ -55,7 +55,8 @@ def opened(asked: SamplingParams) -> dict[str, Any]:
         if option.kind == "clip":
             found[name] = value if value is NULL else open_clip(value, name)
         elif value is not NULL:
-            found[name] = _each(value, functools.partial(_opened, asked, name))
+            opens = functools.partial(_opened, asked, name)
+            found[name] = _each(value, opens, nothing=option.kind == "pictures")
     return found
 
 
@@ -64,10 +65,11 @@ def _opened(asked: SamplingParams, name: str, value: Any) -> Any:
     return media.open_image(value, name, asked.mode_of(name), asked.needs_alpha(name))
 
 
-def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+def _each(value: Any, change: Callable[[Any], Any], nothing: bool) -> Any:
+    """Return a value changed, in whatever tuples it stands; None stays where `nothing` may stand in a list."""
     if isinstance(value, tuple):
-        return tuple(_each(entry, change) for entry in value)
-    return None if value is None else change(value)
+        return tuple(_each(entry, change, nothing) for entry in value)
+    return None if nothing and value is None else change(value)
 
 
 def warm_up_params(schema: ModelSchema) -> SamplingParams:

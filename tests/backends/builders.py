@@ -6,10 +6,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
+    ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
     DiTTransformer2DModel,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LongCatAudioDiTTransformer,
+    LongCatAudioDiTVae,
     PNDMScheduler,
     UNet2DConditionModel,
     UNet2DModel,
@@ -24,10 +28,12 @@ from transformers import (
     CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from safelight.testing.recipes import shake
-from safelight.testing.tokenizers import clip_tokenizer
+from safelight.testing.tokenizers import clip_tokenizer, t5_tokenizer
 from tests.recipes import wan
 
 VISION = {
@@ -183,4 +189,35 @@ def stable_video_diffusion(folder):
         "unet": shake(unet, 3, 0.05),
         "scheduler": EulerDiscreteScheduler(prediction_type="v_prediction", use_karras_sigmas=True, sigma_max=70.0),
         "feature_extractor": CLIPImageProcessorPil(),
+    }
+
+
+def stable_diffusion_controlnet(folder):
+    parts = stable_diffusion(folder)
+    control = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 8))
+    return {**parts, "controlnet": shake(control, 5)}
+
+
+def longcat_audio_dit(folder):
+    t5 = t5_tokenizer(folder / "tokenizer")
+    text = UMT5Config(vocab_size=len(t5), d_model=32, num_layers=1, num_heads=4, d_ff=64)
+    transformer = LongCatAudioDiTTransformer(
+        dit_dim=64, dit_depth=2, dit_heads=4, dit_text_dim=32, latent_dim=8, text_conv=False
+    )
+    vae = LongCatAudioDiTVae(
+        in_channels=1,
+        channels=16,
+        c_mults=[1, 2],
+        strides=[2],
+        latent_dim=8,
+        encoder_latent_dim=16,
+        downsampling_ratio=2,
+        sample_rate=24000,
+    )
+    return {
+        "transformer": shake(transformer, 1),
+        "vae": vae,
+        "text_encoder": shake(UMT5EncoderModel(text), 2),
+        "tokenizer": t5,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
     }

@@ -163,6 +163,10 @@ WITHOUT_TEXT = {
     "DiTPipeline": builders.dit,
     "StableVideoDiffusionPipeline": builders.stable_video_diffusion,
 }
+OTHERS = {
+    "StableDiffusionControlNetPipeline": builders.stable_diffusion_controlnet,
+    "LongCatAudioDiTPipeline": builders.longcat_audio_dit,
+}
 VIDEO = {"LTXPipeline", "WanVACEPipeline", "StableVideoDiffusionPipeline"}
 FIELDS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Pipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
@@ -181,6 +185,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_inference_steps": 3,
         "decode_chunk_size": 2,
     },
+    "StableDiffusionControlNetPipeline": {
+        "image": Image.linear_gradient("L").resize((48, 32)).convert("RGB"),
+        "num_inference_steps": 3,
+        "controlnet_conditioning_scale": 0.5,
+    },
+    "LongCatAudioDiTPipeline": {"audio_duration_s": 0.01, "num_inference_steps": 2},
 }
 
 
@@ -193,7 +203,9 @@ def checkpoint(tmp_path_factory):
         if name not in folders:
             torch.manual_seed(0)
             folders[name] = tmp_path_factory.mktemp(name)
-            getattr(diffusers, name)(**{**BUILDERS, **WITHOUT_TEXT}[name](folders[name])).save_pretrained(folders[name])
+            getattr(diffusers, name)(**{**BUILDERS, **WITHOUT_TEXT, **OTHERS}[name](folders[name])).save_pretrained(
+                folders[name]
+            )
         return folders[name]
 
     return of

@@ -99,7 +99,7 @@ class Resolved:
     @property
     def images(self) -> dict[str, list[bytes | Stored]]:
         """The files of input pictures, by the model's field."""
-        return {_target(name): files for name, files in self.asked.pictures.items()}
+        return {_target(name, self.schema): files for name, files in self.asked.pictures.items()}
 
     @property
     def priority(self) -> int:
@@ -173,7 +173,7 @@ def sort_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
             asked.places[name], asked.pictures[name] = [place for place, _ in found], [data for _, data in found]
         else:
             place = asked.own if name in own and name not in _PASSED_ON else asked.model
-            place[name] = _checked(name, option, typed(option.kind, value) if body.is_form else value)
+            place[name] = _checked(name, option, _of_form(option, value) if body.is_form else value)
     needs_text = cls.needs_prompt and "prompt" in cls.options() and "prompt" not in schema.defaults
     if needs_text and not asked.model.get("prompt", "").strip():
         raise InvalidParameterError("prompt", asked.model.get("prompt"), "text that is not blank")
@@ -203,10 +203,17 @@ def _file(value: Any, name: str, limits: Limits) -> bytes | Stored:
     return data
 
 
+def _of_form(option: Option, value: Any) -> Any:
+    """Read a form's text as its field's kind; the word null is null, where that is a value and no text is one."""
+    if option.nullable and value == "null" and option.kind not in ("string", "strings"):
+        return None
+    return typed(option.kind, value)
+
+
 def typed(kind: str, value: Any) -> Any:
     """Read a form's text as the kind that its field has; what cannot be read stays text, and is refused as such."""
-    if kind in ("numbers", "integers"):
-        one = {"numbers": "number", "integers": "integer"}[kind]
+    if kind in ("numbers", "integers", "texts"):
+        one = {"numbers": "number", "integers": "integer", "texts": "text"}[kind]
         return [typed(one, entry) for entry in (value if isinstance(value, list) else [value])]
     if kind in STRUCTURED:
         return _structured(value)
@@ -262,7 +269,7 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
     options = schema.params_cls.options()
     pictures: list[tuple[str, EncodedImage | EncodedClip]] = []
     for name, files in asked.pictures.items():
-        if (target := _target(name)) in model or target not in options:
+        if (target := _target(name, schema)) in model or target not in options:
             takes = (
                 "nothing, where another field has the image" if target in options else "nothing: this model has no use"
             )
@@ -289,8 +296,10 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
     return Resolved(asked, params, warnings, converted)
 
 
-def _target(name: str) -> str:
-    return "image" if name in (INPUT_REFERENCE, IMAGES) else name
+def _target(name: str, schema: ModelSchema) -> str:
+    """Return the model's field that a field is for: the API has other names of `image`."""
+    is_models_own = name in schema.params_cls.options()
+    return "image" if name in (INPUT_REFERENCE, IMAGES) and not is_models_own else name
 
 
 def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> dict[str, int]:
