@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
+from safelight.backends.demands import demands_of
 from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.refusals import refusal
 from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
@@ -28,6 +29,7 @@ from safelight.core.registry import PipelineEntry
 from safelight.core.request import Req
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
+from safelight.core.solver import Traits, solver_by_name
 from safelight.core.stage import PipelineStage
 from safelight.core.stage import Steps as Coroutine
 from safelight.core.trees import Tree
@@ -70,6 +72,18 @@ def pipeline_entry(class_name: str) -> PipelineEntry:
     """
     params_cls = params_from_signature(_pipeline_class(class_name).__call__, class_name)
     return PipelineEntry(FAMILY, class_name, __name__, (), params_cls, DiffusersConfig, backend=FAMILY)
+
+
+def takes_solver(class_name: str, own: Any, solver: Any) -> Traits | None:
+    """Return which lists of a schedule a solver takes in a pipeline of the package; None where it does not fit.
+
+    Args:
+        class_name: the pipeline's.
+        own: the solver that it was loaded with.
+        solver: another; both have a schedule.
+
+    """
+    return demands_of(_pipeline_class(class_name)).traits(own, solver)
 
 
 def describe(model: str, class_name: str, params_cls: type[SamplingParams], notes: tuple[str, ...]) -> ModelSchema:
@@ -210,7 +224,9 @@ class DiffusersStage(PipelineStage):
             component, method = handed.component, handed.method
             return ask(ModelCall(component, handed.arguments, {}, None, key, static, method, batch.model))
 
-        pipe = borrowed(self.pipe, hand, Steps(generator, tell), self.device)
+        name = batch.params.scheduler
+        solver = None if name is None else solver_by_name(name, self.pipe.scheduler)
+        pipe = borrowed(self.pipe, hand, Steps(generator, tell), self.device, solver)
         try:
             with torch.inference_mode():
                 # By name: as a tuple, some are without their outer list.

@@ -34,8 +34,9 @@ KINDS: Mapping[frozenset[Any], str] = {
 """What a parameter's types, None aside, make of it; others are refused."""
 DEFAULT_FPS = 24
 """Of a file, for a pipeline that does not say."""
-OURS = frozenset({"seed", "n", "output_type"})
-"""Common fields that every pipeline has here: each is called with a generator, once an output, for arrays."""
+OURS = frozenset({"seed", "n", "scheduler", "output_type"})
+"""Common fields that every pipeline has here: each is called with a generator, once an output, for arrays; its schema says
+which solvers it has."""
 NEEDED = ("generator", "output_type")
 """What a pipeline's call must take to be run here."""
 UNSTATED_SIDE, TOKEN_SIDE, FRAMES_OF_A_TOKEN = 1024, 16, 8
