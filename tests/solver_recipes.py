@@ -26,7 +26,7 @@ OF_BETAS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdpm2": ("KDPM2DiscreteScheduler", {}),
     "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "sa_solver": ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
     "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
@@ -43,7 +43,9 @@ HAS_SCIPY = importlib.util.find_spec("scipy") is not None
 def from_recipe(name, own, flow):
     """Return the solver that a user of Diffusers would build of a model's own."""
     suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-    plain, spacing = name.removesuffix(suffix), {SUFFIXES[suffix]: True} if suffix else {}
+    plain, spacing = name.removesuffix(suffix), dict.fromkeys(SUFFIXES.values(), False) if suffix else {}
+    if suffix:
+        spacing[SUFFIXES[suffix]] = True
     if not flow:
         class_name, settings = OF_BETAS[plain]
     elif plain in OF_FLOW:

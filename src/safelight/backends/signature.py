@@ -35,8 +35,8 @@ KINDS: Mapping[frozenset[Any], str] = {
 DEFAULT_FPS = 24
 """Of a file, for a pipeline that does not say."""
 OURS = frozenset({"seed", "n", "scheduler", "output_type"})
-"""Common fields that every pipeline has here: each is called with a generator, once an output, for arrays; its schema says
-which solvers it has."""
+"""Common fields that every pipeline has here: each is called with a generator, once an output, for arrays; which
+solvers it takes is in its schema."""
 NEEDED = ("generator", "output_type")
 """What a pipeline's call must take to be run here."""
 UNSTATED_SIDE, TOKEN_SIDE, FRAMES_OF_A_TOKEN = 1024, 16, 8

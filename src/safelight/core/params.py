@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from safelight.core.options import Option, option, options_of
-from safelight.core.solver_names import num_calls
+from safelight.core.solver_names import SCHEDULES, num_calls
 from safelight.errors import InvalidParameterError, UnknownParameterError
 
 if TYPE_CHECKING:
     from safelight.core.schema import ModelSchema
 
 MAX_SEED = 2**64 - 1
-SCHEDULES = frozenset({"sigmas", "timesteps"})
-"""Fields that space the steps, where a model has them and the solver takes them."""
 OF_NO_IMAGE = frozenset(
     {
         *("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "sigmas", "scheduler"),

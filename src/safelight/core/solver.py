@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from safelight.core.params import SCHEDULES
-from safelight.core.solver_names import CLASSES, SPACINGS, all_names, parted
+from safelight.core.solver_names import CLASSES, SCHEDULES, SPACINGS, all_names, parted
 
 FLOW, EDM, DISCRETE = "flow", "edm", "discrete"
 _NOISE: Mapping[str, tuple[str, ...]] = {
@@ -26,8 +25,6 @@ _NOISE: Mapping[str, tuple[str, ...]] = {
 """By the kind of noise, the settings that say how a model was trained: a solver that lacks one is of other models."""
 _USUAL = (None, False, "discrete", "exponential", "fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
 """Values of them that need no solver to know the setting."""
-TRAITS = tuple(sorted(SCHEDULES))
-"""Fields of a request that one solver takes and another does not."""
 _TRIAL_STEPS = 4
 MAX_TRAIN_TIMESTEPS = 2000
 """Of a model that takes other solvers: what some do as they are built grows with its square; nearly all have 1,000."""
@@ -36,7 +33,7 @@ FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeE
 
 Traits = frozenset[str]
 Use = Callable[[Any, Any], Traits | None]
-"""Of a model's own solver and another, both with a schedule: which of `TRAITS` that has; None if it does not fit."""
+"""Of a model's own solver and another, both with a schedule: which of `SCHEDULES` that has; None if it does not fit."""
 
 
 @functools.cache
@@ -96,7 +93,7 @@ def built(name: str, own: Any) -> Any:
 
 
 def solver_choices(own: Any, use: Use) -> dict[str, tuple[str, ...]]:
-    """Return the names that a model takes, each with those of `TRAITS` that it has.
+    """Return the names that a model takes, each with those of `SCHEDULES` that it has.
 
     A solver is built from the model's configuration and tried for a few steps: one that cannot, or that would turn
     latents of half precision into others, is none.
@@ -150,7 +147,7 @@ def tried(solver: Any) -> bool:
 
 
 def schedule_traits(solver: Any, *, gives_sigmas: bool, gives_mu: bool, leaves_flow_sigmas: bool) -> Traits | None:
-    """Return which of `TRAITS` a solver has where a loop gives it noise levels, or a shift; None if it takes none.
+    """Return which of `SCHEDULES` a solver has where a loop gives it noise levels, or a shift; None if it takes none.
 
     Args:
         solver: one that was `tried`.
@@ -160,7 +157,7 @@ def schedule_traits(solver: Any, *, gives_sigmas: bool, gives_mu: bool, leaves_f
 
     """
     spaces_itself = leaves_flow_sigmas and bool(solver.config.get("use_flow_sigmas"))
-    taken = frozenset(trait for trait in TRAITS if not spaces_itself and _takes(solver, trait))
+    taken = frozenset(trait for trait in SCHEDULES if not spaces_itself and _takes(solver, trait))
     lacks = gives_sigmas and not spaces_itself and "sigmas" not in taken
     return None if lacks or (gives_mu and "mu" not in parameters(type(solver).set_timesteps)) else taken
 

@@ -15,12 +15,14 @@ class Named:
         classes: of the diffusers package, one for each kind of noise; the first that fits a model's own is built.
         settings: over the model's own, where the class knows them.
         calls_a_step: of the network, in each step but the last.
+        more_calls: beside them, where there are two steps and more.
 
     """
 
     classes: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     calls_a_step: int = 1
+    more_calls: int = 0
 
 
 _MULTISTEP, _SINGLESTEP = (
@@ -46,7 +48,7 @@ SOLVERS: Mapping[str, Named] = {
     "kdpm2_a": Named(("KDPM2AncestralDiscreteScheduler",), calls_a_step=2),
     "lcm": Named(("LCMScheduler", "FlowMatchLCMScheduler")),
     "lms": Named(("LMSDiscreteScheduler",)),
-    "pndm": Named(("PNDMScheduler",)),
+    "pndm": Named(("PNDMScheduler",), {"skip_prk_steps": True}, more_calls=1),  # as Stable Diffusion has it
     "sa_solver": Named(("SASolverScheduler",), {"algorithm_type": "data_prediction"}),
     "tcd": Named(("TCDScheduler",)),
     "unipc": Named(("UniPCMultistepScheduler",)),
@@ -58,6 +60,8 @@ SPACINGS: Mapping[str, str] = {
     "beta": "use_beta_sigmas",
 }
 """Suffixes of a name, and the setting that each turns on: how the noise levels are spaced."""
+SCHEDULES = frozenset({"sigmas", "timesteps"})
+"""Lists of steps that some solvers take, and some models' parameters of the same names hand to them."""
 CLASSES = frozenset(class_name for named in SOLVERS.values() for class_name in named.classes)
 
 
@@ -79,4 +83,7 @@ def parted(name: str) -> tuple[Named, str | None]:
 
 def num_calls(name: str | None, num_steps: int) -> int:
     """Return how often a solver of a name, or a model's own, calls the network in so many steps."""
-    return num_steps if name is None else max(num_steps, parted(name)[0].calls_a_step * (num_steps - 1) + 1)
+    if name is None or num_steps < 2:
+        return num_steps
+    named, _ = parted(name)
+    return named.calls_a_step * (num_steps - 1) + 1 + named.more_calls
