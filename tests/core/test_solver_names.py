@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import diffusers
 import pytest
 
 from safelight.core.solver_names import CLASSES, SOLVERS, SPACINGS, all_names, num_calls, parted
+from tests.solver_table import table
 
 
 def test_every_name_has_its_suffixes():
@@ -30,3 +33,7 @@ def test_every_class_is_the_packages():
 )
 def test_the_number_of_calls(name, steps, calls):
     assert num_calls(name, steps) == calls
+
+
+def test_the_page_is_what_the_code_takes():
+    assert (Path(__file__).parents[2] / "docs" / "solvers.md").read_text() == table()
