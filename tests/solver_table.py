@@ -19,17 +19,20 @@ KINDS = {
     "EDM": diffusers.EDMEulerScheduler,
     "flow": diffusers.FlowMatchEulerDiscreteScheduler,
 }
+NEEDS_SCIPY = {"lms"}
+"""Whether it is installed is not the page's matter."""
 HEAD = """# Solvers by name
 
 `scheduler="unipc_karras"` (a field of a request, a part of HTTP's JSON, `--scheduler` of `safelight generate`) has a
 request stepped by another solver than the model's own: built from the model's configuration, as Diffusers'
-`X.from_config(pipe.scheduler.config, ...)` does. The table is made by `python -m tests.solver_table`: what a model of each
-kind takes, if its configuration and its pipeline ask for nothing special. `+` is the name alone; suffixes follow.
+`X.from_config(pipe.scheduler.config, ...)` does. The table is made by `python -m tests.solver_table`: what a model of
+each kind takes, if its configuration and its pipeline ask for nothing special. `+` is the name alone; suffixes follow.
 
 What one loaded model takes is in its schema (`/v1/models/{{id}}/schema`). A solver is refused if it
 does not know a setting that the model was trained with (zero terminal SNR, a dynamic or terminal shift, a learned
-variance, continuous timesteps), lacks a method, argument or list of steps that the pipeline's code uses, cannot be built,
-or fails in a trial of four steps. Names with `_beta` need scipy, and so does `lms`: they are left out where it is not.
+variance, continuous timesteps), lacks a method, argument or list of steps that the pipeline's code uses, cannot be
+built, or fails in a trial of four steps. Names with `_beta` need scipy, and so does `lms`: they are left out where it
+is not.
 
 | name | calls of the model in n steps | {kinds} |
 |---|---|{rule}|
@@ -49,10 +52,7 @@ def table() -> str:
         warnings.simplefilter("ignore")
         taken = {kind: solver_choices(own(), lambda _own, _solver: frozenset()) for kind, own in KINDS.items()}
     for name in SOLVERS:
-        if name == "lms":  # whether it is installed is not the page's matter
-            cells = ["+", "", ""]
-        else:
-            cells = [cell(name, found) for found in taken.values()]
+        cells = ["needs scipy"] * len(KINDS) if name in NEEDS_SCIPY else [cell(name, found) for found in taken.values()]
         rows.append(f"| `{name}` | {calls(name)} | {' | '.join(cells)} |")
     head = HEAD.format(kinds=" | ".join(KINDS), rule="---|" * (len(KINDS) - 1) + "---")
     return head + "\n".join(rows) + "\n"

@@ -133,7 +133,7 @@ def tried(solver: Any) -> bool:
     config, generator = solver.config, torch.Generator().manual_seed(0)
     given = {"mu": 1.0} if config.get("use_dynamic_shifting") else {}
     learned = str(config.get("variance_type")).startswith("learned")
-    noise = {"generator": generator} if takes_generator(type(solver)) else {}
+    noise = {"generator": generator} if takes_generator(solver.__class__) else {}
     sample = torch.randn(1, 3, 4, 4, generator=generator).to(torch.bfloat16)
     try:
         solver.set_timesteps(_TRIAL_STEPS, device="cpu", **given)
