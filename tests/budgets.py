@@ -61,7 +61,7 @@ class Budget:
 
 PARTS = (
     Budget((), 1350, "errors, generator, client, results, media, clips: a file for each thing that users touch"),
-    Budget(("core",), 1600, "contracts that everything imports: read in an afternoon"),
+    Budget(("core",), 1800, "contracts that everything imports, and solvers by name: read in an afternoon"),
     Budget(("stages",), 900, "ten standard stages of less than a hundred lines"),
     Budget(("layers",), 800, "what two families share, and nothing that one alone needs"),
     Budget(("attention",), 400, "one layer and a table of backends"),

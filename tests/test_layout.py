@@ -177,6 +177,11 @@ OF_THE_CONTRACT = OWN_OPTIONS & set(Req.__dataclass_fields__)
 OTHERWISE = {
     ("stages/timestep_preparation.py", "sigmas"): "an argument of the solver",
     ("stages/timestep_preparation.py", "timesteps"): "an argument of the solver",
+    **{
+        (file, name): "an argument of the solver"
+        for file in ("core/solver_names.py", "core/solver.py", "backends/demands.py")
+        for name in ("sigmas", "timesteps")
+    },
     ("testing/report.py", "sigmas"): "a column: what the solver was set to",
     **{
         (f"checking/{file}", name): "a row: what the solver was set to"
@@ -342,7 +347,8 @@ def test_models_know_no_technique():
 
 
 COMMON_FIELDS = (
-    "prompt negative_prompt image height width num_frames fps num_inference_steps guidance_scale seed n output_type"
+    "prompt negative_prompt image height width num_frames fps num_inference_steps guidance_scale seed n scheduler "
+    "output_type"
 )
 REQ_FIELDS = (
     "request_id params output_index model stage latents timesteps num_inference_steps step_index sigmas prompt_embeds "

@@ -42,6 +42,7 @@ def schema_of(pipeline_name, params_cls):
         num_input_images=(0, 2),
         notes=("slow",),
         capabilities=frozenset({"b", "a"}),
+        solvers={"euler": ("sigmas", "timesteps"), "unipc": ()},
         architecture=Architecture(8, 32),
         device_bytes=5,
         stage_memory=(StageMemory("decoding", 1, 2, 3),),

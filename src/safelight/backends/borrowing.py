@@ -64,7 +64,7 @@ CONVERSIONS = ("to", "half", "float", "bfloat16")
 """What changes the weights."""
 
 
-def borrowed(pipe: Any, hand: Hand, steps: Steps, device: torch.device) -> Any:
+def borrowed(pipe: Any, hand: Hand, steps: Steps, device: torch.device, solver: Any = None) -> Any:
     """Return a shallow copy of a pipeline, whose networks are copies that hand their calls over.
 
     Nested pipelines are copied too, and what they share with the outer one they share in the copy. Solvers and guiders
@@ -75,9 +75,13 @@ def borrowed(pipe: Any, hand: Hand, steps: Steps, device: torch.device) -> Any:
         hand: has a call made.
         steps: counts the steps of the solvers.
         device: on which it runs, wherever its components lie.
+        solver: in the place of its `scheduler`, wherever that is; None keeps it.
 
     """
-    return _Borrower(hand, steps, device).pipeline(pipe, "")
+    borrower = _Borrower(hand, steps, device)
+    if solver is not None:
+        borrower.replace(pipe.scheduler, own_solver(solver, steps))
+    return borrower.pipeline(pipe, "")
 
 
 def names_of_networks(pipe: Any, prefix: str = "") -> dict[str, nn.Module]:
@@ -104,6 +108,10 @@ class _Borrower:
     def __init__(self, hand: Hand, steps: Steps, device: torch.device) -> None:
         self._hand, self._steps, self._device = hand, steps, device
         self._copies: dict[int, Any] = {}
+
+    def replace(self, value: Any, other: Any) -> None:
+        """Have another thing in the place of one."""
+        self._copies[id(value)] = other
 
     def pipeline(self, pipe: Any, prefix: str) -> Any:
         copied = _shallow(pipe, _on_device(pipe.__class__))

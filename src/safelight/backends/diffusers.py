@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from safelight.backends.annotations import Askable
 from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
+from safelight.backends.demands import demands_of
 from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.outputs import SOUND, UNSAFE, VIDEO, made_by, media_of
 from safelight.backends.refusals import refusal
@@ -33,6 +34,7 @@ from safelight.core.registry import PipelineEntry
 from safelight.core.request import Req
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.server_args import ServerArgs
+from safelight.core.solver import Traits, solver_by_name
 from safelight.core.stage import PipelineStage
 from safelight.core.stage import Steps as Coroutine
 from safelight.core.tasks import MASK, MASK_IMAGE
@@ -81,6 +83,20 @@ def pipeline_entry(class_name: str, components: Collection[str] = ()) -> Pipelin
     _pipeline_class(class_name)  # which says that there is none
     params_cls = params_of(class_name, components)
     return PipelineEntry(FAMILY, class_name, __name__, (), params_cls, DiffusersConfig, backend=FAMILY)
+
+
+def takes_solver(class_names: Sequence[str], own: Any, solver: Any) -> Traits | None:
+    """Return which lists of a schedule a solver takes in pipelines of the package; None where it does not fit one.
+
+    Args:
+        class_names: the pipelines' of one model.
+        own: the solver that it was loaded with.
+        solver: another; both have a schedule.
+
+    """
+    found = [demands_of(_pipeline_class(name)).traits(own, solver) for name in class_names]
+    taken = [traits for traits in found if traits is not None]
+    return frozenset.intersection(*taken) if len(taken) == len(found) else None
 
 
 def describe(model: str, class_name: str, params_cls: type[SamplingParams], notes: tuple[str, ...]) -> ModelSchema:
@@ -239,8 +255,10 @@ class DiffusersStage(PipelineStage):
 
         task = batch.params.task_of(batch.params.set_fields())
         assert task is not None
-        name = task.pipeline_name
-        pipe = borrowed(self.pipes[name], hand, Steps(generator, tell), self.device)
+        name, solver_name = task.pipeline_name, batch.params.scheduler
+        shared = self.pipes[name]
+        solver = None if solver_name is None else solver_by_name(solver_name, shared.scheduler)
+        pipe = borrowed(shared, hand, Steps(generator, tell), self.device, solver)
         try:
             with torch.inference_mode():
                 # By name: as a tuple, some are without their outer list.

@@ -15,8 +15,9 @@ from safelight.core.params import DEFAULT_FPS, SamplingParams
 from safelight.core.tasks import Task
 from safelight.errors import ModelIndexError
 
-OURS = frozenset({"seed", "n", "output_type"})
-"""Common fields that every pipeline has here: each is called with a generator, once an output, for arrays."""
+OURS = frozenset({"seed", "n", "scheduler", "output_type"})
+"""Common fields that every pipeline has here: each is called with a generator, once an output, for arrays; which
+solvers it takes is in its schema."""
 NEEDED = ("generator", "output_type")
 """What a pipeline's call must take to be run here."""
 REFUSED = {"batch_size": "use n", "callback": "use stream(), which yields after every step"}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from safelight.core.options import MEDIA_KINDS, NULL, Option, leaves, option, options_of, without_null
+from safelight.core.solver_names import SCHEDULES, num_calls
 from safelight.errors import InvalidParameterError, UnknownParameterError
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ MAX_SEED = 2**64 - 1
 DEFAULT_FPS = 24
 """Of a video's file, where neither the request nor the model says it."""
 OF_NO_IMAGE = frozenset(
-    ("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "guidance_scale", "fps")
+    (
+        *("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "scheduler"),
+        *("guidance_scale", "fps"),
+    )
 )
 """Common fields that no input image is prepared by."""
 
@@ -52,6 +56,7 @@ class SamplingParams:
     n: int | None = option(
         "integer", "outputs a prompt, with seeds seed, seed+1 and so on", group="basic", minimum=1, maximum=1024
     )
+    scheduler: str | None = option("string", "solver by name, such as euler or unipc_karras; the model's own if unset")
     output_type: str | None = option("string", "form of the result", choices=("pil", "np", "pt", "latent"))
 
     defaults: ClassVar[Mapping[str, Any]] = {"n": 1, "output_type": "pil"}
@@ -160,6 +165,7 @@ class SamplingParams:
             raise InvalidParameterError("prompt", None, "the text to generate from")
         self._validate_size(schema)
         self._validate_num_frames(schema)
+        self._validate_scheduler(schema, given)
         count, allowed = len(self.given_images()), schema.num_input_images
         if "image" in self.options() and not allowed[0] <= count <= allowed[1]:
             raise InvalidParameterError("image", f"{count} images", f"{allowed[0]} to {allowed[1]} for this model")
@@ -177,6 +183,15 @@ class SamplingParams:
                 sizes = [str(size) for size in (lower, lower + schema.size_multiple) if size]
                 takes = f"a multiple of {schema.size_multiple}; nearest: {' and '.join(sizes)}"
                 raise InvalidParameterError(name, value, takes)
+
+    def _validate_scheduler(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
+        if self.scheduler is None:
+            return
+        if self.scheduler not in schema.solvers:
+            raise InvalidParameterError("scheduler", self.scheduler, schema.takes_solvers())
+        for name in SCHEDULES & given.keys() - set(schema.solvers[self.scheduler]):
+            takes = f"nothing with scheduler={self.scheduler}, which spaces its steps itself here"
+            raise InvalidParameterError(name, given[name], takes)
 
     def _validate_num_frames(self, schema: ModelSchema) -> None:
         step = schema.frame_step
@@ -232,8 +247,11 @@ class SamplingParams:
         return 1.0
 
     def num_steps(self) -> int:
-        """Return the denoising steps of an output; 0 where that is not known yet. Only for resolved parameters."""
-        return self.num_inference_steps or 0
+        """Return the model's steps for an output; 0 where that is not known yet. Only for resolved parameters.
+
+        A solver of second order makes two of all but the last of `num_inference_steps`.
+        """
+        return num_calls(self.scheduler, self.num_inference_steps or 0)
 
     def num_latent_tokens(self, schema: ModelSchema) -> int:
         """Return the tokens that an output's latents are to the model. Only for resolved parameters."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safelight.core.architecture import Architecture
+from safelight.core.options import Option
 from safelight.core.params import SamplingParams
 from safelight.core.stage_memory import StageMemory
 
@@ -53,6 +54,8 @@ class ModelSchema:
         frame_step: frame counts are one more than a multiple of it.
         notes: what every user of this model should know; with each result.
         capabilities: names of what the components allow, as the family's parameters understand them.
+        solvers: names of the solvers that it runs with beside its own, each with those of the fields `sigmas` and
+            `timesteps` that may be given with it.
         architecture: of the network that runs at every step; None where it is not known.
         token_bytes: that a step holds for each token, at the very least; 0 where that is not known.
         device_bytes: that all devices of a request have beside the weights; 0 where that is not known.
@@ -70,6 +73,7 @@ class ModelSchema:
     frame_step: int = 1
     notes: tuple[str, ...] = ()
     capabilities: frozenset[str] = field(default_factory=frozenset)
+    solvers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     architecture: Architecture | None = None
     token_bytes: int = 0
     device_bytes: int = 0
@@ -85,10 +89,21 @@ class ModelSchema:
         task = self.params_cls.task_of(given)
         return self.defaults if task is None or task.pipeline_name == self.pipeline_name else task.defaults
 
+    def options(self) -> dict[str, Option]:
+        """Return the fields that this model takes, in order, by name; its own solvers among them."""
+        options = self.params_cls.options()
+        if self.solvers and "scheduler" in options:
+            return {**options, "scheduler": replace(options["scheduler"], choices=tuple(self.solvers))}
+        return {name: option for name, option in options.items() if name != "scheduler"}
+
+    def takes_solvers(self) -> str:
+        """Say in words which solvers may be asked for."""
+        return self.options()["scheduler"].takes() if self.solvers else "nothing: this model runs with its own alone"
+
     def json_schema(self) -> dict[str, Any]:
         """Return a JSON Schema (2020-12) of what may be asked, with defaults, ranges and a group for forms."""
         properties: dict[str, Any] = {}
-        for name, option in self.params_cls.options().items():
+        for name, option in self.options().items():
             entry = option.json_schema()
             if name in ("height", "width") and not self.params_cls.fits_size:
                 entry["multipleOf"] = self.size_multiple

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from safelight.core.architecture import Architecture
 from safelight.core.config import PipelineConfig
 from safelight.core.pipeline import ComposedPipeline
+from safelight.core.registry import resolve_class
 from safelight.core.schema import ModelSchema
+from safelight.core.solver import Use, solver_choices
 from safelight.errors import ModelIndexError, in_one_line
 from safelight.loading.classes import Source, target_of
+from safelight.loading.components import in_words, quiet
 from safelight.loading.repository import Repository
+
+SOLVER = "scheduler"
 
 
 def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
@@ -32,7 +38,26 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         wrong = f"{repository.name}: a component's configuration has a wrong value"
         raise ModelIndexError(f"{wrong}: {in_one_line(error)}") from error
+    found = sources(repository, entry.pipeline_cls()).get(SOLVER)
+    if found is not None:
+        schema = replace(schema, solvers=solvers_of(repository, resolve_class(found.target), config.takes_solver))
     return config, schema
+
+
+def solvers_of(repository: Repository, cls: Any, use: Use) -> dict[str, tuple[str, ...]]:
+    """Return the solvers that a model runs with beside its own, as `solver_choices`, from its JSON alone.
+
+    Args:
+        repository: the model.
+        cls: of its own solver.
+        use: what its loop makes of another.
+
+    Raises:
+        ModelError: if its own cannot be built.
+
+    """
+    with in_words(f"{SOLVER}: {cls.__name__}"), quiet():
+        return solver_choices(cls.from_config(repository.component_config(SOLVER)), use)
 
 
 def sources(repository: Repository, pipeline_cls: type[ComposedPipeline]) -> dict[str, Source]:

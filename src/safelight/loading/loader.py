@@ -19,6 +19,7 @@ from safelight.backends import components, diffusers
 from safelight.core.architecture import NETWORKS, Architecture
 from safelight.core.components import Components
 from safelight.core.device import on_device
+from safelight.core.package_params import PackageParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
@@ -26,7 +27,7 @@ from safelight.errors import InvalidParameterError, UsageError
 from safelight.loading.bounds import bounded
 from safelight.loading.component_plan import plan_components
 from safelight.loading.components import check_weights, in_words, quiet, warn_of_unused
-from safelight.loading.description import configure
+from safelight.loading.description import SOLVER, configure, solvers_of
 from safelight.loading.files import weights_digest
 from safelight.loading.planning import device_memory, plan_memory, refuse_excluded
 from safelight.loading.repository import Repository, open_for
@@ -87,8 +88,16 @@ def describe(repository: Repository) -> ModelSchema:
     schema = diffusers.describe(
         repository.name, repository.pipeline.pipeline_name, repository.pipeline.sampling_param_cls(), repository.notes
     )
-    configs = {name: repository.component_config(name) for name in NETWORKS if name in repository.component_names()}
-    return dataclasses.replace(schema, architecture=Architecture.of(configs))
+    names = repository.component_names()
+    configs = {name: repository.component_config(name) for name in NETWORKS if name in names}
+    solvers: dict[str, tuple[str, ...]] = {}
+    if SOLVER in names:
+        cls = components.check_component(repository.folder(SOLVER), SOLVER, repository.index[SOLVER])
+        params_cls = schema.params_cls
+        assert issubclass(params_cls, PackageParams)
+        class_names = [task.pipeline_name for task in params_cls.tasks]
+        solvers = solvers_of(repository, cls, functools.partial(diffusers.takes_solver, class_names))
+    return dataclasses.replace(schema, architecture=Architecture.of(configs), solvers=solvers)
 
 
 def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:

@@ -243,6 +243,7 @@ class WireSchema(msgspec.Struct, frozen=True):
     frame_step: int
     notes: tuple[str, ...]
     capabilities: list[str]
+    solvers: dict[str, tuple[str, ...]] = {}
     architecture: Architecture | None = None
     token_bytes: int = 0
     device_bytes: int = 0

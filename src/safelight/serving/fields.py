@@ -118,7 +118,8 @@ class Resolved:
         usual = self.schema.defaults_for(self.params.set_fields()).get("num_inference_steps")
         if not usual:
             return "medium"
-        return min(QUALITIES, key=lambda name: abs(QUALITIES[name] * usual - self.params.num_steps()))
+        steps = self.params.num_inference_steps or self.params.num_steps()  # of some solvers a step is two calls
+        return min(QUALITIES, key=lambda name: abs(QUALITIES[name] * usual - steps))
 
     @property
     def background(self) -> str:
