@@ -5,23 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
+from safelight.backends.encoder_cache import EncoderCache
 from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.refusals import refusal
 from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
 from safelight.backends.solvers import Steps
+from safelight.backends.stacking import TRIAL, ProvenStacking, Records, TreeSignature
 from safelight.backends.step_thread import Ask, StepThread
+from safelight.backends.trees import InFloat32, aligned
 from safelight.core.calls import ModelCall
 from safelight.core.components import Components
 from safelight.core.config import PipelineConfig
+from safelight.core.model_runner import Wrapper
 from safelight.core.params import SamplingParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import PipelineEntry
@@ -48,8 +52,11 @@ STAGES: Mapping[str, str] = {
     "safety_checker": "safety_checking",
 }
 """By how a component's name begins, what users see of its calls; all else is denoising."""
-HANDED = "handed"
-"""Static argument of a call: how the package made it."""
+ENCODING = ("text_encoding", "image_encoding", "image_vae_encoding")
+"""Stages whose calls give the same of the same: other requests may want it too."""
+CONTEXT, OWN = "context", "own"
+"""Static arguments of a call: the context of caches in which it is made, and the request's own network, where it has
+one."""
 logger = logging.getLogger(__name__)
 
 
@@ -91,7 +98,9 @@ def describe(model: str, class_name: str, params_cls: type[SamplingParams], note
     )
 
 
-def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str | None) -> ComposedPipeline:
+def load(
+    path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str | None, weights: Mapping[str, str]
+) -> ComposedPipeline:
     """Load a pipeline with the package's own loader: local files, safetensors, explicit class, no code of others.
 
     Args:
@@ -99,6 +108,7 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str 
         schema: what the pipeline takes.
         server_args: device and dtypes.
         variant: of the weights, of every component that has it.
+        weights: digest of each component's weights.
 
     Raises:
         Exception: whatever the package raises.
@@ -111,7 +121,7 @@ def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str 
     pipe.set_progress_bar_config(disable=True)
     tell_where_images_are(pipe)
     pipe.to(server_args.torch_device())
-    components = Components({"pipeline": pipe, **names_of_networks(pipe)})
+    components = Components({"pipeline": pipe, **names_of_networks(pipe)}, weights=weights)
     return DiffusersPipeline(components, DiffusersConfig(), schema, server_args)
 
 
@@ -144,6 +154,21 @@ class DiffusersPipeline(ComposedPipeline):
         """Add the one stage."""
         self.add_stage(DiffusersStage(self.get_module("pipeline"), self.device), "pipeline")
 
+    def wrappers(self, stacked: bool) -> tuple[Wrapper, ...]:
+        """Return what answers encoders' calls that were made before, and what stacks those that were proven."""
+        modules = self.modules()
+        training = {name for name, module in modules.items() if any(part.training for part in module.modules())}
+        remembered = EncoderCache(self.conditioning_cache, self.encodes, training)
+        return (remembered, ProvenStacking(self.device)) if stacked else (remembered,)
+
+    def encodes(self, call: ModelCall) -> bool:
+        """Say whether a call is of an encoder: of text or images, by its name or because transformers has its class."""
+        import transformers
+
+        stage = stage_of(call)
+        known = isinstance(self.get_module(call.component), transformers.PreTrainedModel)
+        return stage in ENCODING or (stage == "denoising" and known)
+
     def forward(self, call: ModelCall) -> Tree:
         """Make a call as the package would: of the network's part and method that it names, in its caches' context.
 
@@ -151,18 +176,22 @@ class DiffusersPipeline(ComposedPipeline):
             Exception: what the network raises, as `refusal` has it.
 
         """
-        handed: Any = call.static[HANDED]
-        module = self.get_module(call.component) if handed.own is None else handed.own
+        own, context = call.static[OWN], cast("tuple[Any, ...] | None", call.static[CONTEXT])
+        module: Any = self.get_module(call.component) if own is None else own
         arguments = dict(call.kwargs)
         args = arguments.pop(POSITIONAL, ())
         path, _, method = call.method.rpartition(".")
         part = module.get_submodule(path)
         made = part if method == "forward" else getattr(part, method)
-        context = handed.context
         try:
-            with nullcontext() if context is None else module.cache_context(context[0], **dict(context[1:])):
+            with (
+                InFloat32() if call.static.get(TRIAL) == "float32" else nullcontext(),
+                nullcontext() if context is None else module.cache_context(context[0], **dict(context[1:])),
+            ):
                 return made(*args, **arguments)
         except Exception as error:  # the package's boundary, as around the rest of its call
+            if TRIAL in call.static:
+                raise
             raise refused(self.schema.pipeline_name, error) from error
 
 
@@ -179,6 +208,7 @@ class DiffusersStage(PipelineStage):
         self.pipe = pipe
         self.device = device
         self.parameters = parameters_of(pipe.__call__)
+        self.records = Records()
 
     def run(self, batch: Req, server_args: ServerArgs) -> Coroutine:
         """Run the call to its end, and yield each call that its networks make; closing stops it there."""
@@ -206,9 +236,12 @@ class DiffusersStage(PipelineStage):
             branch = str(ordinal) if handed.context is None else handed.context[0]
             ordinal += 1
             key = batch.key(branch, batch.step_index)
-            static = {HANDED: handed}
-            component, method = handed.component, handed.method
-            return ask(ModelCall(component, handed.arguments, {}, None, key, static, method, batch.model))
+            static = {CONTEXT: handed.context, OWN: handed.own}
+            component, method, arguments = handed.component, handed.method, handed.arguments
+            call = ModelCall(component, arguments, {}, None, key, static, method, batch.model)
+            if stage_of(call) == "denoising":
+                return ask(replace(call, signature=(TreeSignature((component, method), arguments, self.records),)))
+            return ask(replace(call, kwargs=aligned(arguments)))
 
         pipe = borrowed(self.pipe, hand, Steps(generator, tell), self.device)
         try:

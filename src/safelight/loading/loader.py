@@ -94,19 +94,21 @@ def describe(repository: Repository) -> ModelSchema:
 
 def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
     files: list[Path] = []
+    weights: dict[str, str] = {}
     for name in repository.component_names():
         folder = repository.path / name
         cls = components.check_component(repository.path, name, repository.index[name])
         stem = components.checkpoint_stem(cls)
         if stem is not None:
             files += check_weights(folder, (stem,), repository.component_variant(name))
+            weights[name] = weights_digest(folder)
         warn_of_unused(folder, cls)
-    for setting in ("offload", "vae_tiling"):
+    for setting in ("offload", "vae_tiling", "cuda_graphs"):
         value = vars(server_args)[setting]
         if value != "none":
             raise InvalidParameterError(setting, value, "none for a model run by the diffusers package")
     with in_words(repository.pipeline.pipeline_name), quiet(), bounded(repository.name, files):
-        pipeline = diffusers.load(repository.path, describe(repository), server_args, repository.variant)
+        pipeline = diffusers.load(repository.path, describe(repository), server_args, repository.variant, weights)
         parts = pipeline.get_module("pipeline").components
         for name, component in parts.items():
             check_steps(component, name)
