@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -156,18 +157,13 @@ class DiffusersPipeline(ComposedPipeline):
 
     def wrappers(self, stacked: bool) -> tuple[Wrapper, ...]:
         """Return what answers encoders' calls that were made before, and what stacks those that were proven."""
-        modules = self.modules()
-        training = {name for name, module in modules.items() if any(part.training for part in module.modules())}
-        remembered = EncoderCache(self.conditioning_cache, self.encodes, training)
-        return (remembered, ProvenStacking(self.device)) if stacked else (remembered,)
-
-    def encodes(self, call: ModelCall) -> bool:
-        """Say whether a call is of an encoder: of text or images, by its name or because transformers has its class."""
         import transformers
 
-        stage = stage_of(call)
-        known = isinstance(self.get_module(call.component), transformers.PreTrainedModel)
-        return stage in ENCODING or (stage == "denoising" and known)
+        modules = self.modules()
+        training = {name for name, module in modules.items() if any(part.training for part in module.modules())}
+        known = frozenset(name for name, each in modules.items() if isinstance(each, transformers.PreTrainedModel))
+        remembered = EncoderCache(self.conditioning_cache, functools.partial(encodes, known), training)
+        return (remembered, ProvenStacking(self.device)) if stacked else (remembered,)
 
     def forward(self, call: ModelCall) -> Tree:
         """Make a call as the package would: of the network's part and method that it names, in its caches' context.
@@ -216,7 +212,7 @@ class DiffusersStage(PipelineStage):
         try:
             call = thread.resume()
             while call is not None:
-                batch.stage = stage_of(call)
+                batch.stage = stage_of(call.component, call.method)
                 call = thread.resume((yield [call])[0])
         finally:
             thread.cancel()
@@ -238,10 +234,10 @@ class DiffusersStage(PipelineStage):
             key = batch.key(branch, batch.step_index)
             static = {CONTEXT: handed.context, OWN: handed.own}
             component, method, arguments = handed.component, handed.method, handed.arguments
-            call = ModelCall(component, arguments, {}, None, key, static, method, batch.model)
-            if stage_of(call) == "denoising":
-                return ask(replace(call, signature=(TreeSignature((component, method), arguments, self.records),)))
-            return ask(replace(call, kwargs=aligned(arguments)))
+            if stage_of(component, method) == "denoising":
+                signature = (TreeSignature((component, method), arguments, self.records),)
+                return ask(ModelCall(component, arguments, {}, signature, key, static, method, batch.model))
+            return ask(ModelCall(component, aligned(arguments), {}, None, key, static, method, batch.model))
 
         pipe = borrowed(self.pipe, hand, Steps(generator, tell), self.device)
         try:
@@ -273,11 +269,18 @@ def refused(pipeline_name: str, error: Exception) -> Exception:
     return refusal(pipeline_name, error)
 
 
-def stage_of(call: ModelCall) -> str:
-    """Return the name under which users see the work of a call."""
-    name = call.component.rpartition(".")[2]
+@functools.cache
+def stage_of(component: str, method: str) -> str:
+    """Return the name under which users see the work of a call of a component's method."""
+    name = component.rpartition(".")[2]
     stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "denoising")
-    return "image_vae_encoding" if stage == "decoding" and "encode" in call.method else stage
+    return "image_vae_encoding" if stage == "decoding" and "encode" in method else stage
+
+
+def encodes(known: Collection[str], call: ModelCall) -> bool:
+    """Say whether a call is of an encoder, of text or images: by its name, or because its component is known as one."""
+    stage = stage_of(call.component, call.method)
+    return stage in ENCODING or (stage == "denoising" and call.component in known)
 
 
 def to_output(media: Any, output_type: str | None) -> Tensor:

@@ -108,16 +108,20 @@ class Role:
         self.task: Task | None = None
         self._window = window
         self._uses: deque[tuple[float, float]] = deque()
+        self._used = 0.0
 
     def used(self, now: float) -> float:
         """Return the seconds in the window that ends now."""
         while self._uses and self._uses[0][0] <= now - self._window:
-            self._uses.popleft()
-        return sum(seconds for _, seconds in self._uses)
+            self._used -= self._uses.popleft()[1]
+        if not self._uses:
+            self._used = 0.0  # without what rounding has left
+        return self._used
 
     def record(self, now: float, seconds: float) -> None:
         """Remember a unit that has just ended."""
         self._uses.append((now, seconds))
+        self._used += seconds
 
 
 class Policy:
