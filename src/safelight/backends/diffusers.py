@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from safelight.backends.attention import set_attention_backend, torchs_own_attention
 from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
 from safelight.backends.encoder_cache import EncoderCache
 from safelight.backends.image_positions import tell_where_images_are
@@ -122,7 +123,9 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     tell_where_images_are(pipe)
     pipe.to(server_args.torch_device())
-    components = Components({"pipeline": pipe, **names_of_networks(pipe)}, weights=weights)
+    networks = names_of_networks(pipe)
+    set_attention_backend(networks, server_args.attention_backend, server_args.torch_device())
+    components = Components({"pipeline": pipe, **networks}, weights=weights)
     return DiffusersPipeline(components, DiffusersConfig(), schema, server_args)
 
 
@@ -181,7 +184,7 @@ class DiffusersPipeline(ComposedPipeline):
         made = part if method == "forward" else getattr(part, method)
         try:
             with (
-                InFloat32() if call.static.get(TRIAL) == "float32" else nullcontext(),
+                in_float32(module) if call.static.get(TRIAL) == "float32" else nullcontext(),
                 nullcontext() if context is None else module.cache_context(context[0], **dict(context[1:])),
             ):
                 return made(*args, **arguments)
@@ -275,6 +278,13 @@ def stage_of(component: str, method: str) -> str:
     name = component.rpartition(".")[2]
     stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "denoising")
     return "image_vae_encoding" if stage == "decoding" and "encode" in method else stage
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Have a network compute in float32, whatever its weights are."""
+    with torchs_own_attention(module), InFloat32():
+        yield
 
 
 def encodes(known: Collection[str], call: ModelCall) -> bool:

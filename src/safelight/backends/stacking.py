@@ -181,12 +181,11 @@ class ProvenStacking:
         """Say how calls as one differ from calls apart; None if they are the same within rounding."""
         try:
             (together,) = make([_on_trial(_stacked(alone, roles), "stacked")])
-            parts = split(together, len(alone))
+            return self._compare(alone, made, split(together, len(alone)), make)
         except Exception as error:  # a trial's boundary: a network that cannot do it is made apart
             if is_lost(self._device, error):
                 raise
-            return f"stacked, it fails: {one_line(str(error))}"
-        return self._compare(alone, made, parts, make)
+            return f"stacked or in float32, it fails: {one_line(str(error))}"
 
     def _compare(self, alone: Sequence[Forward], made: Sequence[Tree], parts: Sequence[Tree], make: Make) -> str | None:
         for forward, own, part in zip(alone, made, parts, strict=True):
