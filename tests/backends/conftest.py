@@ -163,6 +163,10 @@ WITHOUT_TEXT = {
     "DiTPipeline": builders.dit,
     "StableVideoDiffusionPipeline": builders.stable_video_diffusion,
 }
+SEVERAL_NETWORKS = {
+    "StableDiffusionControlNetPipeline": builders.controlled,
+    "KandinskyV22CombinedPipeline": builders.kandinsky,
+}
 VIDEO = {"LTXPipeline", "WanVACEPipeline", "StableVideoDiffusionPipeline"}
 FIELDS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Pipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
@@ -171,6 +175,18 @@ FIELDS: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
     "WanVACEPipeline": {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3},
     "DDPMPipeline": {"num_inference_steps": 3},
+    "StableDiffusionControlNetPipeline": {
+        "image": Image.linear_gradient("L").resize((48, 32)).convert("RGB"),
+        "height": 32,
+        "width": 48,
+        "num_inference_steps": 3,
+    },
+    "KandinskyV22CombinedPipeline": {
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 3,
+        "prior_num_inference_steps": 2,
+    },
     "DDIMPipeline": {"num_inference_steps": 3, "eta": 0.5},
     "DiTPipeline": {"class_labels": [3], "num_inference_steps": 3},
     "StableVideoDiffusionPipeline": {
@@ -193,7 +209,9 @@ def checkpoint(tmp_path_factory):
         if name not in folders:
             torch.manual_seed(0)
             folders[name] = tmp_path_factory.mktemp(name)
-            getattr(diffusers, name)(**{**BUILDERS, **WITHOUT_TEXT}[name](folders[name])).save_pretrained(folders[name])
+            getattr(diffusers, name)(
+                **{**BUILDERS, **WITHOUT_TEXT, **SEVERAL_NETWORKS}[name](folders[name])
+            ).save_pretrained(folders[name])
         return folders[name]
 
     return of

@@ -53,7 +53,7 @@ STAGES: Mapping[str, str] = {
     "vocoder": "decoding",
     "safety_checker": "safety_checking",
 }
-"""By how a component's name begins, what users see of its calls; all else is denoising."""
+"""By how a component's name, or a word of it, begins, what users see of its calls; all else is denoising."""
 ENCODING = ("text_encoding", "image_encoding", "image_vae_encoding")
 """Stages whose calls give the same of the same: other requests may want it too."""
 CONTEXT, OWN = "context", "own"
@@ -275,8 +275,8 @@ def refused(pipeline_name: str, error: Exception) -> Exception:
 @functools.cache
 def stage_of(component: str, method: str) -> str:
     """Return the name under which users see the work of a call of a component's method."""
-    name = component.rpartition(".")[2]
-    stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "denoising")
+    name = f"_{component.rpartition('.')[2]}"
+    stage = next((stage for words, stage in STAGES.items() if f"_{words}" in name), "denoising")
     return "image_vae_encoding" if stage == "decoding" and "encode" in method else stage
 
 

@@ -65,6 +65,11 @@ class Task:
         return self.execution.req.pending
 
     @property
+    def is_movable(self) -> bool:
+        """Whether all that it holds is in the request: in a thread is nothing before its first call."""
+        return self.execution.pipeline.movable or not self.calls
+
+    @property
     def is_resident(self) -> bool:
         """Whether what its next unit runs is on the device."""
         residency = self.execution.pipeline.residency
