@@ -2,12 +2,12 @@
 
 Three sides run one FLUX pipeline in turns: Diffusers alone, Safelight's coroutine over it driven to its end, and the
 same in a server's engine. The network answers at once, so that what is around it counts: the pipeline's own loop, its
-solver, and on our side all that happens to a call. What a run takes more than Diffusers' own run beside it, at two
-numbers of steps, is a line: its slope is the overhead of a step. With true guidance a step asks the network twice: the
-difference is a further call. Beside them the bare round trip of two threads that wait for each other by two semaphores,
-which each call has.
+solver, and on our side all that happens to a call. What a picture takes at two numbers of steps is a line: its slope is
+a step. With true guidance a step asks the network twice: the difference is a further call. Beside them the bare round
+trip of two threads that wait for each other by two semaphores, which each call has.
 
-Times are wall time, because threads wait; of many rounds the medians:
+All threads share one core, so that the process's CPU time is what passes, and other programs count less; of many rounds
+the medians:
 
     OMP_NUM_THREADS=1 python -m benchmarks.package_overhead --rounds 100
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import statistics
 import tempfile
 import threading
@@ -37,7 +38,7 @@ from safelight.preparation import prepare
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.model_runner import PipelineRunner
 
-FEW_STEPS, MANY_STEPS = 10, 110
+FEW_STEPS, MANY_STEPS = 5, 45
 STEP_TARGET, CALL_TARGET = 150, 80
 ROUND_TRIPS = 500
 CALLS: dict[int, dict[str, Any]] = {1: {}, 2: {"negative_prompt": "blurry", "true_cfg_scale": 2.0}}
@@ -119,57 +120,61 @@ def round_trip() -> float:
 
     thread = threading.Thread(target=answer)
     thread.start()
-    begun = time.perf_counter()
+    begun = time.process_time()
     for _ in range(ROUND_TRIPS):
         asked.release()
         answered.acquire()
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     thread.join()
     return seconds / ROUND_TRIPS
 
 
 def timed(side: Side, num_calls: int, num_steps: int) -> float:
     """Return the seconds that a picture takes."""
-    begun = time.perf_counter()
+    begun = time.process_time()
     side(num_calls, num_steps)
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
-def slope(theirs: Side, ours: Side, num_calls: int) -> float:
-    """Return what a step takes more than Diffusers' in one round of A B B A, in seconds."""
-    more = {}
-    for num_steps in (FEW_STEPS, MANY_STEPS):
-        first, second, third, fourth = (timed(side, num_calls, num_steps) for side in (theirs, ours, ours, theirs))
-        more[num_steps] = (second + third - first - fourth) / 2
-    return (more[MANY_STEPS] - more[FEW_STEPS]) / (MANY_STEPS - FEW_STEPS)
+def per_step(samples: dict[tuple[str, int, int], list[float]], name: str, num_calls: int) -> float:
+    """Return the median seconds of a step of so many calls on a side."""
+    few, many = (statistics.median(samples[name, num_calls, num_steps]) for num_steps in (FEW_STEPS, MANY_STEPS))
+    return (many - few) / (MANY_STEPS - FEW_STEPS)
 
 
 def main() -> None:
-    """Measure both of our sides against Diffusers, in turns."""
+    """Measure both of our sides and Diffusers, in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100, help="rounds of A B B A")
+    parser.add_argument("--rounds", type=int, default=100, help="rounds of A B C C B A")
     arguments = begin(parser)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         answer_at_once()
         pipeline = load_pipeline(ServerArgs(model=folder, device="cpu", dtype="float32", backend="diffusers"))
-        theirs = diffusers_side(Path(folder))
-        ours = {"the coroutine": coroutine_side(pipeline), "in the engine": engine_side(pipeline)}
-        for side in (theirs, *ours.values()):
-            for num_calls in CALLS:
-                side(num_calls, FEW_STEPS)
-        samples: dict[tuple[str, int], list[float]] = {(name, calls): [] for name in ours for calls in CALLS}
+        sides = {
+            "Diffusers": diffusers_side(Path(folder)),
+            "the coroutine": coroutine_side(pipeline),
+            "in the engine": engine_side(pipeline),
+        }
+        samples: dict[tuple[str, int, int], list[float]] = {}
         trips = []
-        for _ in range(3 if arguments.quick else arguments.rounds):
+        for number in range(3 if arguments.quick else arguments.rounds + 1):
             trips.append(round_trip())
-            for (name, num_calls), found in samples.items():
-                found.append(slope(theirs, ours[name], num_calls))
+            for num_calls in CALLS:
+                for num_steps in (FEW_STEPS, MANY_STEPS):
+                    for name in (*sides, *reversed(sides)):
+                        seconds = timed(sides[name], num_calls, num_steps)
+                        if number:  # the first round warms up
+                            samples.setdefault((name, num_calls, num_steps), []).append(seconds)
     print(f"a network that answers at once; µs more than Diffusers: {STEP_TARGET} and {CALL_TARGET} are wanted at most")
     rows = []
-    for name in ours:
-        one, two = (statistics.median(samples[name, num_calls]) * 1e6 for num_calls in CALLS)
-        rows.append([name, f"{one:.0f}", f"{two - one:.0f}"])
-    print_table(["", "a step of one call", "a further call"], rows)
+    for name in sides:
+        one, two = (per_step(samples, name, num_calls) * 1e6 for num_calls in CALLS)
+        base, base_two = (per_step(samples, "Diffusers", num_calls) * 1e6 for num_calls in CALLS)
+        more = ["", ""] if name == "Diffusers" else [f"{one - base:.0f}", f"{two - base_two - one + base:.0f}"]
+        rows.append([name, f"{one:.0f}", f"{two - one:.0f}", *more])
+    print_table(["", "a step of one call, µs", "a further call", "more a step", "more a further call"], rows)
     print(f"a bare round trip of two semaphores: {statistics.median(trips) * 1e6:.0f} µs")
 
 
