@@ -65,7 +65,7 @@ PARTS = (
     Budget(("stages",), 900, "ten standard stages of less than a hundred lines"),
     Budget(("layers",), 800, "what two families share, and nothing that one alone needs"),
     Budget(("attention",), 400, "one layer and a table of backends"),
-    Budget(("backends",), 1000, "a hundred pipelines of a package, driven by one mechanism"),
+    Budget(("backends",), 1900, "a hundred pipelines of a package by one mechanism: calls handed over, kept, stacked"),
     Budget(("loading",), 1800, "repositories of others are checked here, every key and setting"),
     Budget(("adapters",), 600, "conventions of LoRA files, stores, unmerged and merged: not begun"),
     Budget(("parallel",), 1200, "tokens, weights, branches and rows, each a strategy from outside"),

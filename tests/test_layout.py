@@ -79,7 +79,7 @@ LAYERS = {
     "layers": {"errors", "layers", "attention"},
     "attention": {"errors", "attention"},
     "families": {"errors", "core", "stages", "layers", "attention", "families"},
-    "backends": {"errors", "clips", "core", "backends"},
+    "backends": {"errors", "attention", "clips", "core", "backends"},
     "acceleration": {"errors", "core", "stages", "layers", "attention", "parallel", "preparation", "acceleration"},
     "parallel": {"errors", "core", "stages", "layers", "attention", "parallel"},
     "loading": {"errors", "core", "stages", "layers", "attention", "acceleration", "backends", "parallel", "loading"},

@@ -166,6 +166,7 @@ WITHOUT_TEXT = {
 OTHERS = {
     "StableDiffusionControlNetPipeline": builders.stable_diffusion_controlnet,
     "LongCatAudioDiTPipeline": builders.longcat_audio_dit,
+    "KandinskyV22CombinedPipeline": builders.kandinsky,
 }
 VIDEO = {"LTXPipeline", "WanVACEPipeline", "StableVideoDiffusionPipeline"}
 FIELDS: dict[str, dict[str, Any]] = {
@@ -175,6 +176,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
     "WanVACEPipeline": {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3},
     "DDPMPipeline": {"num_inference_steps": 3},
+    "KandinskyV22CombinedPipeline": {
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 3,
+        "prior_num_inference_steps": 2,
+    },
     "DDIMPipeline": {"num_inference_steps": 3, "eta": 0.5},
     "DiTPipeline": {"class_labels": [3], "num_inference_steps": 3},
     "StableVideoDiffusionPipeline": {

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 
 from safelight.backends.annotations import Askable
+from safelight.backends.attention import set_attention_backend, torchs_own_attention
 from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
 from safelight.backends.demands import demands_of
+from safelight.backends.encoder_cache import EncoderCache
 from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.outputs import SOUND, UNSAFE, VIDEO, made_by, media_of
 from safelight.backends.refusals import refusal
 from safelight.backends.signature import sorted_arguments
 from safelight.backends.solvers import Steps
+from safelight.backends.stacking import TRIAL, ProvenStacking, Records, TreeSignature
 from safelight.backends.step_thread import Ask, StepThread
 from safelight.backends.tasks import over_the_same, params_of
+from safelight.backends.trees import InFloat32, aligned
 from safelight.clips import EncodedClip
 from safelight.core.calls import ModelCall
 from safelight.core.components import Components
 from safelight.core.config import PipelineConfig
+from safelight.core.model_runner import Wrapper
 from safelight.core.options import MEDIA_KINDS, without_null
 from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams
@@ -55,9 +62,12 @@ STAGES: Mapping[str, str] = {
     "vocoder": "decoding",
     "safety_checker": "safety_checking",
 }
-"""By how a component's name begins, what users see of its calls; all else is denoising."""
-HANDED = "handed"
-"""Static argument of a call: how the package made it."""
+"""By how a component's name, or a word of it, begins, what users see of its calls; all else is denoising."""
+ENCODING = ("text_encoding", "image_encoding", "image_vae_encoding")
+"""Stages whose calls give the same of the same: other requests may want it too."""
+CONTEXT, OWN = "context", "own"
+"""Static arguments of a call: the context of caches in which it is made, and the request's own network, where it has
+one."""
 logger = logging.getLogger(__name__)
 
 
@@ -120,7 +130,12 @@ def describe(model: str, class_name: str, params_cls: type[SamplingParams], note
 
 
 def load(
-    path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str | None, apart: Mapping[str, Any]
+    path: Path,
+    schema: ModelSchema,
+    server_args: ServerArgs,
+    variant: str | None,
+    apart: Mapping[str, Any],
+    weights: Mapping[str, str],
 ) -> ComposedPipeline:
     """Load a pipeline with the package's own loader: local files, safetensors, explicit class, no code of others.
 
@@ -130,6 +145,7 @@ def load(
         server_args: device and dtypes.
         variant: of the weights, of every component that has it.
         apart: components that are loaded already.
+        weights: digest of each component's weights.
 
     Raises:
         Exception: whatever the package raises.
@@ -144,7 +160,9 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     tell_where_images_are(pipe)
     pipe.to(server_args.torch_device())
-    components = Components({"pipeline": pipe, **names_of_networks(pipe)})
+    networks = names_of_networks(pipe)
+    set_attention_backend(networks, server_args.attention_backend, server_args.torch_device())
+    components = Components({"pipeline": pipe, **networks}, weights=weights)
     return DiffusersPipeline(components, DiffusersConfig(), schema, server_args)
 
 
@@ -187,6 +205,16 @@ class DiffusersPipeline(ComposedPipeline):
         pipes = {name: over_the_same(pipe, name) for name in (task.pipeline_name for task in params_cls.tasks[1:])}
         self.add_stage(DiffusersStage({self.schema.pipeline_name: pipe, **pipes}, self.device), "pipeline")
 
+    def wrappers(self, stacked: bool) -> tuple[Wrapper, ...]:
+        """Return what answers encoders' calls that were made before, and what stacks those that were proven."""
+        import transformers
+
+        modules = self.modules()
+        training = {name for name, module in modules.items() if any(part.training for part in module.modules())}
+        known = frozenset(name for name, each in modules.items() if isinstance(each, transformers.PreTrainedModel))
+        remembered = EncoderCache(self.conditioning_cache, functools.partial(encodes, known), training)
+        return (remembered, ProvenStacking(self.device)) if stacked else (remembered,)
+
     def forward(self, call: ModelCall) -> Tree:
         """Make a call as the package would: of the network's part and method that it names, in its caches' context.
 
@@ -194,18 +222,22 @@ class DiffusersPipeline(ComposedPipeline):
             Exception: what the network raises, as `refusal` has it.
 
         """
-        handed: Any = call.static[HANDED]
-        module = self.get_module(call.component) if handed.own is None else handed.own
+        own, context = call.static[OWN], cast("tuple[Any, ...] | None", call.static[CONTEXT])
+        module: Any = self.get_module(call.component) if own is None else own
         arguments = dict(call.kwargs)
         args = arguments.pop(POSITIONAL, ())
         path, _, method = call.method.rpartition(".")
         part = module.get_submodule(path)
         made = part if method == "forward" else getattr(part, method)
-        context = handed.context
         try:
-            with nullcontext() if context is None else module.cache_context(context[0], **dict(context[1:])):
+            with (
+                in_float32(module) if call.static.get(TRIAL) == "float32" else nullcontext(),
+                nullcontext() if context is None else module.cache_context(context[0], **dict(context[1:])),
+            ):
                 return made(*args, **arguments)
         except Exception as error:  # the package's boundary, as around the rest of its call
+            if TRIAL in call.static:
+                raise
             raise refused(self.schema.pipeline_name, error) from error
 
 
@@ -222,6 +254,7 @@ class DiffusersStage(PipelineStage):
         self.pipes = pipes
         self.device = device
         self.askable = {name: sorted_arguments(pipe.__call__)[0] for name, pipe in pipes.items()}
+        self.records = Records()
 
     def run(self, batch: Req, server_args: ServerArgs) -> Coroutine:
         """Run the call to its end, and yield each call that its networks make; closing stops it there."""
@@ -229,7 +262,7 @@ class DiffusersStage(PipelineStage):
         try:
             call = thread.resume()
             while call is not None:
-                batch.stage = stage_of(call)
+                batch.stage = stage_of(call.component, call.method)
                 call = thread.resume((yield [call])[0])
         finally:
             thread.cancel()
@@ -249,9 +282,12 @@ class DiffusersStage(PipelineStage):
             branch = str(ordinal) if handed.context is None else handed.context[0]
             ordinal += 1
             key = batch.key(branch, batch.step_index)
-            static = {HANDED: handed}
-            component, method = handed.component, handed.method
-            return ask(ModelCall(component, handed.arguments, {}, None, key, static, method, batch.model))
+            static = {CONTEXT: handed.context, OWN: handed.own}
+            component, method, arguments = handed.component, handed.method, handed.arguments
+            if stage_of(component, method) == "denoising":
+                signature = (TreeSignature((component, method), arguments, self.records),)
+                return ask(ModelCall(component, arguments, {}, signature, key, static, method, batch.model))
+            return ask(ModelCall(component, aligned(arguments), {}, None, key, static, method, batch.model))
 
         task = batch.params.task_of(batch.params.set_fields())
         assert task is not None
@@ -295,8 +331,22 @@ def refused(pipeline_name: str, error: Exception) -> Exception:
     return refusal(pipeline_name, error)
 
 
-def stage_of(call: ModelCall) -> str:
-    """Return the name under which users see the work of a call."""
-    name = call.component.rpartition(".")[2]
-    stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "denoising")
-    return "image_vae_encoding" if stage == "decoding" and "encode" in call.method else stage
+@functools.cache
+def stage_of(component: str, method: str) -> str:
+    """Return the name under which users see the work of a call of a component's method."""
+    name = f"_{component.rpartition('.')[2]}"
+    stage = next((stage for words, stage in STAGES.items() if f"_{words}" in name), "denoising")
+    return "image_vae_encoding" if stage == "decoding" and "encode" in method else stage
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Have a network compute in float32, whatever its weights are."""
+    with torchs_own_attention(module), InFloat32():
+        yield
+
+
+def encodes(known: Collection[str], call: ModelCall) -> bool:
+    """Say whether a call is of an encoder, of text or images: by its name, or because its component is known as one."""
+    stage = stage_of(call.component, call.method)
+    return stage in ENCODING or (stage == "denoising" and call.component in known)

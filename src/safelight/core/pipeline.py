@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from safelight.stages.latent_preparation import LatentPreparationStage
 from safelight.stages.text_encoding import TextEncodingStage
 from safelight.stages.timestep_preparation import TimestepPreparationStage
 from safelight.stages.vae import VAE, whole
+
+if TYPE_CHECKING:
+    from safelight.core.model_runner import Wrapper
 
 
 class ComposedPipeline:
@@ -117,6 +120,15 @@ class ComposedPipeline:
         if call.method == "forward":
             return component(**arguments)
         return self.methods[call.component][call.method](component, **arguments)
+
+    def wrappers(self, stacked: bool) -> tuple[Wrapper, ...]:
+        """Return what happens to this model's calls before all that happens to any model's.
+
+        Args:
+            stacked: whether calls of several requests are made as one.
+
+        """
+        return ()
 
     def get_scheduler(self) -> Any:
         """Return the solver that each request has a copy of."""

@@ -7,6 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -101,17 +102,20 @@ def describe(repository: Repository) -> ModelSchema:
 
 
 def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
-    files, apart = [], {}
+    files: list[Path] = []
+    weights: dict[str, str] = {}
+    apart: dict[str, Any] = {}
     for name in repository.component_names():
         folder = repository.folder(name)
         cls = components.check_component(folder, name, repository.index[name])
         stem = components.checkpoint_stem(cls)
         if stem is not None:
             files += check_weights(folder, (stem,), repository.component_variant(name))
+            weights[name] = weights_digest(folder)
         if name in repository.elsewhere or components.is_taken_apart(cls):
             apart[name] = cls
         warn_of_unused(folder, cls)
-    for setting in ("offload", "vae_tiling"):
+    for setting in ("offload", "vae_tiling", "cuda_graphs"):
         value = vars(server_args)[setting]
         if value != "none":
             raise InvalidParameterError(setting, value, "none for a model run by the diffusers package")
@@ -122,7 +126,8 @@ def _load_diffusers(repository: Repository, server_args: ServerArgs) -> Composed
             )
             for name, cls in apart.items()
         }
-        pipeline = diffusers.load(repository.path, describe(repository), server_args, repository.variant, loaded)
+        schema, variant = describe(repository), repository.variant
+        pipeline = diffusers.load(repository.path, schema, server_args, variant, loaded, weights)
         parts = pipeline.get_module("pipeline").components
         for name, component in parts.items():
             check_steps(component, name)

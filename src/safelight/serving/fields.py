@@ -291,7 +291,7 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
         raise
     warnings += [f"{name} has no effect" for name in (*EFFECTLESS, INPUT_FIDELITY) if name in asked.own]
     converted = [
-        (name, image.converted(params.mode_of(_target(name))) if isinstance(image, EncodedImage) else image)
+        (name, image.converted(params.mode_of(_target(name, schema))) if isinstance(image, EncodedImage) else image)
         for name, image in pictures
     ]
     return Resolved(asked, params, warnings, converted)
