@@ -287,3 +287,11 @@ def test_tables_are_the_packages_own():
 def test_all_builders_have_their_others():
     names = {name for name in BUILDERS if list(related(name))}
     assert names >= {"StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "LTXPipeline"}
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "diffusers"])
+def test_an_index_of_an_unknown_class_is_one_clear_error(checkpoint, tmp_path, backend):
+    folder = shutil.copytree(checkpoint("StableDiffusionPipeline"), tmp_path / "model")
+    edit_json(folder / "model_index.json", _class_name="PipelineOfMine")
+    with pytest.raises(ModelIndexError, match="'PipelineOfMine' is"):
+        open_repository(folder, backend=backend)

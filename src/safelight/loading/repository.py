@@ -278,7 +278,8 @@ def _pipeline_entry(class_name: str, backend: str, index: Mapping[str, Any], is_
         raise InvalidParameterError("pipeline", class_name, "a class that `safelight models --all` lists")
     if backend != "diffusers" and not found:
         return get_pipeline(class_name)  # which names those that there are
-    return diffusers.pipeline_entry(class_name, components.component_names(class_name, index))
+    names = components.component_names(class_name, index) if diffusers.has_pipeline(class_name) else ()
+    return diffusers.pipeline_entry(class_name, names)  # which refuses a class that there is not
 
 
 def _with_fallback(entry: PipelineEntry, index: Mapping[str, Any]) -> tuple[PipelineEntry, tuple[str, ...]]:
