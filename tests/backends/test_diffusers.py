@@ -152,7 +152,7 @@ def test_every_pipeline_of_the_package_is_described_or_refused_by_name():
         assert ("prompt" in cls.options()) is ("prompt" in call)
         for task in others:
             call |= inspect.signature(getattr(diffusers, task.pipeline_name).__call__).parameters
-        passed_on = cls.options().keys() - {"seed", "n", "fps", "output_type", "mask"}
+        passed_on = cls.options().keys() - {"seed", "n", "fps", "scheduler", "output_type", "mask"}
         assert passed_on <= call.keys(), "a field that the call does not take would be dropped"
         assert describe_pipeline("x", name, cls, ()).json_schema()["title"] == name
         counts["described"] += 1

@@ -111,12 +111,12 @@ OF_A_PACKAGE = {
     ids=str,
 )
 def test_flags_of_a_packages_pipeline(arguments, fields):
-    cls = make_params_cls("X", OF_A_PACKAGE, defaults={}, excluded=(), refused={}, required=())
+    cls = make_params_cls("X", OF_A_PACKAGE, defaults={}, excluded=(), refused={}, tasks=())
     assert given(cls, parsed(sampling_options(cls, {}), *arguments)) == fields
 
 
 @pytest.mark.parametrize("arguments", [["--scale", "[1"], ["--kwargs", "{a}"], ["--steps", "x"]], ids=str)
 def test_flags_of_a_packages_pipeline_that_are_none(arguments):
-    cls = make_params_cls("X", OF_A_PACKAGE, defaults={}, excluded=(), refused={}, required=())
+    cls = make_params_cls("X", OF_A_PACKAGE, defaults={}, excluded=(), refused={}, tasks=())
     with pytest.raises(click.BadParameter):
         parsed(sampling_options(cls, {}), *arguments)
