@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
-from torch import nn
 
 from safelight.acceleration.blocks import one_block_each, repeated_blocks
 from safelight.acceleration.compile import (
@@ -68,7 +67,7 @@ class Compilation:
         self.state: State = "pending"
         self.reason = ""
         self._stacked = stacked
-        plans = {name: module for name, module in own_modules(pipeline).items() if repeated_blocks(module)}
+        plans = {name: module for name, module in pipeline.denoisers().items() if repeated_blocks(module)}
         if not plans:
             takes = f"none for this model: {pipeline.schema.pipeline_name} has no transformer that names its blocks"
             raise InvalidParameterError("compile", "blocks", takes)
@@ -171,16 +170,6 @@ class Compilation:
         alternates = self.pipeline.alternates
         names = alternates if component in alternates else (component,)
         return [name for name in names if name in self._classes]
-
-
-def own_modules(pipeline: ComposedPipeline) -> dict[str, nn.Module]:
-    """Return a pipeline's components that are its family's own modules."""
-    targets = set(pipeline.component_classes.values())
-    return {
-        name: module
-        for name, module in pipeline.modules().items()
-        if f"{type(module).__module__}:{type(module).__qualname__}" in targets
-    }
 
 
 def canonical_request(pipeline: ComposedPipeline) -> Req:

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
+from safelight.backends.borrowing import POSITIONAL, Handed, borrowed
 from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.refusals import refusal
 from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
@@ -48,6 +48,7 @@ STAGES: Mapping[str, str] = {
     "safety_checker": "safety_checking",
 }
 """By how a component's name begins, what users see of its calls; all else is denoising."""
+DENOISING = "denoising"
 HANDED = "handed"
 """Static argument of a call: how the package made it."""
 logger = logging.getLogger(__name__)
@@ -91,27 +92,50 @@ def describe(model: str, class_name: str, params_cls: type[SamplingParams], note
     )
 
 
-def load(path: Path, schema: ModelSchema, server_args: ServerArgs, variant: str | None) -> ComposedPipeline:
+def load(
+    path: Path,
+    class_name: str,
+    server_args: ServerArgs,
+    variant: str | None,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> Any:
     """Load a pipeline with the package's own loader: local files, safetensors, explicit class, no code of others.
 
     Args:
         path: the repository, whose index names only classes of diffusers and transformers.
-        schema: what the pipeline takes.
-        server_args: device and dtypes.
+        class_name: of the pipeline.
+        server_args: dtypes.
         variant: of the weights, of every component that has it.
+        networks: components that there are already; of these no weights are read.
+
+    Returns:
+        The package's pipeline, on the CPU.
 
     Raises:
         Exception: whatever the package raises.
 
     """
-    cls = _pipeline_class(schema.pipeline_name)
+    cls = _pipeline_class(class_name)
     own = {name: server_args.component_dtype(name) for name in server_args.component_dtypes}
     dtypes = {"default": server_args.component_dtype(""), **own}
-    pipe = cls.from_pretrained(path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True)
+    given = dict(networks or {})
+    pipe = cls.from_pretrained(
+        path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True, **given
+    )
     pipe.set_progress_bar_config(disable=True)
     tell_where_images_are(pipe)
-    pipe.to(server_args.torch_device())
-    components = Components({"pipeline": pipe, **names_of_networks(pipe)})
+    return pipe
+
+
+def assemble(components: Components, schema: ModelSchema, server_args: ServerArgs) -> DiffusersPipeline:
+    """Return a loaded pipeline of the package as the engine runs it.
+
+    Args:
+        components: the package's pipeline, as `pipeline`, and its networks.
+        schema: what it takes.
+        server_args: the settings.
+
+    """
     return DiffusersPipeline(components, DiffusersConfig(), schema, server_args)
 
 
@@ -139,10 +163,22 @@ class DiffusersPipeline(ComposedPipeline):
     """A pipeline of the package: one stage, which yields each call of its networks."""
 
     movable: ClassVar[bool] = False
+    native: ClassVar[bool] = False
+
+    def __init__(
+        self, components: Components, config: PipelineConfig, schema: ModelSchema, server_args: ServerArgs
+    ) -> None:
+        super().__init__(components, config, schema, server_args)
+        self.alternates = alternates_among(self.denoisers())
+
+    def denoisers(self) -> dict[str, nn.Module]:
+        """Return the networks that steps run: all that neither encode nor decode."""
+        return {name: module for name, module in self.modules().items() if _stage_of_component(name) == DENOISING}
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the one stage."""
-        self.add_stage(DiffusersStage(self.get_module("pipeline"), self.device), "pipeline")
+        self.call_stage = DiffusersStage(self.get_module("pipeline"), self.device)
+        self.add_stage(self.call_stage, "pipeline")
 
     def forward(self, call: ModelCall) -> Tree:
         """Make a call as the package would: of the network's part and method that it names, in its caches' context.
@@ -182,7 +218,7 @@ class DiffusersStage(PipelineStage):
 
     def run(self, batch: Req, server_args: ServerArgs) -> Coroutine:
         """Run the call to its end, and yield each call that its networks make; closing stops it there."""
-        thread = StepThread(lambda ask: self._call(batch, ask))
+        thread = StepThread(lambda ask: self.call(batch, ask))
         try:
             call = thread.resume()
             while call is not None:
@@ -191,8 +227,14 @@ class DiffusersStage(PipelineStage):
         finally:
             thread.cancel()
 
-    def _call(self, batch: Req, ask: Ask) -> None:
-        """Call a copy of the pipeline that shares the weights, and has solvers of its own."""
+    def call(self, batch: Req, ask: Ask) -> None:
+        """Call a copy of the pipeline that shares the weights, and has solvers of its own.
+
+        Args:
+            batch: the request.
+            ask: has a `ModelCall` made, and returns its result.
+
+        """
         assert batch.params.seed is not None
         generator = torch.Generator("cpu").manual_seed(batch.params.seed)
         ordinal = 0
@@ -242,9 +284,21 @@ def refused(pipeline_name: str, error: Exception) -> Exception:
 
 def stage_of(call: ModelCall) -> str:
     """Return the name under which users see the work of a call."""
-    name = call.component.rpartition(".")[2]
-    stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "denoising")
+    stage = _stage_of_component(call.component)
     return "image_vae_encoding" if stage == "decoding" and "encode" in call.method else stage
+
+
+def _stage_of_component(component: str) -> str:
+    name = component.rpartition(".")[2]
+    return next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), DENOISING)
+
+
+def alternates_among(networks: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Return the networks of which a step needs one: those of one class whose names differ in a number at their end."""
+    kinds: dict[tuple[type, str], list[str]] = {}
+    for name, module in networks.items():
+        kinds.setdefault((type(module), name.rstrip("_0123456789")), []).append(name)
+    return next((tuple(names) for names in kinds.values() if len(names) > 1), ())
 
 
 def to_output(media: Any, output_type: str | None) -> Tensor:

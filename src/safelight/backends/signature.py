@@ -41,6 +41,18 @@ NEEDED = ("generator", "output_type")
 UNSTATED_SIDE, TOKEN_SIDE, FRAMES_OF_A_TOKEN = 1024, 16, 8
 """Pixels of a side that the call leaves to the model, and of a latent token's, and its frames: for the estimate of a
 request's cost."""
+LONG_TEXT = " ".join(["a"] * 1024)
+"""As long as any call takes it: it is cut to the length that the call takes."""
+EXAMPLES: Mapping[str, Any] = {
+    "string": "a",
+    "strings": "a",
+    "integer": 1,
+    "number": 1.0,
+    "boolean": True,
+    "numbers": [1.0],
+    "integers": [1],
+}
+"""By kind, a value that most calls take."""
 REFUSED = {"batch_size": "use n", "callback": "use stream(), which yields after every step"}
 """Arguments of older pipelines that are done otherwise here, and how."""
 
@@ -58,9 +70,21 @@ class PackageParams(SamplingParams):
             if vars(self)[name] is None:
                 raise InvalidParameterError(name, None, self.options()[name].takes())
 
+    @classmethod
+    def example_fields(cls, height: int, width: int) -> dict[str, Any]:
+        """Return what the call cannot do without, and a text: a long one where it is cut to a length."""
+        options = cls.options()
+        needed = {name: options[name].kind for name in cls.required & options.keys()}
+        blank = Image.new("RGB", (width, height), (128, 128, 128))
+        given = {name: blank if kind in ("image", "images") else EXAMPLES[kind] for name, kind in needed.items()}
+        text = LONG_TEXT if any("sequence_length" in name for name in options) else "a"
+        return {**given, "prompt": text} if "prompt" in options else given
+
     def output_size(self, size_multiple: int) -> tuple[int, int]:
-        """Return (height, width) in pixels; a guess where the call does not say, or is not asked."""
-        return self.height or UNSTATED_SIDE, self.width or UNSTATED_SIDE
+        """Return (height, width) in pixels; a guess where the call does not say: its first image's, if it has one."""
+        image = self.image[0] if self.image else None
+        height, width = (UNSTATED_SIDE, UNSTATED_SIDE) if image is None else (image.height, image.width)
+        return self.height or height, self.width or width
 
     def num_latent_tokens(self, schema: ModelSchema) -> int:
         """Return an estimate of an output's tokens; VAEs of videos make one latent frame of four or of eight."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from safelight.core.architecture import Architecture
+from safelight.backends import diffusers
+from safelight.core.architecture import NETWORKS, Architecture
 from safelight.core.config import PipelineConfig
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.schema import ModelSchema
@@ -33,6 +34,14 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
         wrong = f"{repository.name}: a component's configuration has a wrong value"
         raise ModelIndexError(f"{wrong}: {in_one_line(error)}") from error
     return config, schema
+
+
+def describe_package(repository: Repository) -> ModelSchema:
+    """Return what a model takes that the diffusers package runs, from its JSON alone."""
+    entry = repository.pipeline
+    schema = diffusers.describe(repository.name, entry.pipeline_name, entry.sampling_param_cls(), repository.notes)
+    configs = {name: repository.component_config(name) for name in NETWORKS if name in repository.component_names()}
+    return replace(schema, architecture=Architecture.of(configs))
 
 
 def sources(repository: Repository, pipeline_cls: type[ComposedPipeline]) -> dict[str, Source]:

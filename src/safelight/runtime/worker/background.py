@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from safelight.acceleration.apply import accelerate
 from safelight.acceleration.blocks import one_block_each, repeated_blocks
-from safelight.acceleration.compilation import Compilation, own_modules
+from safelight.acceleration.compilation import Compilation
 from safelight.acceleration.compile import compile_blocks, compiling, use_cache
 from safelight.attention import set_attention_backend
 from safelight.core.registry import resolve_class
@@ -151,7 +151,7 @@ def job_of(compilation: Compilation) -> Job:
         )
         for call in compilation.calls
     ]
-    dtypes = {name: dtypes_of(module) for name, module in own_modules(pipeline).items() if repeated_blocks(module)}
+    dtypes = {name: dtypes_of(module) for name, module in pipeline.denoisers().items() if repeated_blocks(module)}
     return Job(pipeline.server_args, torch.get_num_threads(), dtypes, calls)
 
 
