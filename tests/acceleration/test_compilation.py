@@ -19,7 +19,7 @@ from safelight.core.form import EAGER
 from safelight.core.model_runner import ModelRunner
 from safelight.errors import CompilationError, InvalidParameterError
 from safelight.loading.loader import load_pipeline
-from safelight.runtime.worker.background import job_of
+from safelight.runtime.worker.background import Layout, job_of
 from safelight.runtime.worker.model_runner import PipelineRunner
 from safelight.testing.models import requests
 from tests.acceleration.compiled import COMPILED, alone, cases_of
@@ -179,5 +179,6 @@ def test_the_job_of_the_other_process_says_everything_without_weights(compiled_f
     job = job_of(compilation)
     assert {call.component for call in job.calls} == set(job.dtypes) == {"transformer"}
     (call,) = job.calls
-    assert call.arguments["freqs_cis"].dtype == "complex64"
+    frequencies = call.arguments["freqs_cis"]
+    assert isinstance(frequencies, Layout) and frequencies.dtype == "complex64"
     assert set(job.dtypes["transformer"].values()) == {"float32"}

@@ -55,7 +55,8 @@ def counted(pipeline, name):
     """Return the most bytes that were alive in each stage of a request that is really run, beside weights."""
     (req,) = requests(pipeline, {**fields(name), "seed": 1})
     with LiveStorages() as live, torch.inference_mode():
-        peaks, done = Peaks(live), []
+        peaks = Peaks(live)
+        done: list[tuple[str, str]] = []
 
         def ask(call):
             if done:
@@ -86,7 +87,7 @@ def test_what_is_planned_is_what_is_counted(folder, name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_planned_components_have_the_tensors_that_are_loaded(folder, name, dtype):
     """Names, shapes and dtypes, a component's own among them."""
     args = ServerArgs(
@@ -119,3 +120,11 @@ def test_weights_that_come_when_they_are_used_give_the_same_bytes(folder, name, 
     assert not torch.equal(pixels(reference, name, 1), pixels(reference, name, 2))
     assert pipeline.residency.num_swaps > 2
     assert memory.num_copies > pipeline.residency.num_swaps
+
+
+def test_a_component_that_there_is_not_has_no_dtype(folder):
+    args = settings(folder("StableDiffusionXLPipeline"), component_dtypes={"transformer": "float32"})
+    with pytest.raises(
+        InvalidParameterError, match=r"component_dtypes: got 'transformer'; it takes components of this"
+    ):
+        load_pipeline(args)

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from safelight.backends.borrowing import POSITIONAL, Handed, borrowed
+from safelight.backends.decoding import COMPONENT, METHOD, decode_in_units
 from safelight.backends.image_positions import tell_where_images_are
 from safelight.backends.refusals import refusal
 from safelight.backends.signature import PackageParams, parameters_of, params_from_signature, takes_tuple
@@ -32,6 +33,9 @@ from safelight.core.stage import PipelineStage
 from safelight.core.stage import Steps as Coroutine
 from safelight.core.trees import Tree
 from safelight.errors import ModelIndexError, NonFiniteOutputError
+
+if TYPE_CHECKING:
+    from safelight.stages.vae import VAE
 
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
@@ -177,7 +181,7 @@ class DiffusersPipeline(ComposedPipeline):
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the one stage."""
-        self.call_stage = DiffusersStage(self.get_module("pipeline"), self.device)
+        self.call_stage = DiffusersStage(self.get_module("pipeline"), self.device, self.components.vae)
         self.add_stage(self.call_stage, "pipeline")
 
     def forward(self, call: ModelCall) -> Tree:
@@ -187,6 +191,8 @@ class DiffusersPipeline(ComposedPipeline):
             Exception: what the network raises, as `refusal` has it.
 
         """
+        if HANDED not in call.static:  # some units of what the package takes for one call
+            return super().forward(call)
         handed: Any = call.static[HANDED]
         module = self.get_module(call.component) if handed.own is None else handed.own
         arguments = dict(call.kwargs)
@@ -211,9 +217,10 @@ class DiffusersStage(PipelineStage):
     What the call holds lies in its own thread, and not in the request: such a request cannot be moved.
     """
 
-    def __init__(self, pipe: Any, device: torch.device) -> None:
+    def __init__(self, pipe: Any, device: torch.device, vae: VAE | None = None) -> None:
         self.pipe = pipe
         self.device = device
+        self.vae = vae
         self.parameters = parameters_of(pipe.__call__)
 
     def run(self, batch: Req, server_args: ServerArgs) -> Coroutine:
@@ -244,13 +251,18 @@ class DiffusersStage(PipelineStage):
             batch.step_index, batch.num_inference_steps, ordinal = done, in_all, 0
 
         def hand(handed: Handed) -> Any:
-            nonlocal ordinal
-            branch = str(ordinal) if handed.context is None else handed.context[0]
-            ordinal += 1
-            key = batch.key(branch, batch.step_index)
-            static = {HANDED: handed}
             component, method = handed.component, handed.method
-            return ask(ModelCall(component, handed.arguments, {}, None, key, static, method, batch.model))
+
+            def make(kwargs: dict[str, Any], static: dict[str, Any]) -> Any:
+                nonlocal ordinal
+                branch = str(ordinal) if handed.context is None else handed.context[0]
+                ordinal += 1
+                key = batch.key(branch, batch.step_index)
+                return ask(ModelCall(component, kwargs, {}, None, key, static, method, batch.model))
+
+            if self.vae is not None and (component, method, handed.own) == (COMPONENT, METHOD, None):
+                return decode_in_units(self.vae, handed.arguments, make)
+            return make(handed.arguments, {HANDED: handed})
 
         pipe = borrowed(self.pipe, hand, Steps(generator, tell), self.device)
         try:

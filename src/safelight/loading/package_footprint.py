@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from safelight.acceleration.activations import Valueless, on_host, on_meta
+from safelight.acceleration.activations import META, Valueless, on_host, on_meta
 from safelight.acceleration.blocks import repeated_blocks
 from safelight.backends import components, diffusers
 from safelight.backends.borrowing import names_of_networks
@@ -111,6 +112,14 @@ class LeavesCut(Valueless):
         """Return zeros."""
         cut = tensor.numel() > LARGE
         return torch.zeros([min(size, CUT) if cut else size for size in tensor.shape], dtype=tensor.dtype)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Lay out no large tensor elsewhere either."""
+        if func is Tensor.new_empty and math.prod(args[1]) > LARGE:
+            return func(*args, device=META)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @contextlib.contextmanager
