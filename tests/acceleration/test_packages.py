@@ -18,9 +18,8 @@ from safelight.loading.loader import load_pipeline
 from safelight.runtime.worker.background import BackgroundCompiler
 from safelight.runtime.worker.model_runner import PipelineRunner
 from tests.acceleration import packages
-from tests.acceleration.compiled import alone
+from tests.acceleration.compiled import SECONDS, alone, wait
 from tests.acceleration.memories import LateMemory
-from tests.acceleration.test_compile import SECONDS, wait
 from tests.backends.conftest import WITHOUT_TEXT
 
 NEAR = 1e-5
@@ -121,6 +120,11 @@ def test_a_class_without_blocks_is_refused(tmp_path):
     words = "compile: got 'blocks'; it takes none for this model: DDPMPipeline has no network whose class names its"
     with pytest.raises(InvalidParameterError, match=words):
         PipelineRunner(pipeline)
+
+
+def test_graphs_are_refused(load):
+    with pytest.raises(InvalidParameterError, match="cuda_graphs: got 'steps'; it takes none with LTXPipeline"):
+        PipelineRunner(load("LTXPipeline", cuda_graphs="steps"))
 
 
 @pytest.mark.slow
