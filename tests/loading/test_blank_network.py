@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from safelight import ServerArgs
@@ -23,7 +25,7 @@ def test_it_has_the_tensors_that_are_loaded(tmp_path):
     args = ServerArgs(str(packages.build("StableDiffusion3Pipeline", tmp_path)), device="cpu", dtype="bfloat16")
     loaded = load_pipeline(args).get_module("transformer")
     dtypes = {name: str(form[1]).removeprefix("torch.") for name, form in names_and_forms(loaded).items()}
-    blank = blank_network(args, open_repository(args.model), "transformer", dtypes)
+    blank: Any = blank_network(args, open_repository(args.model), "transformer", dtypes)
     assert names_and_forms(blank) == names_and_forms(loaded)
     assert all(not parameter.any() for name, parameter in blank.named_parameters() if name.startswith("trans"))
     first, second, *_, last = blank.transformer_blocks
