@@ -66,7 +66,7 @@ PARTS = (
     Budget(("layers",), 800, "what two families share, and nothing that one alone needs"),
     Budget(("attention",), 400, "one layer and a table of backends"),
     Budget(("backends",), 1900, "a hundred pipelines of a package by one mechanism: calls handed over, kept, stacked"),
-    Budget(("loading",), 1800, "repositories of others are checked here, every key and setting"),
+    Budget(("loading",), 2200, "repositories of others are checked here, every key; plans from JSON, ours and theirs"),
     Budget(("adapters",), 600, "conventions of LoRA files, stores, unmerged and merged: not begun"),
     Budget(("parallel",), 1200, "tokens, weights, branches and rows, each a strategy from outside"),
     Budget(("acceleration",), 3000, "compile, offload, quantisation, step cache, fused operations and CPU routes"),

@@ -24,14 +24,14 @@ from safelight.testing.tokenizers import clip_tokenizer, t5_tokenizer
 from tests.backends import builders
 
 
-def clip_text(cls, clip, width, seed):
+def clip_text(cls, clip, width, seed, length=16):
     config = CLIPTextConfig(
         vocab_size=len(clip),
         hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=16,
+        max_position_embeddings=length,
         projection_dim=width,
         bos_token_id=clip.bos_token_id,
         eos_token_id=clip.eos_token_id,

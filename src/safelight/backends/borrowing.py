@@ -136,7 +136,7 @@ class _Borrower:
         return self.pipeline(value, f"{name}.") if isinstance(value, diffusers.DiffusionPipeline) else value
 
     def _network(self, module: nn.Module, component: str) -> nn.Module:
-        return _Loan(module, component, self._hand).copied
+        return _Loan(module, component, self._hand, self._device).copied
 
 
 class _Loan:
@@ -147,13 +147,16 @@ class _Loan:
 
     """
 
-    def __init__(self, module: nn.Module, component: str, hand: Hand) -> None:
-        self._module, self._component, self._hand = module, component, hand
+    def __init__(self, module: nn.Module, component: str, hand: Hand, device: torch.device) -> None:
+        self._module, self._component, self._hand, self._device = module, component, hand, device
         self._own: nn.Module | None = None
         self._context: list[tuple[Any, ...]] = []
         cls = type(module)
         self.copied = handing(module, "", self._call)
         state = vars(self.copied)
+        if "device" in dir(cls):  # as both packages' base classes have it
+            self.copied.__class__ = _on_device(cls)  # type: ignore[arg-type]
+            state[_DEVICE] = device
         for name in WHOLE:
             if name in dir(cls):
                 state[name] = _method(getattr(cls, name), name, self._call)
@@ -188,7 +191,7 @@ class _Loan:
         dtype = dtype or (given[0] if given else None)
         tensors = itertools.chain(self._module.parameters(), self._module.buffers())
         if dtype is not None and any(each.is_floating_point() and each.dtype != dtype for each in tensors):
-            self._become_own(shares_weights=False).to(dtype=dtype)
+            self._become_own(shares_weights=False).to(self._device, dtype)
         return self.copied
 
     def _become_own(self, shares_weights: bool) -> nn.Module:
@@ -314,7 +317,10 @@ _DEVICE = "device_of_the_call"
 
 
 class _OnDevice:
-    """Of a pipeline's copy: where it runs. The package takes the device of whichever component it finds first."""
+    """Of a copy of a pipeline or a network: where it runs, wherever weights lie while they are not used.
+
+    The package takes the device of whichever component, or parameter, it finds first.
+    """
 
     @property
     def device(self) -> torch.device:

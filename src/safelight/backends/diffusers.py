@@ -8,15 +8,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from PIL import Image, ImageOps
 from torch import nn
 
 from safelight.backends.annotations import Askable
-from safelight.backends.attention import set_attention_backend, torchs_own_attention
-from safelight.backends.borrowing import POSITIONAL, Handed, borrowed, names_of_networks
+from safelight.backends.attention import torchs_own_attention
+from safelight.backends.borrowing import POSITIONAL, Handed, borrowed
+from safelight.backends.decoding import COMPONENT, METHOD, decode_in_units
 from safelight.backends.demands import demands_of
 from safelight.backends.encoder_cache import EncoderCache
 from safelight.backends.image_positions import tell_where_images_are
@@ -48,6 +49,9 @@ from safelight.core.tasks import MASK, MASK_IMAGE
 from safelight.core.trees import Tree
 from safelight.errors import ModelIndexError
 
+if TYPE_CHECKING:
+    from safelight.stages.vae import VAE
+
 FAMILY = "diffusers"
 MAX_INPUT_IMAGES = 16
 STAGES: Mapping[str, str] = {
@@ -63,6 +67,7 @@ STAGES: Mapping[str, str] = {
     "safety_checker": "safety_checking",
 }
 """By how a component's name, or a word of it, begins, what users see of its calls; all else is denoising."""
+DENOISING = "denoising"
 ENCODING = ("text_encoding", "image_encoding", "image_vae_encoding")
 """Stages whose calls give the same of the same: other requests may want it too."""
 CONTEXT, OWN = "context", "own"
@@ -131,38 +136,47 @@ def describe(model: str, class_name: str, params_cls: type[SamplingParams], note
 
 def load(
     path: Path,
-    schema: ModelSchema,
+    class_name: str,
     server_args: ServerArgs,
     variant: str | None,
-    apart: Mapping[str, Any],
-    weights: Mapping[str, str],
-) -> ComposedPipeline:
+    given: Mapping[str, Any],
+) -> Any:
     """Load a pipeline with the package's own loader: local files, safetensors, explicit class, no code of others.
 
     Args:
         path: the repository, whose index names only classes of diffusers and transformers.
-        schema: what the pipeline takes.
-        server_args: device and dtypes.
+        class_name: of the pipeline.
+        server_args: dtypes.
         variant: of the weights, of every component that has it.
-        apart: components that are loaded already.
-        weights: digest of each component's weights.
+        given: components that there are already; of these nothing is read.
+
+    Returns:
+        The package's pipeline, on the CPU.
 
     Raises:
         Exception: whatever the package raises.
 
     """
-    cls = _pipeline_class(schema.pipeline_name)
+    cls = _pipeline_class(class_name)
     own = {name: server_args.component_dtype(name) for name in server_args.component_dtypes}
     dtypes = {"default": server_args.component_dtype(""), **own}
     pipe = unconnected(cls).from_pretrained(
-        path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True, **apart
+        path, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True, **given
     )
     pipe.set_progress_bar_config(disable=True)
     tell_where_images_are(pipe)
-    pipe.to(server_args.torch_device())
-    networks = names_of_networks(pipe)
-    set_attention_backend(networks, server_args.attention_backend, server_args.torch_device())
-    components = Components({"pipeline": pipe, **networks}, weights=weights)
+    return pipe
+
+
+def assemble(components: Components, schema: ModelSchema, server_args: ServerArgs) -> DiffusersPipeline:
+    """Return a loaded pipeline of the package as the engine runs it.
+
+    Args:
+        components: the package's pipeline, as `pipeline`, and its networks.
+        schema: what it takes.
+        server_args: the settings.
+
+    """
     return DiffusersPipeline(components, DiffusersConfig(), schema, server_args)
 
 
@@ -197,13 +211,26 @@ class DiffusersPipeline(ComposedPipeline):
     """A pipeline of the package: one stage, which yields each call of its networks."""
 
     movable: ClassVar[bool] = False
+    native: ClassVar[bool] = False
+
+    def __init__(
+        self, components: Components, config: PipelineConfig, schema: ModelSchema, server_args: ServerArgs
+    ) -> None:
+        super().__init__(components, config, schema, server_args)
+        self.alternates = alternates_among(self.denoisers())
+
+    def denoisers(self) -> dict[str, nn.Module]:
+        """Return the networks that steps run: all that neither encode nor decode."""
+        return {name: module for name, module in self.modules().items() if stage_of(name) == DENOISING}
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         """Add the one stage, which has a pipeline of each task over the same components."""
         pipe, params_cls = self.get_module("pipeline"), self.schema.params_cls
         assert issubclass(params_cls, PackageParams)
         pipes = {name: over_the_same(pipe, name) for name in (task.pipeline_name for task in params_cls.tasks[1:])}
-        self.add_stage(DiffusersStage({self.schema.pipeline_name: pipe, **pipes}, self.device), "pipeline")
+        pipes = {self.schema.pipeline_name: pipe, **pipes}
+        self.call_stage = DiffusersStage(pipes, self.device, self.components.vae)
+        self.add_stage(self.call_stage, "pipeline")
 
     def wrappers(self, stacked: bool) -> tuple[Wrapper, ...]:
         """Return what answers encoders' calls that were made before, and what stacks those that were proven."""
@@ -222,6 +249,8 @@ class DiffusersPipeline(ComposedPipeline):
             Exception: what the network raises, as `refusal` has it.
 
         """
+        if OWN not in call.static:  # some units of what the package takes for one call
+            return super().forward(call)
         own, context = call.static[OWN], cast("tuple[Any, ...] | None", call.static[CONTEXT])
         module: Any = self.get_module(call.component) if own is None else own
         arguments = dict(call.kwargs)
@@ -250,15 +279,16 @@ class DiffusersStage(PipelineStage):
     What the call holds lies in its own thread, and not in the request: such a request cannot be moved.
     """
 
-    def __init__(self, pipes: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(self, pipes: Mapping[str, Any], device: torch.device, vae: VAE | None = None) -> None:
         self.pipes = pipes
         self.device = device
+        self.vae = vae
         self.askable = {name: sorted_arguments(pipe.__call__)[0] for name, pipe in pipes.items()}
         self.records = Records()
 
     def run(self, batch: Req, server_args: ServerArgs) -> Coroutine:
         """Run the call to its end, and yield each call that its networks make; closing stops it there."""
-        thread = StepThread(lambda ask: self._call(batch, ask))
+        thread = StepThread(lambda ask: self.call(batch, ask))
         try:
             call = thread.resume()
             while call is not None:
@@ -267,8 +297,14 @@ class DiffusersStage(PipelineStage):
         finally:
             thread.cancel()
 
-    def _call(self, batch: Req, ask: Ask) -> None:
-        """Call a copy of the pipeline that shares the weights, and has solvers of its own."""
+    def call(self, batch: Req, ask: Ask) -> None:
+        """Call a copy of the pipeline that shares the weights, and has solvers of its own.
+
+        Args:
+            batch: the request.
+            ask: has a `ModelCall` made, and returns its result.
+
+        """
         assert batch.params.seed is not None
         generator = torch.Generator("cpu").manual_seed(batch.params.seed)
         ordinal = 0
@@ -278,16 +314,22 @@ class DiffusersStage(PipelineStage):
             batch.step_index, batch.num_inference_steps, ordinal = done, in_all, 0
 
         def hand(handed: Handed) -> Any:
-            nonlocal ordinal
-            branch = str(ordinal) if handed.context is None else handed.context[0]
-            ordinal += 1
-            key = batch.key(branch, batch.step_index)
-            static = {CONTEXT: handed.context, OWN: handed.own}
-            component, method, arguments = handed.component, handed.method, handed.arguments
-            if stage_of(component, method) == "denoising":
-                signature = (TreeSignature((component, method), arguments, self.records),)
+            component, method = handed.component, handed.method
+
+            def make(arguments: dict[str, Any], static: dict[str, Any], signature: Any = None) -> Any:
+                nonlocal ordinal
+                branch = str(ordinal) if handed.context is None else handed.context[0]
+                ordinal += 1
+                key = batch.key(branch, batch.step_index)
                 return ask(ModelCall(component, arguments, {}, signature, key, static, method, batch.model))
-            return ask(ModelCall(component, aligned(arguments), {}, None, key, static, method, batch.model))
+
+            if self.vae is not None and (component, method, handed.own) == (COMPONENT, METHOD, None):
+                return decode_in_units(self.vae, handed.arguments, make)
+            static = {CONTEXT: handed.context, OWN: handed.own}
+            if stage_of(component, method) == DENOISING:
+                signature = (TreeSignature((component, method), handed.arguments, self.records),)
+                return make(handed.arguments, static, signature)
+            return make(aligned(handed.arguments), static)
 
         task = batch.params.task_of(batch.params.set_fields())
         assert task is not None
@@ -332,11 +374,19 @@ def refused(pipeline_name: str, error: Exception) -> Exception:
 
 
 @functools.cache
-def stage_of(component: str, method: str) -> str:
+def stage_of(component: str, method: str = "forward") -> str:
     """Return the name under which users see the work of a call of a component's method."""
     name = f"_{component.rpartition('.')[2]}"
-    stage = next((stage for words, stage in STAGES.items() if f"_{words}" in name), "denoising")
+    stage = next((stage for words, stage in STAGES.items() if f"_{words}" in name), DENOISING)
     return "image_vae_encoding" if stage == "decoding" and "encode" in method else stage
+
+
+def alternates_among(networks: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Return the networks of which a step needs one: those of one class whose names differ in a number at their end."""
+    kinds: dict[tuple[type, str], list[str]] = {}
+    for name, module in networks.items():
+        kinds.setdefault((type(module), name.rstrip("_0123456789")), []).append(name)
+    return next((tuple(names) for names in kinds.values() if len(names) > 1), ())
 
 
 @contextmanager
@@ -349,4 +399,4 @@ def in_float32(module: nn.Module) -> Iterator[None]:
 def encodes(known: Collection[str], call: ModelCall) -> bool:
     """Say whether a call is of an encoder, of text or images: by its name, or because its component is known as one."""
     stage = stage_of(call.component, call.method)
-    return stage in ENCODING or (stage == "denoising" and call.component in known)
+    return stage in ENCODING or (stage == DENOISING and call.component in known)

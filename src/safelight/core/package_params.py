@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from safelight.core.options import Option
+from PIL import Image
+
+from safelight.core.options import MEDIA_KINDS, Option
 from safelight.core.tasks import Task, TaskParams
 
 if TYPE_CHECKING:
@@ -15,6 +17,22 @@ if TYPE_CHECKING:
 UNSTATED_SIDE, TOKEN_SIDE, FRAMES_OF_A_TOKEN = 1024, 16, 8
 """Pixels of a side that the call leaves to the model, and of a latent token's, and its frames: for the estimate of a
 request's cost."""
+LONG_TEXT = " ".join(["a"] * 1024)
+"""As long as any call takes it: it is cut to the length that the call takes."""
+EXAMPLES: Mapping[str, Any] = {
+    **dict.fromkeys(("string", "strings", "text or texts"), "a"),
+    **dict.fromkeys(("integer", "integer or integers"), 1),
+    **dict.fromkeys(("number", "number or numbers"), 1.0),
+    **dict.fromkeys(("boolean", "boolean or booleans"), True),
+    "numbers": [1.0],
+    "integers": [1],
+    "texts": ["a"],
+    "object": {},
+    "objects": [{}],
+}
+"""By kind, a value that most calls take."""
+NUM_FRAMES = 9
+"""Of a clip that stands for another."""
 FRAME_RATE = "frame_rate"
 """What some pipelines call the frames a second that they are told."""
 
@@ -34,6 +52,17 @@ class PackageParams(TaskParams):
         if self.fps is None and isinstance(told, int | float) and "fps" in self.options():
             return dataclasses.replace(resolved, fps=max(1, round(told)))
         return resolved
+
+    @classmethod
+    def example_fields(cls, height: int, width: int) -> dict[str, Any]:
+        """Return what the call cannot do without, and a text: a long one where it is cut to a length."""
+        options = cls.options()
+        blank = Image.new("RGB", (width, height), (128, 128, 128))
+        examples = {**EXAMPLES, **dict.fromkeys(MEDIA_KINDS, blank), "clip": (blank,) * NUM_FRAMES}
+        needs = cls.tasks[0].needs if cls.tasks else ()
+        given = {name: examples[options[name].kind] for name in needs if name in options}
+        text = LONG_TEXT if any("sequence_length" in name for name in options) else "a"
+        return {**given, "prompt": text} if "prompt" in options else given
 
     def output_size(self, size_multiple: int) -> tuple[int, int]:
         """Return (height, width) in pixels; a guess where the call does not say, or is not asked: its picture's."""

@@ -217,6 +217,11 @@ class SamplingParams:
         """Return the fields that ask for something of this size, in pixels; none where the model chooses it."""
         return {name: value for name, value in (("height", height), ("width", width)) if name in cls.options()}
 
+    @classmethod
+    def example_fields(cls, height: int, width: int) -> dict[str, Any]:
+        """Return fields that make some request, whose input images beside `image` have this size; images not."""
+        return {"prompt": "a"}
+
     def image_fields(self) -> dict[str, Any]:
         """Return what is set of the fields that input images may be prepared by: a family's own among them."""
         return {name: value for name, value in self.set_fields().items() if name not in OF_NO_IMAGE}

@@ -56,8 +56,10 @@ class ComposedPipeline:
     """By component, submodules that this pipeline never runs: a repository may leave their weights out."""
     component_methods: ClassVar[Mapping[str, Methods]] = {}
     """By component, what model calls may name beside `forward`, where it is not what the standard stages name."""
-    alternates: ClassVar[tuple[str, ...]] = ()
+    alternates: tuple[str, ...] = ()
     """Components of which a step needs one: the others can wait on the host."""
+    native: ClassVar[bool] = True
+    """Whether loop and networks are ours: all calls of a step come at once, and the blocks of a list are alike."""
     movable: ClassVar[bool] = True
     """Whether `move` can take a request of this pipeline to the host and back."""
     _required_config_modules: ClassVar[tuple[str, ...]] = ()
@@ -103,6 +105,15 @@ class ComposedPipeline:
     def modules(self) -> dict[str, nn.Module]:
         """Return the components that are modules, by their names in `model_index.json`."""
         return {name: module for name, module in self.components.modules.items() if isinstance(module, nn.Module)}
+
+    def denoisers(self) -> dict[str, nn.Module]:
+        """Return the components that steps run, of which blocks may be compiled: those of the family's own classes."""
+        own = set(self.component_classes.values())
+        return {
+            name: module
+            for name, module in self.modules().items()
+            if f"{type(module).__module__}:{type(module).__qualname__}" in own
+        }
 
     def add_stage(self, stage: PipelineStage, stage_name: str | None = None) -> None:
         """Add a stage at the end, by the name under which users see it (its class's name unless given)."""

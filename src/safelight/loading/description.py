@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
-from safelight.core.architecture import Architecture
+from safelight.backends import components, diffusers
+from safelight.core.architecture import NETWORKS, Architecture
 from safelight.core.config import PipelineConfig
+from safelight.core.package_params import PackageParams
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.registry import resolve_class
 from safelight.core.schema import ModelSchema
@@ -42,6 +45,22 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
     if found is not None:
         schema = replace(schema, solvers=solvers_of(repository, resolve_class(found.target), config.takes_solver))
     return config, schema
+
+
+def describe_package(repository: Repository) -> ModelSchema:
+    """Return what a model takes that the diffusers package runs, from its JSON alone."""
+    entry = repository.pipeline
+    params_cls = entry.sampling_param_cls()
+    schema = diffusers.describe(repository.name, entry.pipeline_name, params_cls, repository.notes)
+    names = repository.component_names()
+    configs = {name: repository.component_config(name) for name in NETWORKS if name in names}
+    solvers: dict[str, tuple[str, ...]] = {}
+    if SOLVER in names:
+        cls = components.check_component(repository.folder(SOLVER), SOLVER, repository.index[SOLVER])
+        assert issubclass(params_cls, PackageParams)
+        class_names = [task.pipeline_name for task in params_cls.tasks]
+        solvers = solvers_of(repository, cls, functools.partial(diffusers.takes_solver, class_names))
+    return replace(schema, architecture=Architecture.of(configs), solvers=solvers)
 
 
 def solvers_of(repository: Repository, cls: Any, use: Use) -> dict[str, tuple[str, ...]]:
