@@ -93,7 +93,7 @@ features: $(READY)  ## every pair of features on tiny models of all families; wr
 	@$(BIN)/python -m pytest -q --slow tests/features --features-report docs/features.md
 
 pipelines: $(READY)  ## what every pipeline of the diffusers package can be asked for; writes docs/pipelines.md
-	@$(BIN)/python -m tests.pipelines --write docs/pipelines.md $(PIPELINES)
+	@$(BIN)/python -m tests.pipelines --write docs/pipelines.md --jobs 2
 
 bench: $(READY)  ## the CPU benchmarks against Diffusers
 	@for script in startup operations overhead loading denoising_step serving; do $(BIN)/python -m benchmarks.$$script || exit 1; done

@@ -232,12 +232,14 @@ class Column:
         name: in the table.
         ask: says yes, or why not; what raises is a no with that error's words.
         slow: whether it is measured in `make test-all` alone.
+        loads: whether it loads the pipeline anew, which takes longer than what it asks.
 
     """
 
     name: str
     ask: Callable[[Subject], str]
     slow: bool = False
+    loads: bool = False
 
     def outcome(self, subject: Subject) -> str:
         """Return yes, or the reason why not."""
@@ -259,11 +261,11 @@ COLUMNS = (
     Column("interleaved", interleaved),
     Column("cancelled", cancelled),
     Column("moved", moved),
-    Column("compiled", compiled, slow=True),
-    Column("offload, components", offloaded("components")),
-    Column("offload, blocks", offloaded("blocks")),
-    Column("cached", cached),
-    Column("stacked", stacked),
+    Column("compiled", compiled, slow=True, loads=True),
+    Column("offload, components", offloaded("components"), loads=True),
+    Column("offload, blocks", offloaded("blocks"), loads=True),
+    Column("cached", cached, loads=True),
+    Column("stacked", stacked, loads=True),
     Column("devices", on_devices, slow=True),
     Column("saved", saved),
 )

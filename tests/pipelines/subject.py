@@ -67,11 +67,12 @@ class Subject:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def expected(self, seed: int, second: bool = False) -> Media:
+    def expected(self, seed: int, second: bool = False, **others: Any) -> Media:
         """Return what Diffusers makes of a request."""
+        fields = {**asked.fields(self.tiny, second), **others}
         generator = torch.Generator().manual_seed(seed)
         with references_own_warnings(), torch.no_grad():
-            made = self.reference(**asked.fields(self.tiny, second), generator=generator, output_type="np")
+            made = self.reference(**fields, generator=generator, output_type="np")
         return arrays(list(made.to_tuple()))
 
     def requests(self, pipeline: ComposedPipeline, seed: int, second: bool = False, **others: Any) -> list[Req]:

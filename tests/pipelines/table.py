@@ -25,12 +25,12 @@ them again.
   stays, and the next request gives its bytes.
 - **moved**: a request that waits can leave the device.
 - **compiled**: `compile=blocks`, within {BOUND:.0e}.
-- **offload**: with the least memory that `offload=components` or `blocks` asks for, the same bytes; on a second memory of
-  the host that stands for a device's.
+- **offload**: with the least memory that `offload=components` or `blocks` asks for, the same bytes; a second memory of
+  the host stands for a device's.
 - **cached**: an equal request takes its embeddings from the conditioning cache, and gives its bytes.
 - **stacked**: with `batching="throughput"` calls of two requests are made as one, within {BOUND:.0e}.
-- **devices**: two of them share a request, within {BOUND:.0e}: its guidance branches (`cfg_parallel_size=2`), or its tokens
-  (`ulysses_degree=2`).
+- **devices**: two of them share a request, within {BOUND:.0e}: its guidance branches (`cfg_parallel_size=2`), or its
+  tokens (`ulysses_degree=2`).
 - **saved**: what it makes is written to a file, and read again.
 """
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 
 from safelight.testing.recipes import references_own_warnings

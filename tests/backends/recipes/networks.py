@@ -194,11 +194,37 @@ OF_CLASS: dict[str, dict[str, Any]] = {
         "decoder_causal": False,
     },
     "LTX2VideoTransformer3DModel": {
-        "audio_in_channels": 4,
-        "audio_out_channels": 4,
+        "audio_in_channels": 8,
+        "audio_out_channels": 8,
         "audio_num_attention_heads": 2,
-        "audio_attention_head_dim": 8,
-        "audio_cross_attention_dim": 16,
+        "audio_attention_head_dim": 16,
+        "audio_cross_attention_dim": WIDTH,
+    },
+    "LTX2TextConnectors": {
+        **dict.fromkeys(("video_connector_num_attention_heads", "audio_connector_num_attention_heads"), 2),
+        **dict.fromkeys(("video_connector_attention_head_dim", "audio_connector_attention_head_dim"), 16),
+        **dict.fromkeys(("video_connector_num_layers", "audio_connector_num_layers"), 1),
+        **dict.fromkeys(("video_connector_num_learnable_registers", "audio_connector_num_learnable_registers"), None),
+        "text_proj_in_factor": 3,  # hidden states of a text encoder of two layers
+    },
+    "AutoencoderKLLTX2Audio": {
+        "base_channels": 8,
+        "in_channels": 2,
+        "output_channels": 2,
+        "ch_mult": (1,),
+        "num_res_blocks": 1,
+        "resolution": 32,
+        "latent_channels": 2,
+        "mel_bins": 16,
+    },
+    "LTX2Vocoder": {
+        "in_channels": 2 * 16,
+        "hidden_channels": 32,
+        "out_channels": 2,
+        "upsample_kernel_sizes": [4, 4],
+        "upsample_factors": [2, 2],
+        "resnet_kernel_sizes": [3],
+        "resnet_dilations": [[1, 3]],
     },
     "AutoencoderKLCogVideoX": {
         "in_channels": 3,
@@ -352,6 +378,14 @@ OF_CLASS["ChromaTransformer2DModel"] |= {
 }
 
 
+GAINS: Mapping[str, Mapping[str, float]] = {
+    "AuraFlowTransformer2DModel": {"context_embedder.weight": 100.0, "*attn.add_v_proj.weight": 3.0},
+    "FluxTransformer2DModel": {"*attn.to_v.weight": 4.0},
+    "Flux2Transformer2DModel": {"context_embedder.weight": 5.0},
+}
+"""What is made stronger in networks that hardly answer to their inputs otherwise."""
+
+
 def network(cls: type[nn.Module], seed: int, own: Mapping[str, Any]) -> nn.Module:
     """Return a tiny random network, every parameter moved away from its initial value.
 
@@ -365,4 +399,14 @@ def network(cls: type[nn.Module], seed: int, own: Mapping[str, Any]) -> nn.Modul
     taken = inspect.signature(cls.__init__).parameters
     sizes = {**SIZES, **OF_CLASS.get(cls.__name__, {})}
     arguments = {name: value for name, value in sizes.items() if name in taken}
-    return shake(cls(**{**arguments, **own}), seed)
+    made = cls(**{**arguments, **own})
+    begin_at_random(made)
+    return shake(made, seed, gains=GAINS.get(cls.__name__, {}))
+
+
+def begin_at_random(module: nn.Module) -> None:
+    """Fill what training begins at zero: ways through which an input would move nothing yet."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=parameter[0].numel() ** -0.5)

@@ -30,12 +30,22 @@ FLUX_FILL = {"scheduler": SHIFTED, "transformer": {"in_channels": 3 * PACKED, "o
 FLUX_CONTROLNET: dict[str, Any] = {**FLUX, "controlnet": {CLASS: "FluxControlNetModel"}}
 WIDE = {"width": 64}
 SANA = {"text_encoder": {CLASS: "Gemma2Model"}}
+QWEN_VL = {CLASS: "Qwen2_5_VLForConditionalGeneration", **encoders.QWEN_VL}
 QWEN: dict[str, Any] = {
-    "text_encoder": {CLASS: "Qwen2_5_VLForConditionalGeneration", **encoders.QWEN_VL},
+    "text_encoder": QWEN_VL,
     "scheduler": SHIFTED,
 }
 Z_IMAGE = {"text_encoder": {CLASS: "Qwen3Model"}}
-MENTIONED = {"true_cfg_scale": 2.0}
+LONG = {"max_sequence_length": 256}
+"""Of a prompt within a longer template."""
+VISUAL_CLOZE = FLUX_FILL | {"resolution": 32}
+EXAMPLES = {
+    "task_prompt": "each row turns a picture of waves into its negative",
+    "content_prompt": "a cat",
+    "image": [[picture(0.0, 32, 32), picture(1.0, 32, 32)], [picture(2.0, 32, 32), None]],
+    "prompt": None,
+    "max_sequence_length": 256,
+}
 
 TINIES = (
     Tiny("StableDiffusion3Pipeline", SD3),
@@ -43,7 +53,7 @@ TINIES = (
     Tiny("StableDiffusion3InpaintPipeline", SD3 | SIXTEEN, PAINTED),
     Tiny("StableDiffusion3ControlNetPipeline", SD3 | {"controlnet": {CLASS: "SD3ControlNetModel"}}, CONTROL),
     Tiny("StableDiffusion3PAGPipeline", SD3 | {"pag_applied_layers": ["blocks.0"]}, {"pag_scale": 2.0}),
-    Tiny("FluxPipeline", FLUX, MENTIONED),
+    Tiny("FluxPipeline", FLUX),
     Tiny("FluxImg2ImgPipeline", FLUX, IMAGE),
     Tiny("FluxInpaintPipeline", FLUX, PAINTED),
     Tiny("FluxFillPipeline", FLUX_FILL, PAINTED),
@@ -82,21 +92,26 @@ TINIES = (
     Tiny("CogView3PlusPipeline"),
     Tiny("CogView4Pipeline"),
     Tiny("LuminaPipeline", {"text_encoder": {CLASS: "GemmaModel"}}),
-    Tiny("Lumina2Pipeline", {"text_encoder": {CLASS: "Gemma2Model"}}),
+    Tiny("Lumina2Pipeline", {"text_encoder": {CLASS: "Gemma2Model"}}, LONG),
     Tiny("AuraFlowPipeline"),
     Tiny("ChromaPipeline", FLUX),
-    Tiny("ChromaImg2ImgPipeline", FLUX, IMAGE),
+    Tiny("ChromaImg2ImgPipeline", FLUX, IMAGE | {"strength": 0.6}),
     Tiny("HiDreamImagePipeline", {}, {"num_inference_steps": 2}),
-    Tiny("QwenImagePipeline", QWEN, MENTIONED),
-    Tiny("QwenImageImg2ImgPipeline", QWEN, {**IMAGE, **MENTIONED}),
-    Tiny("QwenImageInpaintPipeline", QWEN, {**PAINTED, **MENTIONED}),
-    Tiny("QwenImageControlNetPipeline", QWEN | {"controlnet": {CLASS: "QwenImageControlNetModel"}}, CONTROL),
+    Tiny("QwenImagePipeline", QWEN, LONG),
+    Tiny("QwenImageImg2ImgPipeline", QWEN, {**IMAGE, **LONG}),
+    Tiny("QwenImageInpaintPipeline", QWEN, {**PAINTED, **LONG}),
+    Tiny("QwenImageControlNetPipeline", QWEN | {"controlnet": {CLASS: "QwenImageControlNetModel"}}, CONTROL | LONG),
     Tiny("ZImagePipeline", Z_IMAGE),
     Tiny("ZImageImg2ImgPipeline", Z_IMAGE, IMAGE),
     Tiny("ZImageInpaintPipeline", Z_IMAGE, PAINTED),
     Tiny("BriaPipeline", {"scheduler": {CLASS: "FlowMatchEulerDiscreteScheduler"}}),
-    Tiny("HunyuanImagePipeline", {"text_encoder": {CLASS: "Qwen2_5_VLForConditionalGeneration", **encoders.QWEN_VL}}),
-    Tiny("OvisImagePipeline", {"text_encoder": {CLASS: "Qwen3Model"}}),
+    Tiny(
+        "HunyuanImagePipeline",
+        {"text_encoder": {CLASS: "Qwen2_5_VLForConditionalGeneration", **encoders.QWEN_VL}},
+        {"negative_prompt": None},
+    ),
+    Tiny("OvisImagePipeline", {"text_encoder": {CLASS: "Qwen3Model"}}, LONG),
     Tiny("AmusedPipeline", {"scheduler": {"mask_token_id": 31}, "vqvae": {"lookup_from_codebook": True}}),
+    Tiny("VisualClozeGenerationPipeline", VISUAL_CLOZE, EXAMPLES),
     Tiny("DiTPipeline", {"id2label": None}, {"class_labels": [3]}),
 )

@@ -22,6 +22,7 @@ FIELDS: Mapping[str, Any] = {
     "prior_num_inference_steps": 2,
     "max_sequence_length": 16,
     "use_resolution_binning": False,
+    "true_cfg_scale": 2.0,
 }
 """Asked of every call that takes it."""
 OTHER: Mapping[str, Any] = {"prompt": "two dogs run across the wet field at dawn", "num_inference_steps": 2}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.backends.recipes.build import CLASS, SHARED, Tiny
-from tests.backends.recipes.requests import mask, picture
+from tests.backends.recipes.build import CLASS, Tiny
 from tests.backends.recipes.pictures import CONTROL, HALF, IMAGE, PAINTED
+from tests.backends.recipes.requests import picture
 
 SD: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 IN_IMAGE = {"image": picture(1.0)}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.backends.recipes.build import CLASS, SHARED, Tiny
-from tests.backends.recipes.pictures import CONTROL, IMAGE
-from tests.backends.recipes.requests import clip, picture
-from tests.backends.recipes.unets import CONTROLNET, SD
+from tests.backends.recipes.build import CLASS, Tiny
+from tests.backends.recipes.pictures import IMAGE
+from tests.backends.recipes.requests import clip
+from tests.backends.recipes.unets import CONTROLNET
 
 UNIPC = {
     CLASS: "UniPCMultistepScheduler",
@@ -45,6 +45,7 @@ TINIES = (
     Tiny("LTXPipeline", LTX, {"num_frames": 9, "width": 64}),
     Tiny("LTXImageToVideoPipeline", LTX, {"num_frames": 9, "width": 64, **IMAGE}),
     Tiny("LTXConditionPipeline", LTX, {"num_frames": 9, "width": 64, **IMAGE}),
+    Tiny("LTX2Pipeline", {}, {"num_frames": 9, "width": 64, "spatio_temporal_guidance_blocks": [0]}),
     Tiny("CogVideoXPipeline", COG, {"num_frames": 9}),
     Tiny("CogVideoXImageToVideoPipeline", COG | {"transformer": {"in_channels": 8}}, {"num_frames": 9, **IMAGE}),
     Tiny("CogVideoXVideoToVideoPipeline", COG, {"video": clip(9)}),
