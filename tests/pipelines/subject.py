@@ -38,10 +38,14 @@ class Subject:
         tiny: how its checkpoint is built.
         folder: where.
 
+    Attributes:
+        kinds: of media that Diffusers made of it last: `images`, `frames`, `audio`, ...
+
     """
 
     def __init__(self, tiny: Tiny, folder: Path) -> None:
         self.tiny, self.folder = tiny, folder
+        self.kinds: frozenset[str] = frozenset()
         tiny.write(folder)
 
     def args(self, **settings: Any) -> ServerArgs:
@@ -73,6 +77,7 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         with references_own_warnings(), torch.no_grad():
             made = self.reference(**fields, generator=generator, output_type="np")
+        self.kinds = frozenset(made.keys())
         return arrays(list(made.to_tuple()))
 
     def requests(self, pipeline: ComposedPipeline, seed: int, second: bool = False, **others: Any) -> list[Req]:
