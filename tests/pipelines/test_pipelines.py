@@ -34,6 +34,7 @@ QUICK = {
     "SkyReelsV2DiffusionForcingPipeline": "a step for each part of a video",
     "StableAudioPipeline": "sound",
     "StableDiffusionAdapterPipeline": "a network before the loop",
+    "VisualClozeGenerationPipeline": "pictures in lists of lists",
     "WanPipeline": "two networks in turn",
     "WanVideoToVideoPipeline": "frames as input",
 }

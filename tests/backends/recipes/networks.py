@@ -379,7 +379,11 @@ OF_CLASS["ChromaTransformer2DModel"] |= {
 
 
 GAINS: Mapping[str, Mapping[str, float]] = {
-    "AuraFlowTransformer2DModel": {"context_embedder.weight": 100.0, "*attn.add_v_proj.weight": 3.0},
+    "AuraFlowTransformer2DModel": {
+        "context_embedder.weight": 10.0,
+        "*attn.add_v_proj.weight": 10.0,
+        "*attn.to_*.weight": 5.0,
+    },
     "FluxTransformer2DModel": {"*attn.to_v.weight": 4.0},
     "Flux2Transformer2DModel": {"context_embedder.weight": 5.0},
 }
