@@ -50,7 +50,7 @@ def table() -> str:
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        taken = {kind: solver_choices(own(), lambda _own, _solver: frozenset()) for kind, own in KINDS.items()}
+        taken = {kind: solver_choices(own(), lambda _own, _solver: frozenset())[0] for kind, own in KINDS.items()}
     for name in SOLVERS:
         cells = ["needs scipy"] * len(KINDS) if name in NEEDS_SCIPY else [cell(name, found) for found in taken.values()]
         rows.append(f"| `{name}` | {calls(name)} | {' | '.join(cells)} |")

@@ -190,7 +190,7 @@ def test_what_a_pipeline_asks_of_its_solver_decides(name):
     _, own, accepted, refused = ACCEPTED[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = solver_choices(own(), demands_of(getattr(diffusers, name)).traits)
+        (found,) = solver_choices(own(), demands_of(getattr(diffusers, name)).traits)
     assert found.keys() >= accepted and not found.keys() & refused
     assert HAS_SCIPY or not [each for each in found if each.endswith("_beta")]
 

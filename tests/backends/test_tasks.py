@@ -194,7 +194,27 @@ def test_the_schema_says_what_selects_what(model):
     assert [each["selectedBy"] for each in found.values()] == [[], ["image"], ["image", "mask_image"]]
     assert "StableDiffusionInpaintPipeline" in schema["properties"]["mask"]["description"]
     assert found["StableDiffusionImg2ImgPipeline"]["defaults"]["strength"] == 0.8
-    assert schema["required"] == ["prompt"]
+    assert schema["required"] == []  # as the call has it
+
+
+def test_each_task_has_its_own_solvers(model):
+    """What adds noise to a picture needs a solver that can; text alone takes more."""
+    _, generator = model("StableDiffusion3Pipeline")
+    found = {each["pipeline"]: each["schedulers"] for each in generator.schema.json_schema()["x-pipelines"]}
+    text, edit = found["StableDiffusion3Pipeline"], found["StableDiffusion3Img2ImgPipeline"]
+    assert "dpmpp_2m_sde" in text and "dpmpp_2m_sde" not in edit and "heun" in edit
+    assert set(generator.schema.json_schema()["properties"]["scheduler"]["enum"]) == {*text, *edit}
+    asked = {"height": 32, "width": 32, "num_inference_steps": 3, "seed": 1, "output_type": "np"}
+    own = generator.generate("a cat", **asked).images[0]
+    assert not np.array_equal(own, generator.generate("a cat", scheduler="dpmpp_2m_sde", **asked).images[0])
+    picture = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    asked = {key: value for key, value in asked.items() if key not in ("height", "width")}
+    edited = [
+        generator.generate("a cat", image=picture, **more, **asked).images[0] for more in ({}, {"scheduler": "heun"})
+    ]
+    assert not np.array_equal(*edited)
+    with pytest.raises(InvalidParameterError, match=r"^scheduler: got 'dpmpp_2m_sde'; it takes one of .*heun"):
+        generator.generate("a cat", image=picture, scheduler="dpmpp_2m_sde", **asked)
 
 
 def test_the_file_says_what_made_it(model, tmp_path):

@@ -17,6 +17,7 @@ from safelight.core.package_params import make_params_cls
 from safelight.core.registry import pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.stage_memory import StageMemory
+from safelight.core.tasks import Task
 from safelight.runtime.messages import (
     WireSchema,
     array_to_image,
@@ -65,7 +66,7 @@ def test_parameters_that_no_family_wrote_are_made_again():
         "defaults": {"strength": 0.5},
         "excluded": frozenset({"fps"}),
         "refused": {"generator": "seed"},
-        "required": frozenset({"prompt"}),
+        "tasks": (Task("SomebodysPipeline", (), ("prompt",), ("prompt", "strength"), {"strength": 0.5}),),
     }
     params_cls = make_params_cls("Foreign", own, **given)
     found = crossed(schema_of("SomebodysPipeline", params_cls))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,18 +100,16 @@ def pipeline_entry(class_name: str, components: Collection[str] = ()) -> Pipelin
     return PipelineEntry(FAMILY, class_name, __name__, (), params_cls, DiffusersConfig, backend=FAMILY)
 
 
-def takes_solver(class_names: Sequence[str], own: Any, solver: Any) -> Traits | None:
-    """Return which lists of a schedule a solver takes in pipelines of the package; None where it does not fit one.
+def takes_solver(class_name: str, own: Any, solver: Any) -> Traits | None:
+    """Return which lists of a schedule a solver takes in a pipeline of the package; None where it does not fit.
 
     Args:
-        class_names: the pipelines' of one model.
+        class_name: the pipeline's.
         own: the solver that it was loaded with.
         solver: another; both have a schedule.
 
     """
-    found = [demands_of(_pipeline_class(name)).traits(own, solver) for name in class_names]
-    taken = [traits for traits in found if traits is not None]
-    return frozenset.intersection(*taken) if len(taken) == len(found) else None
+    return demands_of(_pipeline_class(class_name)).traits(own, solver)
 
 
 def describe(model: str, class_name: str, params_cls: type[SamplingParams], notes: tuple[str, ...]) -> ModelSchema:

@@ -187,9 +187,11 @@ class SamplingParams:
     def _validate_scheduler(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         if self.scheduler is None:
             return
-        if self.scheduler not in schema.solvers:
-            raise InvalidParameterError("scheduler", self.scheduler, schema.takes_solvers())
-        for name in SCHEDULES & given.keys() - set(schema.solvers[self.scheduler]):
+        solvers = schema.solvers_for(given)
+        if self.scheduler not in solvers:
+            takes = f"one of {', '.join(solvers)}" if solvers else "nothing: this model runs with its own alone"
+            raise InvalidParameterError("scheduler", self.scheduler, takes)
+        for name in SCHEDULES & given.keys() - set(solvers[self.scheduler]):
             takes = f"nothing with scheduler={self.scheduler}, which spaces its steps itself here"
             raise InvalidParameterError(name, given[name], takes)
 

@@ -56,6 +56,7 @@ class ModelSchema:
         capabilities: names of what the components allow, as the family's parameters understand them.
         solvers: names of the solvers that it runs with beside its own, each with those of the fields `sigmas` and
             `timesteps` that may be given with it.
+        task_solvers: the same for the pipelines of its other tasks, by their names.
         architecture: of the network that runs at every step; None where it is not known.
         token_bytes: that a step holds for each token, at the very least; 0 where that is not known.
         device_bytes: that all devices of a request have beside the weights; 0 where that is not known.
@@ -74,6 +75,7 @@ class ModelSchema:
     notes: tuple[str, ...] = ()
     capabilities: frozenset[str] = field(default_factory=frozenset)
     solvers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    task_solvers: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     architecture: Architecture | None = None
     token_bytes: int = 0
     device_bytes: int = 0
@@ -92,13 +94,14 @@ class ModelSchema:
     def options(self) -> dict[str, Option]:
         """Return the fields that this model takes, in order, by name; its own solvers among them."""
         options = self.params_cls.options()
-        if self.solvers and "scheduler" in options:
-            return {**options, "scheduler": replace(options["scheduler"], choices=tuple(self.solvers))}
+        names = tuple(dict.fromkeys(name for taken in (self.solvers, *self.task_solvers.values()) for name in taken))
+        if names and "scheduler" in options:
+            return {**options, "scheduler": replace(options["scheduler"], choices=names)}
         return {name: option for name, option in options.items() if name != "scheduler"}
 
-    def takes_solvers(self) -> str:
-        """Say in words which solvers may be asked for."""
-        return self.options()["scheduler"].takes() if self.solvers else "nothing: this model runs with its own alone"
+    def solvers_for(self, given: Collection[str]) -> Mapping[str, tuple[str, ...]]:
+        """Return the solvers that a request with these fields may name, as `solvers`."""
+        return self.task_solvers.get(self.pipeline_for(given), self.solvers)
 
     def json_schema(self) -> dict[str, Any]:
         """Return a JSON Schema (2020-12) of what may be asked, with defaults, ranges and a group for forms."""
@@ -114,6 +117,9 @@ class ModelSchema:
             properties[name] = entry
         needed = (*("prompt",) * self.params_cls.needs_prompt, *("image",) * (self.num_input_images[0] > 0))
         required = [name for name in needed if name in properties]
+        tasks = self.params_cls.tasks_schema()
+        for task in tasks.get("x-pipelines", ()):
+            task["schedulers"] = [*self.task_solvers.get(task["pipeline"], self.solvers)]
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
             "title": self.pipeline_name,
@@ -122,5 +128,5 @@ class ModelSchema:
             "properties": properties,
             "required": [name for name in required if name not in self.defaults],
             "additionalProperties": False,
-            **self.params_cls.tasks_schema(),
+            **tasks,
         }

@@ -92,29 +92,31 @@ def built(name: str, own: Any) -> Any:
     return solver
 
 
-def solver_choices(own: Any, use: Use) -> dict[str, tuple[str, ...]]:
-    """Return the names that a model takes, each with those of `SCHEDULES` that it has.
+def solver_choices(own: Any, *uses: Use) -> list[dict[str, tuple[str, ...]]]:
+    """Return the names that a model takes for each of several uses, each name with those of `SCHEDULES` that it has.
 
     A solver is built from the model's configuration and tried for a few steps: one that cannot, or that would turn
     latents of half precision into others, is none.
 
     Args:
         own: the solver that the model was loaded with.
-        use: what the loop, which calls it, makes of a solver.
+        uses: what each loop, which calls it, makes of a solver.
 
     """
     own = copy.deepcopy(own)
     most = own.config.get("num_train_timesteps", 0)
     if kind_of(own) is None or not (isinstance(most, int) and most <= MAX_TRAIN_TIMESTEPS and tried(own)):
-        return {}
-    found = {}
+        return [{} for _ in uses]
+    found: list[dict[str, tuple[str, ...]]] = [{} for _ in uses]
     for name in all_names():
         try:
             solver = built(name, own)
         except (ImportError, *FAULTS):
             continue
-        if tried(solver) and (traits := use(own, solver)) is not None:
-            found[name] = tuple(sorted(traits))
+        if tried(solver):
+            for taken, use in zip(found, uses, strict=True):
+                if (traits := use(own, solver)) is not None:
+                    taken[name] = tuple(sorted(traits))
     return found
 
 

@@ -43,7 +43,8 @@ def configure(repository: Repository) -> tuple[PipelineConfig, ModelSchema]:
         raise ModelIndexError(f"{wrong}: {in_one_line(error)}") from error
     found = sources(repository, entry.pipeline_cls()).get(SOLVER)
     if found is not None:
-        schema = replace(schema, solvers=solvers_of(repository, resolve_class(found.target), config.takes_solver))
+        (solvers,) = solvers_of(repository, resolve_class(found.target), config.takes_solver)
+        schema = replace(schema, solvers=solvers)
     return config, schema
 
 
@@ -54,29 +55,31 @@ def describe_package(repository: Repository) -> ModelSchema:
     schema = diffusers.describe(repository.name, entry.pipeline_name, params_cls, repository.notes)
     names = repository.component_names()
     configs = {name: repository.component_config(name) for name in NETWORKS if name in names}
-    solvers: dict[str, tuple[str, ...]] = {}
+    by_task: dict[str, dict[str, tuple[str, ...]]] = {}
     if SOLVER in names:
         cls = components.check_component(repository.folder(SOLVER), SOLVER, repository.index[SOLVER])
         assert issubclass(params_cls, PackageParams)
         class_names = [task.pipeline_name for task in params_cls.tasks]
-        solvers = solvers_of(repository, cls, functools.partial(diffusers.takes_solver, class_names))
-    return replace(schema, architecture=Architecture.of(configs), solvers=solvers)
+        uses = [functools.partial(diffusers.takes_solver, name) for name in class_names]
+        by_task = dict(zip(class_names, solvers_of(repository, cls, *uses), strict=True))
+    own = by_task.pop(entry.pipeline_name, {})
+    return replace(schema, architecture=Architecture.of(configs), solvers=own, task_solvers=by_task)
 
 
-def solvers_of(repository: Repository, cls: Any, use: Use) -> dict[str, tuple[str, ...]]:
+def solvers_of(repository: Repository, cls: Any, *uses: Use) -> list[dict[str, tuple[str, ...]]]:
     """Return the solvers that a model runs with beside its own, as `solver_choices`, from its JSON alone.
 
     Args:
         repository: the model.
         cls: of its own solver.
-        use: what its loop makes of another.
+        uses: what each of its loops makes of another.
 
     Raises:
         ModelError: if its own cannot be built.
 
     """
     with in_words(f"{SOLVER}: {cls.__name__}"), quiet():
-        return solver_choices(cls.from_config(repository.component_config(SOLVER)), use)
+        return solver_choices(cls.from_config(repository.component_config(SOLVER)), *uses)
 
 
 def sources(repository: Repository, pipeline_cls: type[ComposedPipeline]) -> dict[str, Source]:

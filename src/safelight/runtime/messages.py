@@ -244,6 +244,7 @@ class WireSchema(msgspec.Struct, frozen=True):
     notes: tuple[str, ...]
     capabilities: list[str]
     solvers: dict[str, tuple[str, ...]] = {}
+    task_solvers: dict[str, dict[str, tuple[str, ...]]] = {}
     architecture: Architecture | None = None
     token_bytes: int = 0
     device_bytes: int = 0
