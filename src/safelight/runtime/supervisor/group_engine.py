@@ -7,6 +7,7 @@ import queue
 import threading
 import uuid
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -79,7 +80,7 @@ class GroupEngine:
                 if isinstance(said, SafelightError):
                     raise said
                 (made,) = said
-                yield last, _output(made, single, self.schema.task.makes_video)
+                yield replace(last, step=last.num_inference_steps), _output(made, single, self.schema.task.makes_video)
             finally:
                 self._loop.call_soon_threadsafe(self._supervisor.cancel, request.request_id)
                 following.cancel()
