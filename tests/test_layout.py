@@ -401,10 +401,10 @@ def test_environment_variables_are_few():
 
 TESTS = Path(__file__).parent
 WITHOUT_TEST = """
-backends/signature.py backends/step_thread.py
-serving/jobs/limits.py serving/jobs/store.py version.py
+serving/jobs/limits.py serving/jobs/store.py
+version.py
 """
-"""Source files without a test at their path; those of the last line say what there is, and do nothing."""
+"""Source files without a test at their path: they say what there is, and do nothing."""
 HELPERS_IN_TESTS: set[str] = set()
 """Test modules from which others import, as they were when the rule was made."""
 

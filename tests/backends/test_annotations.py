@@ -15,7 +15,7 @@ from PIL import Image
 
 from safelight.backends.annotations import UnaskableError, askable, members, parameters_of
 from safelight.backends.diffusers import has_pipeline
-from safelight.backends.signature import params_from_signature, sorted_arguments
+from safelight.backends.signature import sorted_arguments
 from safelight.core.options import NULL
 
 Pictures = Image.Image | np.ndarray | torch.Tensor | list[Image.Image] | list[np.ndarray] | list[torch.Tensor]
@@ -138,18 +138,3 @@ def test_no_annotation_of_the_package_is_misunderstood():
         for parameter in parameters_of(call).values():
             assert all(depth <= 3 for _, depth in members(parameter.annotation))
     assert len(reasons) < 20 and all(inspect.cleandoc(reason) == reason for reason in reasons)
-
-
-@pytest.mark.parametrize(
-    ("name", "fps", "passed"),
-    [("WanPipeline", 24, False), ("StableVideoDiffusionPipeline", 7, True), ("LTXPipeline", None, False)],
-)
-def test_frames_a_second_are_invented_only_where_the_call_has_none(name, fps, passed):
-    call = getattr(diffusers, name).__call__
-    assert params_from_signature(call, name).defaults.get("fps") == fps
-    assert ("fps" in sorted_arguments(call)[0]) is passed
-
-
-def test_the_form_of_the_output_is_ours():
-    for name in ("AudioLDM2Pipeline", "LongCatAudioDiTPipeline", "SanaPipeline"):
-        assert params_from_signature(getattr(diffusers, name).__call__, name).defaults["output_type"] == "pil"

@@ -19,7 +19,6 @@ from safelight import DiffusionGenerator, ServerArgs
 from safelight.backends.diffusers import describe as describe_pipeline
 from safelight.backends.diffusers import has_pipeline, pipeline_entry
 from safelight.backends.refusals import one_line, refusal
-from safelight.backends.step_thread import StepThread
 from safelight.core.executor import Execution
 from safelight.core.package_params import PackageParams
 from safelight.core.registry import pipelines
@@ -398,55 +397,6 @@ def test_closing_at_any_unit_leaves_nothing_behind(name, loaded):
                 execution.advance()
         assert not threads()
     assert all(map(torch.equal, alone(pipeline, fields), wanted))
-
-
-def test_a_step_thread_runs_only_while_its_owner_waits():
-    log = []
-
-    def work(ask):
-        for step in range(3):
-            log.append(f"work {step}")
-            log.append(f"work has {ask(step)}")
-
-    thread, answer = StepThread(work), None
-    for step in range(4):
-        question = thread.resume(answer)
-        log.append(f"owner {step}")
-        assert question == (step if step < 3 else None)
-        answer = f"answer {step}"
-    own = [line for line in log if "has" not in line]
-    assert own == ["work 0", "owner 0", "work 1", "owner 1", "work 2", "owner 2", "owner 3"]
-    assert [line for line in log if "has" in line] == [f"work has answer {step}" for step in range(3)]
-    thread.cancel()
-
-
-def test_an_error_in_the_thread_is_the_owners():
-    def work(ask):
-        ask("what")
-        raise KeyError("lost")
-
-    thread = StepThread(work)
-    assert thread.resume() == "what"
-    with pytest.raises(KeyError, match="lost"):
-        thread.resume("that")
-    assert not threads()
-
-
-def test_what_the_work_asks_while_it_is_cancelled_ends_it_too():
-    seen = []
-
-    def work(ask):
-        try:
-            ask("first")
-        finally:
-            seen.append("cleaning up")
-            ask("second")
-            seen.append("never")
-
-    thread = StepThread(work)
-    assert thread.resume() == "first"
-    thread.cancel()
-    assert seen == ["cleaning up"] and not threads()
 
 
 @pytest.mark.parametrize(
