@@ -78,7 +78,7 @@ class EncodedClip:
                 if codec.name not in CODECS:
                     raise InvalidParameterError(param, f"a video of the codec {codec.name}", _TAKES)
         except (av.FFmpegError, ValueError, OverflowError, MemoryError, OSError) as error:
-            raise InvalidParameterError(param, f"a damaged {CLIP_FORMATS[kind][2:].lstrip()} file", _TAKES) from error
+            raise damaged_clip(kind, param) from error
         if min(size) < 1 or num_frames > MAX_CLIP_FRAMES or size[0] * size[1] * num_frames > MAX_CLIP_PIXELS:
             raise InvalidParameterError(param, f"{num_frames} frames of {size[0]}x{size[1]}", _TAKES)
         return cls(file if kept is None else kept, kind, size, num_frames)
@@ -132,6 +132,11 @@ def clip_kind(head: bytes) -> str | None:
     if head.startswith(b"\x1aE\xdf\xa3"):
         return "matroska"
     return "gif" if head.startswith((b"GIF87a", b"GIF89a")) else None
+
+
+def damaged_clip(kind: str, param: str) -> InvalidParameterError:
+    """Return the error for a file of a format that is no whole video."""
+    return InvalidParameterError(param, f"a damaged {CLIP_FORMATS[kind].partition(' ')[2]} file", _TAKES)
 
 
 def open_clip(source: Any, param: str, mode: str = "RGB") -> Clip:

@@ -350,7 +350,7 @@ def arguments(params: SamplingParams, askable: Mapping[str, Askable]) -> dict[st
     """Return what a request asks for in the words of a pipeline's call, by how its parameters are asked for."""
     given = without_null(params.set_fields())
     made = {name: known.makes(_in_python(given[name])) for name, known in askable.items() if name in given}
-    if given.get(MASK) is not None:
+    if MASK_IMAGE in askable and given.get(MASK) is not None:
         made[MASK_IMAGE] = repainted_where_transparent(given[MASK])
     return {**made, "output_type": "latent" if params.output_type == "latent" else "np"}
 

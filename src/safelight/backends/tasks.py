@@ -94,7 +94,7 @@ def _with_mask(task: Task) -> Task:
 def _union(made: list[type[PackageParams]], tasks: tuple[Task, ...]) -> type[PackageParams]:
     """Return a class with every field of several; where two have one, it is the first's."""
     options: dict[str, Option] = functools.reduce(lambda found, cls: {**cls.options(), **found}, made, {})
-    if any(MASK in task.fields for task in tasks):
+    if any(MASK_IMAGE in task.inputs for task in tasks):
         options[MASK] = MASK_OPTION
     for name, known in options.items():
         having = [task.pipeline_name for task in tasks if name in task.fields]

@@ -77,9 +77,14 @@ class TaskParams(SamplingParams):
         }
 
     @classmethod
+    def converts_mask(cls) -> bool:
+        """Say whether `mask` is another form of `mask_image`, and not a pipeline's own field of that name."""
+        return {MASK, MASK_IMAGE} <= cls.options().keys()
+
+    @classmethod
     def needs_alpha(cls, name: str) -> bool:
         """Say whether a field's picture says by its transparency what it says."""
-        return name == MASK
+        return name == MASK and cls.converts_mask()
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check what is set against the task that it selects."""
@@ -87,7 +92,7 @@ class TaskParams(SamplingParams):
         if task is not None:
             self._check_task(task, given)
         super().validate(schema, given)
-        mask = vars(self).get(MASK)
+        mask = vars(self)[MASK] if self.converts_mask() else None
         images = self.given_images()
         if mask is not None and images and mask.size != images[0].size:
             size = f"{images[0].width}x{images[0].height}"

@@ -24,7 +24,7 @@ from safelight.serving.http.bodies import Body
 from safelight.serving.http.forms import Repeated, about
 from safelight.serving.http.json_body import read_number, read_value
 from safelight.serving.http.spool import Stored
-from safelight.serving.input_pictures import open_input, open_picture, picture_bytes
+from safelight.serving.input_pictures import open_picture, picture_bytes
 from safelight.serving.limits import Limits
 from safelight.serving.own_fields import (
     EFFECTLESS,
@@ -35,6 +35,7 @@ from safelight.serving.own_fields import (
     QUALITY_NAMES,
     own_fields,
 )
+from safelight.serving.trial import open_input
 
 NOT_OFFERED: Mapping[str, str] = {"output_type": "use output_format"}
 OUTPUT_TYPE = "pil"
@@ -137,7 +138,7 @@ def model_fields(schema: ModelSchema) -> dict[str, Option]:
         name: dataclasses.replace(option, kind="string")
         if option.kind == "strings" and (name in common or not issubclass(cls, PackageParams))
         else option
-        for name, option in cls.options().items()
+        for name, option in schema.options().items()
         if name not in NOT_OFFERED
     }
 

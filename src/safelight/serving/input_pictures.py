@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from safelight import media
-from safelight.clips import EncodedClip, clip_kind
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError
 from safelight.file_kinds import HEAD_BYTES, kind_of
@@ -148,21 +147,6 @@ def open_picture(file: bytes | Stored, param: str, limits: Limits) -> EncodedIma
     except media.UNREADABLE as error:
         raise damaged(name, param) from error
     return image
-
-
-def open_input(file: bytes | Stored, param: str, limits: Limits) -> EncodedImage | EncodedClip:
-    """Return a clip, of which what its file says has been read; or a picture that is one of its frames.
-
-    Raises:
-        InvalidParameterError: if it is neither, or too large.
-
-    """
-    head = file[:HEAD_BYTES] if isinstance(file, bytes) else file.head(HEAD_BYTES)
-    if clip_kind(head) is None:
-        return open_picture(file, param, limits)
-    return EncodedClip.read(
-        file if isinstance(file, bytes) else file.read(), param, None if isinstance(file, bytes) else file
-    )
 
 
 def damaged(kind: str, param: str) -> InvalidParameterError:
