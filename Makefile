@@ -19,7 +19,7 @@ DEMO := outputs/demo.png
 PROMPT ?= a large red circle at the left on a white background
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-lowest lock gpu-wheels test-reliability test-attacks test-parallel fuzz lint types parity features pipelines bench clean
+.PHONY: help demo test test-all test-newest test-lowest lock gpu-wheels test-reliability test-attacks test-parallel fuzz lint types parity features bench clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | sort
@@ -91,9 +91,6 @@ parity: $(READY)  ## compare with Diffusers, and write docs/parity.md
 
 features: $(READY)  ## every pair of features on tiny models of all families; writes docs/features.md
 	@$(BIN)/python -m pytest -q --slow tests/features --features-report docs/features.md
-
-pipelines: $(READY)  ## what every pipeline of the diffusers package can be asked for; writes docs/pipelines.md
-	@$(BIN)/python -m tests.pipelines --write docs/pipelines.md --jobs 2
 
 bench: $(READY)  ## the CPU benchmarks against Diffusers
 	@for script in startup operations overhead loading denoising_step serving; do $(BIN)/python -m benchmarks.$$script || exit 1; done

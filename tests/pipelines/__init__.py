@@ -1,1 +1,0 @@
-"""What every pipeline of the diffusers package can be asked for, measured on tiny checkpoints: docs/pipelines.md."""
