@@ -218,7 +218,7 @@ def _takes_latents_alone(path: Path, elsewhere: Mapping[str, Path]) -> bool:
 
 def _check_change(repository: Repository, change: Change) -> None:
     """Refuse a component that the pipeline does not take, and one of the package's without one that it needs."""
-    takes = repository.component_names()
+    takes = repository.component_names() if change.added else ()
     class_name = repository.pipeline.pipeline_name
     for component, found in change.added.items():
         if component not in takes and found.is_asked_for:
