@@ -218,12 +218,14 @@ def _takes_latents_alone(path: Path, elsewhere: Mapping[str, Path]) -> bool:
 
 def _check_change(repository: Repository, change: Change) -> None:
     """Refuse a component that the pipeline does not take, and one of the package's without one that it needs."""
-    takes = repository.component_names() if change.added else ()
-    class_name = repository.pipeline.pipeline_name
+    is_native = repository.pipeline.backend == "native"
+    if is_native and not change.added:
+        return
+    takes, class_name = repository.component_names(), repository.pipeline.pipeline_name
     for component, found in change.added.items():
         if component not in takes and found.is_asked_for:
             raise InvalidParameterError("component", component, f"components of {class_name}: {', '.join(takes)}")
-    if repository.pipeline.backend == "native":
+    if is_native:
         return
     from safelight.backends import components
 
