@@ -17,12 +17,6 @@ from tests.serving.wire import (
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("keyed"), key=KEY) as server:
-        yield server
-
-
 def test_every_route_but_livez_needs_the_key(tmp_path):
     """Walk all routes there are, with no key, a wrong one, and one of another form."""
     with running(tmp_path, key="sk-right") as server, httpx.Client(base_url=server.url) as http:
@@ -74,13 +68,6 @@ def test_web_pages_of_others_are_not_answered_without_a_key(tmp_path, origin, st
     with running(tmp_path / "key", key="a key of many characters") as server, server.http() as http:
         answer = http.post(GENERATIONS, json={"prompt": PROMPT}, headers={"origin": "http://evil.example"})
         assert answer.status_code == 200, "a page that knows the key may"
-
-
-@pytest.fixture(scope="module")
-def anybody(server):
-    """Somebody without the key."""
-    with httpx.Client(base_url=server.url, timeout=30) as http:
-        yield http
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR", "Bearer ", "bearer  "])

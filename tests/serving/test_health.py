@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import httpx
-import pytest
-
 from tests.serving.http_server import assert_error, running
 from tests.serving.stub_engine import IMAGE_SCHEMA
-from tests.serving.wire import KEY
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("keyed"), key=KEY) as server:
-        yield server
 
 
 def test_readyz_tells_of_the_disk(tmp_path):
@@ -22,13 +12,6 @@ def test_readyz_tells_of_the_disk(tmp_path):
         assert "cannot be written" in assert_error(http.get("/readyz"), 503)["message"]
         (tmp_path / "gone").rename(tmp_path / "outputs")
         assert http.get("/readyz").status_code == 200
-
-
-@pytest.fixture(scope="module")
-def anybody(server):
-    """Somebody without the key."""
-    with httpx.Client(base_url=server.url, timeout=30) as http:
-        yield http
 
 
 def test_the_root_says_what_this_is(server, anybody):

@@ -21,19 +21,6 @@ from tests.serving.wire import (
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("keyed"), key=KEY) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def anybody(server):
-    """Somebody without the key."""
-    with httpx.Client(base_url=server.url, timeout=30) as http:
-        yield http
-
-
 def get_routes(server):
     app = server.server.config.loaded_app
     return sorted({re.sub(r"\{[^}]*\}", "x", route.path) for route in flat(app) if "GET" in route.methods})

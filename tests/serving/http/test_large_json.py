@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 
 import msgspec
 
-from safelight.serving.events import EventStream
 from safelight.serving.http.large_json import JsonResponse, LargeJson
 from safelight.serving.http.spool import Spool
 from tests.serving.http_server import PROMPT, running
@@ -35,29 +33,3 @@ def test_a_slow_reader_of_a_large_answer_holds_little(tmp_path):
             assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
             (connection,) = server.server.server_state.connections
             assert server.call(connection.transport.get_write_buffer_size) < 1 << 18
-
-
-def test_no_comment_is_within_an_event():
-    """A disk that is slow in the middle of one is waited for."""
-
-    async def source():
-        yield b"event: a\ndata: "
-        await asyncio.sleep(0.2)
-        yield b"{}\n\n"
-        await asyncio.sleep(0.2)
-        yield b"event: b\ndata: {}\n\n"
-
-    async def use():
-        sent = []
-
-        async def send(message):
-            sent.append(message.get("body", b""))
-
-        async def receive():
-            await asyncio.sleep(10)
-
-        await EventStream(source(), 0.05)({}, receive, send)
-        return b"".join(sent)
-
-    got = asyncio.run(use())
-    assert got.startswith(b"event: a\ndata: {}\n\n: ping\n\n") and got.endswith(b"event: b\ndata: {}\n\n")

@@ -13,19 +13,6 @@ from tests.serving.wire import (
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("keyed"), key=KEY) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def anybody(server):
-    """Somebody without the key."""
-    with httpx.Client(base_url=server.url, timeout=30) as http:
-        yield http
-
-
 @pytest.fixture(scope="module", params=[None, KEY], ids=["no key", "key"])
 def site(tmp_path_factory, request):
     """A server that one page's origin may use."""
