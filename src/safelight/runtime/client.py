@@ -103,8 +103,8 @@ class Output:
     sounds: list[Sound] = field(default_factory=list)
 
     def pictures(self) -> list[NDArray[np.uint8]]:
-        """Return the pictures."""
-        return [array for array in self.media if isinstance(array, np.ndarray) and array.ndim == 3]
+        """Return what is no video: pictures, and whatever else no encoder of pictures will take."""
+        return [array for array in self.media if isinstance(array, np.ndarray) and array.ndim != 4]
 
     def videos(self) -> list[tuple[Media, Sound | None]]:
         """Return the videos, each with its sound."""

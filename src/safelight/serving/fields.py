@@ -192,12 +192,12 @@ def _pictures(name: str, option: Option, value: Any, limits: Limits) -> Iterator
         raise InvalidParameterError(name, f"{len(found)} images", f"1 to {most}")
     if option.kind == "clip":
         limits = dataclasses.replace(limits, image_bytes=limits.clip_bytes)
-    return ((place, _file(entry, name, limits)) for place, entry in found)
+    return ((place, _file(entry, name, option, limits)) for place, entry in found)
 
 
-def _file(value: Any, name: str, limits: Limits) -> bytes | Stored:
-    """Return a picture's file; nothing for null, in the place of a picture in a list."""
-    if value is None:
+def _file(value: Any, name: str, option: Option, limits: Limits) -> bytes | Stored:
+    """Return a picture's file; nothing for null, in the place of a picture in a field's lists."""
+    if value is None and option.kind == "pictures":
         return NOTHING
     data = picture_bytes(value, name, limits)
     if not len(data):
