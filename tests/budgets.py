@@ -60,13 +60,13 @@ class Budget:
 
 
 PARTS = (
-    Budget((), 1200, "errors, generator, client, results, media: a file for each thing that users touch"),
-    Budget(("core",), 1400, "contracts that everything imports: read in an afternoon"),
+    Budget((), 1350, "errors, generator, client, results, media, clips: a file for each thing that users touch"),
+    Budget(("core",), 1800, "contracts that everything imports, and solvers by name: read in an afternoon"),
     Budget(("stages",), 900, "ten standard stages of less than a hundred lines"),
     Budget(("layers",), 800, "what two families share, and nothing that one alone needs"),
     Budget(("attention",), 400, "one layer and a table of backends"),
-    Budget(("backends",), 800, "a hundred pipelines of a package, driven by one mechanism"),
-    Budget(("loading",), 1800, "repositories of others are checked here, every key and setting"),
+    Budget(("backends",), 1900, "a hundred pipelines of a package by one mechanism: calls handed over, kept, stacked"),
+    Budget(("loading",), 2200, "repositories of others are checked here, every key; plans from JSON, ours and theirs"),
     Budget(("adapters",), 600, "conventions of LoRA files, stores, unmerged and merged: not begun"),
     Budget(("parallel",), 1200, "tokens, weights, branches and rows, each a strategy from outside"),
     Budget(("acceleration",), 3000, "compile, offload, quantisation, step cache, fused operations and CPU routes"),

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from safelight.encoded import LEAST_KEPT, Decoded, EncodedImage
 from safelight.media import open_image
-from safelight.runtime.messages import array_to_image, described_image, image_to_array
+from safelight.runtime.messages import Pictured, array_to_image, described_image, image_to_array
 from safelight.serving.limits import Limits
 from tests.uploads import decode_picture
 
@@ -124,9 +124,9 @@ def test_an_orientation_that_is_none_turns_nothing(fmt, orientation):
 def test_a_file_crosses_the_socket_as_it_came():
     data = picture("PNG", turned(6))
     image = EncodedImage.read(data, FORMATS).converted("RGBA")
-    described = described_image("image", image)
-    other = array_to_image(image_to_array(image).tobytes(), *described[1:])
-    assert described == ("image", "RGBA", 24, 40, "PNG") and image_to_array(image).tobytes() == data
+    described = described_image("image", (), image)
+    other = array_to_image(image_to_array(image).tobytes(), described)
+    assert described == Pictured("image", (), "RGBA", 24, 40, "PNG") and image_to_array(image).tobytes() == data
     assert np.array_equal(np.asarray(other), np.asarray(image))
 
 

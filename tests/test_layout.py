@@ -79,19 +79,21 @@ LAYERS = {
     "layers": {"errors", "layers", "attention"},
     "attention": {"errors", "attention"},
     "families": {"errors", "core", "stages", "layers", "attention", "families"},
-    "backends": {"errors", "core", "backends"},
+    "backends": {"errors", "attention", "clips", "core", "backends"},
     "acceleration": {"errors", "core", "stages", "layers", "attention", "parallel", "preparation", "acceleration"},
     "parallel": {"errors", "core", "stages", "layers", "attention", "parallel"},
     "loading": {"errors", "core", "stages", "layers", "attention", "acceleration", "backends", "parallel", "loading"},
     "file_kinds": set(),
     "encoded": set(),
     "media": {"encoded", "errors", "file_kinds", "version"},
-    "video": {"errors", "media"},
+    "clips": {"encoded", "errors", "core", "media"},
+    "video": {"errors", "core", "media"},
     "results": {"errors", "core", "media", "video"},
-    "preparation": {"errors", "core", "media"},
-    "client": {"errors", "core", "media", "results", "runtime"},
+    "preparation": {"errors", "clips", "core", "media"},
+    "client": {"errors", "clips", "core", "media", "results", "runtime"},
     "generator": {"errors", "client", "core", "loading", "preparation", "results", "runtime"},
     "runtime": {
+        "clips",
         "encoded",
         "errors",
         "version",
@@ -106,7 +108,7 @@ LAYERS = {
         "runtime",
     },
     "serving": {"errors", "version", "core", "loading", "media", "video", "parallel", "preparation", "runtime"}
-    | {"encoded", "file_kinds", "serving"},
+    | {"clips", "encoded", "file_kinds", "serving"},
     "checking": {"errors", "core", "backends", "layers", "loading", "preparation", "runtime", "checking"},
     "testing": {"errors", "core", "checking", "loading", "runtime", "testing"},
     "cli": {"errors", "version", "core", "loading", "media", "video", "results", "preparation"}
@@ -175,6 +177,11 @@ OF_THE_CONTRACT = OWN_OPTIONS & set(Req.__dataclass_fields__)
 OTHERWISE = {
     ("stages/timestep_preparation.py", "sigmas"): "an argument of the solver",
     ("stages/timestep_preparation.py", "timesteps"): "an argument of the solver",
+    **{
+        (file, name): "an argument of the solver"
+        for file in ("core/solver_names.py", "core/solver.py", "backends/demands.py")
+        for name in ("sigmas", "timesteps")
+    },
     ("testing/report.py", "sigmas"): "a column: what the solver was set to",
     **{
         (f"checking/{file}", name): "a row: what the solver was set to"
@@ -340,7 +347,8 @@ def test_models_know_no_technique():
 
 
 COMMON_FIELDS = (
-    "prompt negative_prompt image height width num_frames fps num_inference_steps guidance_scale seed n output_type"
+    "prompt negative_prompt image height width num_frames fps num_inference_steps guidance_scale seed n scheduler "
+    "output_type"
 )
 REQ_FIELDS = (
     "request_id params output_index model stage latents timesteps num_inference_steps step_index sigmas prompt_embeds "
@@ -354,9 +362,9 @@ HTTP_ARGS = (
     "unit_limit first_unit_limit heartbeat_limit"
 )
 SERVER_ARGS = (
-    "model revision variant device dtype component_dtypes backend attention_backend kernels offload memory_limit "
-    "compile cuda_graphs devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel vae_tiling "
-    "conditioning_cache"
+    "model revision variant pipeline component device dtype component_dtypes backend attention_backend kernels offload "
+    "memory_limit compile cuda_graphs devices cfg_parallel_size ring_degree ulysses_degree tp_size vae_parallel "
+    "vae_tiling conditioning_cache"
 )
 
 
@@ -365,7 +373,7 @@ SERVER_ARGS = (
     [
         (SamplingParams, COMMON_FIELDS, 20),
         (Req, REQ_FIELDS, 28),
-        (ServerArgs, SERVER_ARGS, 25),
+        (ServerArgs, SERVER_ARGS, 27),
         (HTTPArgs, HTTP_ARGS, 25),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -393,10 +401,10 @@ def test_environment_variables_are_few():
 
 TESTS = Path(__file__).parent
 WITHOUT_TEST = """
-backends/signature.py backends/step_thread.py
-serving/jobs/limits.py serving/jobs/store.py version.py
+serving/jobs/limits.py serving/jobs/store.py
+version.py
 """
-"""Source files without a test at their path; those of the last line say what there is, and do nothing."""
+"""Source files without a test at their path: they say what there is, and do nothing."""
 HELPERS_IN_TESTS: set[str] = set()
 """Test modules from which others import, as they were when the rule was made."""
 

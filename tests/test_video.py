@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import wave
+
 import av
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
 from safelight import video
+from safelight.core.sound import Sound
 from safelight.errors import OutputError
 
 METADATA = {"prompt": "naïve 漢字", "seed": 2**53}
@@ -84,9 +88,68 @@ def test_nothing_is_overwritten_unless_asked_and_nothing_is_half_written(tmp_pat
     path.write_bytes(b"mine")
     with pytest.raises(OutputError, match="exists already"):
         video.save_video(clip(2), path, 8, METADATA)
-    with pytest.raises(OutputError, match="odd side"):
-        video.save_video(clip(2, height=47), path, 8, METADATA, overwrite=True)
+    with pytest.raises(OutputError, match="No space left"):
+        video.save_video(OnAFullDisk(), path, 8, METADATA, overwrite=True)
     assert path.read_bytes() == b"mine"
     video.save_video(clip(2), path, 8, METADATA, overwrite=True)
     assert video.read_metadata(path) == METADATA
     assert len(list(tmp_path.iterdir())) == 1
+
+
+class OnAFullDisk:
+    """Frames of which the second is lost."""
+
+    shape = (2, 48, 64, 3)
+
+    def __iter__(self):
+        yield clip(1)[0]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_odd_sides_keep_their_size(tmp_path):
+    frames = clip(3, height=47)[:, :, :-1]
+    video.save_video(frames, tmp_path / "clip.mp4", 8, METADATA)
+    made = np.asarray(video.read_frames((tmp_path / "clip.mp4").read_bytes()), np.float32)
+    assert made.shape == frames.shape and np.abs(made - frames).mean() < 8
+
+
+def test_one_channel_is_grey(tmp_path):
+    frames = clip(2)[..., :1]
+    video.save_video(frames, tmp_path / "clip.mp4", 8, METADATA)
+    made = np.asarray(video.read_frames((tmp_path / "clip.mp4").read_bytes()), np.float32)
+    assert np.abs(made - frames).mean() < 8
+
+
+RATE = 24_000
+WAVE = (0.5 * np.sin(2 * np.pi * np.outer([440.0, 660.0], np.arange(RATE)) / RATE)).astype(np.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_sound_is_the_samples_that_were_made(tmp_path, channels):
+    """As another reader finds them."""
+    path = tmp_path / "a.wav"
+    video.save_sound(Sound(WAVE[:channels], RATE), path, METADATA)
+    with wave.open(str(path)) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (RATE, channels, RATE)
+        samples = np.frombuffer(file.readframes(RATE), np.int16).reshape(-1, channels).T / 32768
+    assert np.abs(samples - WAVE[:channels]).max() < 2 / 32768
+    found = video.read_sound(path.read_bytes())
+    assert found is not None and found.sampling_rate == RATE and np.abs(found.samples - samples).max() < 1e-4
+    assert video.read_metadata(path) == METADATA
+    with pytest.raises(OutputError, match=r"ends in \.wav"):
+        video.save_sound(Sound(WAVE, RATE), tmp_path / "a.mp3", METADATA)
+
+
+def test_a_video_holds_its_sound(tmp_path):
+    """As AAC, at another rate: its tone is there."""
+    path = tmp_path / "clip.mp4"
+    video.save_video(clip(8), path, 8, METADATA, sound=Sound(WAVE[:1], RATE))
+    heard = video.read_sound(path.read_bytes())
+    assert (
+        heard is not None and heard.sampling_rate == video.AAC_RATE and abs(heard.samples.shape[1] / 48_000 - 1) < 0.1
+    )
+    spectrum = np.abs(np.fft.rfft(heard.samples[0]))
+    assert abs(spectrum.argmax() / heard.samples.shape[1] * 48_000 - 440) < 2
+    assert video.read_frames(path.read_bytes()).shape[0] == 8 and video.read_metadata(path) == METADATA
+    video.save_video(clip(8), tmp_path / "silent.mp4", 8, METADATA)
+    assert video.read_sound((tmp_path / "silent.mp4").read_bytes()) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +13,8 @@ import msgspec
 from PIL import Image
 
 from safelight import media
+from safelight.clips import EncodedClip
+from safelight.core.options import MEDIA_KINDS, NULL
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, QueueFullError, ServingError, by_code
@@ -125,7 +127,7 @@ class RemoteEngine:
 
     def _submit(self, params: SamplingParams) -> str:
         """Send one output's request; wait where the server's queue is full. Return the job's id."""
-        path = "/v1/videos" if self.schema.task.makes_video else "/v1/images/generations"
+        path = "/v1/videos" if self.schema.task.lasts else "/v1/images/generations"
         body = wire_fields(params, self.schema)
         end = time.monotonic() + FULL_SECONDS
         while True:
@@ -185,20 +187,28 @@ def wire_fields(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
     """Return what of an output's parameters is not the model's default, as JSON; images as data URLs."""
     options = params.options()
     fields: dict[str, Any] = {}
-    for name, value in params.set_fields().items():
-        if name in ("output_type", "n") or schema.defaults.get(name) == value:
+    given = params.set_fields()
+    defaults = schema.defaults_for(given)
+    for name, value in given.items():
+        if name in ("output_type", "n") or defaults.get(name) == value:
             continue
-        if options[name].kind == "images":
-            fields[name] = [data_url(image) for image in value]
-        elif options[name].kind == "image":
-            fields[name] = data_url(value)
-        else:
-            fields[name] = list(value) if isinstance(value, tuple) else value
+        if options[name].kind in MEDIA_KINDS:
+            value = _each(value, data_url)
+        fields[name] = _each(value, lambda entry: None if entry is NULL else entry)
     return fields
 
 
-def data_url(image: Image.Image) -> str:
-    """Return a picture as text, without loss."""
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value changed; of lists, each entry."""
+    if isinstance(value, list | tuple):
+        return [_each(entry, change) for entry in value]
+    return None if value is None else change(value)
+
+
+def data_url(image: Image.Image | EncodedClip) -> str:
+    """Return a picture as text, without loss; of a clip, its file."""
+    if isinstance(image, EncodedClip):
+        return f"data:video/{image.kind};base64,{base64.b64encode(image.file).decode('ascii')}"
     file = media.encoded(image, "png", {"compress_level": 1}, None)
     return f"data:image/png;base64,{base64.b64encode(file).decode('ascii')}"
 

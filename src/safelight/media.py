@@ -40,16 +40,17 @@ def file_metadata(model: str, pipeline_name: str, params: Mapping[str, Any]) -> 
     }
 
 
-def open_image(source: Any, param: str = "image", mode: str = "RGB") -> Image.Image:
+def open_image(source: Any, param: str = "image", mode: str = "RGB", needs_alpha: bool = False) -> Image.Image:
     """Return a picture, turned as its EXIF says.
 
     Args:
         source: a PIL image, or the path of a PNG, JPEG or WebP file. An `EncodedImage` stays one.
         param: the field that an error names.
         mode: of the result, RGB or RGBA.
+        needs_alpha: whether its transparency is what matters.
 
     Raises:
-        InvalidParameterError: if it cannot be read as such, or is too large.
+        InvalidParameterError: if it cannot be read as such, is too large, or has no transparency where it needs it.
 
     """
     if not isinstance(source, Image.Image | str | os.PathLike):
@@ -60,6 +61,8 @@ def open_image(source: Any, param: str = "image", mode: str = "RGB") -> Image.Im
         if kind is not None:
             raise InvalidParameterError(param, name, f"a {', '.join(READ_FORMATS)} file of one picture; this is {kind}")
         with _opened(source) as image:
+            if needs_alpha and not _has_alpha(image):
+                raise InvalidParameterError(param, "a picture without transparency", "one that has it")
             return _converted(image, param, name, mode)
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
@@ -97,7 +100,11 @@ def _converted(image: Image.Image, param: str, name: str, mode: str) -> Image.Im
 def has_alpha(source: Any) -> bool:
     """Say whether a picture, one that `open_image` takes, has transparency."""
     with _opened(source) as image:
-        return image.has_alpha if isinstance(image, EncodedImage) else image.has_transparency_data
+        return _has_alpha(image)
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.has_alpha if isinstance(image, EncodedImage) else image.has_transparency_data
 
 
 IMAGE_FORMATS: Mapping[str, str] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}

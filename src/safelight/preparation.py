@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from safelight import media
+from safelight.clips import open_clip
+from safelight.core.options import MEDIA_KINDS, NULL
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 
@@ -27,20 +30,46 @@ def prepare(schema: ModelSchema, fields: Mapping[str, Any]) -> tuple[SamplingPar
 
     """
     asked = schema.params_cls.from_fields(fields)
-    options, images, opened = asked.options(), _as_list(asked.image), dict[str, Any]()
-    if images:
-        opened["image"] = tuple(media.open_image(image, mode=asked.image_mode) for image in images)
-    for name, value in asked.set_fields().items():
-        if options[name].kind == "image":
-            opened[name] = media.open_image(value, name, asked.image_mode)
-    params = dataclasses.replace(asked, **opened).resolve(schema)
+    params = dataclasses.replace(asked, **opened(asked)).resolve(schema)
     assert params.n is not None
     if params.seed is None:
         params = dataclasses.replace(params, seed=secrets.randbelow(SEED_RANGE - params.n))
     warnings = [*schema.notes, *params.warnings(schema, asked.set_fields())]
-    if asked.image_mode == "RGB" and any(media.has_alpha(image) for image in images):
+    if asked.image_mode == "RGB" and any(media.has_alpha(image) for image in asked.given_images()):
         warnings.append("image: its alpha channel is not used")
     return params, warnings
+
+
+def opened(asked: SamplingParams) -> dict[str, Any]:
+    """Return the fields of input images and clips, with these opened.
+
+    Raises:
+        InvalidParameterError: naming the field of one that cannot be read.
+
+    """
+    found: dict[str, Any] = {}
+    for name, option in asked.options().items():
+        if option.kind not in MEDIA_KINDS or (value := vars(asked)[name]) is None:
+            continue
+        value = option.check(name, value)
+        if option.kind == "clip":
+            found[name] = value if value is NULL else open_clip(value, name)
+        elif value is not NULL:
+            opens = functools.partial(_opened, asked, name)
+            found[name] = _each(value, opens, nothing=option.kind == "pictures")
+    return found
+
+
+def _opened(asked: SamplingParams, name: str, value: Any) -> Any:
+    """Return a field's picture, in the mode that it is used in."""
+    return media.open_image(value, name, asked.mode_of(name), asked.needs_alpha(name))
+
+
+def _each(value: Any, change: Callable[[Any], Any], nothing: bool) -> Any:
+    """Return a value changed, in whatever tuples it stands; None stays where `nothing` may stand in a list."""
+    if isinstance(value, tuple):
+        return tuple(_each(entry, change, nothing) for entry in value)
+    return None if nothing and value is None else change(value)
 
 
 def warm_up_params(schema: ModelSchema) -> SamplingParams:
@@ -63,9 +92,3 @@ def warm_up_params(schema: ModelSchema) -> SamplingParams:
     if schema.params_cls.num_steps is not SamplingParams.num_steps:  # the model's steps are its own
         kept.pop("num_inference_steps", None)
     return prepare(schema, kept)[0]
-
-
-def _as_list(image: Any) -> list[Any]:
-    if image is None:
-        return []
-    return list(image) if isinstance(image, list | tuple) else [image]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-import time
 
 import pytest
 import torch
@@ -19,11 +18,10 @@ from safelight.acceleration.compile import missing_for_launchers, missing_toolch
 from safelight.errors import CompilationError, InvalidParameterError
 from safelight.runtime.worker.background import BackgroundCompiler
 from safelight.runtime.worker.model_runner import PipelineRunner
-from tests.acceleration.compiled import alone, cases_of
+from tests.acceleration.compiled import SECONDS, alone, cases_of, wait
 
 NEAR = 1e-5
 """Of pixels in [0, 1]."""
-SECONDS = 300.0
 
 
 @pytest.mark.parametrize("named", ["nobody", "torch", "the user"])
@@ -60,14 +58,6 @@ def test_without_a_compiler_it_is_refused_with_the_reason(tiny_folder, monkeypat
     assert missing_toolchain("cpu") is not None
     with pytest.raises(InvalidParameterError, match=r"compile: .* compiling needs a C\+\+ compiler"):
         DiffusionGenerator.from_pretrained(tiny_folder("FluxPipeline"), device="cpu", compile="blocks")
-
-
-def wait(filler):
-    end = time.monotonic() + SECONDS
-    while (reason := filler.poll()) is None:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return reason
 
 
 @pytest.mark.slow

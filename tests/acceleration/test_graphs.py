@@ -169,7 +169,7 @@ def test_a_replay_has_the_bytes_of_the_call(tiny_flux):
     from safelight.acceleration.compilation import canonical_request, first_calls
 
     pipeline = tiny_flux(device="cuda", dtype="bfloat16", cuda_graphs="steps")
-    (asked,) = first_calls(pipeline, canonical_request(pipeline))
+    (asked,) = first_calls(pipeline, canonical_request(pipeline), pipeline.denoisers())
 
     class Always(CudaRecorder):
         def measure(self, run):

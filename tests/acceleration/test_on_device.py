@@ -85,7 +85,7 @@ def test_attention_at_real_sizes_is_the_formula(device):
 
 
 def first_call(pipeline):
-    return first_calls(pipeline, canonical_request(pipeline))[0]
+    return first_calls(pipeline, canonical_request(pipeline), pipeline.denoisers())[0]
 
 
 def scaled(asked, scale):

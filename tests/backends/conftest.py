@@ -24,14 +24,14 @@ from safelight.testing.tokenizers import clip_tokenizer, t5_tokenizer
 from tests.backends import builders
 
 
-def clip_text(cls, clip, width, seed):
+def clip_text(cls, clip, width, seed, length=16):
     config = CLIPTextConfig(
         vocab_size=len(clip),
         hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=16,
+        max_position_embeddings=length,
         projection_dim=width,
         bos_token_id=clip.bos_token_id,
         eos_token_id=clip.eos_token_id,
@@ -46,24 +46,24 @@ def t5_text(t5, seed):
     )
 
 
-def autoencoder(seed):
+def autoencoder(seed, channels=4):
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         shift_factor=0.06,
     )
     return shake(vae, seed)
 
 
-def stable_diffusion_3(folder):
+def stable_diffusion_3(folder, channels=4):
     clip, t5 = clip_tokenizer(folder / "tokenizer", 16), t5_tokenizer(folder / "tokenizer_3")
     transformer = SD3Transformer2DModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
@@ -75,7 +75,7 @@ def stable_diffusion_3(folder):
     return {
         "transformer": shake(transformer, 1),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": autoencoder(2),
+        "vae": autoencoder(2, channels),
         "text_encoder": clip_text(CLIPTextModelWithProjection, clip, 16, 3),
         "tokenizer": clip,
         "text_encoder_2": clip_text(CLIPTextModelWithProjection, clip, 16, 4),
@@ -163,6 +163,11 @@ WITHOUT_TEXT = {
     "DiTPipeline": builders.dit,
     "StableVideoDiffusionPipeline": builders.stable_video_diffusion,
 }
+OTHERS = {
+    "StableDiffusionControlNetPipeline": builders.stable_diffusion_controlnet,
+    "LongCatAudioDiTPipeline": builders.longcat_audio_dit,
+    "KandinskyV22CombinedPipeline": builders.kandinsky,
+}
 VIDEO = {"LTXPipeline", "WanVACEPipeline", "StableVideoDiffusionPipeline"}
 FIELDS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Pipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
@@ -171,6 +176,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"height": 32, "width": 48, "num_inference_steps": 4, "negative_prompt": "blurry"},
     "WanVACEPipeline": {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3},
     "DDPMPipeline": {"num_inference_steps": 3},
+    "KandinskyV22CombinedPipeline": {
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": 3,
+        "prior_num_inference_steps": 2,
+    },
     "DDIMPipeline": {"num_inference_steps": 3, "eta": 0.5},
     "DiTPipeline": {"class_labels": [3], "num_inference_steps": 3},
     "StableVideoDiffusionPipeline": {
@@ -181,6 +192,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_inference_steps": 3,
         "decode_chunk_size": 2,
     },
+    "StableDiffusionControlNetPipeline": {
+        "image": Image.linear_gradient("L").resize((48, 32)).convert("RGB"),
+        "num_inference_steps": 3,
+        "controlnet_conditioning_scale": 0.5,
+    },
+    "LongCatAudioDiTPipeline": {"audio_duration_s": 0.01, "num_inference_steps": 2},
 }
 
 
@@ -193,7 +210,9 @@ def checkpoint(tmp_path_factory):
         if name not in folders:
             torch.manual_seed(0)
             folders[name] = tmp_path_factory.mktemp(name)
-            getattr(diffusers, name)(**{**BUILDERS, **WITHOUT_TEXT}[name](folders[name])).save_pretrained(folders[name])
+            getattr(diffusers, name)(**{**BUILDERS, **WITHOUT_TEXT, **OTHERS}[name](folders[name])).save_pretrained(
+                folders[name]
+            )
         return folders[name]
 
     return of

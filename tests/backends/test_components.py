@@ -14,16 +14,28 @@ import pytest
 import torch
 import transformers
 from diffusers import ModelMixin
+from PIL import Image
 
 from safelight import DiffusionGenerator, ServerArgs
-from safelight.backends.components import RENAMED, checkpoint_stem, component_class, component_names
+from safelight.backends.components import (
+    RENAMED,
+    checkpoint_stem,
+    component_class,
+    component_names,
+    expected_classes,
+    is_taken_apart,
+    load_component,
+    needed_components,
+)
 from safelight.backends.diffusers import has_pipeline
 from safelight.errors import ModelError, ModelIndexError
 from safelight.loading.loader import load_pipeline
+from safelight.testing.tokenizers import qwen2_tokenizer
 from tests.backends import float32_models
 from tests.backends.conftest import FIELDS
 from tests.loading.conftest import edit_json
 from tests.recipes import flux, wan
+from tests.recipes.qwen_image import EDIT, load_reference, patch_areas, place_images
 
 
 def members(annotation):
@@ -161,6 +173,76 @@ def test_classes_with_parts_in_float32_load(flux_folder, tmp_path, name):
     assert {key: tensor.dtype for key, tensor in ours.items()} == {key: theirs[key].dtype for key in ours}
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
     assert {torch.float32, torch.bfloat16} <= {tensor.dtype for tensor in ours.values()}
+
+
+PROCESSORS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+
+
+@pytest.fixture
+def processor_folder(tmp_path):
+    """Return a processor's folder as it is published: beside the tokenizer, settings of pictures and of videos."""
+    tokenizer = qwen2_tokenizer(tmp_path / "processor")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "processor")
+    transformers.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56).save_pretrained(
+        tmp_path / "processor"
+    )
+    videos = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"longest_edge": 9999, "shortest_edge": 99}}
+    (tmp_path / "processor" / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    return tmp_path / "processor"
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_processor_of_videos_is_taken_apart(processor_folder, name):
+    """Those of transformers ask for torchvision: of them the tokenizer and the image processor are used alone."""
+    cls: Any = component_class("transformers", name)
+    assert is_taken_apart(cls) and not is_taken_apart(component_class("transformers", "CLIPProcessor"))
+    with pytest.raises(ImportError, match=r"(?i)torchvision"):
+        cls.from_pretrained(processor_folder)
+    processor = load_component(cls, processor_folder, torch.float32, None)
+    assert isinstance(processor, cls) and processor.video_processor is None
+    picture = Image.linear_gradient("L").resize((56, 28)).convert("RGB")
+    text = f"a cat <|vision_start|>{processor.image_token}<|vision_end|> sat"
+    made = processor(text=[text], images=[picture], return_tensors="pt")
+    parts = transformers.Qwen2VLImageProcessorPil.from_pretrained(processor_folder)
+    pixels = parts(images=[picture], return_tensors="pt")
+    assert torch.equal(made.pixel_values, pixels.pixel_values)
+    assert torch.equal(made.image_grid_thw, pixels.image_grid_thw)
+    num_tokens = int(pixels.image_grid_thw.prod()) // parts.merge_size**2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(processor_folder)
+    wanted = tokenizer(text.replace(processor.image_token, processor.image_token * num_tokens)).input_ids
+    assert made.input_ids.tolist() == [wanted] and num_tokens == 2
+    assert processor.apply_chat_template([{"role": "user", "content": "hi"}]) == "hi"
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "preprocessor_config.json"])
+def test_a_part_of_another_class_is_refused(processor_folder, file):
+    changes: dict[str, Any] = {"tokenizer_class": "Mine", "image_processor_type": "Mine"}
+    edit_json(processor_folder / file, **changes, auto_map={"AutoTokenizer": "model.Mine"})
+    with pytest.raises(ModelIndexError, match=r"processor: \w+: class 'Mine' is refused"):
+        load_component(component_class("transformers", PROCESSORS[0]), processor_folder, torch.float32, None)
+
+
+def test_a_model_with_a_processor_of_videos_runs(tmp_path, monkeypatch):
+    """As Qwen-Image-Edit's index names one: the reference has the same parts, joined by hand."""
+    EDIT.build(tmp_path, "default")
+    patch_areas(monkeypatch)
+    fields = {"image": Image.linear_gradient("L").resize((64, 48)).convert("RGB"), "num_inference_steps": 2}
+    with DiffusionGenerator.from_pretrained(tmp_path, device="cpu", backend="diffusers") as generator:
+        ours = [generator.generate("a cat", seed=seed, output_type="np", **fields).images for seed in (0, 7)]
+    pipe = load_reference("QwenImageEditPipeline")(tmp_path)
+    place_images(pipe)
+    for seed, images in zip((0, 7), ours, strict=True):
+        noise = torch.Generator().manual_seed(seed)
+        assert np.array_equal(images, pipe(prompt="a cat", generator=noise, output_type="np", **fields).images)
+
+
+def test_expected_classes_are_networks_alone():
+    assert {cls.__name__ for cls in expected_classes("StableDiffusionPipeline", "unet")} == {"UNet2DConditionModel"}
+    assert expected_classes("StableDiffusionPipeline", "tokenizer") == ()
+    assert expected_classes("StableDiffusionPipeline", "nothing") == ()
+    assert {"vae", "unet"} <= needed_components("StableDiffusionPipeline")
+    assert "image_encoder" not in needed_components("StableDiffusionPipeline")
 
 
 def test_wan_runs_through_the_package(tmp_path):

@@ -19,9 +19,8 @@ from safelight import DiffusionGenerator, ServerArgs
 from safelight.backends.diffusers import describe as describe_pipeline
 from safelight.backends.diffusers import has_pipeline, pipeline_entry
 from safelight.backends.refusals import one_line, refusal
-from safelight.backends.signature import PackageParams
-from safelight.backends.step_thread import StepThread
 from safelight.core.executor import Execution
+from safelight.core.package_params import PackageParams
 from safelight.core.registry import pipelines
 from safelight.errors import (
     CheckpointError,
@@ -121,7 +120,7 @@ def test_a_picture_that_the_safety_checker_blackens_says_so(tmp_path):
 def test_what_a_call_cannot_do_without_is_asked_for(checkpoint, name):
     schema = describe(open_repository(checkpoint(name)))
     assert issubclass(schema.params_cls, PackageParams)
-    for field in sorted(schema.params_cls.required):
+    for field in schema.params_cls.tasks[0].needs:
         fields = {key: value for key, value in FIELDS[name].items() if key != field}
         with pytest.raises(InvalidParameterError, match=field):
             prepare(schema, fields)
@@ -145,10 +144,14 @@ def test_every_pipeline_of_the_package_is_described_or_refused_by_name():
             assert name in str(error)
             counts["refused"] += 1
             continue
-        call = inspect.signature(getattr(diffusers, name).__call__).parameters
-        assert {"generator", "output_type"} <= call.keys()
+        assert issubclass(cls, PackageParams)
+        first, *others = cls.tasks
+        call = dict(inspect.signature(getattr(diffusers, name).__call__).parameters)
+        assert {"generator", "output_type"} <= call.keys() and first.pipeline_name == name
         assert ("prompt" in cls.options()) is ("prompt" in call)
-        passed_on = cls.options().keys() - {"seed", "n", "fps", "output_type"}
+        for task in others:
+            call |= inspect.signature(getattr(diffusers, task.pipeline_name).__call__).parameters
+        passed_on = cls.options().keys() - {"seed", "n", "fps", "scheduler", "output_type", "mask"}
         assert passed_on <= call.keys(), "a field that the call does not take would be dropped"
         assert describe_pipeline("x", name, cls, ()).json_schema()["title"] == name
         counts["described"] += 1
@@ -213,11 +216,12 @@ def test_parameters_are_those_of_the_signature(loaded):
     assert schema.defaults["guidance_scale"] == 7.0 and schema.defaults["max_sequence_length"] == 256
     options = schema.params_cls.options()
     assert {"prompt_3", "skip_guidance_layers", "clip_skip", "seed", "n"} <= set(options)
-    assert not {"num_frames", "image", "latents", "ip_adapter_image"} & set(options)
-    for name in ("latents", "joint_attention_kwargs", "generator"):
+    assert not {"num_frames", "latents", "ip_adapter_image"} & set(options)
+    assert not {"image", "mask_image"} & {*schema.params_cls.tasks[0].fields}  # they select other pipelines
+    for name in ("latents", "prompt_embeds", "generator"):
         with pytest.raises(UnknownParameterError):
             schema.params_cls.from_fields({"prompt": "x", name: None})
-    assert loaded("LTXPipeline").schema.task == "T2V"
+    assert loaded("LTXPipeline").schema.task == "TI2V"  # a picture selects its other pipeline
 
 
 def test_a_value_that_the_pipeline_refuses_is_one_clear_error(loaded):
@@ -393,55 +397,6 @@ def test_closing_at_any_unit_leaves_nothing_behind(name, loaded):
                 execution.advance()
         assert not threads()
     assert all(map(torch.equal, alone(pipeline, fields), wanted))
-
-
-def test_a_step_thread_runs_only_while_its_owner_waits():
-    log = []
-
-    def work(ask):
-        for step in range(3):
-            log.append(f"work {step}")
-            log.append(f"work has {ask(step)}")
-
-    thread, answer = StepThread(work), None
-    for step in range(4):
-        question = thread.resume(answer)
-        log.append(f"owner {step}")
-        assert question == (step if step < 3 else None)
-        answer = f"answer {step}"
-    own = [line for line in log if "has" not in line]
-    assert own == ["work 0", "owner 0", "work 1", "owner 1", "work 2", "owner 2", "owner 3"]
-    assert [line for line in log if "has" in line] == [f"work has answer {step}" for step in range(3)]
-    thread.cancel()
-
-
-def test_an_error_in_the_thread_is_the_owners():
-    def work(ask):
-        ask("what")
-        raise KeyError("lost")
-
-    thread = StepThread(work)
-    assert thread.resume() == "what"
-    with pytest.raises(KeyError, match="lost"):
-        thread.resume("that")
-    assert not threads()
-
-
-def test_what_the_work_asks_while_it_is_cancelled_ends_it_too():
-    seen = []
-
-    def work(ask):
-        try:
-            ask("first")
-        finally:
-            seen.append("cleaning up")
-            ask("second")
-            seen.append("never")
-
-    thread = StepThread(work)
-    assert thread.resume() == "first"
-    thread.cancel()
-    assert seen == ["cleaning up"] and not threads()
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,17 @@ def test_a_model_that_diffusers_does_not_have_is_refused_before_it_is_loaded(run
     assert refused.code == 3 and "'FluxPipeline' is none of the diffusers package" in refused.err
 
 
+def test_a_component_from_elsewhere_is_of_both(run, checkpoints):
+    """Both have the other model's VAE: were it ours alone, the latents would be another's pixels."""
+    other = ("--component", f"vae={checkpoints.folder('schnell')}")
+    ended = run("check-model", checkpoints.folder(), *SMALL, *other, "--pipeline", "FluxPipeline")
+    assert ended.code == 0 and ended.out.splitlines()[-1].startswith("FluxPipeline agrees with Diffusers: ")
+    refused = run("check-model", checkpoints.folder(), *SMALL, "--component", "unet=/nowhere")
+    assert refused.code == 2 and "component['unet']: got '/nowhere'" in refused.err
+    refused = run("check-model", checkpoints.folder(), *SMALL, "--pipeline", "NoPipeline")
+    assert refused.code == 2 and "pipeline: got 'NoPipeline'" in refused.err
+
+
 def test_help_has_the_models_own_options(run, checkpoints):
     assert "--max-area" in run("check-model", checkpoints.folder("kontext"), "--help").out
     general = run("check-model", "--help").out

@@ -231,6 +231,12 @@ BAD_VALUES = {
     "dtype": (["--dtype", "int7"], ["dtype: got 'int7'", "bfloat16"]),
     "component": (["--component-dtypes", "unet=float32"], ["component_dtypes: got 'unet'", "transformer"]),
     "component's dtype": (["--component-dtypes", "vae=int7"], ["component_dtypes['vae']: got 'int7'"]),
+    "component from nowhere": (
+        ["--component", "vae=/no/where"],
+        ["component['vae']: got '/no/where'", "a folder, or a"],
+    ),
+    "component, no pair": (["--component", "vae"], ["'vae' is not of the form name=value"]),
+    "pipeline": (["--pipeline", "Nothing"], ["pipeline: got 'Nothing'", "safelight models --all"]),
     "no pair": (["--component-dtypes", "vae"], ["'vae' is not of the form name=value"]),
     "device": (["--device", "tpu:9"], ["device: got 'tpu:9'"]),
     "device, not here": (["--device", "cuda:99"], ["device: got 'cuda:99'"]),

@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from typing import Any
 
 import pytest
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from PIL import Image, PngImagePlugin
 
 from safelight.cli.main import COMMANDS, main
@@ -194,3 +196,22 @@ def test_info_shows_control_characters_and_obeys_none(run, tmp_path):
     assert "é" in ended.out and r"\x1b" in ended.out and not set(ended.out) & (set(orders) - {"\n"})
     assert len(ended.out.splitlines()) == 3
     assert json.loads(run("info", tmp_path / "x.png", "--json").out)["prompt"] == f"é {orders}"
+
+
+def test_the_schema_of_another_pipeline_with_a_component(run, checkpoints, tmp_path):
+    folder = checkpoints.folder()
+    transformer: Any = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    heads = {name: transformer.config[name] for name in ("attention_head_dim", "num_attention_heads")}
+    control = FluxControlNetModel.from_transformer(transformer, num_layers=1, num_single_layers=1, **heads)
+    control.save_pretrained(tmp_path)
+    line = ("schema", folder, "--pipeline", "FluxControlNetPipeline")
+    refused = run(*line)
+    assert refused.code == 2 and "needs controlnet, which the model has not" in refused.err
+    found = json.loads(run(*line, "--component", f"controlnet={tmp_path}").out)
+    assert found["title"] == "FluxControlNetPipeline" and "control_image" in found["properties"]
+    assert [each["pipeline"] for each in found["x-pipelines"]][1:] == [
+        "FluxControlNetImg2ImgPipeline",
+        "FluxControlNetInpaintPipeline",
+    ]
+    help = run("generate", "--model", folder, *line[2:], "--component", f"controlnet={tmp_path}", "--help").out
+    assert "--control-image" in help and "--mask" in help and "--pipeline" in help

@@ -9,7 +9,8 @@ import click
 import pytest
 
 from safelight.cli.options import given, given_settings, sampling_options, setting_options
-from safelight.core.options import option
+from safelight.core.options import NULL, Option, option
+from safelight.core.package_params import make_params_cls
 from safelight.core.params import SamplingParams
 from safelight.errors import InvalidParameterError
 
@@ -79,3 +80,43 @@ def test_every_parameter_has_a_flag_but_what_is_excluded_or_given_otherwise():
     assert given(Params, values) == {"height": 32, "n": 2}
     with pytest.raises(InvalidParameterError, match="height: got 0; it takes a whole number from 1 to 16384"):
         given(Params, parsed(options, "--height", "0"))
+
+
+OF_A_PACKAGE = {
+    "scale": Option("number or numbers", "how much", nullable=True),
+    "instruction": Option("texts", "what to do", nullable=True),
+    "kwargs": Option("object", "whatever"),
+    "control_image": Option("pictures", "a picture, or several"),
+    "video": Option("clip", "a video"),
+    "steps": Option("integer", "how many", nullable=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        (["--scale", "0.5"], {"scale": 0.5}),
+        (["--scale", "[0.5, 1]"], {"scale": (0.5, 1.0)}),
+        (["--scale", "null"], {"scale": NULL}),
+        (["--steps", "null"], {"steps": NULL}),
+        (["--instruction", "a", "--instruction", "b"], {"instruction": ("a", "b")}),
+        (["--instruction", "a"], {"instruction": ("a",)}),
+        (["--instruction", "null"], {"instruction": NULL}),
+        (["--kwargs", '{"a": [1, true]}'], {"kwargs": {"a": [1, True]}}),
+        (["--control-image", "a.png"], {"control_image": "a.png"}),
+        (["--control-image", "a.png", "--control-image", "b.png"], {"control_image": ("a.png", "b.png")}),
+        (["--video", "a.mp4"], {"video": "a.mp4"}),
+        (["--video", "a.png", "--video", "b.png"], {"video": ("a.png", "b.png")}),
+    ],
+    ids=str,
+)
+def test_flags_of_a_packages_pipeline(arguments, fields):
+    cls = make_params_cls("X", OF_A_PACKAGE, defaults={}, excluded=(), refused={}, tasks=())
+    assert given(cls, parsed(sampling_options(cls, {}), *arguments)) == fields
+
+
+@pytest.mark.parametrize("arguments", [["--scale", "[1"], ["--kwargs", "{a}"], ["--steps", "x"]], ids=str)
+def test_flags_of_a_packages_pipeline_that_are_none(arguments):
+    cls = make_params_cls("X", OF_A_PACKAGE, defaults={}, excluded=(), refused={}, tasks=())
+    with pytest.raises(click.BadParameter):
+        parsed(sampling_options(cls, {}), *arguments)

@@ -29,4 +29,5 @@ def test_what_has_a_default_is_not_required():
 
 @pytest.mark.parametrize("task", ModelTaskType)
 def test_a_task_says_whether_it_makes_videos(task):
-    assert task.makes_video is (task in ("T2V", "I2V", "TI2V"))
+    assert task.makes_video is (task in ("T2V", "I2V", "TI2V", "V2V", "TV2V"))
+    assert task.lasts is (task.makes_video or task == "T2A")

@@ -51,7 +51,7 @@ assert "torch" not in sys.modules
 
 
 def test_both_pipelines_are_listed_without_torch(installed):
-    common = "prompt negative_prompt{} height width num_inference_steps guidance_scale seed n output_type"
+    common = "prompt negative_prompt{} height width num_inference_steps guidance_scale seed n scheduler output_type"
     assert run(["-c", LIST], installed).splitlines() == [
         f"ToyPipeline {common.format('')}",
         f"ToyVariationPipeline {common.format(' image')} strength",

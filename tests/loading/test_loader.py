@@ -49,7 +49,6 @@ def test_several_devices_are_several_ranks(checkpoints):
     ("settings", "words"),
     [
         ({"component_dtypes": {"unet": "float32"}}, "component_dtypes: got 'unet'; .* of this model: .*transformer"),
-        ({"backend": "diffusers", "vae_tiling": "exact"}, "vae_tiling: .* none for a model run by the diffusers"),
         ({"offload": "blocks"}, "offload: .* none on cpu"),
         ({"memory_limit": "1GiB"}, "memory_limit: .* nothing on cpu"),
     ],

@@ -9,6 +9,8 @@ import struct
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import CLIPImageProcessorPil
 
 from safelight.core.executor import panics_as_errors
@@ -18,7 +20,7 @@ from safelight.loading.components import in_words, load_component
 from safelight.loading.description import configure
 from safelight.loading.loader import describe
 from safelight.loading.repository import open_repository
-from safelight.loading.trials import SIDE, check_tokens_fit, try_out
+from safelight.loading.trials import SIDE, check_steps, check_tokens_fit, try_out
 from tests.loading.conftest import edit_json
 
 
@@ -112,3 +114,37 @@ def test_a_schema_is_described_of_the_same_files_alone(damaged):
     with pytest.raises(ModelIndexError, match="configuration_files is refused"):
         describe(open_repository(damaged, weights=False))
     assert json.loads((damaged / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
+
+
+def test_an_encoder_that_wraps_another_is_looked_into():
+    """As the package's multilingual CLIP does, which says nothing of its embeddings."""
+    from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+    from transformers import PreTrainedTokenizerFast
+
+    config = MCLIPConfig(
+        numDims=16, transformerDimensions=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    encoder = MultilingualCLIP(config)
+    with pytest.raises(NotImplementedError):
+        encoder.get_input_embeddings()
+    for size in (9, 10):
+        words = {f"w{number}": number for number in range(size)}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
+        parts = {"tokenizer": tokenizer, "text_encoder": encoder}
+        if size == 9:
+            check_tokens_fit(parts)
+        else:
+            with pytest.raises(ModelIndexError, match="number 9; its text encoder has 9 embeddings"):
+                check_tokens_fit(parts)
+
+
+def test_a_processors_tokenizer_is_looked_at_too(damaged):
+    from tokenizers import Regex, pre_tokenizers
+    from transformers import CLIPProcessor
+
+    tokenizer = loaded(damaged / "tokenizer", "transformers:CLIPTokenizer")
+    processor = CLIPProcessor(CLIPImageProcessorPil(), tokenizer)
+    check_steps(processor, "here")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a|a)*b"), "isolated")
+    with pytest.raises(ModelIndexError, match="here: pre_tokenizer: the expression"):
+        check_steps(processor, "here")

@@ -57,8 +57,10 @@ def vae(residual: bool) -> AutoencoderKLWan:
     )
 
 
-def transformer(seed: int, in_channels: int, out_channels: int, **config: Any) -> WanTransformer3DModel:
-    """Return a transformer of two blocks."""
+def transformer(
+    seed: int, in_channels: int, out_channels: int, num_layers: int = 2, **config: Any
+) -> WanTransformer3DModel:
+    """Return a transformer, of two blocks unless more are asked for."""
     made = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -67,7 +69,7 @@ def transformer(seed: int, in_channels: int, out_channels: int, **config: Any) -
         text_dim=TEXT_DIM,
         freq_dim=16,
         ffn_dim=48,
-        num_layers=2,
+        num_layers=num_layers,
         rope_max_seq_len=64,
         **config,
     )
@@ -126,7 +128,7 @@ def build_image_to_video(folder: Path, variant: str) -> None:
             patch_size=14,
         )
         num_tokens = 2 * (1 + (28 // 14) ** 2) if variant == "last image" else None
-        embedding = {"image_dim": CLIP_DIM, "added_kv_proj_dim": 32, "pos_embed_seq_len": num_tokens}
+        embedding: dict[str, Any] = {"image_dim": CLIP_DIM, "added_kv_proj_dim": 32, "pos_embed_seq_len": num_tokens}
         models["image_encoder"] = shake(CLIPVisionModel(config), 3)
         models["image_processor"] = CLIPImageProcessorPil(size=28, crop_size=28)
         models["transformer"] = transformer(4, in_channels, channels, **embedding)

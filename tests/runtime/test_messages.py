@@ -13,10 +13,11 @@ from PIL import Image
 
 from safelight.core.architecture import Architecture
 from safelight.core.options import Option
-from safelight.core.params import make_params_cls
+from safelight.core.package_params import make_params_cls
 from safelight.core.registry import pipelines
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.stage_memory import StageMemory
+from safelight.core.tasks import Task
 from safelight.runtime.messages import (
     WireSchema,
     array_to_image,
@@ -42,6 +43,7 @@ def schema_of(pipeline_name, params_cls):
         num_input_images=(0, 2),
         notes=("slow",),
         capabilities=frozenset({"b", "a"}),
+        solvers={"euler": ("sigmas", "timesteps"), "unipc": ()},
         architecture=Architecture(8, 32),
         device_bytes=5,
         stage_memory=(StageMemory("decoding", 1, 2, 3),),
@@ -64,6 +66,7 @@ def test_parameters_that_no_family_wrote_are_made_again():
         "defaults": {"strength": 0.5},
         "excluded": frozenset({"fps"}),
         "refused": {"generator": "seed"},
+        "tasks": (Task("SomebodysPipeline", (), ("prompt",), ("prompt", "strength"), {"strength": 0.5}),),
     }
     params_cls = make_params_cls("Foreign", own, **given)
     found = crossed(schema_of("SomebodysPipeline", params_cls))
@@ -77,9 +80,9 @@ def test_images_keep_their_fields_and_pixels(mode):
     pictures = tuple(Image.effect_noise((8, 6 + index), 90).convert(mode) for index in range(2))
     params = params_cls(prompt="x", image=pictures, seed=1)
     fields, images = split_images(params)
-    assert "image" not in fields and [name for name, _ in images] == ["image", "image"]
-    sent = [(described_image(*each), image_to_array(each[1]).tobytes()) for each in images]
-    made = [(described[0], array_to_image(data, *described[1:])) for described, data in sent]
+    assert "image" not in fields and [each[:2] for each in images] == [("image", (0,)), ("image", (1,))]
+    sent = [(described_image(*each), image_to_array(each[2]).tobytes()) for each in images]
+    made = [(about.param, about.place, array_to_image(data, about)) for about, data in sent]
     again = join_images(params_cls, fields, made)
     assert again.image is not None
     assert [np.array(each).tolist() for each in again.image] == [np.array(each).tolist() for each in pictures]

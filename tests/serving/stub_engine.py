@@ -229,8 +229,8 @@ class StubEngine(EngineClient):
 
 def make_output(params: SamplingParams, seconds: float = 0.0) -> Output:
     """Return the picture or video that the stub makes of one prompt and seed: always the same."""
-    assert params.seed is not None and isinstance(params.prompt, str)
-    shown: dict[str, Any] = {name: _as_json(value) for name, value in params.set_fields().items()}
+    assert params.seed is not None
+    shown: dict[str, Any] = {name: _as_json(value) for name, value in params.described().items()}
     return Output([make_media(params)], params.seed, shown, {"denoising": seconds})
 
 
@@ -258,4 +258,4 @@ def _frames(params: SamplingParams) -> tuple[int, ...]:
 def _as_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_as_json(entry) for entry in value]
-    return value if isinstance(value, str | int | float | bool) else f"{value.width}x{value.height}"
+    return value

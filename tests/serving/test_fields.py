@@ -12,6 +12,7 @@ from PIL import Image
 from safelight.backends.diffusers import describe, has_pipeline, pipeline_entry
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, ModelIndexError
+from safelight.runtime.cost import request_cost
 from safelight.serving.fields import Asked, resolve
 from safelight.serving.http_args import HTTPArgs
 from safelight.serving.limits import Limits
@@ -35,7 +36,8 @@ def png(size, turn=None):
 
 def sides(schema, pictures, **own):
     prompt = {"prompt": "x"} if "prompt" in schema.params_cls.options() else {}
-    asked = Asked(schema, {**own}, prompt, pictures)
+    places: dict[str, list[tuple[int, ...]]] = {name: [(0,)] if name == "image" else [()] for name in pictures}
+    asked = Asked(schema, {**own}, prompt, pictures, places)
     params = resolve(asked, Limits(max_cost=math.inf)).params
     return params.width, params.height
 
@@ -131,3 +133,23 @@ def test_the_address_that_clients_are_given_has_a_scheme_and_a_host(url, taken):
     with pytest.raises(InvalidParameterError, match=r"public_url: .*https://") as caught:
         HTTPArgs(public_url=url)
     assert caught.value.param == "public_url"
+
+
+SOLVERS = {"heun": (), "unipc": ("sigmas",)}
+
+
+def test_a_solver_is_asked_for_by_name():
+    """The schema says which there are; steps of two calls cost two, and are no other quality."""
+    schema = schema_with(VIDEO_SCHEMA, solvers=SOLVERS)
+    assert schema.json_schema()["properties"]["scheduler"]["enum"] == ["heun", "unipc"]
+    given = {"prompt": "x", "num_inference_steps": 20}
+    limits = Limits(max_cost=math.inf)
+    plain, heun = (resolve(Asked(schema, {}, {**given, **more}, {}), limits) for more in ({}, {"scheduler": "heun"}))
+    assert heun.params.described()["scheduler"] == "heun" and "scheduler" not in plain.params.described()
+    assert heun.params.num_steps() == 39 and heun.quality == plain.quality
+    assert request_cost(heun.params, schema) * 20 == request_cost(plain.params, schema) * 39
+    for asked in ("euler", "Heun", "heun_karras", ""):
+        with pytest.raises(InvalidParameterError, match=r"scheduler: got .*; it takes one of heun, unipc"):
+            resolve(Asked(schema, {}, {**given, "scheduler": asked}, {}), limits)
+    with pytest.raises(InvalidParameterError, match="scheduler: got 'heun'; it takes nothing: this model runs with"):
+        resolve(Asked(VIDEO_SCHEMA, {}, {**given, "scheduler": "heun"}, {}), limits)

@@ -109,6 +109,13 @@ def on_host(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, device=HOST) if tensor.device == META else tensor
 
 
+def leaves_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether arguments of `Tensor.to` name a device where tensors have values."""
+    named = [*args, kwargs.get("device")]
+    devices = [each.device if isinstance(each, Tensor) else each for each in named if not isinstance(each, bool)]
+    return any(isinstance(each, torch.device | str | int) and torch.device(each) != META for each in devices)
+
+
 class Valueless(TorchFunctionMode):
     """Answers for tensors on the meta device, which have no values: what is asked of them is true, or 1."""
 
@@ -122,5 +129,13 @@ class Valueless(TorchFunctionMode):
             if func is Tensor.item:
                 return 1
             if func is Tensor.cpu:
-                return on_host(args[0])
+                return self.on_host(args[0])
+            if func in (Tensor.numpy, Tensor.tolist):
+                return func(self.on_host(args[0]))
+            if func is Tensor.to and leaves_meta(args[1:], kwargs or {}):
+                return func(self.on_host(args[0]), *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """Return what a tensor is when it has left the meta device."""
+        return on_host(tensor)

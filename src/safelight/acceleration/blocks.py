@@ -1,17 +1,40 @@
-"""A model's repeated blocks, which its class names in `_repeated_blocks`: what is compiled, and what is streamed."""
+"""A module's repeated blocks: what is compiled, and what is streamed. Its class names them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """Return a module's blocks in the order in which it holds them; empty where its class names none."""
-    names: tuple[str, ...] = vars(type(module)).get("_repeated_blocks", ())
-    return [part for part in module.modules() if type(part).__name__ in names]
+    """Return a module's blocks in the order in which it holds them; empty where its class names none.
+
+    They are of the classes in `_repeated_blocks`; where a library's class has no such table, of those in its
+    `_no_split_modules`, which are not to be divided among devices, as far as they stand in lists. Of blocks within each
+    other the outer ones.
+    """
+    repeated, undivided = (_named(module, table) for table in ("_repeated_blocks", "_no_split_modules"))
+    if repeated:
+        return list(_outermost(module, lambda _, part: type(part).__name__ in repeated))
+    return list(
+        _outermost(module, lambda parent, part: isinstance(parent, nn.ModuleList) and type(part).__name__ in undivided)
+    )
+
+
+def _named(module: nn.Module, table: str) -> frozenset[str]:
+    """Return the names in a table of a module's class; of those of its bases the nearest that has any."""
+    found = (vars(base).get(table) for base in type(module).__mro__)
+    return frozenset(next((names for names in found if names), ()))
+
+
+def _outermost(parent: nn.Module, is_block: Callable[[nn.Module, nn.Module], bool]) -> Iterator[nn.Module]:
+    for part in parent.children():
+        if is_block(parent, part):
+            yield part
+        else:
+            yield from _outermost(part, is_block)
 
 
 def blocks_by_class(module: nn.Module) -> dict[str, list[nn.Module]]:

@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
 import torch
-from torch import nn
 
 from safelight.acceleration.blocks import one_block_each, repeated_blocks
 from safelight.acceleration.compile import (
@@ -68,9 +68,9 @@ class Compilation:
         self.state: State = "pending"
         self.reason = ""
         self._stacked = stacked
-        plans = {name: module for name, module in own_modules(pipeline).items() if repeated_blocks(module)}
+        plans = {name: module for name, module in pipeline.denoisers().items() if repeated_blocks(module)}
         if not plans:
-            takes = f"none for this model: {pipeline.schema.pipeline_name} has no transformer that names its blocks"
+            takes = f"none for this model: {pipeline.schema.pipeline_name} has no network whose class names its blocks"
             raise InvalidParameterError("compile", "blocks", takes)
         use_cache()
         self._classes: Mapping[str, Sequence[BlockClass]] = {name: compile_blocks(m) for name, m in plans.items()}
@@ -99,11 +99,16 @@ class Compilation:
 
         """
         try:
-            calls = first_calls(self.pipeline, canonical_request(self.pipeline))
+            calls = first_calls(self.pipeline, canonical_request(self.pipeline), self._classes)
         except UsageError as error:
             raise CompilationError(f"the model refuses the small request that it is compiled for: {error}") from error
-        each = [dataclasses.replace(call, component=name) for call in calls for name in self._alike(call.component)]
-        return [*each, *(doubled(call) for call in each)] if self._stacked else each
+        own = {call.component for call in calls}
+        each = [*calls]
+        for name in self._classes.keys() - own:  # of alternates, what one is given all may be
+            alike = self.pipeline.alternates if name in self.pipeline.alternates else ()
+            each += [dataclasses.replace(call, component=name) for call in calls if call.component in alike]
+        stacked = each if self._stacked and self.pipeline.native else []
+        return [*each, *map(doubled, stacked)]
 
     def is_due(self) -> bool:
         """Say whether the next unit can be done: not while the cache is being filled elsewhere."""
@@ -127,7 +132,7 @@ class Compilation:
                 call, each = self._units.popleft()
                 with torch.inference_mode():
                     self.pipeline.residency.bring([call.component])
-                    with one_block_each(self.pipeline.get_module(call.component)), compiling([each]):
+                    with as_few_blocks(self.pipeline, call.component), compiling([each]):
                         self.pipeline.forward(call)
         except CompilationError as error:
             self.fail(str(error))
@@ -166,34 +171,34 @@ class Compilation:
                 made += make([forward])
         return made
 
-    def _alike(self, component: str) -> list[str]:
-        """Return the components that are given such calls: of alternates, all."""
-        alternates = self.pipeline.alternates
-        names = alternates if component in alternates else (component,)
-        return [name for name in names if name in self._classes]
-
-
-def own_modules(pipeline: ComposedPipeline) -> dict[str, nn.Module]:
-    """Return a pipeline's components that are its family's own modules."""
-    targets = set(pipeline.component_classes.values())
-    return {
-        name: module
-        for name, module in pipeline.modules().items()
-        if f"{type(module).__module__}:{type(module).__qualname__}" in targets
-    }
-
 
 def canonical_request(pipeline: ComposedPipeline) -> Req:
     """Return the smallest request that a model takes."""
     return Req("compile", warm_up_params(pipeline.schema).split()[0])
 
 
-def first_calls(pipeline: ComposedPipeline, req: Req) -> list[ModelCall]:
-    """Return the model calls of a request's first step, one a guidance branch, and end it there."""
+def first_calls(pipeline: ComposedPipeline, req: Req, names: Container[str]) -> list[ModelCall]:
+    """Return the model calls of a request's first step that each of the networks named has, and end it there.
+
+    All calls of a step of ours come at once. Of another pipeline's request, which is small, all is run.
+    """
+    found: list[ModelCall] = []
+    first: dict[str, int] = {}
     with Execution(pipeline, req) as execution:
-        while not req.in_loop:
-            assert execution.advance(), "a model whose blocks are compiled has a loop"
-        return list(req.pending)
+        while execution.advance():
+            for call in req.pending:
+                is_forward = call.component in names and call.method == "forward"
+                if is_forward and first.setdefault(call.component, call.key.step) == call.key.step:
+                    found.append(call)
+            if found and pipeline.native:
+                break
+    assert found, "a model whose blocks are compiled has a loop"
+    return found
+
+
+def as_few_blocks(pipeline: ComposedPipeline, component: str) -> AbstractContextManager[None]:
+    """Leave a network one block of each list for one call, where they are alike."""
+    return one_block_each(pipeline.get_module(component)) if pipeline.native else nullcontext()
 
 
 def doubled(call: ModelCall) -> ModelCall:

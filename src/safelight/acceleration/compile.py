@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from safelight.acceleration.blocks import blocks_by_class
-from safelight.errors import MAX_REASON, CompilationError
+from safelight.errors import MAX_REASON, CompilationError, PackageError
 
 BlockForm = Literal["eager", "compiling", "compiled"]
 
@@ -136,7 +136,7 @@ def compiling(classes: Sequence[BlockClass]) -> Iterator[None]:
         stack.enter_context(in_form(classes, "compiling"))
         try:
             yield
-        except (TorchDynamoException, OSError, RuntimeError) as error:
+        except (TorchDynamoException, PackageError, OSError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0][:MAX_REASON] or type(error).__name__
             raise CompilationError(f"the model cannot be compiled: {reason}") from error
 

@@ -220,9 +220,12 @@ def refuse_graphs(pipeline: ComposedPipeline) -> None:
     """Refuse what graphs cannot do.
 
     Raises:
-        InvalidParameterError: on another device than CUDA.
+        InvalidParameterError: on another device than CUDA, or of another package's pipeline.
 
     """
+    if not pipeline.native:
+        takes = f"none with {pipeline.schema.pipeline_name}: what another package calls a step with may lie anywhere"
+        raise InvalidParameterError("cuda_graphs", "steps", takes)
     if pipeline.device.type != "cuda":
         raise InvalidParameterError("cuda_graphs", "steps", f"none on {pipeline.device.type}: graphs are CUDA's")
 

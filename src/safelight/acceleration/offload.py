@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.memory import DeviceMemory, PinnedCopies
@@ -190,7 +189,9 @@ class BlockStream:
         self._slots: list[Slot] = []
         self._running: Slot | None = None
         self.bytes_copied = 0
-        self._hooks: list[RemovableHandle] = []
+        for index, block in enumerate(self.blocks):  # for good: a request's copy of the module has them too
+            block.register_forward_pre_hook(lambda *_, index=index: self._arrive(index))
+            block.register_forward_hook(lambda *_: self._finish())
 
     @torch.inference_mode(False)
     def open(self) -> None:
@@ -198,16 +199,11 @@ class BlockStream:
         slots = [self._memory.allocate(self.num_bytes // NUM_SLOTS) for _ in range(NUM_SLOTS)]
         self._slots = [Slot(buffer, self._memory.mark(), {}) for buffer in slots]
         self._begin(0, self._slots[0])
-        for index, block in enumerate(self.blocks):
-            self._hooks.append(block.register_forward_pre_hook(lambda *_, index=index: self._arrive(index)))
-            self._hooks.append(block.register_forward_hook(lambda *_: self._finish()))
 
     @torch.inference_mode(False)
     def close(self) -> None:
         """Wait for copies on their way, and let go of the slots."""
         self._finish()
-        while self._hooks:
-            self._hooks.pop().remove()
         for slot in self._slots:
             if slot.copied is not None and slot.copied.exception(COPY_SECONDS) is None:
                 self._memory.synchronize(slot.copied.result())
@@ -215,7 +211,9 @@ class BlockStream:
 
     @torch.inference_mode(False)
     def _arrive(self, index: int) -> None:
-        """Let a block wait for its copy, and begin to copy the next."""
+        """Let a block wait for its copy, and begin to copy the next. Without slots it runs where it is."""
+        if not self._slots:
+            return
         self._finish()  # of a block that was left by an exception
         slot = next((slot for slot in self._slots if slot.block == index), None)
         if slot is None:

@@ -64,7 +64,7 @@ CONVERSIONS = ("to", "half", "float", "bfloat16")
 """What changes the weights."""
 
 
-def borrowed(pipe: Any, hand: Hand, steps: Steps, device: torch.device) -> Any:
+def borrowed(pipe: Any, hand: Hand, steps: Steps, device: torch.device, solver: Any = None) -> Any:
     """Return a shallow copy of a pipeline, whose networks are copies that hand their calls over.
 
     Nested pipelines are copied too, and what they share with the outer one they share in the copy. Solvers and guiders
@@ -75,9 +75,13 @@ def borrowed(pipe: Any, hand: Hand, steps: Steps, device: torch.device) -> Any:
         hand: has a call made.
         steps: counts the steps of the solvers.
         device: on which it runs, wherever its components lie.
+        solver: in the place of its `scheduler`, wherever that is; None keeps it.
 
     """
-    return _Borrower(hand, steps, device).pipeline(pipe, "")
+    borrower = _Borrower(hand, steps, device)
+    if solver is not None:
+        borrower.replace(pipe.scheduler, own_solver(solver, steps))
+    return borrower.pipeline(pipe, "")
 
 
 def names_of_networks(pipe: Any, prefix: str = "") -> dict[str, nn.Module]:
@@ -105,6 +109,10 @@ class _Borrower:
         self._hand, self._steps, self._device = hand, steps, device
         self._copies: dict[int, Any] = {}
 
+    def replace(self, value: Any, other: Any) -> None:
+        """Have another thing in the place of one."""
+        self._copies[id(value)] = other
+
     def pipeline(self, pipe: Any, prefix: str) -> Any:
         copied = _shallow(pipe, _on_device(pipe.__class__))
         self._copies[id(pipe)] = copied
@@ -128,7 +136,7 @@ class _Borrower:
         return self.pipeline(value, f"{name}.") if isinstance(value, diffusers.DiffusionPipeline) else value
 
     def _network(self, module: nn.Module, component: str) -> nn.Module:
-        return _Loan(module, component, self._hand).copied
+        return _Loan(module, component, self._hand, self._device).copied
 
 
 class _Loan:
@@ -139,13 +147,16 @@ class _Loan:
 
     """
 
-    def __init__(self, module: nn.Module, component: str, hand: Hand) -> None:
-        self._module, self._component, self._hand = module, component, hand
+    def __init__(self, module: nn.Module, component: str, hand: Hand, device: torch.device) -> None:
+        self._module, self._component, self._hand, self._device = module, component, hand, device
         self._own: nn.Module | None = None
         self._context: list[tuple[Any, ...]] = []
         cls = type(module)
         self.copied = handing(module, "", self._call)
         state = vars(self.copied)
+        if "device" in dir(cls):  # as both packages' base classes have it
+            self.copied.__class__ = _on_device(cls)  # type: ignore[arg-type]
+            state[_DEVICE] = device
         for name in WHOLE:
             if name in dir(cls):
                 state[name] = _method(getattr(cls, name), name, self._call)
@@ -180,7 +191,7 @@ class _Loan:
         dtype = dtype or (given[0] if given else None)
         tensors = itertools.chain(self._module.parameters(), self._module.buffers())
         if dtype is not None and any(each.is_floating_point() and each.dtype != dtype for each in tensors):
-            self._become_own(shares_weights=False).to(dtype=dtype)
+            self._become_own(shares_weights=False).to(self._device, dtype)
         return self.copied
 
     def _become_own(self, shares_weights: bool) -> nn.Module:
@@ -242,21 +253,57 @@ def _bound_signature(method: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
+@dataclass(frozen=True)
+class _Parameters:
+    """What a method takes, at hand: `Signature.bind` takes as long as half a thread's round trip.
+
+    Attributes:
+        names: of all that have one, in order.
+        positional: of those that may come without.
+        required: of those without a default.
+        takes_others: whether it takes names that it does not know.
+        is_plain: whether every argument can be given by a name.
+
+    """
+
+    names: tuple[str, ...]
+    positional: tuple[str, ...]
+    required: frozenset[str]
+    takes_others: bool
+    is_plain: bool
+
+
+@functools.cache
+def _parameters(method: Callable[..., Any]) -> _Parameters:
+    each = list(_bound_signature(method).parameters.values())
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [parameter for parameter in each if parameter.kind not in unnamed]
+    kinds = {parameter.kind for parameter in each}
+    return _Parameters(
+        tuple(parameter.name for parameter in named),
+        tuple(parameter.name for parameter in named if parameter.kind is not inspect.Parameter.KEYWORD_ONLY),
+        frozenset(parameter.name for parameter in named if parameter.default is inspect.Parameter.empty),
+        inspect.Parameter.VAR_KEYWORD in kinds,
+        inspect.Parameter.VAR_POSITIONAL not in kinds,
+    )
+
+
 def by_name(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of a method by their names, those that were given.
+    """Return the arguments of a call of a method by their names, in its own order, those that were given.
 
     Raises:
         TypeError: if it cannot be called so.
 
     """
-    bound = _bound_signature(method).bind(*args, **kwargs)
-    found: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            return {**kwargs, POSITIONAL: args}
-        found.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-    return found
+    takes = _parameters(method)
+    given = {**dict(zip(takes.positional, args, strict=False)), **kwargs}
+    known = {name: given[name] for name in takes.names if name in given}
+    fits = len(given) == len(args) + len(kwargs) and takes.required <= known.keys()
+    if takes.is_plain and fits and (takes.takes_others or len(known) == len(given)):
+        return known if len(known) == len(given) else {**known, **given}
+    bound = _bound_signature(method).bind(*args, **kwargs)  # says what does not fit
+    kinds = [bound.signature.parameters[name].kind for name in bound.arguments]
+    return {**kwargs, POSITIONAL: args} if inspect.Parameter.VAR_POSITIONAL in kinds else given
 
 
 def _shallow(value: Any, cls: Any) -> Any:
@@ -270,7 +317,10 @@ _DEVICE = "device_of_the_call"
 
 
 class _OnDevice:
-    """Of a pipeline's copy: where it runs. The package takes the device of whichever component it finds first."""
+    """Of a copy of a pipeline or a network: where it runs, wherever weights lie while they are not used.
+
+    The package takes the device of whichever component, or parameter, it finds first.
+    """
 
     @property
     def device(self) -> torch.device:

@@ -4,72 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
-import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
-from PIL import Image
+from safelight.backends.annotations import EMPTY, Askable, UnaskableError, askable, default_of, parameters_of
+from safelight.backends.outputs import SOUND, VIDEO, made_by
+from safelight.core.options import MEDIA_KINDS, Option
+from safelight.core.package_params import FRAME_RATE, PackageParams, make_params_cls
+from safelight.core.params import DEFAULT_FPS, SamplingParams
+from safelight.core.tasks import Task
+from safelight.errors import ModelIndexError
 
-from safelight.core.options import Option
-from safelight.core.params import SamplingParams, make_params_cls
-from safelight.errors import InvalidParameterError, ModelIndexError
-
-if TYPE_CHECKING:
-    from safelight.core.schema import ModelSchema
-
-KINDS: Mapping[frozenset[Any], str] = {
-    frozenset({str}): "string",
-    frozenset({str, list[str]}): "strings",
-    frozenset({list[str]}): "strings",
-    frozenset({int}): "integer",
-    frozenset({float}): "number",
-    frozenset({int, float}): "number",
-    frozenset({float, list[float]}): "number",
-    frozenset({bool}): "boolean",
-    frozenset({list[float]}): "numbers",
-    frozenset({list[int]}): "integers",
-    frozenset({tuple[int, int]}): "integers",
-}
-"""What a parameter's types, None aside, make of it; others are refused."""
-DEFAULT_FPS = 24
-"""Of a file, for a pipeline that does not say."""
-OURS = frozenset({"seed", "n", "output_type"})
-"""Common fields that every pipeline has here: each is called with a generator, once an output, for arrays."""
+OURS = frozenset({"seed", "n", "scheduler", "output_type"})
+"""Common fields that every pipeline has here: each is called with a generator, once an output, for arrays; which
+solvers it takes is in its schema."""
 NEEDED = ("generator", "output_type")
 """What a pipeline's call must take to be run here."""
-UNSTATED_SIDE, TOKEN_SIDE, FRAMES_OF_A_TOKEN = 1024, 16, 8
-"""Pixels of a side that the call leaves to the model, and of a latent token's, and its frames: for the estimate of a
-request's cost."""
 REFUSED = {"batch_size": "use n", "callback": "use stream(), which yields after every step"}
 """Arguments of older pipelines that are done otherwise here, and how."""
+NO_ADAPTER = "no IP adapter is ever loaded"
 
 
-class PackageParams(SamplingParams):
-    """Parameters of a pipeline of the package, whose model alone knows its own size and multiples."""
-
-    required: ClassVar[frozenset[str]] = frozenset()
-    """What the call has no default for."""
-
-    def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
-        """Check that what the call cannot do without is there."""
-        super().validate(schema, given)
-        for name in sorted(self.required):
-            if vars(self)[name] is None:
-                raise InvalidParameterError(name, None, self.options()[name].takes())
-
-    def output_size(self, size_multiple: int) -> tuple[int, int]:
-        """Return (height, width) in pixels; a guess where the call does not say, or is not asked."""
-        return self.height or UNSTATED_SIDE, self.width or UNSTATED_SIDE
-
-    def num_latent_tokens(self, schema: ModelSchema) -> int:
-        """Return an estimate of an output's tokens; VAEs of videos make one latent frame of four or of eight."""
-        height, width = self.output_size(schema.size_multiple)
-        num_frames = 1 + ((self.num_frames or 1) - 1) // FRAMES_OF_A_TOKEN
-        return -(-height // TOKEN_SIDE) * -(-width // TOKEN_SIDE) * num_frames
-
-
-def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingParams]:
+def params_from_signature(call: Callable[..., Any], name: str) -> type[PackageParams]:
     """Return a dataclass of what may be asked of a pipeline, named after it.
 
     Args:
@@ -77,89 +33,95 @@ def params_from_signature(call: Callable[..., Any], name: str) -> type[SamplingP
         name: of the pipeline.
 
     Raises:
-        ModelIndexError: for a pipeline that cannot be called with what can be asked for.
+        ModelIndexError: for a pipeline that cannot be called with what can be asked for, or makes no media.
 
     """
-    given = {key: value for key, value in parameters_of(call).items() if key not in ("self", "kwargs")}
-    kinds = askable(given)
-    required = {key for key, value in given.items() if value.default is inspect.Parameter.empty}
-    check_callable(name, given.keys(), required - kinds.keys())
-    common = {field.name for field in dataclasses.fields(SamplingParams)}
-    aliases = SamplingParams.aliases
-    own = [key for key in kinds if key not in common and key not in aliases and key not in SamplingParams.refused]
-    kept = common & kinds.keys() | OURS | ({"fps"} if "num_frames" in kinds else set())
-    defaults = {key: value.default for key, value in given.items() if key in kinds and _states(value)}
-    if "num_frames" in kinds:
-        defaults.setdefault("fps", defaults.get("frame_rate", DEFAULT_FPS))
-    refused = dict.fromkeys(given.keys() - kinds.keys(), "it is not supported through the diffusers package")
+    given = arguments_of(call)
+    known, unknown = sorted_arguments(call)
+    required = {key for key, value in given.items() if value.default is EMPTY}
+    check_callable(name, given.keys(), required - known.keys(), unknown)
+    makes = made_by(call, name)
+    common = SamplingParams.options()
+    own = {key: each.option for key, each in known.items() if key not in SamplingParams.aliases}
+    own = {key: _named(option, key, name, common) for key, option in own.items()}
+    own = {key: option for key, option in own.items() if option != common.get(key)}
+    invented = {"fps"} if makes == VIDEO else set()
+    kept = common.keys() & known.keys() | OURS | invented
+    defaults = {key: default_of(given[key], known[key].option) for key in known.keys() & {*own, *kept} - OURS}
+    if invented - given.keys() and FRAME_RATE not in given:
+        defaults["fps"] = DEFAULT_FPS
+    shared = {key: value for key, value in SamplingParams.defaults.items() if key in OURS}
+    refused = {key: value for key, value in unknown.items() if key not in SamplingParams.refused}
     made = make_params_cls(
         f"{name.removesuffix('Pipeline')}SamplingParams",
-        {**{key: Option(kinds[key], f"{key} of {name}") for key in own}, **_output_type(call)},
-        defaults={**SamplingParams.defaults, **{key: defaults[key] for key in defaults.keys() & {*own, *kept}}},
-        excluded=frozenset(common - kept),
+        {**own, **_output_type(call, makes)},
+        defaults={**shared, **{key: value for key, value in defaults.items() if value is not None}},
+        excluded=common.keys() - kept,
         refused={**refused, **SamplingParams.refused, **REFUSED},
-        base=PackageParams,
+        tasks=(),
     )
-    made.required = frozenset(required)  # type: ignore[attr-defined]
+    inputs = tuple(key for key, option in made.options().items() if option.kind in MEDIA_KINDS)
+    made.tasks = (Task(name, inputs, tuple(sorted(required)), tuple(made.options()), made.defaults),)
+    made.needs_prompt = "prompt" in required
     return made
 
 
-def askable(given: Mapping[str, inspect.Parameter]) -> dict[str, str]:
-    """Return the kinds of those parameters that can be asked for."""
-    kinds = {
-        key: kind
-        for key, value in given.items()
-        if (kind := kind_of(value.annotation)) is not None
-        and "ip_adapter" not in key  # none is ever loaded
-        and key not in REFUSED
-    }
-    return {**kinds, "prompt": "strings"} if "prompt" in given else kinds  # whatever else it may be
+def arguments_of(call: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return what a call may be given by name."""
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {key: value for key, value in parameters_of(call).items() if key != "self" and value.kind not in variable}
 
 
-def check_callable(name: str, given: Collection[str], missing: Collection[str]) -> None:
+def sorted_arguments(call: Callable[..., Any]) -> tuple[dict[str, Askable], dict[str, str]]:
+    """Return those that can be asked for, and of the others why they cannot."""
+    given = arguments_of(call)
+    known: dict[str, Askable] = {}
+    unknown: dict[str, str] = {}
+    for key, parameter in given.items():
+        if key in REFUSED or key in SamplingParams.refused or key in ("output_type", "seed"):
+            continue
+        if key == "prompt":  # whatever else it may be
+            known[key] = Askable(SamplingParams.options()[key])
+        elif "ip_adapter" in key:
+            unknown[key] = NO_ADAPTER
+        else:
+            try:
+                known[key] = askable(key, parameter, call, given)
+            except UnaskableError as reason:
+                unknown[key] = str(reason)
+    return known, unknown
+
+
+def _named(option: Option, key: str, name: str, common: Mapping[str, Option]) -> Option:
+    """Return a parameter's option with its help; the common one, with its bounds, where it is of the same kind."""
+    shared = common.get(key)
+    if shared is not None and (shared.kind == option.kind or key == "prompt"):
+        return shared
+    if shared is not None:
+        low, high = shared.minimum, shared.maximum
+        return dataclasses.replace(
+            option, help=shared.help, group=shared.group, minimum=low, maximum=high, nullable=False
+        )
+    return dataclasses.replace(option, help=f"{key} of {name}")
+
+
+def check_callable(name: str, given: Collection[str], missing: Collection[str], why: Mapping[str, str]) -> None:
     """Refuse a pipeline that takes no generator, say, or that needs what cannot be asked for."""
     lacking = [key for key in NEEDED if key not in given]
     if lacking or missing:
         needs = f"its call takes no {' and no '.join(lacking)}" if lacking else ""
-        needs = needs or f"it needs {', '.join(sorted(missing))}, which cannot be asked for here"
+        unknown = ", ".join(f"{key} ({why.get(key, 'a tensor')})" for key in sorted(missing))
+        needs = needs or f"it needs {unknown}, which cannot be asked for here"
         raise ModelIndexError(f"model_index.json: pipeline class {name!r} cannot be run: {needs}")
 
 
-def parameters_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Return a call's parameters; annotations that are text as what they stand for, where that can be known."""
-    try:
-        return inspect.signature(call, eval_str=True).parameters
-    except (NameError, TypeError):  # of what is imported for type checkers alone, or unions with text
-        return inspect.signature(call).parameters
-
-
-def _output_type(call: Callable[..., Any]) -> dict[str, Option]:
+def _output_type(call: Callable[..., Any], makes: str) -> dict[str, Option]:
     """Return the option for the form of the result, where it is not the common one: a call that knows no latents.
 
     Such a call would return pixels for latents: whether it asks for the word is seen in its code.
     """
-    if "latent" in inspect.unwrap(call).__code__.co_consts:
+    if "latent" in inspect.unwrap(call).__code__.co_consts and makes != SOUND:
         return {}
     common = SamplingParams.options()["output_type"]
     forms = tuple(form for form in common.choices if form != "latent")
     return {"output_type": dataclasses.replace(common, choices=forms)}
-
-
-def kind_of(annotation: Any) -> str | None:
-    """Return the kind of a parameter, from its annotation; None where it is of none that can be asked for."""
-    members = _members(annotation)
-    return "images" if Image.Image in members else KINDS.get(members)
-
-
-def takes_tuple(annotation: Any) -> bool:
-    """Say whether a parameter takes a tuple, and not a list."""
-    return any(typing.get_origin(member) is tuple for member in _members(annotation))
-
-
-def _members(annotation: Any) -> frozenset[Any]:
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return frozenset(typing.get_args(annotation) if union else (annotation,)) - {types.NoneType}
-
-
-def _states(parameter: inspect.Parameter) -> bool:
-    return parameter.default is not None and parameter.default is not inspect.Parameter.empty

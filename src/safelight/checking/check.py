@@ -42,7 +42,14 @@ def check_model(server_args: ServerArgs, fields: Mapping[str, Any], tolerance: f
         UsageError: for what the model does not take.
 
     """
-    theirs = open_repository(server_args.model, server_args.revision, backend="diffusers", weights=False)
+    theirs = open_repository(
+        server_args.model,
+        server_args.revision,
+        backend="diffusers",
+        weights=False,
+        pipeline=server_args.pipeline,
+        component=server_args.component,
+    )
     ours = load_pipeline(dataclasses.replace(server_args, backend="native"))
     dtypes = {**ours.config.precisions, **server_args.component_dtypes}
     dtypes = {name: dtype for name, dtype in dtypes.items() if name in theirs.component_names()}

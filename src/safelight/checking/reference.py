@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from safelight.backends.signature import takes_tuple
+from safelight.backends.annotations import takes_tuple
 from safelight.checking.record import Kind, Recorder, recording_calls, recording_encoders, recording_method, tensors_of
 from safelight.core.params import SamplingParams
 from safelight.errors import UsageError

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from safelight.cli.options import given, model_defaults, sampling_options, setting_options
+from safelight.cli.options import given, key_value, model_defaults, said, sampling_options, setting_options
 from safelight.core.params import SamplingParams
 from safelight.core.server_args import ServerArgs
 from safelight.loading.repository import open_repository
@@ -20,7 +20,7 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
 }
 """Of sampling options that are not given; a check needs no more steps."""
-ENGINE_SETTINGS = ("device", "dtype", "attention_backend")
+ENGINE_SETTINGS = ("device", "dtype", "attention_backend", "pipeline", "component")
 OWN_OPTIONS = [
     click.Argument(["path"]),
     click.Option(["--json", "as_json"], is_flag=True, help="As JSON, with every row."),
@@ -49,7 +49,14 @@ class CheckCommand(click.Command):
         """Add the model's options, then parse."""
         params_cls, defaults = SamplingParams, dict(DEFAULTS)
         if args and not args[0].startswith("-"):
-            repository = open_repository(args[0], backend="native", weights=False)
+            changed = said(args, ("pipeline", "component"))
+            repository = open_repository(
+                args[0],
+                backend="native",
+                weights=False,
+                pipeline=next(iter(changed["pipeline"]), None),
+                component=dict(map(key_value, changed["component"])),
+            )
             params_cls = repository.pipeline.sampling_param_cls()
             defaults = {**model_defaults(repository), **DEFAULTS}
         offered = [option for option in sampling_options(params_cls, defaults) if option.name not in NOT_OFFERED]
@@ -76,7 +83,8 @@ def check_model(
     """
     from safelight.checking.check import check_model as check
 
-    settings = {name: values[name] for name in ENGINE_SETTINGS if values[name] is not None}
+    settings = {name: values[name] for name in ENGINE_SETTINGS if values[name] not in (None, ())}
+    settings["component"] = dict(settings.get("component", ()))
     report = check(ServerArgs(path, **settings), asked(ctx.obj, values), tolerance)
     if as_json:
         click.echo(json.dumps(report.json(), indent=2))

@@ -19,7 +19,9 @@ from safelight.cli.options import (
     API_KEY_FILE_VARIABLE,
     given,
     given_settings,
+    key_value,
     model_defaults,
+    said,
     sampling_options,
     setting_options,
 )
@@ -41,7 +43,7 @@ GENERATE_OPTIONS = [
     click.Option(
         ["-o", "--output"],
         type=click.Path(path_type=Path),
-        help="Where to: a .png, .jpg or .webp file; for a video .mp4, .webp, or a folder for PNGs.",
+        help="Where to: a .png, .jpg or .webp file; for a video .mp4, .webp, or a folder for PNGs; for a sound .wav.",
     ),
     click.Option(["--overwrite"], is_flag=True, help="Replace files that exist."),
     click.Option(["--server"], metavar="URL", help="Let a server's model do it; --model and the like are its matter."),
@@ -103,13 +105,8 @@ class GenerateCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Add the model's options, then parse."""
-        names = ("model", "revision", "backend", "server", "api-key-file")
-        values: dict[str, str | None] = dict.fromkeys(names)
-        for index, argument in enumerate(args):
-            name, separator, value = argument.partition("=")
-            if name.removeprefix("--") in values and name.startswith("--"):
-                values[name.removeprefix("--")] = value if separator else next(iter(args[index + 1 :]), None)
-        ctx.obj = source = _source(ctx, values)
+        names = ("model", "revision", "backend", "pipeline", "component", "server", "api-key-file")
+        ctx.obj = source = _source(ctx, said(args, names))
         sampling = sampling_options(source.params_cls, source.defaults)
         self.params = [*GENERATE_OPTIONS, *sampling, *setting_options(ServerArgs)]
         return super().parse_args(ctx, args)
@@ -127,15 +124,14 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     fields = {"output_type": "pil", **given(source.params_cls, values)}
     if prompt is not None:
         fields["prompt"] = prompt
-    elif "prompt" in source.params_cls.options() and "prompt" not in source.defaults:
+    elif source.params_cls.needs_prompt and "prompt" in source.params_cls.options() and "prompt" not in source.defaults:
         raise InvalidParameterError("prompt", None, 'the text to generate from: safelight generate "..."')
     console = Console(stderr=True)
     begun = time.perf_counter()
     event = _run(console, source, given_settings(ServerArgs, values), fields, partial(check_files, output, overwrite))
     result = event.result
     assert result is not None
-    count = len(result.images) or len(result.videos)
-    path = output or free_path(source.schema(), result.seeds[0], count)
+    path = output or free_path(source.schema(), result.seeds[0], result.num_files)
     for made in result.save(path, overwrite):
         click.echo(os.fsencode(made))
     for warning in result.warnings:
@@ -144,11 +140,19 @@ def generate(ctx: click.Context, /, prompt: str | None, output: Path | None, ove
     console.print(f"seed {seeds}, {event.num_inference_steps} steps, {seconds:.1f} s", style="dim", highlight=False)
 
 
-def _source(ctx: click.Context, values: dict[str, str | None]) -> Source:
+def _source(ctx: click.Context, given: Mapping[str, list[str]]) -> Source:
     """Return what the arguments name; a connection is closed when the command ends, however it does."""
+    values = {name: texts[-1] if texts else None for name, texts in given.items()}
     if values["server"] is None:
-        name, backend = values["model"], values["backend"] or "auto"
-        return local_model(open_repository(name, values["revision"], backend=backend, weights=False))
+        repository = open_repository(
+            values["model"],
+            values["revision"],
+            backend=values["backend"] or "auto",
+            weights=False,
+            pipeline=values["pipeline"],
+            component=dict(map(key_value, given["component"])),
+        )
+        return local_model(repository)
     from safelight.client import RemoteEngine
     from safelight.serving.principals import read_key
 
@@ -176,6 +180,8 @@ def check_files(output: Path | None, overwrite: bool, schema: ModelSchema, param
     for path in media.output_paths(output or free_path(schema, params.seed, count), count):
         if schema.task.makes_video:
             video.check_output(path, overwrite)
+        elif schema.task.lasts:
+            video.check_sound_output(path, overwrite)
         else:
             media.check_output(path, overwrite, params.makes_alpha)
 
@@ -209,7 +215,8 @@ def _run(
 
 def free_path(schema: ModelSchema, seed: int, count: int) -> Path:
     """Return a name here of the seed, or the first of `name-a`, `name-b`, ... whose files do not exist yet."""
-    path = Path(f"safelight-{seed}{'.mp4' if schema.task.makes_video else '.png'}")
+    ending = ".mp4" if schema.task.makes_video else ".wav" if schema.task.lasts else ".png"
+    path = Path(f"safelight-{seed}{ending}")
     for suffix in ("", *(f"-{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")):
         candidate = path.with_name(f"{path.stem}{suffix}{path.suffix}")
         if not any(target.exists() for target in media.output_paths(candidate, count)):

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from safelight import media, video
+from safelight.cli.options import key_value
 from safelight.core.registry import pipelines
 from safelight.errors import MAX_NAME
 from safelight.runtime.logs import printable
@@ -22,7 +23,8 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "as
 
 
 @click.command()
-def models() -> None:
+@click.option("--all", "every", is_flag=True, help="Those of the diffusers package too; why not, where one cannot run.")
+def models(every: bool) -> None:
     """List the pipelines that run here, and known models of each."""
     from safelight.loading.repository import SHIPPED_MODEL, open_repository
 
@@ -33,18 +35,30 @@ def models() -> None:
         click.echo(f"{name} ({entry.model_family})")
         for path in entry.hf_model_paths:
             click.echo(f"    {path}")
+    if every:
+        from safelight.loading.listing import listed_pipelines
+
+        for listed in listed_pipelines():
+            if listed.name not in pipelines():
+                click.echo(printable(f"{listed.name} (diffusers){listed.about()}"))
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
-def schema(model: str | None, revision: str | None) -> None:
+@click.option("--backend", default="auto", help="auto, native or diffusers.")
+@click.option("--pipeline", help="Class name of a pipeline, in the place of the index's.")
+@click.option("--component", type=key_value, multiple=True, help="One from elsewhere, as controlnet=PATH_OR_ID.")
+def schema(
+    model: str | None, revision: str | None, backend: str, pipeline: str | None, component: tuple[tuple[str, str], ...]
+) -> None:
     """Print what MODEL takes, as JSON Schema; loads no weights. Without MODEL: the shipped one."""
     from safelight.loading.loader import describe
     from safelight.loading.repository import open_repository
 
-    described = describe(open_repository(model, revision, weights=False))
-    click.echo(json.dumps(described.json_schema(), indent=2))
+    added = dict(component)
+    repository = open_repository(model, revision, backend=backend, weights=False, pipeline=pipeline, component=added)
+    click.echo(json.dumps(describe(repository).json_schema(), indent=2))
 
 
 @click.command()

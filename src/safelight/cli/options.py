@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from safelight.core.options import Option, defaults_of, options_of
+from safelight.core.options import NULL, STRUCTURED, Option, defaults_of, options_of
 from safelight.core.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -39,6 +40,38 @@ def key_value(text: str) -> tuple[str, str]:
     return name, value
 
 
+def json_value(text: str) -> Any:
+    """Parse a number, true or false, or a list or an object of JSON; any other text stays text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.startswith(("[", "{")):
+            raise click.BadParameter(f"{text!r} is not JSON") from error
+        return text
+
+
+class OrNull(click.ParamType[Any]):
+    """What takes the word null for null, and everything else as another type does."""
+
+    def __init__(self, other: Any) -> None:
+        self._other = click.types.convert_type(other)
+        self.name = self._other.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a value of the other type, or `NULL`."""
+        return NULL if value in ("null", NULL) else self._other.convert(value, param, ctx)
+
+
+def said(args: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """Return what a command line says of some flags, before it is parsed: the options may depend on it."""
+    values: dict[str, list[str]] = {name: [] for name in names}
+    for index, argument in enumerate(args):
+        name, separator, value = argument.partition("=")
+        if name.removeprefix("--") in values and name.startswith("--"):
+            values[name.removeprefix("--")] += [value] if separator else args[index + 1 : index + 2]
+    return values
+
+
 CLICK_TYPES: Mapping[str, Any] = {
     "integer": click.INT,
     "count": click.INT,
@@ -47,11 +80,18 @@ CLICK_TYPES: Mapping[str, Any] = {
     "integers": list_of(int, "whole numbers such as 4,6"),
     "numbers": list_of(float, "numbers such as 1.0,0.5"),
     "images": click.Path(),
+    "pictures": click.Path(),
+    "clip": click.Path(),
+    **dict.fromkeys(STRUCTURED, json_value),
     "by component": key_value,
 }
 """By the kind of an option; of other kinds it is text."""
-REPEATED = frozenset({"images", "by component"})
+REPEATED = frozenset({"images", "pictures", "clip", "texts", "by component"})
 """Kinds whose flags may be given several times."""
+ONE_IS_ONE = frozenset({"pictures", "clip"})
+"""Of these, kinds of which one value is no list."""
+WITH_NULL = frozenset({*STRUCTURED, "integer", "number", "integers", "numbers", "texts", "pictures", "clip"})
+"""Kinds of which the word null is null, where that is a value."""
 
 
 def click_option(name: str, option: Option, help: str, default: Any = None, **details: Any) -> click.Option:
@@ -71,6 +111,8 @@ def click_option(name: str, option: Option, help: str, default: Any = None, **de
     if option.kind == "boolean":
         return click.Option([f"{flag}/--no-{flag[2:]}", name], **details)
     kind = click.Choice(option.choices) if option.kind == "string" and option.choices else CLICK_TYPES.get(option.kind)
+    if option.nullable and option.kind in WITH_NULL:
+        kind = OrNull(kind)
     short = [f"-{name}"] if len(name) == 1 else []
     return click.Option([*short, flag, name], type=kind or click.STRING, **details)
 
@@ -113,6 +155,9 @@ def given(params_cls: type[SamplingParams], values: Mapping[str, Any]) -> dict[s
     """
     options = params_cls.options()
     fields = {name: values[name] for name in options if values.get(name) not in (None, ())}
+    for name, value in fields.items():
+        if options[name].kind in REPEATED and len(value) == 1 and (options[name].kind in ONE_IS_ONE or NULL in value):
+            fields[name] = value[0]
     return {name: options[name].check(name, value) for name, value in fields.items()}
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from safelight.core.params import SamplingParams
+from safelight.core.trees import Tree, leaves, map_tree, with_leaves
 
 
 class ConditioningCache:
@@ -39,10 +39,10 @@ class ConditioningCache:
         self._home = home
         self.weights = {} if weights is None else weights
         self.num_hits = self.num_misses = self.num_bytes = 0
-        self._kept: OrderedDict[Hashable, tuple[Tensor, torch.device, Any]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, tuple[Tree, list[torch.device], Any]] = OrderedDict()
         self._digests: dict[int, tuple[weakref.ref[Image.Image], bytes]] = {}
 
-    def get(self, component: str, *inputs: Hashable) -> tuple[Tensor, Any] | None:
+    def get(self, component: str, *inputs: Hashable) -> tuple[Tree, Any] | None:
         """Return what a component made of these inputs, and the note beside it; None if it is not here.
 
         Args:
@@ -57,33 +57,34 @@ class ConditioningCache:
             return None
         self.num_hits += 1
         self._kept.move_to_end(key)
-        kept, device, note = found
-        return kept.to(device), note
+        kept, devices, note = found
+        return _on(kept, devices), note
 
-    def put(self, made: Tensor, note: Any, component: str, *inputs: Hashable) -> tuple[Tensor, Any]:
+    def put(self, made: Tree, note: Any, component: str, *inputs: Hashable) -> tuple[Tree, Any]:
         """Keep what a component made of these inputs, where there is room; return both as they are kept.
 
         Args:
-            made: the tensor; of a view of a larger one a copy is kept.
+            made: a tree of tensors; of a view of a larger one a copy is kept.
             note: what else is remembered with it.
             component: its name in the pipeline.
             inputs: all that it depends on.
 
         """
-        if made.untyped_storage().nbytes() != made.nbytes:
-            made = made.clone()
-        if made.nbytes > self.max_bytes:
+        made = map_tree(made, lambda each: each if each.untyped_storage().nbytes() == each.nbytes else each.clone())
+        num_bytes = _num_bytes(made)
+        if num_bytes > self.max_bytes:
             return made, note
         key = (component, self.weights.get(component), *inputs)
         if key in self._kept:  # two requests made it at the same time
-            kept, device, note = self._kept[key]
-            return kept.to(device), note
-        kept = made if self._home is None else made.to(self._home)
-        self._kept[key] = kept, made.device, note
-        self.num_bytes += made.nbytes
+            kept, devices, note = self._kept[key]
+            return _on(kept, devices), note
+        home = self._home
+        kept = made if home is None else map_tree(made, lambda each: each.to(home))
+        self._kept[key] = kept, [each.device for each in leaves(made)], note
+        self.num_bytes += num_bytes
         while self.num_bytes > self.max_bytes:
             _, (oldest, _, _) = self._kept.popitem(last=False)
-            self.num_bytes -= oldest.nbytes
+            self.num_bytes -= _num_bytes(oldest)
         return made, note
 
     def clear(self) -> None:
@@ -113,3 +114,11 @@ class ConditioningCache:
         number, digest = id(image), hashed.digest()
         self._digests[number] = weakref.ref(image, lambda _: self._digests.pop(number, None)), digest
         return digest
+
+
+def _on(kept: Tree, devices: list[torch.device]) -> Tree:
+    return with_leaves(kept, [each.to(device) for each, device in zip(leaves(kept), devices, strict=True)])
+
+
+def _num_bytes(made: Tree) -> int:
+    return sum(each.nbytes for each in leaves(made))

@@ -14,6 +14,7 @@ from torch import Tensor
 from safelight.core.params import SamplingParams
 from safelight.core.request import Latents, Prediction, Req
 from safelight.core.schema import ModelSchema, ModelTaskType
+from safelight.core.solver import Traits, scales_latents, scales_noise, schedule_traits
 from safelight.errors import ModelIndexError
 
 COND, UNCOND = "cond", "uncond"
@@ -71,6 +72,8 @@ class PipelineConfig:
     """Components that have a precision of their own, whatever the rest has."""
     shared_kwargs: ClassVar[frozenset[str]] = frozenset()
     """Names of the transformer's arguments that have no batch dimension."""
+    leaves_flow_sigmas: ClassVar[bool] = False
+    """Whether a solver with `use_flow_sigmas` is left to space the noise levels, as some references do."""
     latent_dtype: ClassVar[torch.dtype | None] = None
     """Of the latents between steps; None is the transformer's."""
 
@@ -223,8 +226,25 @@ class PipelineConfig:
 
     # Schedule
 
+    def takes_solver(self, own: Any, solver: Any) -> Traits | None:
+        """Return which lists of a schedule a solver takes in the loop; None where it does not fit.
+
+        Args:
+            own: the model's.
+            solver: another, with a schedule.
+
+        """
+        if scales_latents(solver) or scales_noise(solver) or "set_begin_index" not in dir(solver):
+            return None
+        return schedule_traits(
+            solver,
+            gives_sigmas=type(self).prepare_sigmas is not PipelineConfig.prepare_sigmas,
+            gives_mu=type(self).prepare_mu is not PipelineConfig.prepare_mu,
+            leaves_flow_sigmas=self.leaves_flow_sigmas,
+        )
+
     def prepare_sigmas(self, batch: Req) -> list[float] | None:
-        """Return the noise levels given to the solver; None leaves them to it."""
+        """Return the noise levels given to the request's solver; None leaves them to it."""
         return None
 
     def prepare_timesteps(self, batch: Req) -> list[float] | None:

@@ -8,15 +8,28 @@ made from them. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from safelight.errors import InvalidParameterError
 
 MAX_PROMPT_LENGTH = 8192
+MAX_DEPTH, MAX_ENTRIES = 8, 4096
+"""Of a value of plain JSON: lists and objects inside each other, and all that is in them."""
+MAX_CLIP_FRAMES = 1024
+
+
+class Null(enum.Enum):
+    """The value null, where it says something else than unset: for fields whose default is another."""
+
+    NULL = "null"
+
+
+NULL = Null.NULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,8 @@ class Option:
         group: `basic` or `advanced`.
         minimum, maximum: inclusive bounds of a number, or of each entry of a list of numbers.
         choices: the values that a text may have.
+        length: that a list must have.
+        nullable: whether null is a value, and not what is unset.
 
     """
 
@@ -38,28 +53,34 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
+    length: int | None = None
+    nullable: bool = False
 
     def takes(self) -> str:
         """Say in words what values the field takes."""
         if self.choices:
             return ("" if self.kind == "choice" else "one of ") + ", ".join(self.choices)
         described = KINDS[self.kind].description
+        if self.length is not None:
+            return f"{described}, {self.length} of them"
         if self.minimum is not None and self.maximum is not None:
             return f"{described} from {self.minimum} to {self.maximum}"
         return f"{described} of at least {self.minimum}" if self.minimum is not None else described
 
     def check(self, name: str, value: Any) -> Any:
         """Return the value in its plain Python type, or raise `InvalidParameterError` that names the field."""
+        if self.nullable and (value is None or value is NULL):
+            return NULL
         plain = KINDS[self.kind].convert(value)
-        if plain is None or not self._in_range(plain):
+        of_its_length = self.length is None or (isinstance(plain, tuple) and len(plain) == self.length)
+        if plain is None or not of_its_length or not self._in_range(plain):
             raise InvalidParameterError(name, value, self.takes())
         return plain
 
     def _in_range(self, value: Any) -> bool:
         if self.choices:
             return value in self.choices
-        values = value if isinstance(value, tuple) else (value,)
-        numeric = [entry for entry in values if isinstance(entry, int | float)]
+        numeric = [entry for entry in leaves(value) if isinstance(entry, int | float)]
         low = -math.inf if self.minimum is None else self.minimum
         high = math.inf if self.maximum is None else self.maximum
         return all(low <= entry <= high for entry in numeric)
@@ -73,7 +94,23 @@ class Option:
             schema["items"] = {**schema["items"], **bounds}
         else:
             schema.update(bounds)
+        if self.length is not None:
+            schema |= {"minItems": self.length, "maxItems": self.length}
         return schema | ({"enum": list(self.choices)} if self.choices else {})
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield what stands in tuples and lists inside each other, in order; of another value itself."""
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from leaves(entry)
+    else:
+        yield value
+
+
+def without_null(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields as JSON and Python have them: with None for null."""
+    return {name: None if value is NULL else value for name, value in fields.items()}
 
 
 def _integer(value: Any) -> int | None:
@@ -118,9 +155,82 @@ def _strings(value: Any) -> str | tuple[str, ...] | None:
     return _list_of(_string)(value) if isinstance(value, list | tuple) else _string(value)
 
 
+def _nested(convert: Callable[[Any], Any], depth: int) -> Callable[[Any], Any]:
+    """Take one value, or lists of them inside each other, to a depth."""
+
+    def convert_all(value: Any, left: int = depth) -> Any:
+        if not isinstance(value, list | tuple):
+            return convert(value)
+        if not value or not left:
+            return None
+        converted = tuple(convert_all(entry, left - 1) for entry in value)
+        return None if any(entry is None for entry in converted) else converted
+
+    return convert_all
+
+
+def _boolean(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _object(value: Any) -> dict[str, Any] | None:
+    return _plain(value) if isinstance(value, Mapping) else None
+
+
+def _objects(value: Any) -> list[Any] | None:
+    are_objects = isinstance(value, list | tuple) and value and all(isinstance(entry, Mapping) for entry in value)
+    return _plain(value) if are_objects else None
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy of plain JSON: lists, objects, texts, finite numbers, true, false, null; None if it is not that."""
+    left = MAX_ENTRIES
+
+    def copied(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > MAX_DEPTH:
+            raise ValueError
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, Mapping):
+            return {_known(_string(key)): copied(entry, depth + 1) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [copied(entry, depth + 1) for entry in value]
+        if isinstance(value, str):
+            return _known(_string(value))
+        return _known(int(value) if isinstance(value, numbers.Integral) else _number(value))
+
+    try:
+        return copied(value, 0)
+    except ValueError:
+        return None
+
+
+def _known(value: Any) -> Any:
+    if value is None:
+        raise ValueError
+    return value
+
+
 def _images(value: Any) -> tuple[Any, ...] | None:
     # What an image may be is decided where images are opened: this module knows neither files nor pixels.
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _pictures(value: Any, depth: int = 3) -> Any:
+    """Take null for a picture in a list: of those that are to be made, some pipelines are told the place."""
+    if not isinstance(value, list | tuple):
+        return value
+    converted = tuple(_pictures(entry, depth - 1) for entry in value) if depth else ()
+    refused = [entry for entry, made in zip(value, converted, strict=False) if made is None and entry is not None]
+    return None if refused or all(entry is None for entry in converted) else converted
+
+
+def _frames(value: Any) -> Any:
+    too_many = isinstance(value, list | tuple) and not 1 <= len(value) <= MAX_CLIP_FRAMES
+    nested = isinstance(value, list | tuple) and any(isinstance(entry, list | tuple) for entry in value)
+    return None if too_many or nested else tuple(value) if isinstance(value, list) else value
 
 
 def _as_it_is(*types: type) -> Callable[[Any], Any]:
@@ -141,6 +251,16 @@ def _array_of(kind: str) -> dict[str, Any]:
     return {"type": "array", "items": {"type": kind}, "minItems": 1}
 
 
+def _or_lists(kind: str) -> dict[str, Any]:
+    return {"anyOf": [{"type": kind}, {"type": "array", "minItems": 1}]}
+
+
+_DEPTH = 3
+"""Of lists inside each other, where a field takes such."""
+STRUCTURED = ("number or numbers", "integer or integers", "boolean or booleans", "text or texts", "object", "objects")
+"""Kinds whose values may be lists in lists, or objects: as text they are JSON."""
+MEDIA_KINDS = ("image", "images", "pictures", "clip")
+"""Kinds whose values are files, or pixels: they travel beside what JSON can hold."""
 KINDS: Mapping[str, Kind] = {
     # of parameters
     "string": Kind(f"text of at most {MAX_PROMPT_LENGTH} characters", {"type": "string"}, _string),
@@ -153,9 +273,23 @@ KINDS: Mapping[str, Kind] = {
     "number": Kind("a finite number", {"type": "number"}, _number),
     "numbers": Kind("a list of finite numbers", _array_of("number"), _list_of(_number)),
     "integers": Kind("a list of whole numbers", _array_of("integer"), _list_of(_integer)),
-    "boolean": Kind("true or false", {"type": "boolean"}, lambda value: value if isinstance(value, bool) else None),
+    "boolean": Kind("true or false", {"type": "boolean"}, _boolean),
+    "texts": Kind(f"a list of texts of at most {MAX_PROMPT_LENGTH} characters", _array_of("string"), _list_of(_string)),
+    **{
+        f"{one} or {one}s": Kind(f"{described}, or lists of such", _or_lists(type_name), _nested(convert, _DEPTH))
+        for one, described, type_name, convert in (
+            ("number", "a finite number", "number", _number),
+            ("integer", "a whole number", "integer", _integer),
+            ("boolean", "true or false", "boolean", _boolean),
+            ("text", f"text of at most {MAX_PROMPT_LENGTH} characters", "string", _string),
+        )
+    },
+    "object": Kind("an object of plain JSON", {"type": "object"}, _object),
+    "objects": Kind("a list of objects of plain JSON", _array_of("object"), _objects),
     "image": Kind("an image", {"type": "string"}, lambda value: None if isinstance(value, list | tuple) else value),
     "images": Kind("an image, or a list of images", {"type": "array", "items": {"type": "string"}}, _images),
+    "pictures": Kind("an image, a list of images, or lists of such", _or_lists("string"), _pictures),
+    "clip": Kind("a video, or a list of images that are its frames", _or_lists("string"), _frames),
     # of settings
     "text": Kind("text", {"type": "string"}, lambda value: value),  # whoever uses it knows what it may be
     "choice": Kind("text", {"type": "string"}, _as_it_is(str)),

@@ -7,19 +7,26 @@ subclasses. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from safelight.core.options import Option, option, options_of
+from safelight.core.options import MEDIA_KINDS, NULL, Option, leaves, option, options_of, without_null
+from safelight.core.solver_names import SCHEDULES, num_calls
 from safelight.errors import InvalidParameterError, UnknownParameterError
 
 if TYPE_CHECKING:
     from safelight.core.schema import ModelSchema
+    from safelight.core.tasks import Task
 
 MAX_SEED = 2**64 - 1
+DEFAULT_FPS = 24
+"""Of a video's file, where neither the request nor the model says it."""
 OF_NO_IMAGE = frozenset(
-    ("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "guidance_scale", "fps")
+    (
+        *("prompt", "negative_prompt", "seed", "n", "output_type", "num_inference_steps", "scheduler"),
+        *("guidance_scale", "fps"),
+    )
 )
 """Common fields that no input image is prepared by."""
 
@@ -49,6 +56,7 @@ class SamplingParams:
     n: int | None = option(
         "integer", "outputs a prompt, with seeds seed, seed+1 and so on", group="basic", minimum=1, maximum=1024
     )
+    scheduler: str | None = option("string", "solver by name, such as euler or unipc_karras; the model's own if unset")
     output_type: str | None = option("string", "form of the result", choices=("pil", "np", "pt", "latent"))
 
     defaults: ClassVar[Mapping[str, Any]] = {"n": 1, "output_type": "pil"}
@@ -66,10 +74,17 @@ class SamplingParams:
     makes_alpha: ClassVar[bool] = False
     """Whether the pictures that are made have transparency."""
 
+    needs_prompt: ClassVar[bool] = True
+    """Whether there is nothing to make without a prompt, where there is a field for one."""
+
     max_branches: ClassVar[int] = 1
     """Most model calls of a step, whatever is asked for: one for each branch of guidance."""
 
-    aliases: ClassVar[Mapping[str, str]] = {"num_images_per_prompt": "n", "num_videos_per_prompt": "n"}
+    aliases: ClassVar[Mapping[str, str]] = {
+        "num_images_per_prompt": "n",
+        "num_videos_per_prompt": "n",
+        "num_waveforms_per_prompt": "n",
+    }
     """Other names under which a field is understood."""
 
     refused: ClassVar[Mapping[str, str]] = {
@@ -104,8 +119,28 @@ class SamplingParams:
                 raise UnknownParameterError(name, known, cls.refused.get(name))
             if target in values:
                 raise InvalidParameterError(name, value, f"one value, and {target} is given as well")
-            values[target] = value
+            values[target] = NULL if value is None and known[target].nullable else value
         return cls(**values)
+
+    @classmethod
+    def task_of(cls, given: Collection[str]) -> Task | None:
+        """Return what the fields of these names select, of a model that does several things; None of all others."""
+        return None
+
+    @classmethod
+    def tasks_schema(cls) -> dict[str, Any]:
+        """Return what a JSON Schema says of several tasks, beside the fields."""
+        return {}
+
+    @classmethod
+    def needs_alpha(cls, name: str) -> bool:
+        """Say whether a field's picture says by its transparency what it says."""
+        return False
+
+    @classmethod
+    def mode_of(cls, name: str) -> str:
+        """Return what the input images of a field are converted to."""
+        return "RGBA" if cls.needs_alpha(name) else cls.image_mode
 
     def set_fields(self) -> dict[str, Any]:
         """Return what is set, by name."""
@@ -120,17 +155,18 @@ class SamplingParams:
         """
         options = self.options()
         checked = {name: options[name].check(name, value) for name, value in self.set_fields().items()}
-        resolved = dataclasses.replace(self, **{**schema.defaults, **checked})
+        resolved = dataclasses.replace(self, **{**schema.defaults_for(checked), **checked})
         resolved.validate(schema, checked)
         return resolved
 
     def validate(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
         """Check what concerns several fields, or the loaded model. `given` is what the user set himself."""
-        if self.prompt is None and "prompt" in self.options():
+        if self.prompt is None and self.needs_prompt and "prompt" in self.options():
             raise InvalidParameterError("prompt", None, "the text to generate from")
         self._validate_size(schema)
         self._validate_num_frames(schema)
-        count, allowed = len(self.image or ()), schema.num_input_images
+        self._validate_scheduler(schema, given)
+        count, allowed = len(self.given_images()), schema.num_input_images
         if "image" in self.options() and not allowed[0] <= count <= allowed[1]:
             raise InvalidParameterError("image", f"{count} images", f"{allowed[0]} to {allowed[1]} for this model")
         if isinstance(self.negative_prompt, tuple) and len(self.negative_prompt) != len(self.prompts()):
@@ -147,6 +183,17 @@ class SamplingParams:
                 sizes = [str(size) for size in (lower, lower + schema.size_multiple) if size]
                 takes = f"a multiple of {schema.size_multiple}; nearest: {' and '.join(sizes)}"
                 raise InvalidParameterError(name, value, takes)
+
+    def _validate_scheduler(self, schema: ModelSchema, given: Mapping[str, Any]) -> None:
+        if self.scheduler is None:
+            return
+        solvers = schema.solvers_for(given)
+        if self.scheduler not in solvers:
+            takes = f"one of {', '.join(solvers)}" if solvers else "nothing: this model runs with its own alone"
+            raise InvalidParameterError("scheduler", self.scheduler, takes)
+        for name in SCHEDULES & given.keys() - set(solvers[self.scheduler]):
+            takes = f"nothing with scheduler={self.scheduler}, which spaces its steps itself here"
+            raise InvalidParameterError(name, given[name], takes)
 
     def _validate_num_frames(self, schema: ModelSchema) -> None:
         step = schema.frame_step
@@ -172,18 +219,31 @@ class SamplingParams:
         """Return the fields that ask for something of this size, in pixels; none where the model chooses it."""
         return {name: value for name, value in (("height", height), ("width", width)) if name in cls.options()}
 
+    @classmethod
+    def example_fields(cls, height: int, width: int) -> dict[str, Any]:
+        """Return fields that make some request, whose input images beside `image` have this size; images not."""
+        return {"prompt": "a"}
+
     def image_fields(self) -> dict[str, Any]:
         """Return what is set of the fields that input images may be prepared by: a family's own among them."""
         return {name: value for name, value in self.set_fields().items() if name not in OF_NO_IMAGE}
 
+    def given_images(self) -> list[Any]:
+        """Return the input images, one after another, whatever lists they stand in."""
+        return [image for image in leaves(self.image) if image is not None]
+
     def described(self) -> dict[str, Any]:
-        """Return what is set as JSON can hold it; an image by its size."""
-        fields = self.set_fields()
+        """Return what is set as JSON can hold it, null as None; images and clips by their sizes."""
+        fields = without_null(self.set_fields())
         for name, known in self.options().items():
-            if name in fields and known.kind in ("image", "images"):
-                images = fields[name] if known.kind == "images" else [fields[name]]
-                fields[name] = [f"{image.width}x{image.height}" for image in images]
+            if fields.get(name) is not None and known.kind in MEDIA_KINDS:
+                sizes = [each and f"{each.width}x{each.height}" for each in leaves(fields[name])]
+                fields[name] = sizes
         return fields
+
+    def frames_a_second(self) -> int:
+        """Return the rate of the video's file. Only for resolved parameters."""
+        return self.fps or DEFAULT_FPS
 
     def num_branches(self) -> int:
         """Return the model calls of a step: one, or one for each branch of guidance. Only for resolved parameters."""
@@ -194,8 +254,11 @@ class SamplingParams:
         return 1.0
 
     def num_steps(self) -> int:
-        """Return the denoising steps of an output; 0 where that is not known yet. Only for resolved parameters."""
-        return self.num_inference_steps or 0
+        """Return the model's steps for an output; 0 where that is not known yet. Only for resolved parameters.
+
+        A solver of second order makes two of all but the last of `num_inference_steps`.
+        """
+        return num_calls(self.scheduler, self.num_inference_steps or 0)
 
     def num_latent_tokens(self, schema: ModelSchema) -> int:
         """Return the tokens that an output's latents are to the model. Only for resolved parameters."""
@@ -243,28 +306,3 @@ class SamplingParams:
             for prompt, negative in zip(prompts, negatives, strict=True)
             for offset in range(self.n)
         ]
-
-
-def make_params_cls(
-    name: str,
-    own: Mapping[str, Option],
-    *,
-    defaults: Mapping[str, Any],
-    excluded: frozenset[str],
-    refused: Mapping[str, str],
-    base: type[SamplingParams] = SamplingParams,
-) -> type[SamplingParams]:
-    """Return a class of parameters that no family wrote: the common fields but for `excluded`, and `own`."""
-    return dataclasses.make_dataclass(
-        name,
-        [(key, Any, dataclasses.field(default=None, metadata={"option": known})) for key, known in own.items()],
-        bases=(base,),
-        frozen=True,
-        kw_only=True,
-        namespace={
-            "__doc__": f"Parameters of a pipeline without a family: {name}.",
-            "defaults": dict(defaults),
-            "excluded": excluded,
-            "refused": dict(refused),
-        },
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from safelight.stages.text_encoding import TextEncodingStage
 from safelight.stages.timestep_preparation import TimestepPreparationStage
 from safelight.stages.vae import VAE, whole
 
+if TYPE_CHECKING:
+    from safelight.core.model_runner import Wrapper
+
 
 class ComposedPipeline:
     """A model's stages, in order, over its components. It holds nothing of any request.
@@ -53,8 +56,10 @@ class ComposedPipeline:
     """By component, submodules that this pipeline never runs: a repository may leave their weights out."""
     component_methods: ClassVar[Mapping[str, Methods]] = {}
     """By component, what model calls may name beside `forward`, where it is not what the standard stages name."""
-    alternates: ClassVar[tuple[str, ...]] = ()
+    alternates: tuple[str, ...] = ()
     """Components of which a step needs one: the others can wait on the host."""
+    native: ClassVar[bool] = True
+    """Whether loop and networks are ours: all calls of a step come at once, and the blocks of a list are alike."""
     movable: ClassVar[bool] = True
     """Whether `move` can take a request of this pipeline to the host and back."""
     _required_config_modules: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +106,15 @@ class ComposedPipeline:
         """Return the components that are modules, by their names in `model_index.json`."""
         return {name: module for name, module in self.components.modules.items() if isinstance(module, nn.Module)}
 
+    def denoisers(self) -> dict[str, nn.Module]:
+        """Return the components that steps run, of which blocks may be compiled: those of the family's own classes."""
+        own = set(self.component_classes.values())
+        return {
+            name: module
+            for name, module in self.modules().items()
+            if f"{type(module).__module__}:{type(module).__qualname__}" in own
+        }
+
     def add_stage(self, stage: PipelineStage, stage_name: str | None = None) -> None:
         """Add a stage at the end, by the name under which users see it (its class's name unless given)."""
         name = stage_name or type(stage).__name__
@@ -117,6 +131,15 @@ class ComposedPipeline:
         if call.method == "forward":
             return component(**arguments)
         return self.methods[call.component][call.method](component, **arguments)
+
+    def wrappers(self, stacked: bool) -> tuple[Wrapper, ...]:
+        """Return what happens to this model's calls before all that happens to any model's.
+
+        Args:
+            stacked: whether calls of several requests are made as one.
+
+        """
+        return ()
 
     def get_scheduler(self) -> Any:
         """Return the solver that each request has a copy of."""

@@ -29,6 +29,8 @@ class ServerArgs:
         revision: branch, tag or commit of a Hub id.
         variant: of the weights: `fp16` reads `model.fp16.safetensors`, of every component that has it, as in Diffusers;
             None reads the plain files, or, where a component has none, the one variant that there is.
+        pipeline: class name of the pipeline that runs the model; None is the one that its index names.
+        component: components from elsewhere, by name, each a folder or a Hub id: what the index lacks or has otherwise.
         device: `auto` (CUDA where there is one, else the CPU), or a torch device such as `cpu` or `cuda:1`.
         dtype: of every component: `auto` (float32 on the CPU, bfloat16 elsewhere), `float32`, `bfloat16`, `float16`.
         component_dtypes: exceptions, by the component's name.
@@ -54,6 +56,10 @@ class ServerArgs:
     model: str | None = option("text", "A folder, or a Hub id with optional @revision.  [default: the shipped model]")
     revision: str | None = option("text", "Branch, tag or commit of a Hub id.")
     variant: str | None = option("text", "Of the weights, such as fp16.  [default: none, or the only one there is]")
+    pipeline: str | None = option("text", "Class name of a pipeline.  [default: the one that the model's index names]")
+    component: Mapping[str, str] = option(
+        "by component", "One from elsewhere, as controlnet=PATH or controlnet=HUB_ID; may be repeated.", {}
+    )
     device: str = option("text", "auto, cpu, cuda, cuda:1, ...", "auto")
     dtype: str = option("choice", f"auto, {listed(DTYPES)}.", choices=("auto", *DTYPES))
     component_dtypes: Mapping[str, str] = option(

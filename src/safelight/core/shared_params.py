@@ -85,7 +85,7 @@ class SigmasParams(SamplingParams):
         """Check that steps and sigmas, where both are given, agree, and that the solver can take them."""
         super().validate(schema, given)
         steps = given.get("num_inference_steps")
-        if self.sigmas is not None and OWN_SIGMAS in schema.capabilities:
+        if self.sigmas is not None and self.scheduler is None and OWN_SIGMAS in schema.capabilities:
             raise InvalidParameterError("sigmas", self.sigmas, "nothing for this model, whose solver has its own")
         if self.sigmas is not None and steps not in (None, len(self.sigmas)):
             raise InvalidParameterError("num_inference_steps", steps, f"the number of sigmas ({len(self.sigmas)})")

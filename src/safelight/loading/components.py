@@ -63,22 +63,38 @@ def empty_component(source: Source, dtype: torch.dtype) -> nn.Module:
         ModelError: if it cannot be built.
 
     """
-    folder, cls = source.folder, resolve_class(source.target)
-    library, exact = library_of(source.target), float32_parts(cls)
-    if library is None:
-        module = build_native(cls, folder)
-    else:
-        with in_words(f"{folder.name}: {cls.__name__}"), quiet(), torch.device("meta"), bounded(folder.name):
-            if library == "transformers":
-                module = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
-            else:
-                module = cls.from_config(cls.load_config(folder, local_files_only=True))
-        if dtype != torch.float16:  # of the libraries' classes, text encoders that would overflow
-            exact = frozenset()
+    cls = resolve_class(source.target)
+    if library_of(source.target) is not None:
+        return empty_library_module(cls, source.folder, dtype)
+    return _as_loaded(build_native(cls, source.folder), dtype, float32_parts(cls))
+
+
+def empty_library_module(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Return a module of a library's class as the library loads it, on the meta device: from its JSON alone.
+
+    Raises:
+        ModelError: if it cannot be built.
+
+    """
+    import transformers
+
+    exact = float32_parts(cls)
+    with in_words(f"{folder.name}: {cls.__name__}"), quiet(), torch.device("meta"), bounded(folder.name):
+        if issubclass(cls, transformers.PreTrainedModel):
+            module = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+            if dtype != torch.float16:  # which they would overflow
+                exact = frozenset()
+        else:
+            module = cls.from_config(cls.load_config(folder, local_files_only=True))
+    return _as_loaded(module, dtype, exact)
+
+
+def _as_loaded(module: nn.Module, dtype: torch.dtype, exact: frozenset[str]) -> nn.Module:
+    """Give a module without weights its dtypes: parts whose names have one of these in them stay in float32."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if exact & frozenset(name.split(".")) else dtype)
-    return module.eval().requires_grad_(False)
+    return module.to("meta").eval().requires_grad_(False)  # some make a tensor elsewhere, whatever the default is
 
 
 def check_weights(folder: Path, stems: tuple[str, ...], variant: str | None) -> list[Path]:

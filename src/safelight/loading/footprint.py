@@ -18,6 +18,7 @@ from safelight.acceleration.activations import HOST, LiveStorages, Valueless, on
 from safelight.acceleration.blocks import repeated_blocks
 from safelight.acceleration.offload import packed_bytes, tensors_of
 from safelight.acceleration.plan import ComponentFootprint, Footprint, StageFootprint
+from safelight.backends.diffusers import DiffusersPipeline
 from safelight.core.calls import ModelCall
 from safelight.core.components import Components
 from safelight.core.executor import Execution
@@ -30,7 +31,8 @@ from safelight.core.server_args import ServerArgs
 from safelight.core.trees import Tree, map_tree
 from safelight.errors import InvalidParameterError
 from safelight.loading.components import empty_component, load_component
-from safelight.loading.description import configure, sources
+from safelight.loading.description import configure, describe_package, sources
+from safelight.loading.package_footprint import empty_package, rehearse_package
 from safelight.loading.repository import Repository
 from safelight.loading.vaes import run_vae
 
@@ -61,24 +63,29 @@ def measure(
     """
     pipeline = empty_pipeline(repository, server_args)
     req = request(pipeline.schema, fields)
-    stages = rehearsed(pipeline, req)
+    peaks = rehearsed(pipeline, req)
     tiled = None
     if with_tiles:
         with contextlib.suppress(InvalidParameterError):  # a VAE that cannot be decoded so
             in_bands = empty_pipeline(repository, server_args, in_bands=True)
-            tiled = rehearsed(in_bands, request(in_bands.schema, fields))
+            tiled = rehearsed(in_bands, request(in_bands.schema, fields)).stages()
+    streamed = pipeline.denoisers().keys() - peaks.undivided
     components = {
-        name: component_footprint(module, name in pipeline.alternates) for name, module in pipeline.modules().items()
+        name: component_footprint(module, name in pipeline.alternates, name in streamed)
+        for name, module in pipeline.modules().items()
     }
-    return Footprint(components, stages, req.params.num_branches(), in_words(pipeline.schema, req), tiled)
+    return Footprint(components, peaks.stages(), peaks.num_branches, in_words(pipeline.schema, req), tiled)
 
 
-def rehearsed(pipeline: ComposedPipeline, req: Req) -> list[StageFootprint]:
+def rehearsed(pipeline: ComposedPipeline, req: Req) -> Peaks:
     """Return what each stage of a request needs beside weights."""
     with LiveStorages() as live:
-        peaks = Peaks(live)
-        rehearse(pipeline, req, peaks)
-    return [StageFootprint(stage, name, peak) for (stage, name), peak in peaks.most.items()]
+        peaks = Peaks(live, req.params.num_branches())
+        if isinstance(pipeline, DiffusersPipeline):
+            rehearse_package(pipeline, req, peaks)
+        else:
+            rehearse(pipeline, req, peaks)
+    return peaks
 
 
 class Peaks:
@@ -86,16 +93,25 @@ class Peaks:
 
     Args:
         live: counts, on the host too: of what lies there, finished media are taken off.
+        num_branches: forwards of a denoising step, as far as the request says.
 
     Attributes:
         most: bytes by the names of stage and component.
+        num_branches: forwards of a denoising step.
+        undivided: components whose blocks cannot come one by one: some are reached otherwise than by a call.
 
     """
 
-    def __init__(self, live: LiveStorages) -> None:
+    def __init__(self, live: LiveStorages, num_branches: int = 1) -> None:
         self.most: dict[tuple[str, str], int] = {}
+        self.num_branches = num_branches
+        self.undivided: set[str] = set()
         self._live = live
         self._media = 0
+
+    def stages(self) -> list[StageFootprint]:
+        """Return what was noted."""
+        return [StageFootprint(stage, name, peak) for (stage, name), peak in self.most.items()]
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
@@ -124,6 +140,8 @@ def empty_pipeline(repository: Repository, server_args: ServerArgs, in_bands: bo
     args = dataclasses.replace(
         server_args, device="cpu", dtype=dtype, offload="none", memory_limit=None, conditioning_cache="0"
     )
+    if repository.pipeline.backend != "native":
+        return empty_package(repository, describe_package(repository), args, in_bands)
     config, schema = configure(repository)
     pipeline_cls = repository.pipeline.pipeline_cls()
     modules: dict[str, Any] = {}
@@ -161,9 +179,16 @@ def tokens_alone(encoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple
 
 def request(schema: ModelSchema, fields: Mapping[str, Any]) -> Req:
     """Return a request for one output, with grey input images where the model needs them."""
-    given: dict[str, Any] = {"prompt": "a", "seed": 0, "n": 1, "output_type": "pil", **fields}
-    if schema.num_input_images[0] and "image" not in given:
-        given["image"] = blank_images(schema.num_input_images[0], given.get("height"), given.get("width"))
+    size = fields.get("height") or SIDE, fields.get("width") or SIDE
+    given: dict[str, Any] = {
+        **schema.params_cls.example_fields(*size),
+        "seed": 0,
+        "n": 1,
+        "output_type": "pil",
+        **fields,
+    }
+    if schema.num_input_images[0] and "image" not in fields:
+        given["image"] = blank_images(schema.num_input_images[0], *size)
     if schema.params_cls.num_steps is SamplingParams.num_steps and "num_inference_steps" in schema.params_cls.options():
         given["num_inference_steps"] = NUM_STEPS
     params = schema.params_cls.from_fields(given).resolve(schema)
@@ -217,18 +242,20 @@ def rehearse_step(pipeline: ComposedPipeline, call: ModelCall, made: dict[Hashab
     return made[call.stack_key]
 
 
-def component_footprint(module: nn.Module, is_alternate: bool) -> ComponentFootprint:
-    """Return what a component takes."""
+def component_footprint(module: nn.Module, is_alternate: bool, is_streamed: bool) -> ComponentFootprint:
+    """Return what a component takes, and its blocks where they may come one by one."""
     by_dtype: Counter[str] = Counter()
     for tensor in tensors_of(module):
         by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    blocks = tuple(map(packed_bytes, repeated_blocks(module)))
+    blocks = tuple(map(packed_bytes, repeated_blocks(module))) if is_streamed else ()
     dtypes = tuple(name for name, num_bytes in by_dtype.most_common() if num_bytes)
     return ComponentFootprint(packed_bytes(module), dtypes, blocks, is_alternate)
 
 
 def in_words(schema: ModelSchema, req: Req) -> str:
     """Return the size of a request, such as `1280x720, 81 frames`."""
+    if "height" in req.params.options() and req.params.height is None:
+        return "its default size"
     height, width = req.params.output_size(schema.size_multiple)
     frames = f", {req.params.num_frames} frames" if req.params.num_frames else ""
     return f"{width}x{height}{frames}"

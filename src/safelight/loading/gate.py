@@ -35,6 +35,21 @@ def check_model(root: Path, index: Mapping[str, Any], components: Sequence[str])
                 check_file(path, class_name)
 
 
+def check_folder(folder: Path, class_name: str) -> None:
+    """Check every file of a component that has a folder of its own, outside a model's.
+
+    Args:
+        folder: the component's.
+        class_name: of the component.
+
+    Raises:
+        ModelError: naming the file, and what is wrong with it.
+
+    """
+    for path in component_files(folder, "."):
+        check_file(path, class_name)
+
+
 def is_class(entry: Any) -> bool:
     """Say whether an entry of `model_index.json` is `[library, class]`."""
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)

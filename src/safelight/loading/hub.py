@@ -6,10 +6,12 @@ import glob
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from safelight.errors import ModelAccessError, ModelError, ModelIndexError, ModelNotFoundError
 from safelight.loading.variants import choose_variant, kept
 
+T = TypeVar("T")
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 INDEX_NAME = "model_index.json"
 DEFAULTS_NAME = "generation_config.json"
@@ -61,6 +63,45 @@ def download_components(
     )
 
 
+def download_component(
+    repo_id: str, revision: str | None, component: str | None, weights: bool, variant: str | None
+) -> Path:
+    """Download one component, or all, and return the snapshot's folder: a repository of its own, or one with an index.
+
+    Args:
+        repo_id: the repository.
+        revision: branch, tag or commit.
+        component: its name, which is its folder's in a repository with an index; None for all that an index names.
+        weights: whether its weights are downloaded.
+        variant: of the weights, if the component has it.
+
+    Raises:
+        ModelError: in words, for whatever keeps it from being had.
+
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    def listed() -> list[str]:
+        try:
+            return HfApi().list_repo_files(repo_id, revision=revision)
+        except (errors.HTTPError, OSError):  # type: ignore[attr-defined]  # httpx's, as bundled there
+            known = ["*.json"] if component is None else [INDEX_NAME, "config.json", f"{component}/config.json"]
+            cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=known))
+            return [path.relative_to(cached).as_posix() for path in cached.rglob("*")]
+
+    names = _in_words(repo_id, revision, listed)
+    suffixes = (*_CONFIG_SUFFIXES, _WEIGHT_SUFFIX) if weights else _CONFIG_SUFFIXES
+    folders: dict[str, list[str]] = {}
+    for folder, _, name in (path.rpartition("/") for path in names if path.endswith(suffixes)):
+        if (folder in ("", component) or component is None) and bool(folder) == (INDEX_NAME in names):
+            folders.setdefault(folder, []).append(name)
+    files = kept(folders, variant)
+    patterns = [INDEX_NAME, *(glob.escape(path.removeprefix("/")) for path in files)]
+    return Path(
+        _in_words(repo_id, revision, lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    )
+
+
 def _patterns(listed: Sequence[str], components: Sequence[str], weights: bool, variant: str | None) -> list[str]:
     """Return the patterns of the files to download."""
     folders: dict[str, list[str]] = {name: [] for name in components}
@@ -87,7 +128,7 @@ def _listed(repo_id: str, revision: str | None, cached: Path) -> list[str]:
         return [path.relative_to(cached).as_posix() for path in cached.rglob("*")]
 
 
-def _in_words(repo_id: str, revision: str | None, download: Callable[[], str]) -> str:
+def _in_words(repo_id: str, revision: str | None, download: Callable[[], T]) -> T:
     """Run a download; every way in which it can fail becomes an error that says what to do."""
     from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_CACHE

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,25 @@ from safelight.acceleration.memory import DeviceMemory
 from safelight.acceleration.offload import offload
 from safelight.acceleration.plan import MemoryPlan
 from safelight.backends import components, diffusers
-from safelight.core.architecture import NETWORKS, Architecture
+from safelight.backends.attention import set_attention_backend
+from safelight.backends.borrowing import names_of_networks
 from safelight.core.components import Components
 from safelight.core.device import on_device
 from safelight.core.pipeline import ComposedPipeline
+from safelight.core.residency import Residency
 from safelight.core.schema import ModelSchema
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UsageError
 from safelight.loading.bounds import bounded
 from safelight.loading.component_plan import plan_components
 from safelight.loading.components import check_weights, in_words, quiet, warn_of_unused
-from safelight.loading.description import configure
+from safelight.loading.description import configure, describe_package
 from safelight.loading.files import weights_digest
 from safelight.loading.planning import device_memory, plan_memory, refuse_excluded
 from safelight.loading.repository import Repository, open_for
 from safelight.loading.stage_memory import count_memory
 from safelight.loading.trials import check_steps, check_tokens_fit
-from safelight.loading.vaes import run_vae
+from safelight.loading.vaes import package_vae, run_vae
 from safelight.parallel.apply import over_ranks, share
 from safelight.parallel.mesh import Mesh, lone_mesh
 from safelight.stages.vae import VAE
@@ -73,7 +74,7 @@ def load_pipeline(
     with on_device(server_args.torch_device()):
         if repository.pipeline.backend == "native":
             return _load_native(repository, server_args, memory, mesh or lone_mesh())
-        return _load_diffusers(repository, server_args)
+        return _load_diffusers(repository, server_args, memory)
 
 
 def describe(repository: Repository) -> ModelSchema:
@@ -85,33 +86,56 @@ def describe(repository: Repository) -> ModelSchema:
     """
     if repository.pipeline.backend == "native":
         return configure(repository)[1]
-    schema = diffusers.describe(
-        repository.name, repository.pipeline.pipeline_name, repository.pipeline.sampling_param_cls(), repository.notes
-    )
-    configs = {name: repository.component_config(name) for name in NETWORKS if name in repository.component_names()}
-    return dataclasses.replace(schema, architecture=Architecture.of(configs))
+    return describe_package(repository)
 
 
-def _load_diffusers(repository: Repository, server_args: ServerArgs) -> ComposedPipeline:
+def _load_diffusers(repository: Repository, server_args: ServerArgs, memory: DeviceMemory | None) -> ComposedPipeline:
     files: list[Path] = []
+    weights: dict[str, str] = {}
+    apart: dict[str, Any] = {}
     for name in repository.component_names():
-        folder = repository.path / name
-        cls = components.check_component(repository.path, name, repository.index[name])
+        folder = repository.folder(name)
+        cls = components.check_component(folder, name, repository.index[name])
         stem = components.checkpoint_stem(cls)
         if stem is not None:
             files += check_weights(folder, (stem,), repository.component_variant(name))
+            weights[name] = weights_digest(folder)
+        if name in repository.elsewhere or components.is_taken_apart(cls):
+            apart[name] = cls
         warn_of_unused(folder, cls)
-    for setting in ("offload", "vae_tiling"):
-        value = vars(server_args)[setting]
-        if value != "none":
-            raise InvalidParameterError(setting, value, "none for a model run by the diffusers package")
-    with in_words(repository.pipeline.pipeline_name), quiet(), bounded(repository.name, files):
-        pipeline = diffusers.load(repository.path, describe(repository), server_args, repository.variant)
-        parts = pipeline.get_module("pipeline").components
-        for name, component in parts.items():
-            check_steps(component, name)
-        check_tokens_fit(parts)
-    return pipeline
+    _check_names(server_args, repository.component_names())
+    schema = describe(repository)
+    plan = _plan_for_device(repository, server_args, memory)
+    name = repository.pipeline.pipeline_name
+    with in_words(name), quiet(), bounded(repository.name, files):
+        given = {
+            each: components.load_component(
+                cls, repository.folder(each), server_args.component_dtype(each), repository.component_variant(each)
+            )
+            for each, cls in apart.items()
+        }
+        pipe = diffusers.load(repository.path, name, server_args, repository.variant, given)
+        for each, component in pipe.components.items():
+            check_steps(component, each)
+        check_tokens_fit(pipe.components)
+    modules = names_of_networks(pipe)
+    placed = () if plan is None else plan.placed
+    for each, module in modules.items():
+        if each not in placed:
+            module.to(server_args.torch_device())
+    set_attention_backend(modules, server_args.attention_backend, server_args.torch_device())
+    tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
+    return diffusers.assemble(
+        Components(
+            {"pipeline": pipe, **modules},
+            vae=package_vae(modules, tiled),
+            residency=_placed(modules, plan, memory),
+            weights=weights,
+            count_memory=functools.partial(count_memory, repository, server_args, tiled),
+        ),
+        schema,
+        server_args,
+    )
 
 
 def _load_native(
@@ -119,9 +143,7 @@ def _load_native(
 ) -> ComposedPipeline:
     pipeline_cls = repository.pipeline.pipeline_cls()
     names = pipeline_cls.component_names()
-    for component in server_args.component_dtypes:
-        if component not in names:
-            raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
+    _check_names(server_args, names)
     config, schema = configure(repository)
     plan = _plan_for_device(repository, server_args, memory)
     tiled = server_args.vae_tiling == "exact" or (plan is not None and plan.tiled)
@@ -136,21 +158,32 @@ def _load_native(
     check_tokens_fit(modules)
     sharing = share(modules, mesh, server_args.torch_device())
     vae = _vae(modules, server_args, tiled, mesh)
-    residency = None
-    if plan is not None and memory is not None:  # last: as the weights lie now, they come and go
-        coming = {name: modules[name] for name in plan.placed}
-        residency = offload(coming, plan.rooms, plan.resident_blocks, memory)
+    residency = _placed(modules, plan, memory)
     components = Components(
         modules,
         vae=vae,
         residency=residency,
-        weights={name: weights_digest(repository.path / name) for name in empty},
+        weights={name: weights_digest(repository.folder(name)) for name in empty},
         empty=empty,
         count_memory=functools.partial(count_memory, repository, server_args, tiled),
         over_ranks=over_ranks(sharing, mesh, server_args.torch_device()),
         shares_branches=mesh.cfg.size > 1,
     )
     return pipeline_cls(components, config, schema, server_args)
+
+
+def _check_names(server_args: ServerArgs, names: Sequence[str]) -> None:
+    """Refuse dtypes of components that the model does not have."""
+    for component in server_args.component_dtypes:
+        if component not in names:
+            raise InvalidParameterError("component_dtypes", component, f"components of this model: {', '.join(names)}")
+
+
+def _placed(modules: Mapping[str, Any], plan: MemoryPlan | None, memory: DeviceMemory | None) -> Residency | None:
+    """Return which components lie on the device. Done last: as their weights lie now, they come and go."""
+    if plan is None or memory is None:
+        return None
+    return offload({name: modules[name] for name in plan.placed}, plan.rooms, plan.resident_blocks, memory)
 
 
 def _vae(modules: Mapping[str, Any], server_args: ServerArgs, tiled: bool, mesh: Mesh) -> VAE | None:

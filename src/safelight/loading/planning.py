@@ -116,8 +116,6 @@ def plan_memory(
         InvalidParameterError: if nothing fits, or the model has no such offload.
 
     """
-    if repository.pipeline.backend != "native":
-        raise InvalidParameterError("model", repository.name, "one of our families: others cannot be planned")
     exact = server_args.vae_tiling == "exact"
     footprint = measure(repository, server_args, fields or {}, exact or server_args.offload == "auto")
     if exact and footprint.tiled is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,15 @@ from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, ModelIndexError, ModelNotFoundError, shown
 from safelight.loading import hub
 from safelight.loading.classes import LIBRARY_CLASSES
+from safelight.loading.elsewhere import CONFIG_NAMES, Change, Elsewhere, existing, found_elsewhere
 from safelight.loading.files import check_inside, read_json
-from safelight.loading.gate import check_model, is_class
+from safelight.loading.gate import check_folder, check_model, is_class
 from safelight.loading.hub import DEFAULTS_NAME, INDEX_NAME
 from safelight.loading.variants import choose_variant, own_variant
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "shapes"
-CONFIG_NAMES = (
-    "config.json",
-    "scheduler_config.json",
-    "tokenizer_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+CONNECTED = "prior_"
+"""What the names of the components begin with that the package has from a second repository."""
 LOOP = "transformer"
 """What the names of the denoising loop's components begin with."""
 
@@ -42,6 +38,7 @@ class Repository:
         pipeline: the pipeline that its `_class_name` names.
         notes: what users of it should know.
         variant: of the weights that are read, where a component has it; None is the plain files.
+        elsewhere: folders of components that are not the model's own, by name.
 
     """
 
@@ -51,6 +48,11 @@ class Repository:
     pipeline: PipelineEntry
     notes: tuple[str, ...] = ()
     variant: str | None = None
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+
+    def folder(self, component: str) -> Path:
+        """Return a component's folder."""
+        return self.elsewhere.get(component, self.path / component)
 
     def component_names(self) -> tuple[str, ...]:
         """Return the components that its pipeline loads: those that the class names, of the package's those there."""
@@ -62,7 +64,7 @@ class Repository:
 
     def component_files(self, component: str) -> list[str]:
         """Return the names of the files in a component's folder."""
-        folder = self.path / component
+        folder = self.folder(component)
         return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
     def component_variant(self, component: str) -> str | None:
@@ -97,7 +99,7 @@ class Repository:
 
         """
         for name in CONFIG_NAMES:
-            path = self.path / component / name
+            path = self.folder(component) / name
             if path.is_file():
                 return read_json(path)
         raise ModelIndexError(f"{self.name}: component {component} has no {' or '.join(CONFIG_NAMES)}")
@@ -128,6 +130,8 @@ def open_repository(
     backend: str = "auto",
     weights: bool = True,
     variant: str | None = None,
+    pipeline: str | None = None,
+    component: Mapping[str, str] | None = None,
 ) -> Repository:
     """Find a model: the shipped one (None), a folder, or a Hub id, which is downloaded.
 
@@ -137,18 +141,26 @@ def open_repository(
         backend: `auto` (a family of ours, or else the diffusers package), `native` or `diffusers`.
         weights: whether weights are needed; without, only JSON and tokenizers are downloaded.
         variant: of the weights, such as `fp16`; None is the plain files, or the only variant that there is.
+        pipeline: class name of the pipeline, in the place of the index's.
+        component: components from elsewhere, by name: folders, or Hub ids.
 
     Raises:
         ModelError: if there is no such model, it may not be read, or its index is not one that can be run.
-        InvalidParameterError: for a revision of a folder, or one beside that in the name; a variant that is not there.
+        InvalidParameterError: for a revision of a folder, or one beside that in the name; a variant that is not there;
+            a pipeline that there is not; a component that it does not take, or lacks.
 
     """
+    added: dict[str, Elsewhere] = {}
+    for added_name, where in (component or {}).items():
+        added |= found_elsewhere(added_name, where, weights, variant)
+    change = Change(pipeline, added)
     name = str(model) if model is not None else str(SHIPPED_MODEL)
     path = existing(name)
     if path is not None:
         if revision is not None:
             raise InvalidParameterError("revision", revision, "nothing here: a folder has no revisions")
-        return _checked(_read(name if model is not None else "the shipped model", path, backend), weights, variant)
+        known_as = name if model is not None else "the shipped model"
+        return _checked(_read(known_as, path, backend, change), weights, variant)
     if not hub.is_repo_id(name):
         raise ModelNotFoundError(f"model: {shown(name)}: no such folder, and not a Hub id (owner/name)")
     repo_id, _, tagged = name.partition("@")
@@ -156,9 +168,10 @@ def open_repository(
         raise InvalidParameterError("revision", revision, f"nothing beside the {tagged!r} in the model's name")
     revision = tagged or revision
     index_path = hub.download_index(repo_id, revision)
-    components = _read(name, index_path.parent, backend).component_names()
+    found = _read(name, index_path.parent, backend, change)
+    components = [each for each in found.component_names() if each not in found.elsewhere]
     path = hub.download_components(repo_id, revision, index_path.parent, components, weights, variant)
-    return _checked(_read(name, path, backend), weights, variant)
+    return _checked(_read(name, path, backend, change), weights, variant)
 
 
 def open_for(server_args: ServerArgs) -> Repository:
@@ -169,9 +182,8 @@ def open_for(server_args: ServerArgs) -> Repository:
         InvalidParameterError: likewise.
 
     """
-    return open_repository(
-        server_args.model, server_args.revision, backend=server_args.backend, variant=server_args.variant
-    )
+    names = ("backend", "variant", "pipeline", "component")
+    return open_repository(server_args.model, server_args.revision, **{name: vars(server_args)[name] for name in names})
 
 
 def _checked(repository: Repository, weights: bool, variant: str | None) -> Repository:
@@ -182,48 +194,94 @@ def _checked(repository: Repository, weights: bool, variant: str | None) -> Repo
     """
     named = {name for name, entry in repository.index.items() if isinstance(entry, list)}
     read = repository.component_names() if weights else ()
-    check_model(repository.path, repository.index, sorted({*named, *read}))
+    check_model(repository.path, repository.index, sorted({*named, *read} - repository.elsewhere.keys()))
+    for component, folder in repository.elsewhere.items():
+        check_folder(folder, repository.index[component][1])
     if not weights:
         return repository
     files = {name: repository.component_files(name) for name in read}
     return dataclasses.replace(repository, variant=choose_variant(files, variant))
 
 
-def existing(name: str) -> Path | None:
-    """Return the path that a name stands for, if there is something."""
-    try:
-        path = Path(name).expanduser()
-        return path if name and path.exists() else None
-    except (OSError, RuntimeError):  # a name that is too long, or ~ of a user whom there is not
-        return None
+def _takes_latents_alone(path: Path, elsewhere: Mapping[str, Path]) -> bool:
+    """Say whether a model's UNet is given latents and nothing beside: one that is does what it was made for alone."""
+    configs = []
+    for name in ("unet", "vae"):
+        folder = elsewhere.get(name, path / name)
+        if not (folder / "config.json").is_file():
+            return True
+        check_inside(folder if name in elsewhere else path, folder / "config.json")
+        configs.append(read_json(folder / "config.json"))
+    unet, vae = configs
+    return bool(unet.get("in_channels", 4) == vae.get("latent_channels", 4))
 
 
-def _read(name: str, path: Path, backend: str) -> Repository:
+def _check_change(repository: Repository, change: Change) -> None:
+    """Refuse a component that the pipeline does not take, and one of the package's without one that it needs."""
+    is_native = repository.pipeline.backend == "native"
+    if is_native and not change.added:
+        return
+    takes, class_name = repository.component_names(), repository.pipeline.pipeline_name
+    for component, found in change.added.items():
+        if component not in takes and found.is_asked_for:
+            raise InvalidParameterError("component", component, f"components of {class_name}: {', '.join(takes)}")
+    if is_native:
+        return
+    from safelight.backends import components
+
+    for component, found in change.added.items():
+        expected = components.expected_classes(class_name, component)
+        cls = components.component_class(*found.entry)
+        if expected and cls is not None and not issubclass(cls, expected):
+            wanted = " or ".join(each.__name__ for each in expected)
+            raise InvalidParameterError(f"component[{component!r}]", found.entry[1], f"{wanted} for {class_name}")
+    lacking = sorted(components.needed_components(class_name) - {*takes})
+    if lacking:
+        added = f"component adds {'it' if len(lacking) == 1 else 'them'}, as {lacking[0]}=PATH_OR_ID"
+        if all(name.startswith(CONNECTED) for name in lacking):
+            added = f"component adds them, as {CONNECTED}*=PATH_OR_ID"
+        text = f"{class_name} needs {' and '.join(lacking)}, which the model has not; {added}"
+        if change.pipeline is not None:
+            raise InvalidParameterError("pipeline", class_name, f"what the model has the components for: {text}")
+        raise ModelIndexError(f"{INDEX_NAME}: {text}")
+
+
+def _read(name: str, path: Path, backend: str, change: Change) -> Repository:
     if not (path / INDEX_NAME).is_file():
         raise ModelIndexError(f"{name}: no {INDEX_NAME} there; a model is a folder in Diffusers layout")
     check_inside(path, path / INDEX_NAME)
     index = read_json(path / INDEX_NAME)
-    class_name = index.get("_class_name")
+    index |= {component: list(found.entry) for component, found in change.added.items()}
+    class_name = change.pipeline or index.get("_class_name")
     if not isinstance(class_name, str):
         raise ModelIndexError(f"{INDEX_NAME}: _class_name: got {class_name!r}; it takes a pipeline's class name")
-    entry = _pipeline_entry(class_name, backend)
+    folders = {component: found.folder for component, found in change.added.items()}
+    entry = _pipeline_entry(class_name, backend, index, change.pipeline is not None)
+    if entry.backend != "native" and not _takes_latents_alone(path, folders):
+        entry = _pipeline_entry(class_name, backend, {}, is_set=True)
     notes: tuple[str, ...] = ()
     if backend == "auto":
         notes = (f"{class_name} has no family here: it runs through the {entry.backend} package",)
         if entry.backend == "native":
             entry, notes = _with_fallback(entry, index)
-    return Repository(name, path, index, entry, notes)
+    repository = Repository(name, path, index, entry, notes, elsewhere=folders)
+    _check_change(repository, change)
+    return repository
 
 
-def _pipeline_entry(class_name: str, backend: str) -> PipelineEntry:
+def _pipeline_entry(class_name: str, backend: str, index: Mapping[str, Any], is_set: bool) -> PipelineEntry:
     """Return the pipeline of a class name: ours, or that of the diffusers package, as `backend` asks."""
-    if backend == "native" or (backend == "auto" and class_name in pipelines()):
+    if backend != "diffusers" and class_name in pipelines():
         return get_pipeline(class_name)
-    from safelight.backends import diffusers
+    from safelight.backends import components, diffusers
 
-    if backend == "auto" and not diffusers.has_pipeline(class_name):
+    found = backend != "native" and diffusers.has_pipeline(class_name)
+    if is_set and not found:
+        raise InvalidParameterError("pipeline", class_name, "a class that `safelight models --all` lists")
+    if backend != "diffusers" and not found:
         return get_pipeline(class_name)  # which names those that there are
-    return diffusers.pipeline_entry(class_name)
+    names = components.component_names(class_name, index) if diffusers.has_pipeline(class_name) else ()
+    return diffusers.pipeline_entry(class_name, names)  # which refuses a class that there is not
 
 
 def _with_fallback(entry: PipelineEntry, index: Mapping[str, Any]) -> tuple[PipelineEntry, tuple[str, ...]]:
@@ -248,4 +306,5 @@ def _with_fallback(entry: PipelineEntry, index: Mapping[str, Any]) -> tuple[Pipe
         return entry, ()
     listed = " and ".join(f"{name} {class_name}" for name, (_, class_name) in foreign.items())
     note = f"{entry.pipeline_name} has no {listed} here: it runs through the diffusers package"
-    return diffusers.pipeline_entry(entry.pipeline_name), (note,)
+    names = components.component_names(entry.pipeline_name, index)
+    return diffusers.pipeline_entry(entry.pipeline_name, names), (note,)

@@ -16,6 +16,8 @@ from safelight.loading.repository import Repository
 
 SIDES = (256, 512)
 """Of the pictures that are counted, in pixels: of these two all that lies between and beyond is a line."""
+FRAMES = 8
+"""Of a latent frame, or several, where the model does not say: of every VAE that is known."""
 Size = tuple[int, int]
 """Pixels of a frame, and tokens of a step."""
 
@@ -36,30 +38,33 @@ def count_memory(repository: Repository, server_args: ServerArgs, in_bands: bool
     args = dataclasses.replace(server_args, dtype=dtype)
     counted: list[tuple[Size, Mapping[str, int]]] = []
     pipeline = empty_pipeline(repository, args, in_bands)
-    for fields in requests(pipeline.schema):
+    for fields in requests(pipeline.schema, with_images=pipeline.native):
         req = request(pipeline.schema, fields)
         most: dict[str, int] = {}
-        for stage in rehearsed(pipeline, req):
+        for stage in rehearsed(pipeline, req).stages():
             most[stage.stage] = max(stage.activations, most.get(stage.stage, 0))
         size = (req.params.num_pixels(pipeline.schema), req.params.num_sequence_tokens(pipeline.schema))
         counted.append((size, most))
     return fit(counted)
 
 
-def requests(schema: ModelSchema) -> list[dict[str, Any]]:
-    """Return the fields of requests that differ by one measure each: the picture, the frames, the input images."""
+def requests(schema: ModelSchema, with_images: bool) -> list[dict[str, Any]]:
+    """Return the fields of requests that differ by one measure each: the picture, the frames, the input images.
+
+    Where it is not known what input images make longer, a request has as few as it may.
+    """
     small, large = (-(-side // schema.size_multiple) * schema.size_multiple for side in SIDES)
     least, most = schema.num_input_images
     first = _fields(schema, small, 1, least)
     found = [first, _fields(schema, large, 1, least), _fields(schema, small, 3, least)]
-    found += [_fields(schema, small, 1, least + 1)] if most > least else []
+    found += [_fields(schema, small, 1, least + 1)] if with_images and most > least else []
     return [first, *(fields for fields in found if fields != first)]
 
 
 def _fields(schema: ModelSchema, side: int, num_groups: int, num_images: int) -> dict[str, Any]:
     fields: dict[str, Any] = schema.params_cls.size_fields(side, side)
     if schema.task.makes_video:
-        fields["num_frames"] = 1 + num_groups * schema.frame_step
+        fields["num_frames"] = 1 + num_groups * (schema.frame_step if schema.frame_step > 1 else FRAMES)
     if num_images:
         fields["image"] = blank_images(num_images, side, side)
     return fields

@@ -6,6 +6,7 @@ whole. What a processor or a tokenizer cannot do at all is said when the model i
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +43,7 @@ def try_out(component: Any, where: str) -> None:
 
 
 def check_steps(component: Any, where: str) -> None:
-    """Check the steps of a component that is a tokenizer as they are in the end: from its files, and from its class.
+    """Check the steps of a tokenizer, or a processor's, as they are in the end: from its files, and from its class.
 
     Raises:
         ModelIndexError: as `check_part`.
@@ -50,6 +51,8 @@ def check_steps(component: Any, where: str) -> None:
     """
     import transformers
 
+    if isinstance(component, transformers.ProcessorMixin):
+        component = vars(component).get("tokenizer")
     if not isinstance(component, transformers.PreTrainedTokenizerBase) or not component.is_fast:
         return
     backend = component.backend_tokenizer
@@ -76,7 +79,18 @@ def check_tokens_fit(components: Mapping[str, Any]) -> None:
         is_pair = isinstance(tokenizer, transformers.PreTrainedTokenizerBase) and tokenizer.is_fast
         if not is_pair or not isinstance(encoder, transformers.PreTrainedModel):
             continue
-        embedding, last = encoder.get_input_embeddings(), max(tokenizer.get_vocab().values(), default=0)
+        embedding, last = _embedding(encoder), max(tokenizer.get_vocab().values(), default=0)
         if isinstance(embedding, nn.Embedding) and last >= embedding.num_embeddings:
             there = f"its text encoder has {embedding.num_embeddings:,} embeddings"
             raise ModelIndexError(f"{name}: it has a token of number {last:,}; {there}")
+
+
+def _embedding(encoder: Any) -> Any:
+    """Return where an encoder looks its tokens up: itself, or the one inside that it wraps."""
+    import transformers
+
+    for part in encoder.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            with contextlib.suppress(NotImplementedError):  # of a class that does not say it
+                return part.get_input_embeddings()
+    return None

@@ -122,3 +122,21 @@ def run_vae(vae: Any, *, in_bands: bool = False, ranks: Communicator | None = No
     if treatment.on_cpu is not None:
         treatment.on_cpu(vae, cpu_plan)
     return treatment.plain(vae)
+
+
+def package_vae(networks: Mapping[str, Any], in_bands: bool) -> VAE | None:
+    """Return how the VAE of a pipeline of the package is run; None for the package's own way.
+
+    Args:
+        networks: of the pipeline, by name.
+        in_bands: whether it decodes in bands of rows.
+
+    Raises:
+        InvalidParameterError: if it has none that can.
+
+    """
+    if not in_bands:
+        return None
+    if "vae" not in networks:
+        raise InvalidParameterError("vae_tiling", "exact", "none with this model, which has no VAE")
+    return run_vae(networks["vae"], in_bands=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from safelight.core.form import Form
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.core.sound import Sound
 from safelight.errors import SafelightError
 from safelight.runtime.video_files import SpooledFrames
 
@@ -84,11 +86,12 @@ class Output:
     """One finished output: one prompt, one seed.
 
     Attributes:
-        media: uint8; pictures [H, W, C] of 3 or 4 channels, or videos [T, H, W, 3], long ones in files.
+        media: uint8; pictures [H, W, C] of 1, 3 or 4 channels, or videos [T, H, W, C], long ones in files.
         seed: of its noise.
         params: resolved, for this output alone, as JSON can hold them; images by their sizes.
         timings: seconds of each stage.
         warnings: what the user should know.
+        sounds: of the videos, in their order, or alone.
 
     """
 
@@ -97,12 +100,20 @@ class Output:
     params: Mapping[str, Any]
     timings: Mapping[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    sounds: list[Sound] = field(default_factory=list)
 
     def pictures(self) -> list[NDArray[np.uint8]]:
-        """Return the media of a model that makes pictures."""
-        pictures = [array for array in self.media if isinstance(array, np.ndarray)]
-        assert len(pictures) == len(self.media), "only videos lie in files"
-        return pictures
+        """Return what is no video: pictures, and whatever else no encoder of pictures will take."""
+        return [array for array in self.media if isinstance(array, np.ndarray) and array.ndim != 4]
+
+    def videos(self) -> list[tuple[Media, Sound | None]]:
+        """Return the videos, each with its sound."""
+        videos = [array for array in self.media if len(array.shape) == 4]
+        return list(itertools.zip_longest(videos, self.sounds[: len(videos)]))
+
+    def alone(self) -> list[Sound]:
+        """Return the sounds that have no video."""
+        return self.sounds[len(self.videos()) :]
 
 
 def total_timings(outputs: Sequence[Output]) -> dict[str, float]:

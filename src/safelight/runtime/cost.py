@@ -43,7 +43,7 @@ def memory_excess(params: SamplingParams, schema: ModelSchema) -> str:
 
 def largest(params: SamplingParams, schema: ModelSchema, names: tuple[str, ...]) -> tuple[str, object]:
     """Return the field, of these, that is largest beside the model's own default, and its value."""
-    defaults = schema.defaults
+    defaults = schema.defaults_for(params.set_fields())
     height, width = params.output_size(schema.size_multiple)
     usual_pixels = (defaults.get("height") or height) * (defaults.get("width") or width)
     shares = {

@@ -105,11 +105,12 @@ class Context:
         return self.engine.schema
 
     def schema_for(self, request: Request, makes_video: bool) -> ModelSchema:
-        """Return the schema for a generation of pictures or of videos, which is counted from here on."""
+        """Return the schema for a generation of pictures, or of videos and sounds, which is counted from here on."""
         schema = self.schema()
         request.scope["state"]["task"] = schema.task.value
-        if schema.task.makes_video != makes_video:
-            made, route = ("videos", "/v1/videos") if schema.task.makes_video else ("images", "/v1/images/generations")
+        if schema.task.lasts != makes_video:
+            made = "videos" if schema.task.makes_video else "sounds" if schema.task.lasts else "images"
+            route = "/v1/videos" if schema.task.lasts else "/v1/images/generations"
             raise UsageError(f"this model makes {made}; use {route}")
         return schema
 

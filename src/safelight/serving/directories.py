@@ -33,7 +33,7 @@ _OF_THE_DISK = frozenset({"lost+found"})
 """What an empty disk has, where one is mounted as a directory of ours."""
 _OUTPUT_FILE = r"(?:attempt[0-9]\.)?[0-9]{1,4}(?:\.[a-z0-9]{3,11}){1,3}"
 _JOB_FILE = re.compile(rf"((?:image|video)_[0-9a-f]{{32}})\.(?:input[0-9]{{1,4}}|{_OUTPUT_FILE})")
-_TEMPORARY_FILE = re.compile(r"\.tmp-[0-9a-f]{16}(?:\.mp4)?")
+_TEMPORARY_FILE = re.compile(r"\.tmp-[0-9a-f]{16}(?:\.(?:mp4|wav))?")
 _VIDEO_FOLDER = re.compile(r"\.safelight-[a-z0-9_]{8}")
 """In which a video is written, under the temporary name that it gets when it is whole."""
 

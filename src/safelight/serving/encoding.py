@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from safelight import media
+from safelight import media, video
 from safelight.errors import InvalidParameterError
 from safelight.runtime.client import Media
 
@@ -24,6 +24,7 @@ MEDIA_TYPES: Mapping[str, str] = {
     "jpeg": "image/jpeg",
     "webp": "image/webp",
     "mp4": "video/mp4",
+    "wav": "audio/wav",
 }
 """By output format; a file's name ends in the format."""
 THUMBNAIL_SIDE, TILE_SIDE, MAX_TILES = 512, 256, 16
@@ -42,7 +43,7 @@ def encode_image(
     """Return a picture's file.
 
     Args:
-        array: uint8 [H, W, C] of 3 or 4 channels.
+        array: uint8 [H, W, C] of 1, 3 or 4 channels.
         output_format: png, jpeg or webp.
         compression: quality from 0 to 100 of jpeg and webp; None is 95 for jpeg, and lossless for webp.
         metadata: what JSON can hold; in a PNG's text, or the EXIF user comment of the others.
@@ -61,7 +62,8 @@ def encode_image(
         if output_format == "jpeg" and len(text) > _MAX_EXIF_TEXT:
             text = json.dumps({k: v for k, v in metadata.items() if not (isinstance(v, str) and len(v) > _LONG_TEXT)})
     with _ONE_LARGE if array.size > _LARGE_PICTURE else contextlib.nullcontext():
-        return media.encoded(Image.fromarray(array), output_format, options, text)
+        picture = Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+        return media.encoded(picture, output_format, options, text)
 
 
 def _options(output_format: str, compression: int | None) -> Mapping[str, Any]:
@@ -91,6 +93,6 @@ def spritesheet(frames: Media) -> bytes:
 
 
 def _fitted(frame: Pixels, side: int) -> Image.Image:
-    image = Image.fromarray(frame)
+    image = Image.fromarray(video.as_rgb(frame))
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return image

@@ -11,15 +11,18 @@ from typing import Any
 
 from PIL import Image
 
-from safelight.core.options import Option
+from safelight.clips import EncodedClip
+from safelight.core.options import MAX_CLIP_FRAMES, MEDIA_KINDS, STRUCTURED, Option, leaves
+from safelight.core.package_params import PackageParams
 from safelight.core.params import SamplingParams
+from safelight.core.placed import Place, joined, placed
 from safelight.core.schema import ModelSchema
 from safelight.encoded import EncodedImage
 from safelight.errors import InvalidParameterError, UnknownParameterError, UsageError
 from safelight.preparation import prepare
 from safelight.serving.http.bodies import Body
 from safelight.serving.http.forms import Repeated, about
-from safelight.serving.http.json_body import read_number
+from safelight.serving.http.json_body import read_number, read_value
 from safelight.serving.http.spool import Stored
 from safelight.serving.input_pictures import open_picture, picture_bytes
 from safelight.serving.limits import Limits
@@ -32,14 +35,17 @@ from safelight.serving.own_fields import (
     QUALITY_NAMES,
     own_fields,
 )
+from safelight.serving.trial import open_input
 
 NOT_OFFERED: Mapping[str, str] = {"output_type": "use output_format"}
 OUTPUT_TYPE = "pil"
 """What the engine gives, whatever the model's default is: pixels of 8 bits."""
 REFUSED: Mapping[str, str] = {**NOT_OFFERED, "mask": "this model cannot use a mask"}
 """What is not taken, and what to say of it."""
-_LISTS = ("image", "images", "numbers", "integers")
+_LISTS = (*MEDIA_KINDS, "numbers", "integers", "texts", "strings", *STRUCTURED)
 """Kinds of fields that parts of one name may fill together."""
+NOTHING = b""
+"""The file of what is null in a list of pictures."""
 MAX_NUMBER = 1e6
 """Of what is not a whole number: guidance beyond it overflows in half precision."""
 _MAX_SIZE_STEP = 64
@@ -57,7 +63,8 @@ class Asked:
         schema: of the model that was loaded when it came.
         own: the API's own fields, by name; what is unset or null is not there.
         model: the model's.
-        pictures: the files of input pictures, by field.
+        pictures: the files of input pictures and clips, by field, one after another.
+        places: of each of them, in the lists that the field has.
 
     """
 
@@ -65,6 +72,7 @@ class Asked:
     own: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, list[bytes | Stored]] = field(default_factory=dict)
+    places: dict[str, list[Place]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Resolved:
     asked: Asked
     params: SamplingParams
     warnings: list[str]
-    pictures: list[tuple[str, EncodedImage]] = field(default_factory=list)
+    pictures: list[tuple[str, EncodedImage | EncodedClip]] = field(default_factory=list)
 
     @property
     def schema(self) -> ModelSchema:
@@ -92,7 +100,7 @@ class Resolved:
     @property
     def images(self) -> dict[str, list[bytes | Stored]]:
         """The files of input pictures, by the model's field."""
-        return {_target(name): files for name, files in self.asked.pictures.items()}
+        return {_target(name, self.schema): files for name, files in self.asked.pictures.items()}
 
     @property
     def priority(self) -> int:
@@ -101,17 +109,18 @@ class Resolved:
 
     @property
     def output_format(self) -> str:
-        """Of the files that are made: png, jpeg, webp, or mp4."""
-        made = "mp4" if self.schema.task.makes_video else "png"
+        """Of the files that are made: png, jpeg, webp, mp4 or wav."""
+        made = "mp4" if self.schema.task.makes_video else "wav" if self.schema.task.lasts else "png"
         return str(self.asked.own.get("output_format", made))
 
     @property
     def quality(self) -> str:
         """The preset nearest to the steps that are done."""
-        usual = self.schema.defaults.get("num_inference_steps")
+        usual = self.schema.defaults_for(self.params.set_fields()).get("num_inference_steps")
         if not usual:
             return "medium"
-        return min(QUALITIES, key=lambda name: abs(QUALITIES[name] * usual - self.params.num_steps()))
+        steps = self.params.num_inference_steps or self.params.num_steps()  # of some solvers a step is two calls
+        return min(QUALITIES, key=lambda name: abs(QUALITIES[name] * usual - steps))
 
     @property
     def background(self) -> str:
@@ -120,11 +129,16 @@ class Resolved:
 
 
 def model_fields(schema: ModelSchema) -> dict[str, Option]:
-    """Return what a client may ask of a model, by name: one text or several is one text here."""
-    options = schema.params_cls.options().items()
+    """Return what a client may ask of a model, by name: one text or several is one text here.
+
+    Of a pipeline's own fields, whose lists are not of prompts, it is what it is.
+    """
+    common, cls = SamplingParams.options(), schema.params_cls
     return {
-        name: dataclasses.replace(option, kind="string") if option.kind == "strings" else option
-        for name, option in options
+        name: dataclasses.replace(option, kind="string")
+        if option.kind == "strings" and (name in common or not issubclass(cls, PackageParams))
+        else option
+        for name, option in schema.options().items()
         if name not in NOT_OFFERED
     }
 
@@ -152,34 +166,59 @@ def sort_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
             if name in refused and value is None:
                 continue
             raise UnknownParameterError(name, known, refused.get(name))
-        if value is None:
+        if value is None and not (option.nullable and name not in own):
             continue
         if isinstance(value, Repeated) and option.kind not in _LISTS:
             raise about(name, "is given twice")
-        if option.kind in ("image", "images"):
-            asked.pictures[name] = list(_pictures(name, option, value, limits))
+        if option.kind in MEDIA_KINDS and value is not None:
+            found = list(_pictures(name, option, value, limits))
+            asked.places[name], asked.pictures[name] = [place for place, _ in found], [data for _, data in found]
         else:
             place = asked.own if name in own and name not in _PASSED_ON else asked.model
-            place[name] = _checked(name, option, typed(option.kind, value) if body.is_form else value)
-    needs_text = "prompt" in cls.options() and "prompt" not in schema.defaults
+            place[name] = _checked(name, option, _of_form(option, value) if body.is_form else value)
+    needs_text = cls.needs_prompt and "prompt" in cls.options() and "prompt" not in schema.defaults
     if needs_text and not asked.model.get("prompt", "").strip():
         raise InvalidParameterError("prompt", asked.model.get("prompt"), "text that is not blank")
     return asked
 
 
-def _pictures(name: str, option: Option, value: Any, limits: Limits) -> Iterator[bytes | Stored]:
-    values = value if isinstance(value, list) else [value]
-    most = limits.images if option.kind == "images" else 1
-    if not 1 <= len(values) <= most:
-        raise InvalidParameterError(name, f"{len(values)} images", f"1 to {most}")
-    return (picture_bytes(entry, name, limits) for entry in values)
+def _pictures(name: str, option: Option, value: Any, limits: Limits) -> Iterator[tuple[Place, bytes | Stored]]:
+    values = list(value) if isinstance(value, list) else value
+    if option.kind == "image" and isinstance(values, list) and len(values) == 1:
+        (values,) = values
+    found = list(placed(values if option.kind == "image" else option.check(name, values)))
+    most = {"image": 1, "clip": MAX_CLIP_FRAMES}.get(option.kind, limits.images)
+    if not 1 <= len(found) <= most:
+        raise InvalidParameterError(name, f"{len(found)} images", f"1 to {most}")
+    if option.kind == "clip":
+        limits = dataclasses.replace(limits, image_bytes=limits.clip_bytes)
+    return ((place, _file(entry, name, option, limits)) for place, entry in found)
+
+
+def _file(value: Any, name: str, option: Option, limits: Limits) -> bytes | Stored:
+    """Return a picture's file; nothing for null, in the place of a picture in a field's lists."""
+    if value is None and option.kind == "pictures":
+        return NOTHING
+    data = picture_bytes(value, name, limits)
+    if not len(data):
+        raise InvalidParameterError(name, "an empty file", "a PNG, JPEG or WebP file of one picture")
+    return data
+
+
+def _of_form(option: Option, value: Any) -> Any:
+    """Read a form's text as its field's kind; the word null is null, where that is a value and no text is one."""
+    if option.nullable and value == "null" and option.kind not in ("string", "strings"):
+        return None
+    return typed(option.kind, value)
 
 
 def typed(kind: str, value: Any) -> Any:
     """Read a form's text as the kind that its field has; what cannot be read stays text, and is refused as such."""
-    if kind in ("numbers", "integers"):
-        one = {"numbers": "number", "integers": "integer"}[kind]
+    if kind in ("numbers", "integers", "texts"):
+        one = {"numbers": "number", "integers": "integer", "texts": "text"}[kind]
         return [typed(one, entry) for entry in (value if isinstance(value, list) else [value])]
+    if kind in STRUCTURED:
+        return _structured(value)
     if not isinstance(value, str):
         return value
     if kind in ("integer", "number") and _NUMBER.fullmatch(value):
@@ -187,12 +226,36 @@ def typed(kind: str, value: Any) -> Any:
     return {"true": True, "false": False}.get(value, value) if kind == "boolean" else value
 
 
+def _structured(value: Any) -> Any:
+    """Read numbers, true, false, null and JSON in a form's texts, in whatever lists and objects they stand."""
+    if isinstance(value, list):
+        return [_structured(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _structured(entry) for name, entry in value.items()}
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("[", "{")):
+        return read_value(value)
+    words = {"true": True, "false": False, "null": None}
+    return read_number(value) if _NUMBER.fullmatch(value) else words.get(value, value)
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """Yield what stands in lists and objects, the names in these too."""
+    if isinstance(value, Mapping):
+        yield from value
+    for entry in value.values() if isinstance(value, Mapping) else leaves(value):
+        yield from _scalars(entry) if isinstance(entry, Mapping | list | tuple) else (entry,)
+
+
 def _checked(name: str, option: Option, value: Any) -> Any:
     checked = option.check(name, value)
-    if isinstance(checked, str) and "\0" in checked:
+    scalars = list(_scalars(checked))
+    if any(isinstance(entry, str) and "\0" in entry for entry in scalars):
         raise InvalidParameterError(name, value, "text without NUL")
-    numbers = checked if isinstance(checked, tuple) else (checked,)
-    if option.kind in ("number", "numbers") and any(abs(number) > MAX_NUMBER for number in numbers):
+    if option.kind not in ("integer", "integers") and any(
+        isinstance(entry, int | float) and abs(entry) > MAX_NUMBER for entry in scalars
+    ):
         raise InvalidParameterError(name, value, f"a number from {-MAX_NUMBER:g} to {MAX_NUMBER:g}")
     return checked
 
@@ -206,16 +269,17 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
     """
     schema, model = asked.schema, dict(asked.model)
     options = schema.params_cls.options()
-    pictures: list[tuple[str, EncodedImage]] = []
+    pictures: list[tuple[str, EncodedImage | EncodedClip]] = []
     for name, files in asked.pictures.items():
-        if (target := _target(name)) in model or target not in options:
+        if (target := _target(name, schema)) in model or target not in options:
             takes = (
                 "nothing, where another field has the image" if target in options else "nothing: this model has no use"
             )
             raise InvalidParameterError(name, "an image", takes)
-        images = [open_picture(data, name, limits) for data in files]
-        pictures += [(name, image) for image in images]
-        model[target] = images if options[target].kind == "images" else images[0]
+        opened = open_input if options[target].kind == "clip" else open_picture
+        images = [opened(data, name, limits) if len(data) else None for data in files]
+        pictures += [(name, image) for image in images if image is not None]
+        model[target] = joined(list(zip(asked.places[name], images, strict=True)))
     size = asked.own.get("size", "auto")
     model.update(_size_fields(size, model, schema))
     model["output_type"] = OUTPUT_TYPE
@@ -227,12 +291,17 @@ def resolve(asked: Asked, limits: Limits) -> Resolved:
             raise InvalidParameterError.rebuilt(f"size: got {size!r}; {error}", "size") from error
         raise
     warnings += [f"{name} has no effect" for name in (*EFFECTLESS, INPUT_FIDELITY) if name in asked.own]
-    converted = [(name, image.converted(params.image_mode)) for name, image in pictures]
+    converted = [
+        (name, image.converted(params.mode_of(_target(name, schema))) if isinstance(image, EncodedImage) else image)
+        for name, image in pictures
+    ]
     return Resolved(asked, params, warnings, converted)
 
 
-def _target(name: str) -> str:
-    return "image" if name in (INPUT_REFERENCE, IMAGES) else name
+def _target(name: str, schema: ModelSchema) -> str:
+    """Return the model's field that a field is for: the API has other names of `image`."""
+    is_models_own = name in schema.params_cls.options()
+    return "image" if name in (INPUT_REFERENCE, IMAGES) and not is_models_own else name
 
 
 def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> dict[str, int]:
@@ -242,7 +311,9 @@ def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> di
         if given or not model.get("image"):
             return {}
         # A video begins with its first picture; an edited picture is, as in Diffusers, of the last one's aspect.
-        return _input_aspect(model["image"][0 if schema.task.makes_video else -1], schema)
+        images = [each for each in leaves(model["image"]) if each is not None]
+        image = images[0 if schema.task.makes_video else -1]
+        return _input_aspect(image, schema.defaults_for(model), schema)
     match = _SIZE.fullmatch(size)
     if match is None:
         raise InvalidParameterError("size", size, "auto, or WxH in pixels, such as 1024x1024")
@@ -253,22 +324,22 @@ def _size_fields(size: str, model: Mapping[str, Any], schema: ModelSchema) -> di
     return {"height": int(match[2]), "width": int(match[1])}
 
 
-def _input_aspect(image: Image.Image, schema: ModelSchema) -> dict[str, int]:
+def _input_aspect(image: Image.Image, defaults: Mapping[str, Any], schema: ModelSchema) -> dict[str, int]:
     """Return about the pixels of the model's default, at the aspect of a picture.
 
     Models that fit sizes themselves are given the picture's own; those without a default size do it all themselves.
     """
     width, height = image.size
-    if schema.defaults.get("height") is None or schema.defaults.get("width") is None:
+    if defaults.get("height") is None or defaults.get("width") is None:
         return {}
     if schema.params_cls.fits_size:
         return {"height": height, "width": width}
-    area, multiple = schema.defaults["height"] * schema.defaults["width"], _size_step(schema)
+    area, multiple = defaults["height"] * defaults["width"], _size_step(defaults, schema)
     sides = {"height": math.sqrt(area * height / width), "width": math.sqrt(area * width / height)}
     return {name: max(1, round(side / multiple)) * multiple for name, side in sides.items()}
 
 
-def _size_step(schema: ModelSchema) -> int:
+def _size_step(defaults: Mapping[str, Any], schema: ModelSchema) -> int:
     """Return a number whose multiples the model takes as heights and widths.
 
     A pipeline of the diffusers package does not say its own. Then it is the largest power of two, up to 64, that both
@@ -276,13 +347,14 @@ def _size_step(schema: ModelSchema) -> int:
     """
     if schema.size_multiple > 1:
         return schema.size_multiple
-    return math.gcd(schema.defaults["height"], schema.defaults["width"], _MAX_SIZE_STEP)
+    return math.gcd(defaults["height"], defaults["width"], _MAX_SIZE_STEP)
 
 
 def _quality_fields(quality: str, model: Mapping[str, Any], schema: ModelSchema) -> dict[str, int]:
     if quality == "auto":
         return {}
-    usual, option = schema.defaults.get("num_inference_steps"), schema.params_cls.options().get("num_inference_steps")
+    usual = schema.defaults_for(model).get("num_inference_steps")
+    option = schema.params_cls.options().get("num_inference_steps")
     if not usual or option is None:
         raise InvalidParameterError("quality", quality, "auto: this model's steps are fixed")
     if "num_inference_steps" in model:

@@ -145,7 +145,8 @@ def _encode(resolved: Resolved, finished: Finished, spool: Spool) -> list[dict[s
     compression = resolved.asked.own.get("output_compression")
     pictures = []
     for output in finished.outputs:
-        metadata = media.file_metadata(resolved.schema.model, resolved.schema.pipeline_name, output.params)
+        pipeline_name = resolved.schema.pipeline_for(output.params)
+        metadata = media.file_metadata(resolved.schema.model, pipeline_name, output.params)
         for array in output.pictures():
             file = encode_image(array, resolved.output_format, compression, metadata)
             size = f"{array.shape[1]}x{array.shape[0]}"
@@ -177,7 +178,7 @@ def usage(params: SamplingParams, schema: ModelSchema) -> dict[str, Any]:
     texts = [text for text in (params.prompt, params.negative_prompt) if isinstance(text, str)]
     text_tokens = sum(-(-len(text.encode()) // _BYTES_PER_TOKEN) for text in texts)
     multiple = schema.size_multiple
-    image_tokens = sum(-(-image.width // multiple) * -(-image.height // multiple) for image in params.image or ())
+    image_tokens = sum(-(-image.width // multiple) * -(-image.height // multiple) for image in params.given_images())
     output_tokens = params.num_latent_tokens(schema) * len(params.split())
     return {
         "input_tokens": text_tokens + image_tokens,

@@ -23,6 +23,7 @@ class Limits:
         json_bytes: of a JSON body beside long texts without escapes, which data URLs are.
         parts: of a multipart body.
         image_bytes, image_pixels, image_side: of one input image, in its file, in all, and along a side.
+        clip_bytes: of one input video, in its file.
         images: input images of one request.
         outputs: pictures or videos of one request.
         waiting: requests that may wait, of all clients; each has a share (`serving/admission.py`).
@@ -54,6 +55,7 @@ class Limits:
     image_bytes: int = 16 << 20
     image_pixels: int = 25_000_000
     image_side: int = 8192
+    clip_bytes: int = 32 << 20
     images: int = 16
     outputs: int = 10
     waiting: int = HTTPArgs.max_waiting

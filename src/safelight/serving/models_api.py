@@ -48,7 +48,8 @@ def request_schema(context: Context) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, option in model_fields(schema).items():
         properties[name] = {**whole["properties"][name], **option.json_schema()}
-        properties[name].pop("anyOf", None)  # of texts, of which a request here has one
+        if option.kind == "string":
+            properties[name].pop("anyOf", None)  # of texts, of which a request here has one
     defaults = {name: entry["default"] for name, entry in properties.items() if "default" in entry}
     defaults["response_format"] = context.settings.response_format
     for name, option in own_fields(schema, context.limits).items():
@@ -63,5 +64,7 @@ def request_schema(context: Context) -> dict[str, Any]:
 
 def _nullable(entry: dict[str, Any]) -> dict[str, Any]:
     """Null is as good as not given."""
+    if "anyOf" in entry:
+        return {**entry, "anyOf": [*entry["anyOf"], {"type": "null"}]}
     nullable = {**entry, "type": [entry["type"], "null"]}
     return nullable | ({"enum": [*entry["enum"], None]} if "enum" in entry else {})

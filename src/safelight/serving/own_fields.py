@@ -45,7 +45,7 @@ VIDEO_FIELDS: Mapping[str, Option] = {
 
 def own_fields(schema: ModelSchema, limits: Limits) -> Mapping[str, Option]:
     """Return the API's own fields for what a model makes."""
-    return VIDEO_FIELDS if schema.task.makes_video else image_fields(limits, takes_pictures(schema))
+    return VIDEO_FIELDS if schema.task.lasts else image_fields(limits, takes_pictures(schema))
 
 
 def takes_pictures(schema: ModelSchema) -> bool:

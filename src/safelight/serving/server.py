@@ -14,7 +14,7 @@ import uvicorn
 
 from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, PortError, SafelightError
-from safelight.loading.repository import existing
+from safelight.loading.elsewhere import existing
 from safelight.parallel.torchrun import launched
 from safelight.runtime.settings import EngineSettings
 from safelight.runtime.supervisor.replicas import ReplicaSet

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from safelight.core.placed import Place
 from safelight.core.schema import ModelSchema
 from safelight.errors import InvalidParameterError, UsageError
 from safelight.serving.context import Context, json_response, timestamp
@@ -97,7 +98,7 @@ def sort_video_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
 
 def _num_frames(asked: Asked, schema: ModelSchema) -> int:
     """Return the frames that the model can make whose length is nearest."""
-    fps = asked.model.get("fps", schema.defaults.get("fps"))
+    fps = asked.model.get("fps", schema.defaults_for(asked.model).get("fps"))
     seconds, option = asked.own["seconds"], schema.params_cls.options().get("num_frames")
     if not fps or option is None:
         raise InvalidParameterError("seconds", seconds, "null: this model's videos have one length")
@@ -123,18 +124,26 @@ async def _remixed(source: Job, asked: Asked, context: Context) -> Asked:
     replaced = {"output_type"} | ({"height", "width"} if "size" in asked.own else set())
     model = {name: value for name, value in source.params.items() if name not in replaced}
     pictures: dict[str, list[bytes | Stored]] = {}
+    places: dict[str, list[Place]] = {}
     for file in source.inputs:
         if file.param not in asked.pictures and not (file.param == "image" and INPUT_REFERENCE in asked.pictures):
             data = await context.jobs.outputs.read(file.name)
-            pictures.setdefault(file.param, []).append(data)
-    return dataclasses.replace(asked, model={**model, **asked.model}, pictures={**pictures, **asked.pictures})
+            before = pictures.setdefault(file.param, [])
+            places.setdefault(file.param, []).append((len(before),) if file.place is None else file.place)
+            before.append(data)
+    return dataclasses.replace(
+        asked,
+        model={**model, **asked.model},
+        pictures={**pictures, **asked.pictures},
+        places={**places, **asked.places},
+    )
 
 
 def _echo(resolved: Resolved) -> dict[str, Any]:
     """Return size and length as they are made."""
     params = resolved.params
     height, width = params.output_size(resolved.schema.size_multiple)
-    seconds = (params.num_frames or 1) / (params.fps or 1)
+    seconds = (params.num_frames or 1) / params.frames_a_second()
     return {"size": f"{width}x{height}", "seconds": f"{seconds:.6g}"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +38,6 @@ class PackedLatentsConfig(PipelineConfig):
         shift_terminal: noise level that the solver stretches its schedule to end at; None where it does not.
 
     """
-
-    leaves_flow_sigmas: ClassVar[bool] = False
-    """Whether a solver with `use_flow_sigmas` is left to space them, as some references do."""
 
     axes_dims_rope: tuple[int, ...]
     own_sigmas: bool
@@ -101,7 +98,7 @@ class PackedLatentsConfig(PipelineConfig):
     def prepare_sigmas(self, batch: Req) -> list[float] | None:
         """Return the noise levels asked for, or evenly spaced ones; None where the solver has its own."""
         params = params_of(batch, SigmasParams)
-        if self.own_sigmas:
+        if self.leaves_flow_sigmas and batch.scheduler.config.get("use_flow_sigmas"):
             return None
         if params.sigmas is not None:
             return list(params.sigmas)

@@ -11,6 +11,7 @@ import torch
 from safelight.core.config import PipelineConfig
 from safelight.core.request import Req
 from safelight.core.server_args import ServerArgs
+from safelight.core.solver import solver_by_name
 from safelight.core.stage import PipelineStage
 
 
@@ -23,7 +24,9 @@ class TimestepPreparationStage(PipelineStage):
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
         """Fill `scheduler`, `timesteps`, `sigmas` and `num_inference_steps`."""
-        scheduler = copy.deepcopy(self.scheduler)
+        name = batch.params.scheduler
+        scheduler = copy.deepcopy(self.scheduler if name is None else solver_by_name(name, self.scheduler))
+        batch.scheduler = scheduler
         device = server_args.torch_device()
         sigmas = self.config.prepare_sigmas(batch)
         given = {
@@ -35,7 +38,6 @@ class TimestepPreparationStage(PipelineStage):
             given["num_inference_steps"] = batch.params.num_inference_steps
         scheduler.set_timesteps(device=device, **{name: value for name, value in given.items() if value is not None})
         scheduler.set_begin_index(0)
-        batch.scheduler = scheduler
         batch.timesteps = scheduler.timesteps
         batch.sigmas = torch.as_tensor(scheduler.sigmas).tolist()
         batch.num_inference_steps = len(scheduler.timesteps)

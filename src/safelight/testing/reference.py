@@ -19,8 +19,9 @@ from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req
 from safelight.testing.recipes import Recipe, references_own_warnings
 
-NOT_PASSED = ("seed", "n", "fps")
-"""The reference has a list of generators, a list of prompts, and leaves the frame rate to whoever writes the file."""
+NOT_PASSED = ("seed", "n", "fps", "scheduler")
+"""The reference has a list of generators, a list of prompts and a solver of its own, and leaves the frame rate to
+whoever writes the file."""
 
 States = dict[tuple[Any, ...], list[Tensor]]
 """What encoders made, by the encoder and the row that it was given."""

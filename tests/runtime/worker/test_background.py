@@ -31,7 +31,8 @@ def test_the_job_of_the_other_process_says_everything_without_weights(compilatio
     job = job_of(compilation)
     assert {call.component for call in job.calls} == set(job.dtypes) == {"transformer"}
     (call,) = job.calls
-    assert call.arguments["freqs_cis"].dtype == "complex64"
+    frequencies = call.arguments["freqs_cis"]
+    assert isinstance(frequencies, Layout) and frequencies.dtype == "complex64"
     assert set(job.dtypes["transformer"].values()) == {"float32"}
 
 

@@ -15,7 +15,8 @@ def task(name, on_device=False, keys=(), started=True, deadline=math.inf, form="
     calls = [SimpleNamespace(stack_key=key, signature=key) for key in keys]
     req = SimpleNamespace(in_loop=bool(keys))
     made: Any = SimpleNamespace(name=name, on_device=on_device, calls=calls, form=form, has_form=has_form)
-    made.execution = SimpleNamespace(req=req, started=started, pipeline=SimpleNamespace(movable=movable))
+    made.execution = SimpleNamespace(req=req, started=started, pipeline=SimpleNamespace())
+    made.is_movable = movable
     made.is_lost = lambda now: not started and now > deadline
     return made
 

@@ -185,7 +185,7 @@ def test_a_list_of_numbers_comes_as_parts_of_one_name(editor):
 def test_nothing_else_may_come_twice(tmp_path, schema):
     path = "/v1/videos" if schema.task.makes_video else EDITS
     own = VIDEO_FIELDS if schema.task.makes_video else image_fields(Limits())
-    options, lists = {**schema.params_cls.options(), **own}, ("image", "images", "numbers", "integers")
+    options, lists = {**schema.options(), **own}, ("image", "images", "numbers", "integers")
     scalars = [name for name, option in options.items() if option.kind not in lists and name != "output_type"]
     with running(tmp_path, schema) as server, server.http() as http:
         for name in scalars:
@@ -225,7 +225,7 @@ def test_text_in_another_charset_is_refused_by_name(editor):
         )
 
 
-NAMES = sorted({*image_fields(Limits()), *EDIT_SCHEMA.params_cls.options()} - {"stream"})
+NAMES = sorted({*image_fields(Limits()), *EDIT_SCHEMA.options()} - {"stream"})
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

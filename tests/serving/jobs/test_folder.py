@@ -85,7 +85,7 @@ def test_what_fails_otherwise_leaves_nothing_and_names_no_path(tmp_path):
         with pytest.raises((TypeError, ValueError)):
             await stage(outputs, "no", [an_output(), an_output(prompt="[garbage]")], "png", IMAGE_SCHEMA)
         odd = an_output(VIDEO_SCHEMA)
-        odd.media[0] = odd.media[0][:, :31]
+        odd.media[0] = odd.media[0][:0]
         with pytest.raises(SafelightError) as error:
             await stage(outputs, "no", [an_output(VIDEO_SCHEMA), odd], "mp4", VIDEO_SCHEMA)
         assert str(tmp_path) not in str(error.value)

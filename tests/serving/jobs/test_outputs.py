@@ -9,6 +9,10 @@ import numpy as np
 from PIL import Image
 
 from safelight import media, video
+from safelight.core.params import SamplingParams
+from safelight.core.sound import Sound
+from safelight.results import output_from_files
+from safelight.runtime.client import Output
 from safelight.serving.jobs import outputs as module
 from tests.serving.jobs.folder_outputs import an_output, names, publish, stage, with_outputs
 from tests.serving.stub_engine import IMAGE_SCHEMA, VIDEO_SCHEMA
@@ -74,3 +78,25 @@ def test_encoding_is_never_in_the_event_loop(tmp_path, monkeypatch):
 
     with_outputs(tmp_path, use)
     assert threads and all(name.startswith("safelight-media") for name in threads)
+
+
+def test_every_medium_has_a_file_of_its_kind(tmp_path):
+    """Pictures of a model that makes videos too; sounds with a video, and alone."""
+    rng = np.random.default_rng(0)
+    picture, frames = (rng.integers(0, 256, shape, np.uint8) for shape in ((16, 24, 1), (3, 17, 24, 3)))
+    sound = Sound(rng.random((2, 8000), np.float32) - 0.5, 16_000)
+    params = {"prompt": "a", "seed": 7}
+    made = [
+        Output([picture], 7, params),
+        Output([frames], 7, params, sounds=[sound]),
+        Output([], 7, params, sounds=[sound]),
+    ]
+    stored = with_outputs(tmp_path, lambda o: publish(o, "video_1", made, VIDEO_SCHEMA, "mp4"))
+    assert [file.media_type for file in stored] == ["image/png", "video/mp4", "audio/wav"]
+    assert [(file.width, file.height, file.fps) for file in stored] == [(24, 16, None), (24, 17, 24), (0, 0, None)]
+    found = output_from_files(
+        [(tmp_path / file.name).read_bytes() for file in stored], SamplingParams(seed=7, output_type="np"), {}, [], True
+    )
+    assert np.array_equal(found.images[0] * 255, picture[..., 0]) and found.videos[0].shape == (3, 17, 24, 3)
+    assert [each.samples.shape[0] for each in found.sounds] == [2, 2]
+    assert np.abs(found.sounds[1].samples - sound.samples).max() < 2 / 32768

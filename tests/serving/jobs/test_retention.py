@@ -12,8 +12,8 @@ from safelight.errors import StorageFullError
 from safelight.serving.admission import Admission
 from safelight.serving.jobs.inputs import new_job
 from safelight.serving.jobs.limits import JobLimits
-from tests.serving.job_server import Server, prepared, serving
-from tests.serving.stub_engine import IMAGE_SCHEMA, StubEngine
+from tests.serving.job_server import Server, picture, prepared, serving
+from tests.serving.stub_engine import EDIT_SCHEMA, StubEngine
 
 
 def test_finished_jobs_expire(tmp_path):
@@ -48,9 +48,9 @@ def test_the_first_finished_make_room_for_later_ones(tmp_path):
         assert large.error is not None and large.error.code == "storage_full"
         assert server.files() == {second.outputs[0].name, third.outputs[0].name}, "nothing is removed in vain"
         with pytest.raises(StorageFullError):
-            params, _ = prepared(server.engine)
+            params, _ = prepared(StubEngine(EDIT_SCHEMA), images={"image": [picture()]})
             await server.jobs.acceptance.submit(
-                *new_job(params, IMAGE_SCHEMA, {"image": [bytes(3 * size)]}), Admission()
+                *new_job(params, EDIT_SCHEMA, {"image": [bytes(3 * size)]}), Admission()
             )
         server.jobs.retention._limits = dataclasses.replace(server.jobs.retention._limits, max_bytes=int(1.5 * size))
         await server.jobs.sweep()

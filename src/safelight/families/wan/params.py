@@ -99,9 +99,12 @@ class WanDMDSamplingParams(WanSamplingParams):
         if name not in ("num_inference_steps", "guidance_scale")
     }
     max_branches: ClassVar[int] = 1
-    excluded: ClassVar[frozenset[str]] = frozenset({"image", "negative_prompt", "guidance_scale", "guidance_scale_2"})
+    excluded: ClassVar[frozenset[str]] = frozenset(
+        {"image", "negative_prompt", "guidance_scale", "guidance_scale_2", "scheduler"}
+    )
     refused: ClassVar[Mapping[str, str]] = {
         **WanSamplingParams.refused,
+        "scheduler": "no solver steps: the model was distilled to its own loop",
         **dict.fromkeys(
             ("negative_prompt", "guidance_scale", "guidance_scale_2"), "the model was distilled to run without guidance"
         ),

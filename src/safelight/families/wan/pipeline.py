@@ -17,7 +17,7 @@ class WanPipeline(ComposedPipeline):
         "AutoencoderKLWan": "diffusers:AutoencoderKLWan",
         "WanTransformer3DModel": "safelight.families.wan.transformer:WanTransformer3DModel",
     }
-    alternates: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
+    alternates = ("transformer", "transformer_2")
     _required_config_modules: ClassVar[tuple[str, ...]] = ("scheduler", "text_encoder", "tokenizer", "vae")
     _optional_config_modules: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 

@@ -107,4 +107,4 @@ def _output(made: Output, params: SamplingParams, makes_video: bool) -> Generati
         torch.from_numpy(array.copy() if isinstance(array, np.ndarray) else np.stack(list(array)))
         for array in made.media
     ]
-    return output_from_media(media, params, made.timings, made.warnings, makes_video)
+    return output_from_media([*media, *made.sounds], params, made.timings, made.warnings, makes_video)

@@ -77,9 +77,9 @@ class LiveRequest:
         submit = Submit(
             request_id=request.request_id,
             fields=fields,
-            images=[described_image(name, image) for name, image in images],
+            images=[described_image(*each) for each in images],
             priority=request.priority,
             deadline=deadline,
             form=self.form,
         )
-        return submit, [image_to_array(image) for _, image in images]
+        return submit, [image_to_array(image) for _, _, image in images]

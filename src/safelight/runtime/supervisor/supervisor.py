@@ -15,6 +15,7 @@ import numpy as np
 
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
+from safelight.core.sound import Sound
 from safelight.errors import (
     CancelledError,
     ModelError,
@@ -384,7 +385,10 @@ class Supervisor:
         live = self._live.get(message.request_id)
         if live is None:
             return
-        output = Output(shaped(message, arrays), message.seed, message.params, message.timings, message.warnings)
+        media, rates = shaped(message, arrays), message.rates
+        waves = [media.pop() for _ in rates][::-1]
+        sounds = [Sound(samples, rate) for samples, rate in zip(waves, rates, strict=True)]
+        output = Output(media, message.seed, message.params, message.timings, message.warnings, sounds)
         live.outputs[message.output_index] = output
         if len(live.outputs) == live.ticket.progress.num_outputs:
             del self._live[message.request_id]

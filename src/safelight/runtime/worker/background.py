@@ -2,12 +2,14 @@
 
 Dynamo holds the interpreter for seconds, so that a thread would slow every step, and much of its state is the
 process's. The other process is given what tensors look like and no weights: it builds the transformer with one block of
-each class, makes the canonical calls on zeros, at the lowest priority, and ends. It lives no longer than its parent.
+each class (a network of the package with all, which may differ and have their zeros in common), makes the canonical
+calls on zeros, at the lowest priority, and ends. It lives no longer than its parent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import subprocess
@@ -16,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import torch
@@ -24,15 +26,16 @@ from torch import Tensor, nn
 
 from safelight.acceleration.apply import accelerate
 from safelight.acceleration.blocks import one_block_each, repeated_blocks
-from safelight.acceleration.compilation import Compilation, own_modules
+from safelight.acceleration.compilation import Compilation
 from safelight.acceleration.compile import compile_blocks, compiling, use_cache
 from safelight.attention import set_attention_backend
 from safelight.core.registry import resolve_class
 from safelight.core.server_args import ServerArgs
-from safelight.errors import SafelightError
+from safelight.errors import CompilationError, SafelightError
+from safelight.loading.blank_network import blank_network
 from safelight.loading.components import build_native
 from safelight.loading.description import sources
-from safelight.loading.repository import open_for
+from safelight.loading.repository import Repository, open_for
 from safelight.runtime.processes import python_command, safe_environment
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,7 @@ LOWEST_PRIORITY = 19
 MAX_MESSAGE = 4096
 
 
-class Layout(msgspec.Struct, frozen=True):
+class Layout(msgspec.Struct, frozen=True, tag="tensor"):
     """What a tensor looks like."""
 
     shape: tuple[int, ...]
@@ -59,11 +62,64 @@ class Layout(msgspec.Struct, frozen=True):
         return torch.empty_strided(self.shape, self.stride, dtype=vars(torch)[self.dtype], device=device).zero_()
 
 
+class Listed(msgspec.Struct, frozen=True, tag="list"):
+    """A list or a tuple in a call's arguments."""
+
+    parts: list[Node]
+    is_tuple: bool
+
+
+class Named(msgspec.Struct, frozen=True, tag="dict"):
+    """A dict in a call's arguments."""
+
+    parts: dict[str, Node]
+
+
+class Static(msgspec.Struct, frozen=True, tag="static"):
+    """What is no tensor."""
+
+    value: bool | int | float | str | None
+
+
+Node = Layout | Listed | Named | Static
+
+
+def described(tree: Any) -> Node:
+    """Say what arguments look like.
+
+    Raises:
+        CompilationError: if they hold what cannot be told to another process.
+
+    """
+    if isinstance(tree, Tensor):
+        return Layout.of(tree)
+    if isinstance(tree, list | tuple):
+        return Listed([described(part) for part in tree], isinstance(tree, tuple))
+    if isinstance(tree, dict):
+        return Named({name: described(part) for name, part in tree.items()})
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return Static(tree)
+    raise CompilationError(f"the model cannot be compiled: it is called with a {type(tree).__name__}")
+
+
+def made_up(node: Node, device: torch.device) -> Any:
+    """Return arguments that look so, of zeros."""
+    match node:
+        case Layout():
+            return node.zeros(device)
+        case Listed(parts, is_tuple):
+            made = [made_up(part, device) for part in parts]
+            return tuple(made) if is_tuple else made
+        case Named(parts):
+            return {name: made_up(part, device) for name, part in parts.items()}
+    return node.value
+
+
 class CallLayout(msgspec.Struct, frozen=True):
     """A canonical call: its component, and what its arguments look like."""
 
     component: str
-    arguments: dict[str, Layout]
+    arguments: dict[str, Node]
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -147,18 +203,23 @@ def job_of(compilation: Compilation) -> Job:
     pipeline = compilation.pipeline
     calls = [
         CallLayout(
-            call.component, {name: Layout.of(each) for name, each in {**call.kwargs, **call.shared_kwargs}.items()}
+            call.component, {name: described(each) for name, each in {**call.kwargs, **call.shared_kwargs}.items()}
         )
         for call in compilation.calls
     ]
-    dtypes = {name: dtypes_of(module) for name, module in own_modules(pipeline).items() if repeated_blocks(module)}
+    dtypes = {
+        name: dtypes_of(module, pipeline.native)
+        for name, module in pipeline.denoisers().items()
+        if repeated_blocks(module)
+    }
     return Job(pipeline.server_args, torch.get_num_threads(), dtypes, calls)
 
 
-def dtypes_of(module: nn.Module) -> dict[str, str]:
-    """Return the dtypes of a module's weights, with one block of each class."""
-    with one_block_each(module):
-        return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in module.state_dict().items()}
+def dtypes_of(module: nn.Module, alike: bool) -> dict[str, str]:
+    """Return the dtypes of a module's weights, with one block of each class where those of a list are alike."""
+    with one_block_each(module) if alike else contextlib.nullcontext():
+        tensors = {**module.state_dict(), **dict(module.named_buffers())}
+        return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
 
 
 def fill_cache(job: Job) -> None:
@@ -171,18 +232,23 @@ def fill_cache(job: Job) -> None:
     args = job.server_args
     use_cache()
     torch.set_num_threads(job.num_threads)
-    modules = {name: skeleton(args, name, dtypes) for name, dtypes in job.dtypes.items()}
+    repository = open_for(args)
+    native = repository.pipeline.backend == "native"
+    make = functools.partial(skeleton if native else blank_network, args)
+    modules = {name: make(repository, name, dtypes) for name, dtypes in job.dtypes.items()}
     classes = {name: compile_blocks(module) for name, module in modules.items()}
     for call in job.calls:
         module = modules[call.component]
-        with torch.inference_mode(), one_block_each(module), compiling(classes[call.component]):
-            arguments = {name: layout.zeros(args.torch_device()) for name, layout in call.arguments.items()}
-            module(**arguments)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if native:
+                stack.enter_context(one_block_each(module))
+            stack.enter_context(compiling(classes[call.component]))
+            module(**{name: made_up(node, args.torch_device()) for name, node in call.arguments.items()})
 
 
-def skeleton(args: ServerArgs, component: str, dtypes: Mapping[str, str]) -> nn.Module:
-    """Return a component as it is loaded, of zeros, with memory for one block of each class."""
-    repository = open_for(args)
+def skeleton(args: ServerArgs, repository: Repository, component: str, dtypes: Mapping[str, str]) -> nn.Module:
+    """Return a component of ours as it is loaded, of zeros, with memory for one block of each class."""
     source = sources(repository, repository.pipeline.pipeline_cls())[component]
     module = build_native(resolve_class(source.target), source.folder)
     device = args.torch_device()

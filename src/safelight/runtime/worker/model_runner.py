@@ -35,6 +35,7 @@ class PipelineRunner(ModelRunner):
         if args.cuda_graphs == "steps":
             refuse_graphs(pipeline)
         way = (
+            *pipeline.wrappers(stacked),  # of a package's pipeline: kept encodings, calls that were proven to stack
             Stacking(apart=components.shares_branches) if stacked else None,  # rows of several requests: one call
             components.over_ranks,  # one call: on which ranks it is made, and how each has its result
             None if estimator is None else estimator.measured,  # on this rank: what it takes

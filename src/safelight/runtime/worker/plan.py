@@ -43,7 +43,7 @@ def plan_tick(tasks: Sequence[Task], now: float, policy: Policy, *, max_running:
     dropped = [task for task in tasks if task.is_lost(now)]
     order = policy.order([task for task in tasks if task not in dropped and task.has_form], now)
     num_free = max_running - sum(task.on_device for task in order)
-    movable = [task for task in reversed(order) if task.on_device and task.execution.pipeline.movable]
+    movable = [task for task in reversed(order) if task.on_device and task.is_movable]
     for head in order:
         if head.on_device or num_free > 0:
             if not stacks:

@@ -65,6 +65,11 @@ class Task:
         return self.execution.req.pending
 
     @property
+    def is_movable(self) -> bool:
+        """Whether all that it holds is in the request: in a thread is nothing before its first call."""
+        return self.execution.pipeline.movable or not self.calls
+
+    @property
     def is_resident(self) -> bool:
         """Whether what its next unit runs is on the device."""
         residency = self.execution.pipeline.residency
@@ -108,16 +113,20 @@ class Role:
         self.task: Task | None = None
         self._window = window
         self._uses: deque[tuple[float, float]] = deque()
+        self._used = 0.0
 
     def used(self, now: float) -> float:
         """Return the seconds in the window that ends now."""
         while self._uses and self._uses[0][0] <= now - self._window:
-            self._uses.popleft()
-        return sum(seconds for _, seconds in self._uses)
+            self._used -= self._uses.popleft()[1]
+        if not self._uses:
+            self._used = 0.0  # without what rounding has left
+        return self._used
 
     def record(self, now: float, seconds: float) -> None:
         """Remember a unit that has just ended."""
         self._uses.append((now, seconds))
+        self._used += seconds
 
 
 class Policy:

@@ -11,6 +11,7 @@ import torch
 from safelight.core.device import is_out_of_memory
 from safelight.core.form import EAGER
 from safelight.core.request import Req
+from safelight.core.sound import Sound
 from safelight.encoded import EncodedImage
 from safelight.errors import CancelledError, OutOfMemoryError, SafelightError
 from safelight.runtime.messages import (
@@ -58,8 +59,8 @@ class InputProcessor:
             self._forget(message.request_id)
             return CancelledError("the request was cancelled") if self.engine.cancel(message.request_id) else None
         images = [
-            (field, array_to_image(data, mode, width, height, kind))
-            for (field, mode, width, height, kind), data in zip(message.images, arrays, strict=True)
+            (about.param, about.place, array_to_image(data, about))
+            for about, data in zip(message.images, arrays, strict=True)
         ]
         try:
             params = join_images(self.engine.pipeline.schema.params_cls, message.fields, images)
@@ -90,7 +91,7 @@ class InputProcessor:
     def _forget(self, request_id: str) -> None:
         """Let go of a request; large pictures' pixels go back to the system."""
         for task in self.tasks.pop(request_id, ()):
-            for _, image in split_images(task.execution.req.params)[1]:
+            for _, _, image in split_images(task.execution.req.params)[1]:
                 if isinstance(image, EncodedImage):
                     image.let_go()
 
@@ -188,12 +189,21 @@ class Scheduler:
 
     def _send_output(self, req: Req) -> None:
         """Send a finished output's media, and what is known of it."""
-        arrays = [(output.float() if output.is_floating_point() else output).numpy() for output in req.outputs]
-        shapes, dtypes = [array.shape for array in arrays], [str(array.dtype) for array in arrays]
-        params, seed = req.params.described(), req.params.seed
-        assert seed is not None
-        index, timings = req.output_index, req.timings
-        made = OutputMade(req.request_id, index, shapes, dtypes, seed, params, timings, req.warnings)
+        sounds = [output for output in req.outputs if isinstance(output, Sound)]
+        tensors = [*(each for each in req.outputs if not isinstance(each, Sound)), *(each.samples for each in sounds)]
+        arrays = [(tensor.float() if tensor.is_floating_point() else tensor).numpy() for tensor in tensors]
+        assert req.params.seed is not None
+        made = OutputMade(
+            request_id=req.request_id,
+            output_index=req.output_index,
+            shapes=[array.shape for array in arrays],
+            dtypes=[str(array.dtype) for array in arrays],
+            seed=req.params.seed,
+            params=req.params.described(),
+            timings=req.timings,
+            warnings=req.warnings,
+            rates=[sound.sampling_rate for sound in sounds],
+        )
         self.channel.send(made, arrays)
 
     def _report_compiled(self) -> None:

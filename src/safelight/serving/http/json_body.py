@@ -75,6 +75,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def read_value(text: str) -> Any:
+    """Return the value of a text of JSON, such as a form has it.
+
+    Raises:
+        MalformedRequestError: for what is not in JSON's grammar.
+
+    """
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise MalformedRequestError(f"{text[:100]!r} is not JSON") from error
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise MalformedRequestError(f"the body is not JSON: {name} is no number")
 

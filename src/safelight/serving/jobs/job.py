@@ -20,6 +20,7 @@ from typing import Any, Literal
 import msgspec
 
 from safelight.core.form import Form, Mode
+from safelight.core.placed import Place
 from safelight.errors import ConflictError
 from safelight.serving.clocks import Moment
 from safelight.serving.http.spool import LongText, Stored, parts
@@ -46,21 +47,23 @@ class StoredFile(msgspec.Struct, frozen=True):
         name: of the file, without a folder.
         num_bytes: its size.
         param: of an input: the field that it was given for.
+        place: of an input: in the field's lists; None is one after another, in a list.
 
     """
 
     name: str
     num_bytes: int
     param: str = ""
+    place: Place | None = None
 
 
 class StoredOutput(msgspec.Struct, frozen=True):
-    """One finished picture or video.
+    """One finished picture, video or sound.
 
     Attributes:
         name: of its file, without a folder.
         media_type: of its bytes, as HTTP names it.
-        width, height: in pixels.
+        width, height: in pixels; 0 of a sound.
         num_bytes: of the file.
         seed: of its noise.
         num_frames, fps: of a video; frames, and frames a second.
@@ -94,7 +97,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         params: resolved, the seed among them, as JSON can hold them; input images are in `inputs`.
         created_at: when it was accepted; 0 before.
         request: the request's own fields, as they must be echoed: size, seconds, quality, ...
-        output_format: png, jpeg, webp or mp4.
+        output_format: png, jpeg, webp, mp4 or wav.
         compression: 0 to 100, of jpeg and webp; None is the format's default.
         owner: `owner_of` the API key; empty where there are no keys.
         priority: higher goes first.

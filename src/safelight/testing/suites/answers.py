@@ -58,7 +58,7 @@ class AnswersSuite(Suite):
 
     def test_every_field_answers_in_some_case(self, recipe: Recipe, tiny_models: TinyModels) -> None:
         """Those that the case gives come first; a field that answers in none is in the recipe's list, alone."""
-        options = tiny_models.ours(recipe).schema.params_cls.options()
+        options = tiny_models.ours(recipe).schema.options()
         cases = [case for case in recipe.cases if not case.slow]
         silent, made = set(), dict[str, Tensor]()
         for name, option in options.items():
@@ -98,6 +98,8 @@ def movement(first: Tensor, second: Tensor) -> float:
 def other_values(schema: ModelSchema, name: str, option: Option, value: Any) -> list[Any]:
     """Return other values of a field, not all of which the model must take; none where there is nothing to change."""
     maximum = math.inf if option.maximum is None else option.maximum
+    if option.choices:
+        return list(option.choices)
     match option.kind:
         case "string" | "strings":
             return [OTHER_NEGATIVE if name.startswith("negative") else OTHER_PROMPT]
