@@ -401,6 +401,7 @@ def test_environment_variables_are_few():
 
 TESTS = Path(__file__).parent
 WITHOUT_TEST = """
+core/tenant.py
 serving/jobs/limits.py serving/jobs/store.py
 version.py
 """

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from starlette.requests import Request
 
+from safelight.core.tenant import Tenant
 from safelight.errors import InvalidParameterError, QueueFullError, RateLimitError
 from safelight.preparation import prepare
 from safelight.runtime.client import EngineStats
@@ -135,8 +136,9 @@ def test_as_what_a_request_is_admitted():
     by_key = control(several(share=0.25), Limits(deadline_seconds=7.0))
     (key, *_) = several(priority=3, share=0.25).principals
     owner = owner_of(A)
-    assert by_key.admit(asked(key), resolved(3), False) == Admission(owner, owner, 3, 7.0, {owner: 0.25})
-    assert by_key.admit(asked(key), resolved(-10), True) == Admission(owner, owner, -10, None, {owner: 0.25})
+    of_key: Any = {"shares": {owner: 0.25}, "tenant": Tenant(owner, 0.25)}
+    assert by_key.admit(asked(key), resolved(3), False) == Admission(owner, owner, 3, 7.0, **of_key)
+    assert by_key.admit(asked(key), resolved(-10), True) == Admission(owner, owner, -10, None, **of_key)
     open_to_all = control(limits=Limits(deadline_seconds=7.0))
     assert open_to_all.admit(asked(), resolved(10), False) == Admission("", " 10.0.0.1", 10, 7.0)
 

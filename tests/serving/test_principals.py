@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from safelight.errors import InvalidParameterError
 from safelight.serving.principals import MOST_PRIORITY, Principal, owner_of, read_key, read_keys
@@ -120,3 +121,19 @@ def test_shares_are_at_most_all(read):
 def test_what_is_no_key_at_all(read, text):
     with pytest.raises(InvalidParameterError, match="api_key_file: got"):
         read(text)
+
+
+def test_tenants_have_their_shares_and_equal_parts_of_the_rest(read):
+    def entry(name, **more):
+        return {"name": name, "key": f"{name:-<20}", **more}
+
+    def shares(*entries):
+        keys = read(yaml.safe_dump({"keys": list(entries)}))
+        names = {each.owner: each.name for each in keys.principals}
+        return {names[owner]: tenant.share for owner, tenant in keys.tenants().items()}
+
+    some = (entry("a", share=0.5), entry("b"), entry("c"), entry("d", share=0))
+    assert shares(*some) == {"a": 0.5, "b": 0.25, "c": 0.25, "d": 0.0}
+    assert shares(entry("a"), entry("b"), entry("c"), entry("d")) == dict.fromkeys("abcd", 0.25)
+    assert shares(entry("a", share=0.6), entry("b", share=0.4), entry("c")) == {"a": 0.6, "b": 0.4, "c": 0.0}
+    assert read(KEY).tenants() == {}

@@ -16,6 +16,7 @@ from safelight.core.form import Form
 from safelight.core.params import SamplingParams
 from safelight.core.schema import ModelSchema
 from safelight.core.sound import Sound
+from safelight.core.tenant import NOBODY, Tenant
 from safelight.errors import SafelightError
 from safelight.runtime.video_files import SpooledFrames
 
@@ -33,9 +34,10 @@ class GenerationRequest:
     Attributes:
         request_id: unique among those that live.
         params: resolved: checked, with the model's defaults and a seed; images are PIL images.
-        priority: higher goes first, but for what is owed to the longest request and the oldest.
+        priority: higher goes first, but for what is owed to the longest request, the oldest, and each tenant.
         deadline: seconds from its submission after which it is not begun any more; None is no deadline.
         form: in which it began before, in another life of the server; None where it has not begun.
+        tenant: whose it is.
 
     """
 
@@ -44,6 +46,7 @@ class GenerationRequest:
     priority: int = 0
     deadline: float | None = None
     form: Form | None = None
+    tenant: Tenant = NOBODY
 
 
 @dataclass(frozen=True)

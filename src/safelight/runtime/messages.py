@@ -25,6 +25,7 @@ from safelight.core.registry import get_pipeline
 from safelight.core.schema import ModelSchema, ModelTaskType
 from safelight.core.stage_memory import StageMemory
 from safelight.core.tasks import Task
+from safelight.core.tenant import NOBODY, Tenant
 from safelight.encoded import EncodedImage
 from safelight.runtime.settings import EngineSettings
 
@@ -88,6 +89,7 @@ class Submit(Message, frozen=True):
         priority: higher goes first.
         deadline: seconds from now; None is no deadline.
         form: in which it began in a worker before; None where it has not begun.
+        tenant: whose it is.
 
     """
 
@@ -97,6 +99,7 @@ class Submit(Message, frozen=True):
     priority: int = 0
     deadline: float | None = None
     form: Form | None = None
+    tenant: Tenant = NOBODY
 
 
 class Cancel(Message, frozen=True):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from safelight.core.tenant import NOBODY, Tenant
 from safelight.errors import QueueFullError, RateLimitError
 from safelight.runtime.client import EngineClient, Ticket
 from safelight.serving.cost import check_cost
@@ -46,6 +47,7 @@ class Admission:
         priority: higher goes first.
         deadline: seconds after which it is not begun any more; None is no deadline.
         shares: of the places, by client: they are kept, whoever else waits.
+        tenant: as whom it has a share of the device's time.
 
     """
 
@@ -54,6 +56,7 @@ class Admission:
     priority: int = 0
     deadline: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
+    tenant: Tenant = NOBODY
 
     def check_place(self, num_places: int, num_taken: int, clients: Sequence[str]) -> None:
         """Refuse a client that has its share of a queue already.
@@ -94,6 +97,7 @@ class AdmissionControl:
     ) -> None:
         self._engine, self._limits, self._clock = engine, limits, clock
         self._shares = {each.owner or "": each.share for each in keys.principals if each.share}
+        self._tenants = keys.tenants()
         self._begun: defaultdict[Principal, deque[float]] = defaultdict(deque)
         self._clients: weakref.WeakKeyDictionary[Ticket, str] = weakref.WeakKeyDictionary()
 
@@ -126,6 +130,7 @@ class AdmissionControl:
             priority=resolved.priority,
             deadline=None if is_job else self._limits.deadline_seconds,
             shares=self._shares,
+            tenant=self._tenants.get(owner, NOBODY),
         )
 
     def check_place(self, admission: Admission) -> None:

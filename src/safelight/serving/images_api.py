@@ -87,7 +87,9 @@ def routes(context: Context) -> APIRouter:
             job = await submit(request, context, body, resolved, admission, echo)
             return _accepted(request, context, job) if as_job else await _urls(request, context, resolved, job)
         context.admission.check_place(admission)
-        asked_for = GenerationRequest(request_id(request), resolved.params, admission.priority, admission.deadline)
+        asked_for = GenerationRequest(
+            request_id(request), resolved.params, admission.priority, admission.deadline, tenant=admission.tenant
+        )
         ticket = context.engine.submit(asked_for)
         context.admission.wait(admission, ticket)
         if streams:

@@ -14,6 +14,7 @@ import yaml
 from starlette.requests import Request
 
 from safelight.core.options import Option
+from safelight.core.tenant import Tenant
 from safelight.errors import InvalidParameterError, UnknownParameterError
 
 MIN_KEY_LENGTH = 16
@@ -33,7 +34,8 @@ class Principal:
         priority: the highest that a request may have.
         max_cost, max_seconds: of one request, beside what the server sets; None is no further bound.
         requests_per_minute: that may be generated; None is any number.
-        share: of the places in which requests wait that is kept for this one, from 0 to 1.
+        share: of device time, and of the places in which requests wait, that is kept for this one, from 0 to 1; None
+            keeps no places, and as much time as for each other key without a share.
         is_one_of_several: whether there are others, so that places are shared by keys, and not by addresses.
 
     """
@@ -44,7 +46,7 @@ class Principal:
     max_cost: float | None = None
     max_seconds: float | None = None
     requests_per_minute: int | None = None
-    share: float = 0.0
+    share: float | None = None
     is_one_of_several: bool = False
 
 
@@ -73,6 +75,17 @@ class Keys:
     def principals(self) -> Sequence[Principal]:
         """Whose they are."""
         return [principal for _, principal in self._digests]
+
+    def tenants(self) -> Mapping[str, Tenant]:
+        """Return as whom requests share the device's time, by owner; nothing where there are not several keys.
+
+        What the shares leave belongs to the keys without one, in equal parts.
+        """
+        several = [each for each in self.principals if each.is_one_of_several]
+        rest = max(0.0, 1 - sum(each.share or 0.0 for each in several))
+        part = rest / max(1, sum(each.share is None for each in several))
+        owners = {each.owner or "": part if each.share is None else each.share for each in several}
+        return {owner: Tenant(owner, share) for owner, share in owners.items()}
 
     def principal(self, key: str) -> Principal | None:
         """Return whose key it is; None where it is nobody's. This takes the same time whichever it is."""
@@ -113,7 +126,7 @@ _FIELDS: Mapping[str, Option] = {
     "max_cost": Option("number", "of one request", minimum=1),
     "max_seconds": Option("number", "predicted of one request", minimum=0.001),
     "requests_per_minute": Option("integer", "generations", minimum=1),
-    "share": Option("number", "of the places in which requests wait", minimum=0, maximum=1),
+    "share": Option("number", "of device time, and of the places in which requests wait", minimum=0, maximum=1),
 }
 
 
@@ -173,7 +186,7 @@ def _several(path: str, text: str, max_cost: float) -> Keys:
         if principal.name in (other.name for other in found.values()):
             raise _wrong(path, f"entry {number}: name: got {principal.name!r}; it takes a name of its own")
         found[key] = principal
-    total = sum(principal.share for principal in found.values())
+    total = sum(principal.share or 0.0 for principal in found.values())
     if total > 1 + 1e-9:
         raise _wrong(path, f"share: got {total:g} of all entries together; it takes at most 1")
     return Keys(found)

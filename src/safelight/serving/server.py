@@ -30,6 +30,7 @@ from safelight.serving.jobs.limits import JobLimits
 from safelight.serving.jobs.manager import JobManager
 from safelight.serving.jobs.sqlite import SqliteJobStore
 from safelight.serving.limits import Limits
+from safelight.serving.principals import Keys
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Server:
             engine = ReplicaSet(engine_settings(self.server_args, self.http_args), self.http_args.replicas)
             engine.on_compiled = self._compiled
             jobs = JobManager(
-                SqliteJobStore(state), FolderFiles(state / "outputs"), engine, limits=job_limits(self.http_args)
+                SqliteJobStore(state), FolderFiles(state / "outputs"), engine, limits=job_limits(self.http_args, keys)
             )
             settings = Settings(
                 served_names(self.server_args, self.http_args),
@@ -227,11 +228,12 @@ def engine_settings(server_args: ServerArgs, http_args: HTTPArgs) -> EngineSetti
     )
 
 
-def job_limits(http_args: HTTPArgs) -> JobLimits:
+def job_limits(http_args: HTTPArgs, keys: Keys) -> JobLimits:
     """Return what bounds jobs."""
     return JobLimits(
         keep_seconds=3600 * http_args.keep_hours,
         max_bytes=http_args.max_storage,
         # A further replica is given what it can run; what waits before all of them does not grow.
         max_submitted=JobLimits.max_submitted + http_args.max_running * (http_args.replicas - 1),
+        tenants=keys.tenants(),
     )

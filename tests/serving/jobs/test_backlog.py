@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
+from safelight.core.tenant import Tenant
 from safelight.errors import QueueFullError
+from safelight.serving.jobs.backlog import Backlog
 from tests.serving.job_server import serving, unfinished
 
 MEASURE = """
@@ -186,3 +188,47 @@ def test_a_damaged_record_stops_nobody_else(tmp_path, caplog):
     left = serving(tmp_path, leave)
     serving(tmp_path, damage, start=False)
     serving(tmp_path, look, max_taken=1)
+
+
+def test_owners_take_turns():
+    backlog, order = Backlog(), []
+    backlog.extend({"a1": "a", "a2": "a", "a3": "a", "b1": "b", "c1": "c", "c2": "c"})
+    backlog.extend({"a4": "a", "b1": "b"})
+    left = ["a1", "b1", "c1", "a2", "c2", "a3", "a4"]
+    while (first := backlog.first) is not None:
+        assert [backlog.num_before(job_id) for job_id in left] == list(range(len(left)))
+        backlog.drop(first)
+        order.append(first)
+        left.remove(first)
+    assert order == ["a1", "b1", "c1", "a2", "c2", "a3", "a4"] and backlog.num_before("a1") is None
+
+
+def test_what_is_dropped_out_of_turn_moves_no_other():
+    backlog = Backlog()
+    backlog.extend({"a1": "a", "a2": "a", "b1": "b", "b2": "b"})
+    backlog.drop("b1")
+    backlog.drop("unknown")
+    assert backlog.first == "a1" and [backlog.num_before(each) for each in ("a1", "b2", "a2")] == [0, 1, 2]
+    assert backlog.num_before_new("a") == 3 and backlog.num_before_new("c") == 0
+
+
+def test_a_restart_with_jobs_of_several_takes_them_up_in_turns(tmp_path):
+    """Few are in memory at a time: nobody's wait for all of another's, whoever came first, and new ones neither."""
+
+    async def leave(server):
+        for owner, number in (("loud", 20), ("quiet", 3)):
+            for n in range(number):
+                await server.submit(f"{owner} {n} [hold]", owner=owner)
+
+    async def look(server):
+        await server.submit("other", owner="other")
+        while await unfinished(server.store):
+            server.engine.release()
+            await asyncio.sleep(0.01)
+        return [request.params.prompt.split()[0] for request in server.engine.submitted]
+
+    tenants = {owner: Tenant(owner, 0.3) for owner in ("loud", "quiet", "other")}
+    serving(tmp_path, leave, tenants=tenants)
+    order = serving(tmp_path, look, max_taken=4, max_submitted=4, tenants=tenants)
+    assert order.count("loud") == 20 and order.count("quiet") == 3
+    assert max(index for index, owner in enumerate(order) if owner != "loud") < 10, order

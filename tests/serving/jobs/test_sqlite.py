@@ -217,7 +217,8 @@ def test_what_is_unfinished_expired_and_removable(tmp_path):
         first = await add_in(store, b, "in_progress")
         waiting = await add_in(store, c, "queued")
         done = completed(first, at=3.0)
-        assert list((await store.unclaimed()).items()) == [(a.id, 1), (b.id, 1), (c.id, 0)]
+        found = [(job_id, each.attempts, each.owner) for job_id, each in (await store.unclaimed()).items()]
+        assert found == [(a.id, 1, a.owner), (b.id, 1, b.owner), (c.id, 0, c.owner)]
         assert await store.replace(first, done)
         assert await store.replace(late, completed(late, at=4.0))
         assert await store.replace(waiting, failed(waiting, at=5.0))

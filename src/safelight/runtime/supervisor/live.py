@@ -81,5 +81,6 @@ class LiveRequest:
             priority=request.priority,
             deadline=deadline,
             form=self.form,
+            tenant=request.tenant,
         )
         return submit, [image_to_array(image) for _, _, image in images]

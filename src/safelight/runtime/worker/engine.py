@@ -18,6 +18,7 @@ from safelight.core.executor import Execution
 from safelight.core.form import Form
 from safelight.core.pipeline import ComposedPipeline
 from safelight.core.request import Req, move
+from safelight.core.tenant import NOBODY, Tenant
 from safelight.core.trees import Tree
 from safelight.errors import CancelledError, CompilationError, DeadlineError, DeviceLostError, SafelightError
 from safelight.parallel.collectives import DesynchronisedError
@@ -115,7 +116,15 @@ class Engine:
         self._plan = Plan()
         self._compile_due: float | None = None
 
-    def add(self, req: Req, *, priority: int = 0, deadline: float | None = None, form: Form | None = None) -> Task:
+    def add(
+        self,
+        req: Req,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        form: Form | None = None,
+        tenant: Tenant = NOBODY,
+    ) -> Task:
         """Take a request's output in.
 
         Args:
@@ -123,12 +132,13 @@ class Engine:
             priority: higher goes first.
             deadline: seconds from now after which it is not begun any more.
             form: in which it began in an engine before; None where it has not begun.
+            tenant: whose it is.
 
         """
         now, params, runner = self.clock(), req.params, self.runners[req.model]
         cost = step_cost(params, runner.pipeline.schema)
         execution = Execution(runner.pipeline, req, runner, self._begin_span)
-        task = Task(execution, cost, params.num_steps(), now, self._num_added, priority)
+        task = Task(execution, cost, params.num_steps(), now, self._num_added, priority, tenant=tenant)
         self._num_added += 1
         if deadline is not None:
             task.deadline = now + deadline

@@ -1,4 +1,8 @@
-"""Which task is resumed next: priority, then deadline, then least remaining work, within a share for who comes last."""
+"""Which task is resumed next: priority, then deadline, then least remaining work; but first what is owed.
+
+A share of the device's time is owed to the longest task, which short work would overtake for ever, to the oldest, which
+priority and deadlines would, and to each tenant that has a share, whatever the others send.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from statistics import median
 from safelight.core.calls import ModelCall
 from safelight.core.executor import Execution
 from safelight.core.form import Form
+from safelight.core.tenant import NOBODY, Tenant
 from safelight.runtime.worker.durations import Durations
 
 EQUAL_WORK = 1.25
@@ -31,6 +36,7 @@ class Task:
         number: of tasks added before it, the same on every rank.
         priority: higher goes first.
         deadline: when it is too late to begin it.
+        tenant: whose it is.
         form: in which form its model calls are made; None until it begins.
         on_device: whether its tensors are on the device.
         step_seconds: what its last unit took, if that was a denoising step.
@@ -47,6 +53,7 @@ class Task:
     number: int = 0
     priority: int = 0
     deadline: float = math.inf
+    tenant: Tenant = NOBODY
     form: Form | None = None
     on_device: bool = False
     step_seconds: float | None = None
@@ -101,39 +108,39 @@ class Task:
         return (self.execution.req.stage, self.step_cost)
 
 
-class Role:
-    """The device time of whichever task is, say, the oldest, over a window that slides.
+class Account:
+    """The device time of those to whom a share of it is owed, over a window that slides.
 
     Args:
         window: seconds.
+        share: of the time since they have been there, and of the window at most.
+
+    Attributes:
+        since: when the time of their share began: when their task came, or the first of their tasks.
 
     """
 
-    def __init__(self, window: float) -> None:
-        self.task: Task | None = None
-        self._window = window
+    def __init__(self, window: float, share: float, since: float = 0.0) -> None:
+        self.since = since
+        self._window, self._share = window, share
         self._uses: deque[tuple[float, float]] = deque()
-        self._used = 0.0
 
-    def used(self, now: float) -> float:
-        """Return the seconds in the window that ends now."""
+    def lack(self, now: float, unit: float) -> float:
+        """Return by how many seconds they would be below their share after a unit of so many; negative is above."""
         while self._uses and self._uses[0][0] <= now - self._window:
-            self._used -= self._uses.popleft()[1]
-        if not self._uses:
-            self._used = 0.0  # without what rounding has left
-        return self._used
+            self._uses.popleft()
+        return self._share * min(self._window, now - self.since) - sum(used for _, used in self._uses) - unit
 
     def record(self, now: float, seconds: float) -> None:
         """Remember a unit that has just ended."""
         self._uses.append((now, seconds))
-        self._used += seconds
 
 
 class Policy:
-    """Orders tasks. A share bounds how long priority, deadlines and short work can keep a task waiting.
+    """Orders tasks. Shares bound how long priority, deadlines and short work can keep a task waiting.
 
-    It is had by two roles, whichever tasks play them: the longest, which short work would overtake for ever, and the
-    oldest, which priority and deadlines would.
+    Two are had by roles, whichever tasks play them: the longest, and the oldest. The others are had by tenants, each
+    for as long as it has tasks: what it did not use while it had none is not owed to it later.
 
     Args:
         share: of the device's time over the window, idle time included, that each role gets at least.
@@ -142,7 +149,7 @@ class Policy:
     Attributes:
         step_seconds: how long a step takes, by its cost.
         tail_seconds: how long everything after the last step takes, by a step's cost.
-        owed: the task that has had less than its share, if the last order began with one.
+        owed: the task to which, or to whose tenant, time is owed, if the last order began with one.
 
     """
 
@@ -151,7 +158,9 @@ class Policy:
         self.step_seconds: Durations[int] = Durations()
         self.tail_seconds: Durations[int] = Durations()
         self.owed: Task | None = None
-        self._longest, self._oldest = Role(window), Role(window)
+        self._roles: list[tuple[Account, Task]] = []
+        self._longest, self._oldest = Account(window, share), Account(window, share)
+        self._tenants: dict[str, Account] = {}
         self._seen = -math.inf
 
     def order(self, tasks: Sequence[Task], now: float) -> list[Task]:
@@ -164,41 +173,63 @@ class Policy:
         """
         remaining = {task: self.remaining(task) for task in tasks}
         is_resident = {task: task.is_resident for task in tasks}
-        self._longest.task = max(tasks, key=lambda task: (remaining[task], -task.arrival), default=None)
-        self._oldest.task = min(tasks, key=lambda task: task.arrival, default=None)
-        self.owed = self._find_owed(now)
 
         def rank(task: Task) -> tuple[object, ...]:
             seconds = remaining[task]
             equal = (
-                task is not self.owed,
                 -task.priority,
                 _magnitude(task.deadline - now, EQUAL_TIME),
                 _magnitude(seconds, EQUAL_WORK),
             )
             return (*equal, not is_resident[task], seconds, task.arrival)
 
-        return sorted(tasks, key=rank)
+        ordered = sorted(tasks, key=rank)
+        self._roles = []
+        if tasks:
+            longest = max(tasks, key=lambda task: (remaining[task], -task.arrival))
+            oldest = min(tasks, key=lambda task: task.arrival)
+            self._roles = [(self._longest, longest), (self._oldest, oldest)]
+        for account, task in self._roles:
+            account.since = task.arrival
+        self._open_tenants(tasks)
+        self.owed = self._find_owed(ordered, now)
+        return sorted(ordered, key=lambda task: task is not self.owed)
 
     def record(self, tasks: Sequence[Task], now: float, seconds: float) -> None:
         """Remember a unit that tasks of the last order have just done, alone or together.
 
-        What has passed since the unit before counts for a role whose task was there: time in which neither it nor any
+        What has passed since the unit before counts for whoever's task was there: time in which neither it nor any
         other had the device, on a host that is busy for example, is not owed to it again.
         """
-        for role in (self._longest, self._oldest):
-            if role.task is not None and role.task in tasks:
-                role.record(now, max(seconds, now - max(self._seen, role.task.arrival)))
+        accounts = [(account, 1.0) for account, task in self._roles if task in tasks]
+        for name, account in self._tenants.items():
+            part = sum(task.tenant.name == name for task in tasks) / len(tasks)
+            accounts += [(account, part)] * (part > 0)
+        for account, part in accounts:
+            account.record(now, part * max(seconds, now - max(self._seen, account.since)))
         self._seen = now
 
-    def _find_owed(self, now: float) -> Task | None:
-        """Return a role's task if, with one unit more, the role would still have had less than its share."""
-        for role in (self._longest, self._oldest):
-            if role.task is not None:
-                due = self.share * min(self.window, now - role.task.arrival)
-                if role.used(now) + self.step_time(role.task.step_cost) <= due:
-                    return role.task
-        return None
+    def _open_tenants(self, tasks: Sequence[Task]) -> None:
+        """Have an account for each tenant that has tasks and a share, and for no other."""
+        kept, self._tenants = self._tenants, {}
+        for task in tasks:
+            tenant = task.tenant
+            if tenant.share and tenant.name not in self._tenants:
+                known = kept.get(tenant.name)
+                self._tenants[tenant.name] = known or Account(self.window, tenant.share, task.arrival)
+
+    def _find_owed(self, ordered: Sequence[Task], now: float) -> Task | None:
+        """Return the task that goes first because, with one unit more, its share would still not be exceeded."""
+        for account, task in self._roles:
+            if account.lack(now, self.step_time(task.step_cost)) >= 0:
+                return task
+        most, owed = 0.0, None
+        for name, account in self._tenants.items():
+            first = next(task for task in ordered if task.tenant.name == name)
+            lack = account.lack(now, self.step_time(first.step_cost))
+            if lack >= most:
+                most, owed = lack, first
+        return owed
 
     def remaining(self, task: Task) -> float:
         """Return the seconds that a task still needs.

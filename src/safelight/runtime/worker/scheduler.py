@@ -74,6 +74,7 @@ class InputProcessor:
                 priority=message.priority,
                 deadline=message.deadline,
                 form=message.form,
+                tenant=message.tenant,
             )
             for index, single in enumerate(params.split())
         ]

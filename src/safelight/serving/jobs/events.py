@@ -20,11 +20,11 @@ class Events:
         """Return how far an unfinished job is; None for every other."""
         run, backlog = self._runner.runs.get(job_id), self._runner.backlog
         if run is None:
-            is_waiting = job_id in backlog
-            return Progress(queue_position=self._num_before() + backlog.position(job_id)) if is_waiting else None
+            before = backlog.num_before(job_id)
+            return None if before is None else Progress(queue_position=self._num_before() + before)
         if run.ticket is not None:
             return run.ticket.progress
-        return Progress(queue_position=self._num_before(run) + (len(backlog) if run.is_new else 0))
+        return Progress(queue_position=self._num_before(run) + self._num_found_before(run))
 
     async def follow(self, job_id: str) -> AsyncIterator[JobEvent]:
         """Yield what a job is now and what becomes of it, to its end; a slow reader misses steps, nothing else.
@@ -63,10 +63,14 @@ class Events:
 
     def _num_before(self, run: Run | None = None) -> int:
         """Return how many requests are before a job, or before the backlog: in the engine's queue, and for it."""
-        waiting = [each for each in self._runner.runs.values() if each.ticket is None]
-        waiting.sort(key=lambda each: each.is_new)  # what this server accepts goes after what it found
+        waiting = self._runner.queue.order([each for each in self._runner.runs.values() if each.ticket is None])
+        waiting.sort(key=lambda each: self._num_found_before(each) > 0)
         before = sum(not each.is_new for each in waiting) if run is None else waiting.index(run)
         return self._runner.engine.stats.num_waiting + before
+
+    def _num_found_before(self, run: Run) -> int:
+        """Return how many jobs of the backlog are before one: what this server accepts goes after what it found."""
+        return self._runner.backlog.num_before_new(run.job.owner) if run.is_new else 0
 
     def _news(self, run: Run, told: JobEvent | None) -> Iterator[JobEvent]:
         """Yield the events that lead from what was told last to what is now."""

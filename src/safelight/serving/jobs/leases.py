@@ -18,7 +18,7 @@ RENEWALS = 3
 
 
 class Lease:
-    """One server's lease: keeps it, stops what it has lost, and claims what nobody holds, in the order of acceptance.
+    """One server's lease: keeps it, stops what it has lost, and claims what nobody holds, the owners in turns.
 
     Args:
         server: the name of this server, among all that share the store.
@@ -113,11 +113,11 @@ class Lease:
     async def _look(self) -> None:
         """Find the unfinished jobs that nobody holds; those that have begun too often fail."""
         unclaimed = await self._store.unclaimed()
-        found = {job_id: attempts for job_id, attempts in unclaimed.items() if job_id not in self._runner.runs}
-        for job_id, attempts in found.items():
-            if attempts >= MAX_ATTEMPTS and (job := await self._claimed(job_id)) is not None:
+        found = {job_id: each for job_id, each in unclaimed.items() if job_id not in self._runner.runs}
+        for job_id, each in found.items():
+            if each.attempts >= MAX_ATTEMPTS and (job := await self._claimed(job_id)) is not None:
                 await self._store.replace(job, self._runner.expiry.ended(job.failed(WORKER_LOST)))
-        self._backlog.extend(job_id for job_id, attempts in found.items() if attempts < MAX_ATTEMPTS)
+        self._backlog.extend({job_id: each.owner for job_id, each in found.items() if each.attempts < MAX_ATTEMPTS})
 
     async def _claimed(self, job_id: str) -> Job | None:
         return await self._store.claim(job_id, self.number)

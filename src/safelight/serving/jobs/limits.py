@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from safelight.core.tenant import Tenant
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class JobLimits:
             and a job that runs elsewhere is looked at.
         busy_seconds: for which whoever waits for an answer waits for a held database.
         lease_seconds: for which a server that says nothing keeps its jobs from the others of its store.
+        tenants: by owner, as whom jobs have a share of the device's time and of `max_submitted`.
 
     """
 
@@ -36,3 +40,4 @@ class JobLimits:
     retry_seconds: float = 0.25
     busy_seconds: float = 5.0
     lease_seconds: float = 30.0
+    tenants: Mapping[str, Tenant] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from safelight.core.params import SamplingParams
+from safelight.core.tenant import NOBODY
 from safelight.errors import (
     CancelledError,
     NotReadyError,
@@ -37,6 +38,7 @@ from safelight.runtime.client import EngineClient, GenerationRequest, Output, Pr
 from safelight.serving.clocks import Clocks
 from safelight.serving.jobs.backlog import Backlog
 from safelight.serving.jobs.expiry import Expiry
+from safelight.serving.jobs.fair_queue import FairQueue
 from safelight.serving.jobs.files import Files
 from safelight.serving.jobs.inputs import read_params
 from safelight.serving.jobs.job import MAX_ATTEMPTS, Job, JobError
@@ -70,6 +72,7 @@ class Runner:
         store, files, engine, retention, expiry, limits, clocks: what it works with.
         runs: by job, what is in memory of those that this server holds.
         backlog: jobs that it may claim.
+        queue: of those that wait for the engine.
         stops: whether this server stops, so that what the store refuses is given up.
 
     """
@@ -90,7 +93,7 @@ class Runner:
         self.runs: dict[str, Run] = {}
         self.backlog = Backlog()
         self.stops = False
-        self._gate = asyncio.Lock()  # first come, first served: the order of acceptance
+        self.queue = FairQueue(limits, self._submitted)
         self._left = asyncio.Event()  # a job has left the engine
 
     def launch(self, run: Run) -> asyncio.Task[None]:
@@ -183,12 +186,13 @@ class Runner:
                 return
 
     async def _enter(self, run: Run) -> Ticket:
-        """Put a job into the engine's queue, after the jobs before it, as soon as there is room."""
+        """Put a job into the engine's queue, when it is the first, as soon as there is room."""
         params: SamplingParams | None = None
         if run.is_new:
-            await self.backlog.over.wait()
-        async with self._gate:
+            await self.backlog.over(run.job.owner)
+        with self.queue.entered(run):
             while True:
+                await self.queue.until_first(run)
                 self._left.clear()
                 with contextlib.suppress(QueueFullError, NotReadyError):
                     schema = self.engine.schema
@@ -197,16 +201,23 @@ class Runner:
                             params = await self.files.run(read_params, run.job, schema, self.files.open)
                             continue  # the lease may have ended meanwhile
                         name = f"{run.job.id}.{run.job.attempts + 1}.{run.job.request_id}"
-                        return self.engine.submit(GenerationRequest(name, params, run.job.priority, form=run.job.form))
+                        tenant = self.limits.tenants.get(run.job.owner, NOBODY)
+                        return self.engine.submit(
+                            GenerationRequest(name, params, run.job.priority, form=run.job.form, tenant=tenant)
+                        )
                 # The engine tells nobody when it becomes ready, or when it has room after somebody else's request.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), self.limits.retry_seconds)
 
+    def _submitted(self) -> list[Run]:
+        """Return the jobs that the engine has."""
+        return [run for run in self.runs.values() if run.ticket is not None and not run.ticket.done]
+
     def _may_submit(self, job: Job) -> bool:
-        submitted = [run.job for run in self.runs.values() if run.ticket is not None and not run.ticket.done]
+        submitted = [run.job for run in self._submitted()]
         held = sum(file.num_bytes for each in (*submitted, job) for file in each.inputs)
         is_small = not submitted or held <= self.limits.max_submitted_bytes
-        return is_small and len(submitted) < self.limits.max_submitted
+        return is_small and (len(submitted) < self.limits.max_submitted or self.queue.is_kept(job.owner))
 
     async def _follow(self, run: Run, ticket: Ticket) -> list[Output]:
         """Wait for the engine's answer, and record that the job has begun once it has."""
@@ -222,6 +233,7 @@ class Runner:
             raise
         finally:
             self._left.set()
+            self.queue.wake_first()
             self.engine.cancel(ticket.request.request_id)
         await self._begin(run, attempt, ticket.progress)
         return outputs

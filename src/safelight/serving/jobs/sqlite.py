@@ -20,7 +20,7 @@ from safelight.serving.addresses import KEY_NAME
 from safelight.serving.clocks import Clocks
 from safelight.serving.jobs.job import Job, Kind, check_same, read_job
 from safelight.serving.jobs.sqlite_errors import named_failures
-from safelight.serving.jobs.store import MAX_PAGE, Horizon, JobStore, Kept, Order, Page, Usage
+from safelight.serving.jobs.store import MAX_PAGE, Horizon, JobStore, Kept, Order, Page, Unclaimed, Usage
 
 T = TypeVar("T")
 
@@ -189,9 +189,10 @@ class SqliteJobStore(JobStore):
                 self._write(statement, {"id": job_id})
         return found
 
-    async def unclaimed(self) -> dict[str, int]:
+    async def unclaimed(self) -> dict[str, Unclaimed]:
         where = f"{_UNFINISHED} AND lease IS NULL ORDER BY number"
-        return dict(await self._call(self._rows, f"SELECT id, attempts FROM {_JOBS} WHERE {where}"))
+        rows = await self._call(self._rows, f"SELECT id, attempts, owner FROM {_JOBS} WHERE {where}")
+        return {job_id: Unclaimed(attempts, owner) for job_id, attempts, owner in rows}
 
     async def begin_lease(self, server: str, seconds: float) -> int:
         return await self._change(self._begin_lease, server, seconds)

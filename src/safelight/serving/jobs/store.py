@@ -59,6 +59,13 @@ class Usage(msgspec.Struct, frozen=True):
     num_bytes_records: int = 0
 
 
+class Unclaimed(msgspec.Struct, frozen=True):
+    """An unfinished job that no lease holds: how often it has begun, and whose it is."""
+
+    attempts: int
+    owner: str = ""
+
+
 class JobStore(Protocol):
     """Where jobs are kept. Every change is durable when its method returns.
 
@@ -119,8 +126,8 @@ class JobStore(Protocol):
     async def check_writable(self) -> None:
         """Do nothing where a job could be changed; raise why it cannot be where it could not."""
 
-    async def unclaimed(self) -> dict[str, int]:
-        """Return the unfinished jobs that no lease holds, in the order of acceptance: their ids, and their attempts."""
+    async def unclaimed(self) -> dict[str, Unclaimed]:
+        """Return the unfinished jobs that no lease holds, by their ids, in the order of acceptance."""
 
     async def begin_lease(self, server: str, seconds: float) -> int:
         """Give a server a lease for so long, and return its number; its last one is given up, and what is over."""
