@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from safelight.client import RemoteEngine
+from safelight.core.options import options_of
+from safelight.core.server_args import ServerArgs
 from safelight.errors import InvalidParameterError, UsageError
 from safelight.serving.http_args import HTTPArgs
 
@@ -116,3 +118,19 @@ def test_keys_that_a_client_cannot_send(key):
     with pytest.raises(InvalidParameterError, match="api_key: got") as caught:
         RemoteEngine("http://127.0.0.1:1", api_key=key)
     assert key not in str(caught.value)
+
+
+WRONG = (5, 1.5, True, [], {}, b"x", object(), "\0", "x" * 5000, float("nan"), -1, ("a",))
+
+
+@pytest.mark.parametrize("cls", [ServerArgs, HTTPArgs])
+def test_every_setting_refuses_what_it_does_not_take(cls):
+    """By its name, and never otherwise; texts refuse everything but short texts."""
+    for name, option in options_of(cls).items():
+        for value in WRONG:
+            try:
+                cls(**{name: value})
+            except InvalidParameterError as error:
+                assert error.param is not None and error.param.startswith(name), (name, value, error)
+            else:
+                assert option.kind != "text", (name, value)

@@ -17,6 +17,8 @@ from typing import Any
 
 from safelight.errors import InvalidParameterError
 
+MAX_SETTING_LENGTH = 4096
+"""Characters of a setting: a path is no longer."""
 MAX_PROMPT_LENGTH = 8192
 MAX_DEPTH, MAX_ENTRIES = 8, 4096
 """Of a value of plain JSON: lists and objects inside each other, and all that is in them."""
@@ -238,6 +240,12 @@ def _as_it_is(*types: type) -> Callable[[Any], Any]:
     return lambda value: value if isinstance(value, types) and not isinstance(value, bool) else None
 
 
+def _setting(value: Any) -> str | None:
+    """Take text; what it may say, whoever uses it knows."""
+    fits = isinstance(value, str) and len(value) <= MAX_SETTING_LENGTH and "\0" not in value
+    return value if fits else None
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of value: how it is described, written in JSON Schema, and converted (None: it is not of this kind)."""
@@ -291,7 +299,7 @@ KINDS: Mapping[str, Kind] = {
     "pictures": Kind("an image, a list of images, or lists of such", _or_lists("string"), _pictures),
     "clip": Kind("a video, or a list of images that are its frames", _or_lists("string"), _frames),
     # of settings
-    "text": Kind("text", {"type": "string"}, lambda value: value),  # whoever uses it knows what it may be
+    "text": Kind(f"text of at most {MAX_SETTING_LENGTH} characters without NUL", {"type": "string"}, _setting),
     "choice": Kind("text", {"type": "string"}, _as_it_is(str)),
     "count": Kind("a whole number", {"type": "integer"}, _as_it_is(int)),
     "amount": Kind("a number", {"type": "number"}, _as_it_is(int, float)),  # perhaps infinite
