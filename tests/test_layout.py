@@ -292,12 +292,23 @@ def test_every_file_is_in_one_budget():
         assert len([budget for budget in all_budgets() if budget.holds(path)]) == 1, path
 
 
+BRANCHES = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.IfExp, ast.ExceptHandler, ast.comprehension, ast.match_case)
+
+
+def num_branches(function: ast.AST) -> int:
+    """Return how many ways lead through a function, as McCabe counts them."""
+    nodes = list(ast.walk(function))
+    operands = sum(len(node.values) - 1 for node in nodes if isinstance(node, ast.BoolOp))
+    return 1 + sum(isinstance(node, BRANCHES) for node in nodes) + operands
+
+
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(SOURCE)) for path in FILES])
 def test_sizes_of_files_and_functions(path):
     assert code_lines(path) <= (500 if path.name == "transformer.py" else 400)
     for node in ast.walk(TREES[path]):
         if isinstance(node, FUNCTIONS):
             assert (node.end_lineno or 0) - node.lineno + 1 <= 80, node.name
+            assert num_branches(node) <= 15, node.name
             if node.name == "forward" and FAMILIES in path.parents:
                 assert (node.end_lineno or 0) - node.lineno + 1 <= 40, "forward reads as the paper does"
 

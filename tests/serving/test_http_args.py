@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,7 +121,7 @@ def test_keys_that_a_client_cannot_send(key):
     assert key not in str(caught.value)
 
 
-WRONG = (5, 1.5, True, [], {}, b"x", object(), "\0", "x" * 5000, float("nan"), -1, ("a",))
+WRONG: tuple[Any, ...] = (5, 1.5, True, [], {}, b"x", object(), "\0", "x" * 5000, float("nan"), -1, ("a",))
 
 
 @pytest.mark.parametrize("cls", [ServerArgs, HTTPArgs])

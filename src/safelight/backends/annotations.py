@@ -126,6 +126,11 @@ def askable(name: str, parameter: inspect.Parameter, call: Callable[..., Any], o
         return _plain(found, annotation, default, nullable)
     if ARRAY in bases:
         raise UnaskableError("it takes a tensor, which cannot be sent")
+    return _by_default(found, default, nullable)
+
+
+def _by_default(found: list[tuple[str, int, Any]], default: Any, nullable: bool) -> Askable:
+    """Return how a parameter whose annotation says nothing is asked for: as what its default is."""
     if default is EMPTY or default is None:
         types_named = {getattr(member, "__name__", str(member)) for _, _, member in found if member is not EMPTY}
         raise UnaskableError(f"it takes {' or '.join(sorted(types_named)) or 'what its annotation does not say'}")
@@ -151,14 +156,17 @@ def _plain(found: list[tuple[str, int, Any]], annotation: Any, default: Any, nul
         option = Option("string", "", choices=tuple(choices), nullable=nullable)
         return Askable(option, choices.__getitem__)
     makes = _as_it_is if takes_tuple(annotation) or isinstance(default, tuple) else _as_lists
+    length = _length(annotation) if depths == {1} and base != "boolean" else None
+    return Askable(Option(_kind(base, depths), "", length=length, nullable=nullable), makes)
+
+
+def _kind(base: str, depths: set[int]) -> str:
+    """Return the kind of what is one thing, a list of such, or either."""
+    if base == "text" and depths <= {0, 1}:
+        return "strings" if len(depths) == 2 else "string" if depths == {0} else "texts"
     if depths == {0}:
-        return Askable(Option("string" if base == "text" else base, "", nullable=nullable), makes)
-    if depths == {1} and base != "boolean":
-        kind = "texts" if base == "text" else f"{base}s"
-        return Askable(Option(kind, "", length=_length(annotation), nullable=nullable), makes)
-    if base == "text" and depths == {0, 1}:
-        return Askable(Option("strings", "", nullable=nullable), makes)
-    return Askable(Option(f"{base} or {base}s", "", nullable=nullable), makes)
+        return base
+    return f"{base}s" if depths == {1} and base != "boolean" else f"{base} or {base}s"
 
 
 def takes_tuple(annotation: Any) -> bool:

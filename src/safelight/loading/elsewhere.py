@@ -89,19 +89,15 @@ def found_elsewhere(component: str, where: str, weights: bool, variant: str | No
     if root is None:
         if not hub.is_repo_id(where):
             raise InvalidParameterError(field, where, "a folder, or a Hub id (owner/name)")
-        repo_id, _, revision = where.partition("@")
-        wanted = None if prefix is not None else component
-        root = hub.download_component(repo_id, revision or None, wanted, weights, variant)
+        root = _downloaded(where, component if prefix is None else None, weights, variant)
     if not root.is_dir() or Path(component).name != component:
         raise InvalidParameterError(field, where, "a name of a component, and its folder")
     if (root / INDEX_NAME).is_file():
-        check_inside(root, root / INDEX_NAME)
-        index = read_json(root / INDEX_NAME)
-        there = {name: entry for name, entry in index.items() if is_class(entry) and Path(name).name == name}
+        there = _components_in(root)
         if prefix is not None:
-            return {prefix + name: Elsewhere(root / name, tuple(entry), False) for name, entry in there.items()}
+            return {prefix + name: Elsewhere(root / name, entry, False) for name, entry in there.items()}
         if component in there:
-            return {component: Elsewhere(root / component, tuple(there[component]))}
+            return {component: Elsewhere(root / component, there[component])}
         raise InvalidParameterError(field, where, f"a model with a {component}; it has none")
     for name in CONFIG_NAMES:
         if prefix is None and (root / name).is_file():
@@ -109,6 +105,19 @@ def found_elsewhere(component: str, where: str, weights: bool, variant: str | No
             return {component: Elsewhere(root, _named_in(read_json(root / name), f"{component}: {name}"))}
     takes = INDEX_NAME if prefix is not None else " or ".join(CONFIG_NAMES)
     raise InvalidParameterError(field, where, f"a folder with {takes}")
+
+
+def _downloaded(where: str, component: str | None, weights: bool, variant: str | None) -> Path:
+    """Return the folder of a Hub id, with one component, or all."""
+    repo_id, _, revision = where.partition("@")
+    return hub.download_component(repo_id, revision or None, component, weights, variant)
+
+
+def _components_in(root: Path) -> dict[str, tuple[str, str]]:
+    """Return the library and the class of each component that a model's index names."""
+    check_inside(root, root / INDEX_NAME)
+    index = read_json(root / INDEX_NAME)
+    return {name: tuple(entry) for name, entry in index.items() if is_class(entry) and Path(name).name == name}
 
 
 def _named_in(config: Mapping[str, Any], where: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,8 +225,12 @@ def _check_change(repository: Repository, change: Change) -> None:
     for component, found in change.added.items():
         if component not in takes and found.is_asked_for:
             raise InvalidParameterError("component", component, f"components of {class_name}: {', '.join(takes)}")
-    if is_native:
-        return
+    if not is_native:
+        _check_package(class_name, takes, change)
+
+
+def _check_package(class_name: str, takes: Sequence[str], change: Change) -> None:
+    """Refuse a component of another class than the package's pipeline expects, and one that is not there."""
     from safelight.backends import components
 
     for component, found in change.added.items():

@@ -157,16 +157,10 @@ def sort_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
     """
     own = own_fields(schema, limits)
     known = {**model_fields(schema), **own}
-    cls = schema.params_cls
     asked = Asked(schema)
     for name, value in body.fields.items():
-        option = known.get(cls.aliases.get(name, name))
-        if option is None:
-            refused = {**REFUSED, **cls.refused}
-            if name in refused and value is None:
-                continue
-            raise UnknownParameterError(name, known, refused.get(name))
-        if value is None and not (option.nullable and name not in own):
+        option = _known(name, value, known, schema.params_cls)
+        if option is None or (value is None and not (option.nullable and name not in own)):
             continue
         if isinstance(value, Repeated) and option.kind not in _LISTS:
             raise about(name, "is given twice")
@@ -176,10 +170,30 @@ def sort_fields(body: Body, schema: ModelSchema, limits: Limits) -> Asked:
         else:
             place = asked.own if name in own and name not in _PASSED_ON else asked.model
             place[name] = _checked(name, option, _of_form(option, value) if body.is_form else value)
-    needs_text = cls.needs_prompt and "prompt" in cls.options() and "prompt" not in schema.defaults
-    if needs_text and not asked.model.get("prompt", "").strip():
-        raise InvalidParameterError("prompt", asked.model.get("prompt"), "text that is not blank")
+    _check_prompt(asked)
     return asked
+
+
+def _known(name: str, value: Any, known: Mapping[str, Option], cls: type[SamplingParams]) -> Option | None:
+    """Return what a field of a request is; None of one that the model has not, where it is null all the same.
+
+    Raises:
+        UnknownParameterError: if there is none of that name, with why, if that is known.
+
+    """
+    option = known.get(cls.aliases.get(name, name))
+    refused = {**REFUSED, **cls.refused}
+    if option is None and not (name in refused and value is None):
+        raise UnknownParameterError(name, known, refused.get(name))
+    return option
+
+
+def _check_prompt(asked: Asked) -> None:
+    """Refuse a request without text, or with a blank one, where the model needs it."""
+    cls, prompt = asked.schema.params_cls, asked.model.get("prompt")
+    needs_text = cls.needs_prompt and "prompt" in cls.options() and "prompt" not in asked.schema.defaults
+    if needs_text and not (prompt or "").strip():
+        raise InvalidParameterError("prompt", prompt, "text that is not blank")
 
 
 def _pictures(name: str, option: Option, value: Any, limits: Limits) -> Iterator[tuple[Place, bytes | Stored]]:

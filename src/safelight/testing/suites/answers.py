@@ -106,9 +106,7 @@ def other_values(schema: ModelSchema, name: str, option: Option, value: Any) -> 
         case "boolean":
             return [not value]
         case "image" | "images":
-            if value is None:
-                return []
-            return [[inverted(image) for image in value] if isinstance(value, list) else inverted(value)]
+            return other_pictures(value)
         case "numbers":
             return [[0.97 * number for number in value]]
         case "number":
@@ -118,6 +116,13 @@ def other_values(schema: ModelSchema, name: str, option: Option, value: Any) -> 
             number = value or 0
             return [number + 2 * steps.get(name, 1), min(2 * number, maximum), option.minimum]
     raise AssertionError(f"no other value is known of a field of kind {option.kind}")
+
+
+def other_pictures(value: Any) -> list[Any]:
+    """Return the negatives of pictures, if there are any."""
+    if value is None:
+        return []
+    return [[inverted(image) for image in value] if isinstance(value, list) else inverted(value)]
 
 
 def answers(pipeline: ComposedPipeline, case: Case, name: str, option: Option, made: dict[str, Tensor]) -> bool:
