@@ -124,16 +124,20 @@ class Account:
         self.since = since
         self._window, self._share = window, share
         self._uses: deque[tuple[float, float]] = deque()
+        self._used = 0.0
 
     def lack(self, now: float, unit: float) -> float:
         """Return by how many seconds they would be below their share after a unit of so many; negative is above."""
         while self._uses and self._uses[0][0] <= now - self._window:
-            self._uses.popleft()
-        return self._share * min(self._window, now - self.since) - sum(used for _, used in self._uses) - unit
+            self._used -= self._uses.popleft()[1]
+        if not self._uses:
+            self._used = 0.0  # without what rounding has left
+        return self._share * min(self._window, now - self.since) - self._used - unit
 
     def record(self, now: float, seconds: float) -> None:
         """Remember a unit that has just ended."""
         self._uses.append((now, seconds))
+        self._used += seconds
 
 
 class Policy:
