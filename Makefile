@@ -58,9 +58,10 @@ test: lint types  ## lint, types and the tests that take minutes
 test-all: lint types  ## as test, with the slow tests
 	@$(BIN)/python -m pytest -q --slow -n 3 --dist loadfile
 
+# With scipy too, without which there are no solvers `lms` and `..._beta`.
 test-newest:  ## the tests with the newest versions that the ranges admit, in an environment of their own
 	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
-	@$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[test]'
+	@$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[test]' scipy
 	@$(NEWEST)/bin/python -m pytest -q -n 3 --dist loadfile
 
 test-lowest:  ## the tests with the lowest versions that the ranges admit, in an environment of their own

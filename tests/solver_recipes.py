@@ -26,6 +26,7 @@ OF_BETAS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdpm2": ("KDPM2DiscreteScheduler", {}),
     "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "sa_solver": ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
     "tcd": ("TCDScheduler", {}),
