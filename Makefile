@@ -19,7 +19,7 @@ DEMO := outputs/demo.png
 PROMPT ?= a large red circle at the left on a white background
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest test-lowest lock gpu-wheels test-reliability test-attacks test-parallel fuzz lint types parity features bench clean
+.PHONY: help demo test test-all test-newest test-lowest lock gpu-wheels test-reliability test-attacks test-mutations test-parallel fuzz lint types parity features bench clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | sort
@@ -78,6 +78,9 @@ test-reliability: $(READY)  ## the tests of faults: deaths, hangs, kill -9, full
 
 test-attacks: $(READY)  ## attacks on a live server; writes the table of docs/reliability.md
 	@$(BIN)/python -m tests.reliability.attacks --write docs/reliability.md
+
+test-mutations: $(READY)  ## break each promise in a copy, and see its test fail
+	@$(BIN)/python -m tests.mutations
 
 test-parallel: $(READY)  ## every layout of devices on ranks of the CPU; writes docs/parallel.md
 	@$(BIN)/python -m pytest -q --slow tests/parallel --parallel-report docs/parallel.md
