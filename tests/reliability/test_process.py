@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import signal
@@ -29,9 +30,9 @@ def test_one_door_and_no_torch_in_the_api_process(pictures):
     inodes = set()
     for pid in tree(pictures):
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            found = re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink()))
-            if found:
-                inodes.add(found[1])
+            with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                if found := re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink())):
+                    inodes.add(found[1])
     listening = [
         line.split()
         for table in ("tcp", "tcp6")
