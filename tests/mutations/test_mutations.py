@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.mutations.__main__ import broken, copied
+from tests.mutations.__main__ import broken, copied, failing
 from tests.mutations.table import MUTATIONS, ROOT
 
 IDS = [each.name for each in MUTATIONS]
@@ -31,6 +31,11 @@ def test_each_promise_has_a_name_of_its_own():
 def root():
     with copied() as root:
         yield root
+
+
+@pytest.mark.slow
+def test_their_tests_pass_on_what_is_not_broken(root):
+    assert failing(root, MUTATIONS) is None
 
 
 @pytest.mark.slow

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.serving import FirstComeFirstServed, VirtualClock, simulate, stacked_pipeline, stream_row_steps
+from benchmarks.serving import FirstComeFirstServed, simulate, stacked_pipeline, stream_row_steps
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.policy import Policy
 from tests.runtime.conftest import request
-
-
-@pytest.fixture
-def clock(monkeypatch, fault_family):
-    from safelight_fault.pipeline import FaultPipeline
-
-    clock = VirtualClock()
-    monkeypatch.setattr(FaultPipeline, "sleep", staticmethod(clock.sleep))
-    return clock
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])

@@ -6,22 +6,12 @@ import random
 
 import pytest
 
-from benchmarks.serving import VirtualClock
 from safelight.core.tenant import NOBODY, Tenant
 from safelight.runtime.worker.engine import Engine
 from safelight.runtime.worker.policy import Policy
 from tests.runtime.conftest import request
 
 WINDOW = 100.0
-
-
-@pytest.fixture
-def clock(monkeypatch, fault_family):
-    from safelight_fault.pipeline import FaultPipeline
-
-    clock = VirtualClock()
-    monkeypatch.setattr(FaultPipeline, "sleep", staticmethod(clock.sleep))
-    return clock
 
 
 class Load:

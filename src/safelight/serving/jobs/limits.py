@@ -14,7 +14,8 @@ class JobLimits:
 
     Attributes:
         max_unfinished: jobs that wait or run; more are refused.
-        max_submitted: of these, how many the engine is given; the others leave its queue to who waits for an answer.
+        max_submitted: of these, how many the engine is given; the others leave its queue to who waits for an answer. A
+            tenant that comes later is given its share of them beside.
         max_taken: jobs from the store, as after a restart, that are in memory at a time; the others wait in the store.
         max_submitted_bytes: of the input files of these, unless it is one job alone; the others' stay on the disk.
         keep_seconds: how long a finished job and its files are kept.
